@@ -1,0 +1,255 @@
+"""The core losses against hand-worked values, a float64 reference, limits, invariances and the field's known traps."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxkd import losses
+
+SOFT = (losses.kl_divergence, losses.soft_cross_entropy)
+
+
+def draw(seed=0, shape=(6, 10), scale=3.0):
+    student, teacher = scale * jax.random.normal(jax.random.key(seed), (2, *shape))
+    labels = jax.random.randint(jax.random.key(seed + 1), shape[:-1], 0, shape[-1])
+    return student, teacher, labels
+
+
+def reference_log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def reference_kl(student, teacher, temperature):
+    p, q = (reference_log_softmax(np.asarray(z, np.float64) / temperature) for z in (teacher, student))
+    return temperature**2 * (np.exp(p) * (p - q)).sum(-1)
+
+
+def reference_soft(student, teacher, temperature):
+    p, q = (reference_log_softmax(np.asarray(z, np.float64) / temperature) for z in (teacher, student))
+    return -(temperature**2) * (np.exp(p) * q).sum(-1)
+
+
+def test_values_worked_by_hand():
+    # Odds 1:3 for the teacher and 1:1 for the student: KL = 1/4 log 1/2 + 3/4 log 3/2.
+    teacher, student = jnp.log(jnp.array([1.0, 3.0])), jnp.zeros(2)
+    expected = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
+    np.testing.assert_allclose(losses.kl_divergence(student, teacher, temperature=1.0), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.soft_cross_entropy(student, teacher, temperature=1.0), np.log(2), rtol=1e-6)
+    # Twice the logits at T=2 are the same distributions; the factor T² stays.
+    np.testing.assert_allclose(losses.kl_divergence(student, 2 * teacher, temperature=2.0), 4 * expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.temperature_softmax(2 * teacher, temperature=2.0), [0.25, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(losses.hard_cross_entropy(teacher, jnp.array(1)), np.log(4 / 3), rtol=1e-6)
+    mixed = losses.distillation_loss(student, 2 * teacher, jnp.array(1), temperature=2.0, alpha=0.75)
+    np.testing.assert_allclose(mixed, 0.75 * 4 * np.log(2) + 0.25 * np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+def test_equal_float64_references(temperature):
+    student, teacher, labels = draw()
+    kl = losses.kl_divergence(student, teacher, temperature=temperature)
+    soft = losses.soft_cross_entropy(student, teacher, temperature=temperature)
+    np.testing.assert_allclose(kl, reference_kl(student, teacher, temperature), rtol=2e-4, atol=1e-4)
+    np.testing.assert_allclose(soft, reference_soft(student, teacher, temperature), rtol=1e-5)
+    hard = losses.hard_cross_entropy(student, labels)
+    np.testing.assert_allclose(hard, -reference_log_softmax(student)[np.arange(6), labels], rtol=1e-5)
+    mixed = losses.distillation_loss(student, teacher, labels, temperature=temperature, alpha=0.3)
+    np.testing.assert_allclose(mixed, 0.3 * soft + 0.7 * hard, rtol=1e-6)
+
+
+def test_sums_over_classes_and_keeps_examples():
+    """Trap 1: an element-wise mean would be the number of classes times too small."""
+    student, teacher, _ = draw(shape=(2, 3, 100))
+    values = losses.kl_divergence(student, teacher, temperature=4.0)
+    chex.assert_shape(values, (2, 3))
+    np.testing.assert_allclose(values, reference_kl(student, teacher, 4.0), rtol=1e-4)
+
+
+def test_gradient_keeps_its_size_over_temperatures():
+    """Trap 2: without T² the gradient at T=100 would be 10,000 times smaller."""
+    student, teacher, _ = draw(scale=1.0)
+
+    def norm(loss, temperature):
+        return jnp.linalg.norm(jax.grad(lambda s: loss(s, teacher, temperature=temperature).mean())(student))
+
+    for loss in SOFT:
+        ratio = norm(loss, 100.0) / norm(loss, 1.0)
+        assert 0.2 < ratio < 5, ratio
+
+
+def test_large_temperature_is_half_the_squared_distance_of_centred_logits():
+    """Trap 3."""
+    student, teacher, _ = draw(scale=1.0)
+    gap = (student - student.mean(-1, keepdims=True)) - (teacher - teacher.mean(-1, keepdims=True))
+    limit = (gap**2).sum(-1) / (2 * 10)
+    np.testing.assert_allclose(losses.kl_divergence(student, teacher, temperature=20.0), limit, rtol=0.05)
+    gradient = jax.grad(lambda s: losses.kl_divergence(s, teacher, temperature=1e4).sum())(student)
+    np.testing.assert_allclose(gradient, gap / 10, rtol=0.01, atol=5e-4)
+
+
+@pytest.mark.parametrize("size", [200.0, 1e4])
+def test_extreme_logits_stay_finite(size):
+    """Trap 4: log of a softmax would be −inf."""
+    student, teacher = jnp.array([[size, -size, 0.0]]), jnp.array([[-size, size, 0.0]])
+    labels = jnp.array([1])
+    functions = [lambda s, f=f: f(s, teacher, temperature=1.0) for f in SOFT]
+    functions.append(lambda s: losses.distillation_loss(s, teacher, labels))
+    for function in functions:
+        value, gradient = jax.value_and_grad(lambda s, f=function: f(s).sum())(student)
+        chex.assert_tree_all_finite((value, gradient))
+        assert value > size / 2
+
+
+@pytest.mark.parametrize("loss", SOFT)
+def test_masked_classes_count_for_nothing(loss):
+    """Trap 5: −inf in either way of writing it equals slicing, in value and gradient."""
+    student, teacher, _ = draw()
+    where = jnp.arange(10) < 7
+    masked = [jnp.where(where, z, -jnp.inf) for z in (student, teacher)]
+
+    def grad(function, *arguments):
+        return jax.value_and_grad(lambda s, *rest: function(s, *rest).sum())(*arguments)
+
+    expected = grad(lambda s: loss(s[:, :7], teacher[:, :7], temperature=3.0), student)
+    by_where = grad(lambda s: loss(s, teacher, temperature=3.0, where=where[None]), student)
+    by_infinity = grad(lambda s: loss(s, masked[1], temperature=3.0), masked[0])
+    chex.assert_trees_all_close(by_where, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(by_infinity, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_where_that_masks_everything_gives_zero():
+    student, teacher, _ = draw()
+    for loss in SOFT:
+        value, gradient = jax.value_and_grad(
+            lambda s, f=loss: f(s, teacher, temperature=2.0, where=jnp.zeros((1, 10), bool)).sum()
+        )(student)
+        assert value == 0
+        chex.assert_trees_all_equal(gradient, jnp.zeros_like(student))
+
+
+def test_class_ruled_out_by_the_teacher_alone_is_finite_and_by_the_student_alone_is_not():
+    finite, ruled_out = jnp.zeros((1, 3)), jnp.array([[0.0, 0.0, -jnp.inf]])
+    kl = losses.kl_divergence(finite, ruled_out, temperature=1.0)
+    np.testing.assert_allclose(kl, np.log(3 / 2), rtol=1e-6)
+    assert losses.kl_divergence(ruled_out, finite, temperature=1.0) == jnp.inf
+    masked = losses.hard_cross_entropy(ruled_out, jnp.array([0]))
+    np.testing.assert_allclose(masked, np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_logits_are_widened_first(dtype):
+    """Trap 6: over many classes a bf16 softmax loses most of its mass."""
+    student, teacher, _ = draw(shape=(2, 50_000), scale=1.0)
+    narrow = student.astype(dtype), teacher.astype(dtype)
+    for loss, reference in zip(SOFT, (reference_kl, reference_soft), strict=True):
+        value = loss(*narrow, temperature=1.0)
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, reference(*(z.astype(jnp.float32) for z in narrow), 1.0), rtol=1e-3)
+
+
+def test_zero_where_equal_and_positive_elsewhere():
+    student, teacher, _ = draw()
+    np.testing.assert_allclose(losses.kl_divergence(student, student, temperature=3.0), 0, atol=1e-6)
+    assert (losses.kl_divergence(student, teacher, temperature=3.0) > 0).all()
+    gradient = jax.grad(lambda s: losses.kl_divergence(s, student, temperature=3.0).sum())(student)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", SOFT)
+def test_shift_and_permutation_invariance(loss):
+    student, teacher, _ = draw()
+    expected = loss(student, teacher, temperature=2.0)
+    np.testing.assert_allclose(loss(student + 7, teacher - 5, temperature=2.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(loss(student[:, ::-1], teacher[:, ::-1], temperature=2.0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", SOFT)
+def test_axis_is_the_axis_of_classes(loss):
+    student, teacher, _ = draw()
+    np.testing.assert_allclose(
+        loss(student.T, teacher.T, temperature=2.0, axis=0), loss(student, teacher, temperature=2.0), rtol=1e-6
+    )
+
+
+def test_jit_vmap_and_pmap_equal_eager():
+    student, teacher, labels = draw(shape=(8, 10))
+    expected = losses.distillation_loss(student, teacher, labels)
+    for transform in (jax.jit, jax.vmap, jax.pmap):
+        np.testing.assert_allclose(transform(losses.distillation_loss)(student, teacher, labels), expected, rtol=1e-6)
+    traced = jax.jit(lambda t, a: losses.distillation_loss(student, teacher, labels, temperature=t, alpha=a))(2.0, 0.5)
+    np.testing.assert_allclose(traced, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", SOFT)
+def test_gradients_are_those_of_finite_differences(loss):
+    student, teacher, _ = draw(shape=(2, 4), scale=1.0)
+    check_grads(
+        lambda s, t: loss(s, t, temperature=2.0),
+        (student, teacher),
+        order=1,
+        modes=("rev",),
+        eps=1e-2,
+        atol=1e-2,
+        rtol=1e-2,
+    )
+
+
+def test_alpha_weighs_the_soft_term():
+    """Trap 12: elsewhere the same name means the hard term."""
+    student, teacher, labels = draw()
+    soft_only = losses.distillation_loss(student, teacher, labels, temperature=4.0, alpha=1.0)
+    hard_only = losses.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.0)
+    np.testing.assert_allclose(soft_only, losses.soft_cross_entropy(student, teacher, temperature=4.0), rtol=1e-6)
+    np.testing.assert_allclose(hard_only, losses.hard_cross_entropy(student, labels), rtol=1e-6)
+
+
+def test_alpha_of_one_hides_a_label():
+    student, teacher, labels = draw()
+    known = jnp.arange(6) < 2
+    alpha = jnp.where(known, 0.5, 1.0)
+    values = losses.distillation_loss(student, teacher, labels, alpha=alpha)
+    others = losses.distillation_loss(student, teacher, (labels + 1) % 10, alpha=alpha)
+    np.testing.assert_array_equal(np.asarray(values == others), ~np.asarray(known))
+
+
+def test_label_out_of_range_is_nan_not_another_class():
+    student, _, _ = draw()
+    values = losses.hard_cross_entropy(student, jnp.array([-1, 10, 0, 1, 2, 9]))
+    np.testing.assert_array_equal(np.isnan(values), [True, True, False, False, False, False])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    student, teacher, labels = draw()
+    calls = [lambda f=f: f(student, teacher, temperature=temperature) for f in SOFT]
+    calls.append(lambda: losses.temperature_softmax(student, temperature=temperature))
+    calls.append(lambda: losses.distillation_loss(student, teacher, labels, temperature=temperature))
+    for call in calls:
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            call()
+
+
+def test_wrong_shapes_and_dtypes_raise():
+    """Trap 17: [4, 4] logits with [4] labels, or [B, C] with [C], would broadcast in silence."""
+    student, teacher, labels = draw(shape=(4, 4))
+    for loss in SOFT:
+        with pytest.raises(ValueError, match="must have one shape"):
+            loss(student, teacher[0], temperature=1.0)
+        with pytest.raises(TypeError, match="floating-point"):
+            loss(student, labels, temperature=1.0)
+    with pytest.raises(ValueError, match="temperature must be a scalar"):
+        losses.kl_divergence(student, teacher, temperature=jnp.ones(4))
+    with pytest.raises(ValueError, match="without its last axis"):
+        losses.hard_cross_entropy(student[None], labels)
+    with pytest.raises(TypeError, match="must be integers"):
+        losses.hard_cross_entropy(student, teacher[:, 0])
+    with pytest.raises(ValueError, match=r"alpha is the weight .* \[0, 1\]"):
+        losses.distillation_loss(student, teacher, labels, alpha=1.5)
+    with pytest.raises(ValueError, match="one weight per example"):
+        losses.distillation_loss(student[None], teacher[None], labels[None], alpha=jnp.zeros(4))
+    with pytest.raises(ValueError, match="axis of classes"):
+        losses.temperature_softmax(jnp.array(1.0), temperature=1.0)
