@@ -1,0 +1,116 @@
+"""Models as pairs of pure functions, whatever stands behind them."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxkd.models import CNN, Outputs, from_linen, from_nnx, standardized
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout and a sown feature: everything that a pair has to keep straight."""
+
+    @nn.compact
+    def __call__(self, x, training):
+        x = nn.BatchNorm(use_running_average=not training, momentum=0.5)(nn.Dense(8)(x))
+        self.sow("intermediates", "hidden", x)
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not training)(x))
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = self.norm(self.dense(x))
+        return Outputs(self.out(self.dropout(hidden)), {"hidden": hidden})
+
+
+def inputs():
+    return jax.random.normal(jax.random.key(9), (16, 4))
+
+
+MAKERS = {
+    "linen": lambda: from_linen(Net(), train_argument="training"),
+    "nnx": lambda: from_nnx(lambda rngs: NNXNet(rngs=rngs)),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_pair_is_pure_and_keeps_its_modes_apart(maker):
+    model = MAKERS[maker]()
+    variables = model.init(jax.random.key(0), inputs())
+    assert type(variables["params"]) is dict and set(variables) == {"params", "batch_stats"}
+    chex.assert_trees_all_equal(variables, model.init(jax.random.key(0), inputs()))
+    before = jax.tree.map(jnp.copy, variables)
+    apply = jax.jit(model.apply, static_argnames="train")
+
+    evaluated, unmoved = apply(variables, inputs(), train=False)
+    chex.assert_shape(evaluated.logits, (16, 3))
+    assert list(evaluated.features) == ["hidden"]
+    chex.assert_shape(evaluated.features["hidden"], (16, 8))
+    chex.assert_trees_all_equal(unmoved, variables["batch_stats"])
+
+    first, moved = apply(variables, inputs(), train=True, key=jax.random.key(1))
+    again, _ = apply(variables, inputs(), train=True, key=jax.random.key(1))
+    other, _ = apply(variables, inputs(), train=True, key=jax.random.key(2))
+    chex.assert_trees_all_equal(first, again)
+    assert (first.logits != other.logits).any(), "dropout must follow the key"
+    chex.assert_trees_all_equal_shapes(moved, unmoved)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(unmoved), strict=True))
+    chex.assert_trees_all_equal(variables, before)
+
+
+def test_linen_and_nnx_agree_on_the_same_weights():
+    linen, other = MAKERS["linen"](), MAKERS["nnx"]()
+    theirs = other.init(jax.random.key(0), inputs())
+    names = {"Dense_0": "dense", "BatchNorm_0": "norm", "Dense_1": "out"}
+    ours = {
+        kind: {new: theirs[kind][old] for new, old in names.items() if old in theirs[kind]}
+        for kind in ("params", "batch_stats")
+    }
+    expected, _ = other.apply(theirs, inputs(), train=False)
+    got, _ = linen.apply(ours, inputs(), train=False)
+    chex.assert_trees_all_close(got.logits, expected.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_nnx_module_gives_the_weights_that_it_holds():
+    module = NNXNet(rngs=nnx.Rngs(3))
+    model = from_nnx(module)
+    variables = model.init(jax.random.key(0), inputs())
+    chex.assert_trees_all_equal(variables["params"]["out"]["bias"], jnp.zeros(3))
+    module.eval()
+    outputs, _ = model.apply(variables, inputs(), train=False)
+    chex.assert_trees_all_close(outputs.logits, module(inputs()).logits, rtol=1e-5, atol=1e-6)
+    model.apply(variables, inputs(), train=True, key=jax.random.key(1))
+    chex.assert_trees_all_equal(nnx.state(module, nnx.BatchStat), nnx.state(NNXNet(rngs=nnx.Rngs(3)), nnx.BatchStat))
+
+
+def test_module_without_a_training_mode():
+    with pytest.raises(TypeError, match="has no argument 'train'.*train_argument=None"):
+        from_linen(nn.Dense(3))
+    model = from_linen(nn.Dense(3), train_argument=None)
+    variables = model.init(jax.random.key(0), inputs())
+    outputs, batch_stats = model.apply(variables, inputs(), train=True)
+    chex.assert_shape(outputs.logits, (16, 3))
+    assert outputs.features == {} and batch_stats == {}
+
+
+def test_standardized_takes_images_as_they_are_stored():
+    images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.3, 0.4], np.float32)
+    plain = from_linen(CNN(features=(4,), hidden=4))
+    model = standardized(plain, mean, std)
+    prepared = (np.asarray(images, np.float32) / 255 - mean.reshape(1, 1, 1, 3)) / std.reshape(1, 1, 1, 3)
+    variables = model.init(jax.random.key(1), images)
+    chex.assert_trees_all_equal(variables, plain.init(jax.random.key(1), jnp.asarray(prepared)))
+    got, _ = model.apply(variables, images, train=False)
+    expected, _ = plain.apply(variables, jnp.asarray(prepared), train=False)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
