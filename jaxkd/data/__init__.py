@@ -1,0 +1,23 @@
+"""Image classification sets as NumPy arrays, and random augmentation of their batches.
+
+Importing this package needs jax and NumPy; TensorFlow Datasets, Pillow and rich are imported when a dataset needs them.
+"""
+
+from jaxkd.data.augment import crop_and_flip, random_crop, random_flip
+from jaxkd.data.dataset import Dataset, Split
+from jaxkd.data.errors import DataError
+from jaxkd.data.sources import load
+from jaxkd.data.statistics import channel_statistics
+from jaxkd.data.subset import balanced_subset
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Split",
+    "balanced_subset",
+    "channel_statistics",
+    "crop_and_flip",
+    "load",
+    "random_crop",
+    "random_flip",
+]

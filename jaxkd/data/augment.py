@@ -1,0 +1,101 @@
+"""Random crops and flips of image batches.
+
+Every example has its own draw, made from the key and the example's position in the batch and nothing else: the first
+images of a larger batch are augmented as those of a smaller one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
+    """Shifts each image by up to `padding` pixels in either direction; what comes in at the edge is zero.
+
+    The image is padded by `padding` zeros on every side and cropped back to its size at a uniformly drawn place.
+
+    Args:
+        key: A key.
+        images: `[B, H, W, C]`, any dtype.
+        padding: Pixels, at least 0.
+
+    Returns:
+        `[B, H, W, C]`, dtype of `images`.
+
+    Raises:
+        ValueError: If `images` is not of rank 4 or `padding` is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> images = jnp.ones((2, 3, 3, 1), jnp.uint8)
+        >>> random_crop(jax.random.key(0), images, padding=1)[..., 0].tolist()
+        [[[1, 1, 0], [1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 1, 1], [0, 0, 0]]]
+    """
+    _check_rank(images)
+    if padding < 0:
+        raise ValueError(f"padding is {padding}: it cannot be negative")
+    margins = ((padding, padding), (padding, padding), (0, 0))
+
+    def crop(subkey: Array, image: Array) -> Array:
+        top, left = jax.random.randint(subkey, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(jnp.pad(image, margins), (top, left, jnp.zeros_like(top)), image.shape)
+
+    return jax.vmap(crop)(_subkeys(key, images), images)
+
+
+def random_flip(key: Array, images: Array) -> Array:
+    """Mirrors each image left to right with probability 1/2.
+
+    Args:
+        key: A key.
+        images: `[B, H, W, C]`, any dtype.
+
+    Returns:
+        `[B, H, W, C]`, dtype of `images`.
+
+    Raises:
+        ValueError: If `images` is not of rank 4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> images = jnp.tile(jnp.arange(3.0)[None, None, :, None], (4, 1, 1, 1))
+        >>> random_flip(jax.random.key(0), images)[:, 0, :, 0].tolist()
+        [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
+    """
+    _check_rank(images)
+    flipped = jax.vmap(jax.random.bernoulli)(_subkeys(key, images))
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def crop_and_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
+    """Crops and mirrors at random, as is usual for CIFAR: `random_flip(random_crop(images))`.
+
+    Args:
+        key: A key; the crop takes `fold_in(key, 0)`, the flip `fold_in(key, 1)`.
+        images: `[B, H, W, C]`, any dtype.
+        padding: Pixels, at least 0.
+
+    Returns:
+        `[B, H, W, C]`, dtype of `images`.
+
+    Raises:
+        ValueError: If `images` is not of rank 4 or `padding` is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> images = jnp.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(jnp.uint8)
+        >>> augmented = jax.jit(crop_and_flip)(jax.random.key(0), images)
+        >>> augmented.shape, augmented.dtype
+        ((2, 32, 32, 3), dtype('uint8'))
+    """
+    cropped = random_crop(jax.random.fold_in(key, 0), images, padding=padding)
+    return random_flip(jax.random.fold_in(key, 1), cropped)
+
+
+def _subkeys(key: Array, images: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(images)))
+
+
+def _check_rank(images: Array) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C]: add a batch or a channel axis")

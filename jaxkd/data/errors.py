@@ -1,0 +1,38 @@
+"""The error of loading data, and imports of what only some data needs."""
+
+import importlib
+from typing import Any
+
+
+class DataError(ValueError):
+    """A dataset cannot be loaded; the one-line message names the cause and the remedy."""
+
+
+def require(module: str) -> Any:
+    """Imports a module that `import jaxkd.data` does without.
+
+    Args:
+        module: Its full name, such as `"PIL.Image"`.
+
+    Returns:
+        The module.
+
+    Raises:
+        DataError: If it, or something that it imports, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise not_installed(error) from error
+
+
+def not_installed(error: ImportError) -> DataError:
+    """Says which package is missing and how to get it."""
+    remedy = "pip install 'jaxkd-distill[experiments]'"
+    return DataError(f"this dataset needs {error.name}, which cannot be imported ({one_line(error)}): {remedy}")
+
+
+def one_line(error: Exception) -> str:
+    """The text of another library's error, cut to the length of a line, or its kind if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,108 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd.data import crop_and_flip, random_crop, random_flip
+
+AUGMENTATIONS = [random_crop, random_flip, crop_and_flip]
+KEY = jax.random.key(3)
+
+
+@pytest.fixture
+def images():
+    return jnp.asarray(np.random.default_rng(0).integers(1, 256, (16, 8, 6, 3), np.uint8))
+
+
+def all_crops(image, padding):
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    places = [(top, left) for top in range(2 * padding + 1) for left in range(2 * padding + 1)]
+    return {place: padded[place[0] : place[0] + image.shape[0], place[1] : place[1] + image.shape[1]]
+            for place in places}  # fmt: skip
+
+
+def place_of(image, crop, padding):
+    return next(place for place, expected in all_crops(image, padding).items() if np.array_equal(expected, crop))
+
+
+@pytest.mark.parametrize("padding", [1, 2, 4])
+def test_crop_is_a_crop_of_the_padded_image(images, padding):
+    cropped = random_crop(KEY, images, padding=padding)
+    for image, crop in zip(np.asarray(images), np.asarray(cropped), strict=True):
+        place_of(image, crop, padding)
+
+
+def test_crop_reaches_every_place_alike():
+    images = jnp.arange(1, 26, dtype=jnp.uint8).reshape(1, 5, 5, 1).repeat(900, axis=0)
+    crops = np.asarray(random_crop(KEY, images, padding=1))
+    counts = {
+        place: (crops == crop).all((1, 2, 3)).sum() for place, crop in all_crops(np.asarray(images[0]), 1).items()
+    }
+    assert sum(counts.values()) == 900
+    assert min(counts.values()) > 60 and max(counts.values()) < 140  # 100 expected, deviation 9.4
+
+
+def test_crop_without_padding_changes_nothing(images):
+    chex.assert_trees_all_equal(random_crop(KEY, images, padding=0), images)
+
+
+def test_default_padding_is_four(images):
+    chex.assert_trees_all_equal(random_crop(KEY, images), random_crop(KEY, images, padding=4))
+    chex.assert_trees_all_equal(crop_and_flip(KEY, images), crop_and_flip(KEY, images, padding=4))
+
+
+def test_flip_mirrors_columns_of_half_the_images():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1000, 2, 3, 1), np.uint8))
+    flipped = np.asarray(random_flip(KEY, images))
+    mirrored = (flipped == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
+    kept = (flipped == np.asarray(images)).all((1, 2, 3))
+    assert (mirrored | kept).all()
+    assert 430 < mirrored.sum() < 570
+
+
+def test_both_are_a_crop_and_a_flip_with_keys_of_their_own(images):
+    expected = random_flip(jax.random.fold_in(KEY, 1), random_crop(jax.random.fold_in(KEY, 0), images, padding=2))
+    chex.assert_trees_all_equal(crop_and_flip(KEY, images, padding=2), expected)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_draw_depends_on_position_alone(augment, images):
+    chex.assert_trees_all_equal(augment(KEY, images[:5]), augment(KEY, images)[:5])
+    chex.assert_trees_all_equal(augment(KEY, images.at[0].set(0))[1:], augment(KEY, images)[1:])
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_draws_differ_between_examples_and_keys(augment):
+    images = jnp.arange(1, 37, dtype=jnp.uint8).reshape(1, 6, 6, 1).repeat(32, axis=0)
+    augmented = np.asarray(augment(KEY, images))
+    assert len({image.tobytes() for image in augmented}) > 1
+    assert not np.array_equal(augmented, augment(jax.random.key(4), images))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_jit_equals_eager_and_keeps_the_dtype(augment, dtype, images):
+    images = images.astype(dtype)
+    augmented = jax.jit(augment)(KEY, images)
+    assert augmented.dtype == dtype and augmented.shape == images.shape
+    chex.assert_trees_all_equal(augmented, augment(KEY, images))
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_vmap_equals_a_loop(augment, images):
+    stacked, keys = jnp.stack([images, images[::-1]]), jax.random.split(KEY, 2)
+    expected = jnp.stack([augment(key, batch) for key, batch in zip(keys, stacked, strict=True)])
+    chex.assert_trees_all_equal(jax.vmap(augment)(keys, stacked), expected)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_batch_of_wrong_rank(augment, images):
+    with pytest.raises(ValueError, match=r"shape \(8, 6, 3\), expected \[B, H, W, C\]"):
+        augment(KEY, images[0])
+
+
+@pytest.mark.parametrize("augment", [random_crop, crop_and_flip])
+def test_negative_padding(augment, images):
+    with pytest.raises(ValueError, match="padding is -1: it cannot be negative"):
+        augment(KEY, images, padding=-1)

@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxkd.data import DataError, balanced_subset
+
+LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 60, 50, 4])).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (4, [1, 1, 1, 1]),
+        (16, [4, 4, 4, 4]),
+        (40, [12, 12, 12, 4]),
+        (154, [50, 50, 50, 4]),
+        (174, [60, 60, 50, 4]),
+        (214, [100, 60, 50, 4]),
+    ],
+)
+def test_classes_are_balanced_as_far_as_they_reach(count, expected):
+    indices = balanced_subset(LABELS, count, jax.random.key(0))
+    np.testing.assert_array_equal(np.bincount(LABELS[indices], minlength=4), expected)
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_classes_differ_by_at_most_one(count):
+    counts = np.bincount(LABELS[balanced_subset(LABELS, count, jax.random.key(1))], minlength=4)
+    assert counts.sum() == count and counts.max() - counts.min() <= 1
+
+
+def test_indices_are_sorted_unique_int32():
+    indices = balanced_subset(LABELS, 150, jax.random.key(0))
+    assert indices.dtype == np.int32 and indices.shape == (150,) and (np.diff(indices) > 0).all()
+
+
+def test_key_draws_examples_and_the_odd_class():
+    draws = [balanced_subset(LABELS, 40, jax.random.key(seed)).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    odd = {int(LABELS[balanced_subset(LABELS, 1, jax.random.key(seed))[0]]) for seed in range(40)}
+    assert odd == {0, 1, 2, 3}
+
+
+def test_every_example_of_a_class_is_as_likely():
+    labels = np.repeat([0, 1], 10)
+    drawn = np.zeros(20)
+    for seed in range(200):
+        drawn[balanced_subset(labels, 6, jax.random.key(seed))] += 1
+    assert drawn.min() > 30 and drawn.max() < 90  # 60 expected, deviation 6.5
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (1000, "^1000 labelled images asked for, but the training set has 214: choose at most 214$"),
+        (215, "choose at most 214"),
+        (0, "^0 labelled images asked for, but the training set has 214: choose from 1 to 214$"),
+        (-1, "choose from 1 to 214"),
+    ],
+)
+def test_count_out_of_range(count, message):
+    with pytest.raises(DataError, match=message):
+        balanced_subset(LABELS, count, jax.random.key(0))
