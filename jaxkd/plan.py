@@ -1,0 +1,87 @@
+"""A plan: who learns what from whom, as data.
+
+Direct distillation, assistants, several teachers, born-again generations and transfer-then-distil are plans.
+"""
+
+import graphlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from jaxkd.models.model import Model
+from jaxkd.train import Augment, Loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a plan.
+
+    Attributes:
+        name: Unique in the plan; it names the stage's folder and seeds its random draws.
+        model: The student of this stage.
+        data: Arrays of one length, `inputs` first among them, of which each batch is a selection; the loss reads them
+            by name. Teacher and student may learn from different ones.
+        loss: `(student, teachers, batch) -> [B]`.
+        tx: The optimizer.
+        steps: How many steps to take.
+        teachers: Names of the stages whose final models teach this one, in the order in which the loss gets them.
+        start: Name of a stage of the same architecture from whose final weights this one starts; `None`: fresh ones.
+        batch_size: Examples a step.
+        augment: `(key, inputs) -> inputs`, run inside the step.
+        cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
+            that the loss then gets hold no features.
+    """
+
+    name: str
+    model: Model
+    data: Mapping[str, Any]
+    loss: Loss
+    tx: optax.GradientTransformation
+    steps: int
+    teachers: tuple[str, ...] = ()
+    start: str | None = None
+    batch_size: int = 128
+    augment: Augment | None = None
+    cache_teachers: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` if the attributes contradict each other."""
+        lengths = {name: len(array) for name, array in self.data.items()}
+        if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
+            raise ValueError(
+                f"stage {self.name!r} needs `inputs` and arrays of their length, at least 1, got {lengths}"
+            )
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
+        if self.cache_teachers and self.augment is not None:
+            raise ValueError(
+                f"stage {self.name!r} would learn from logits of images that it does not see: "
+                "drop either augment or cache_teachers"
+            )
+
+
+def order(plan: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Sorts a plan so that every stage comes after those it learns from.
+
+    Args:
+        plan: Stages in any order.
+
+    Returns:
+        The same stages.
+
+    Raises:
+        ValueError: If two stages share a name, one names a stage that is not there, or they wait for each other.
+    """
+    stages = {stage.name: stage for stage in plan}
+    if len(stages) != len(plan):
+        raise ValueError(f"stages must have different names, got {[stage.name for stage in plan]}")
+    needs = {stage.name: [*stage.teachers, *([stage.start] if stage.start else [])] for stage in plan}
+    for name, needed in needs.items():
+        if unknown := [other for other in needed if other not in stages]:
+            raise ValueError(f"stage {name!r} learns from {unknown}, which the plan does not have: {list(stages)}")
+    try:
+        return tuple(stages[name] for name in graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"stages wait for each other: {' -> '.join(error.args[1])}") from error

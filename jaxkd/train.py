@@ -1,0 +1,146 @@
+"""One training step: teachers outside the gradient, the student inside it."""
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxkd.models.model import Model, Outputs
+
+Batch = Mapping[str, Any]
+"""What a step learns from: `inputs` [B, ...] and whatever the loss reads, such as `labels` [B]."""
+
+Loss = Callable[[Outputs, tuple[Outputs, ...], Batch], Array]
+"""`(student, teachers, batch) -> [B]`, one value per example, by functions of `jaxkd.losses`."""
+
+Augment = Callable[[Array, Array], Array]
+"""`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`."""
+
+
+class Purpose(enum.IntEnum):
+    """What a random draw is for; folded into a stage's key, so that no two purposes share their bits."""
+
+    INIT = 0
+    ORDER = 1
+    AUGMENT = 2
+    MODEL = 3
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes.
+
+    Attributes:
+        params: The student's parameters.
+        batch_stats: Its running statistics, `{}` where it has none.
+        opt_state: The optimizer's state.
+        step: Steps taken so far, int32 scalar.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    step: Array
+
+    @property
+    def variables(self) -> dict:
+        """The student's variables, as `Model.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def make_state(variables: dict, tx: optax.GradientTransformation) -> TrainState:
+    """Makes the state before the first step.
+
+    Args:
+        variables: What `model.init` returned, or pretrained weights. Copied: a step donates its state, and donated
+            buffers must not be anyone else's.
+        tx: The optimizer.
+
+    Returns:
+        The state at step 0.
+    """
+    variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), variables)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    teachers: Sequence[Model] = (),
+    augment: Augment | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Makes the compiled training step of a student.
+
+    The teachers see the same augmented inputs as the student, run with their running statistics, and are evaluated
+    before the gradient is taken: nothing of theirs is differentiated, updated or moved.
+
+    Args:
+        model: The student.
+        tx: The optimizer.
+        loss: `(student, teachers, batch) -> [B]`; the step minimises its mean.
+        teachers: The models of the teachers, in the order in which the loss gets their outputs.
+        augment: `(key, inputs) -> inputs`, run inside the step.
+
+    Returns:
+        `step(state, batch, teacher_variables, key) -> (state, metrics)`. `teacher_variables` is a tuple, one for each
+        teacher. `key` is the whole training's: each step folds its own number in, so that a restarted training draws
+        what an unbroken one draws. `metrics` holds `loss`, the mean over the batch. The state is donated: use the
+        one returned.
+
+    Raises:
+        ValueError: At the first call, if the loss does not return one value per example or the number of
+            `teacher_variables` is not that of the teachers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxkd import losses, models, train
+        >>> model = models.from_linen(models.CNN(features=(8,), hidden=8))
+        >>> batch = {"inputs": jnp.ones((4, 8, 8, 1)), "labels": jnp.arange(4)}
+        >>> variables = model.init(jax.random.key(0), batch["inputs"])
+        >>> tx = optax.sgd(0.1)
+        >>> step = train.make_train_step(
+        ...     model, tx, lambda student, _, batch: losses.hard_cross_entropy(student.logits, batch["labels"])
+        ... )
+        >>> state, metrics = step(train.make_state(variables, tx), batch, (), jax.random.key(1))
+        >>> int(state.step), metrics["loss"].shape
+        (1, ())
+    """
+    teachers = tuple(teachers)
+
+    def step(
+        state: TrainState, batch: Batch, teacher_variables: tuple[dict, ...], key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if len(teacher_variables) != len(teachers):
+            raise ValueError(f"{len(teachers)} teachers, but variables for {len(teacher_variables)}")
+        inputs = batch["inputs"]
+        if augment is not None:
+            inputs = augment(_draw(key, Purpose.AUGMENT, state.step), inputs)
+        taught = tuple(
+            teacher.apply(variables, inputs, train=False)[0]
+            for teacher, variables in zip(teachers, teacher_variables, strict=True)
+        )
+
+        def mean_loss(params: Any) -> tuple[Array, dict]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            student, batch_stats = model.apply(variables, inputs, train=True, key=_draw(key, Purpose.MODEL, state.step))
+            values = loss(student, taught, batch)
+            if values.shape != inputs.shape[:1]:
+                raise ValueError(f"the loss must return one value per example {inputs.shape[:1]}, got {values.shape}")
+            return values.mean(), batch_stats
+
+        (value, batch_stats), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, batch_stats, opt_state, state.step + 1), {"loss": value}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _draw(key: Array, purpose: Purpose, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
