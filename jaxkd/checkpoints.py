@@ -1,0 +1,136 @@
+"""Checkpoints that are either sound or not there.
+
+Orbax writes the arrays and makes the folder appear in one rename. It restores a flipped bit without a word, so a
+manifest of checksums is written beside the folder once it is complete; what has no manifest, or disagrees with it, does
+not count.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was found.
+
+    Attributes:
+        step: Its number.
+        tree: The arrays, in the structure that was asked for.
+        notes: What was saved beside them.
+    """
+
+    step: int
+    tree: Any
+    notes: dict
+
+
+def save(folder: str | os.PathLike, step: int, tree: Any, *, notes: dict | None = None, keep: int = 2) -> None:
+    """Saves a tree of arrays as the newest checkpoint of a folder.
+
+    Args:
+        folder: Holds the checkpoints of one training; made if absent.
+        step: Number of the checkpoint; an older one of this number is replaced.
+        tree: Any pytree of arrays.
+        notes: Small JSON values to keep beside it.
+        keep: How many of the newest checkpoints stay: with two, one may be damaged.
+
+    Raises:
+        OSError: If it cannot be written; the checkpoints of other numbers still stand.
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(folder, step)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder / str(step), tree)
+        checkpointer.wait_until_finished()
+    manifest = {"files": _checksums(folder / str(step)), "notes": notes or {}}
+    write_atomically(_manifest(folder, step), json.dumps(manifest, indent=1).encode())
+    kept = {name for kept in _steps(folder)[:keep] for name in (str(kept), _manifest(folder, kept).name)}
+    for path in folder.iterdir():  # older checkpoints, and what a killed process left half-written
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
+    """Restores the newest sound checkpoint of a folder.
+
+    A damaged one is passed over with a warning, for the one before it.
+
+    Args:
+        folder: Holds the checkpoints of one training.
+        like: A tree of arrays, or of `jax.ShapeDtypeStruct`, in the structure that was saved.
+
+    Returns:
+        The checkpoint, or `None` if there is no sound one.
+    """
+    folder = Path(folder).absolute()
+    for step in _steps(folder):
+        try:
+            manifest = json.loads(_manifest(folder, step).read_bytes())
+            if manifest["files"] != _checksums(folder / str(step)):
+                raise ValueError("its files differ from their checksums")
+            with _checkpointer() as checkpointer:
+                tree = checkpointer.restore(folder / str(step), jax.tree.map(_abstract, like))
+            return Restored(step, tree, manifest["notes"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"checkpoint {folder / str(step)} is damaged and passed over: {reason}", stacklevel=2)
+    return None
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file so that, whenever the process dies, it holds all of its old or all of its new content.
+
+    Args:
+        path: The file; its folder exists.
+        content: The new content.
+
+    Raises:
+        OSError: If it cannot be written; the old content still stands.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer()
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _manifest(folder: Path, step: int) -> Path:
+    return folder / f"{step}.json"
+
+
+def _steps(folder: Path) -> list[int]:
+    """The numbers that have a manifest, newest first."""
+    return sorted((int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()), reverse=True)
+
+
+def _remove(folder: Path, step: int) -> None:
+    _manifest(folder, step).unlink(missing_ok=True)
+    shutil.rmtree(folder / str(step), ignore_errors=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,177 @@
+"""A run's directory: what was asked for, on what it ran, what was measured, and what to resume from.
+
+config.json     the configuration, a fingerprint of the data, versions and device
+metrics.jsonl   one record an evaluation during training
+results.json    the table's rows
+checkpoints/    one folder a seed and stage
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkd.checkpoints import write_atomically
+
+PLACES = ("workdir", "data_dir")
+"""Options that say where things lie; they may differ between a run and its continuation."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "jaxkd-distill")
+
+
+class RunError(ValueError):
+    """A run that cannot be started or continued as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An opened run directory.
+
+    Attributes:
+        folder: Where it lies.
+        config: The configuration, as JSON values.
+        environment: Versions, device and commit that it was started with.
+    """
+
+    folder: Path
+    config: dict
+    environment: dict
+
+    def checkpoints(self, seed: int, stage: str) -> Path:
+        """The folder of a stage's checkpoints."""
+        return self.folder / "checkpoints" / f"seed{seed}" / stage
+
+    def metrics(self) -> list[dict]:
+        """The records so far; a last line that was cut off by a crash does not count."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append_metrics(self, record: dict) -> None:
+        """Adds a record with `seed`, `stage` and `step`."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind_metrics(self, seed: int, stage: str, step: int) -> None:
+        """Drops a stage's records after a step, from which its training goes on."""
+        kept = [r for r in self.metrics() if (r["seed"], r["stage"]) != (seed, stage) or r["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.folder / "metrics.jsonl", text.encode())
+
+    def write_results(self, rows: Iterable[Mapping]) -> None:
+        """Writes the table's rows."""
+        write_atomically(self.folder / "results.json", _json(list(rows)))
+
+
+def open_run(folder: str | os.PathLike, config: Mapping[str, Any], *, arrays: Iterable[np.ndarray] = ()) -> Run:
+    """Starts a run in an empty or absent folder, or continues the one that is there.
+
+    Args:
+        folder: The run's directory.
+        config: JSON values. A run is continued only under the same ones, `PLACES` apart.
+        arrays: The data, of which a fingerprint is kept: a run is continued only on the same.
+
+    Returns:
+        The run.
+
+    Raises:
+        RunError: If the folder holds something else, or a run of another configuration or other data.
+        OSError: If the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    wanted = {"config": json.loads(_json(dict(config))), "data": _fingerprint(arrays)}
+    path = folder / "config.json"
+    if path.exists():
+        return _continue(folder, wanted, path)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is not a folder: name another --workdir")
+    if folder.exists() and any(not path.name.startswith(".config.json") for path in folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run: name another --workdir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _json(wanted | {"environment": environment()}))
+    return Run(folder, wanted["config"], environment())
+
+
+def _continue(folder: Path, wanted: dict, path: Path) -> Run:
+    try:
+        found = json.loads(path.read_text())
+        before = found["config"]
+        environment, data = found["environment"], found["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no run's configuration ({error}): name another --workdir") from error
+    config = wanted["config"]
+    differing = [
+        f"{name} {before.get(name)!r} there and {config.get(name)!r} here"
+        for name in sorted(before.keys() | config.keys())
+        if name not in PLACES and before.get(name) != config.get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"{folder} holds a run of another configuration ({'; '.join(differing)}): name another --workdir"
+        )
+    if data != wanted["data"]:
+        raise RunError(f"{folder} holds a run on other data, though of the same name: name another --workdir")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: name another --workdir")
+    return Run(folder, config, environment)
+
+
+def environment() -> dict:
+    """What a run's bits depend on besides its configuration: versions, device, flags and commit."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "platform": device.platform,
+        "device": device.device_kind if device.platform != "cpu" else platform.machine(),
+        "device_count": jax.device_count(),
+        "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The source's commit, with `+` behind it where the source differs from it."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--dirty=+",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

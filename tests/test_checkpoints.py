@@ -1,0 +1,102 @@
+"""Checkpoints are sound or not there."""
+
+import json
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxkd import checkpoints, train
+
+
+def state(step):
+    variables = {"params": {"kernel": jnp.arange(400.0) + step}, "batch_stats": {}}
+    return train.make_state(variables, optax.adam(0.1))._replace(step=jnp.int32(step))
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_restores_what_was_saved(tmp_path):
+    checkpoints.save(tmp_path, 3, state(3), notes={"seconds": 1.5})
+    found = checkpoints.restore(tmp_path, state(0))
+    assert found.step == 3 and found.notes == {"seconds": 1.5}
+    chex.assert_trees_all_equal(found.tree, state(3))
+    assert isinstance(found.tree, train.TrainState)
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert checkpoints.restore(tmp_path / "absent", state(0)) is None
+
+
+def test_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path):
+    (tmp_path / "2").mkdir()
+    (tmp_path / "4.orbax-checkpoint-tmp-7").mkdir()
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, state(step), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["2", "2.json", "3", "3.json"]
+    checkpoints.save(tmp_path, 3, state(33))
+    chex.assert_trees_all_equal(checkpoints.restore(tmp_path, state(0)).tree, state(33))
+
+
+def test_folder_without_a_manifest_does_not_count(tmp_path):
+    checkpoints.save(tmp_path, 1, state(1))
+    checkpoints.save(tmp_path, 2, state(2))
+    (tmp_path / "2.json").unlink()
+    (tmp_path / "9").mkdir()
+    assert checkpoints.restore(tmp_path, state(0)).step == 1
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": lambda folder: flip(largest_file(folder / "2")),
+    "a truncated file": lambda folder: os.truncate(largest_file(folder / "2"), 10),
+    "a missing file": lambda folder: largest_file(folder / "2").unlink(),
+    "a broken manifest": lambda folder: (folder / "2.json").write_text("{"),
+    "a manifest of another kind": lambda folder: (folder / "2.json").write_text(json.dumps([1])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_one_falls_back_and_says_so(tmp_path, damage):
+    checkpoints.save(tmp_path, 1, state(1))
+    checkpoints.save(tmp_path, 2, state(2))
+    DAMAGES[damage](tmp_path)
+    with pytest.warns(UserWarning, match=r"2 is damaged and passed over"):
+        found = checkpoints.restore(tmp_path, state(0))
+    assert found.step == 1
+    chex.assert_trees_all_equal(found.tree, state(1))
+
+
+def test_checkpoint_of_another_model_is_passed_over(tmp_path):
+    checkpoints.save(tmp_path, 1, {"other": jnp.zeros(3)})
+    with pytest.warns(UserWarning, match="passed over"):
+        assert checkpoints.restore(tmp_path, state(0)) is None
+
+
+def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoints.write_atomically(path, b"old")
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_restores_on_one_of_several_devices(tmp_path):
+    assert jax.device_count() == 8
+    checkpoints.save(tmp_path, 1, jax.device_put({"x": jnp.arange(8.0)}, jax.devices()[3]))
+    assert checkpoints.restore(tmp_path, {"x": jnp.zeros(8)}).tree["x"].devices() == {jax.devices()[0]}
