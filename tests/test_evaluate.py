@@ -1,0 +1,234 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import evaluate
+from jaxkd.models import CNN, Model, Outputs, from_linen, standardized
+
+KEYS = (
+    "name accuracy accuracy_mean accuracy_std accuracy_interval agreement ece parameters bytes flops latency_ms "
+    "latency_p95_ms throughput_batch throughput_latency_ms throughput_latency_p95_ms seconds"
+).split()
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = standardized(from_linen(CNN(features=(4,), hidden=8)), [0.5] * 3, [0.2] * 3)
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    return model, model.init(jax.random.key(0), images), images
+
+
+def random_logits(seed, shape=(200, 10)):
+    return np.random.default_rng(seed).normal(0, 2, shape).astype(np.float32)
+
+
+def test_imports_stay_light():
+    heavy = "flax matplotlib rich safetensors orbax.checkpoint"
+    code = "import sys; from jaxkd import evaluate, export, report; "
+    code += f"print([name for name in {heavy.split()} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+def test_prediction_does_not_depend_on_the_batch_size(small, batch_size):
+    model, variables, images = small
+    outputs, _ = model.apply(variables, images, train=False)
+    logits = evaluate.make_predict(model, batch_size=batch_size)(variables, images)
+    assert isinstance(logits, np.ndarray) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, outputs.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_prediction_compiles_once_in_evaluation_mode_and_widens():
+    modes = []
+
+    def apply(variables, inputs, *, train, key=None):
+        modes.append(train)
+        return Outputs(inputs.astype(jnp.bfloat16) * variables["params"], {}), {}
+
+    predict = evaluate.make_predict(Model(init=dict, apply=apply), batch_size=4)
+    for total in (1, 4, 6, 8):
+        inputs = np.arange(total * 3, dtype=np.float32).reshape(total, 3)
+        logits = predict({"params": jnp.ones((), jnp.bfloat16)}, inputs)
+        assert logits.dtype == np.float32
+        np.testing.assert_array_equal(logits, inputs)
+    assert modes == [False]
+
+
+def test_prediction_of_nothing_and_empty_batches_are_refused(small):
+    model, variables, images = small
+    with pytest.raises(ValueError, match=r"nothing to predict.*\(0, 8, 8, 3\)"):
+        evaluate.make_predict(model)(variables, images[:0])
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        evaluate.make_predict(model, batch_size=0)
+
+
+def test_accuracy_by_hand():
+    logits = np.array([[1.0, 2.0, 0.0], [3.0, 1.0, 2.0], [0.0, 0.0, 1.0], [5.0, 5.0, 1.0]])
+    assert evaluate.accuracy(logits, [1, 2, 2, 0]) == 0.75
+    assert type(evaluate.accuracy(jnp.asarray(logits), jnp.array([1, 0, 2, 0]))) is float
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((3, 2)), [0, 1], r"labels \(2,\) must be one per row"),
+        (np.zeros((3, 2)), [[0], [1], [1]], "must be one per row"),
+        (np.zeros((0, 2)), [], "at least one example"),
+        (np.zeros(3), [0, 1, 0], r"must be \[N, C\]"),
+        ([[0.0, np.nan]], [0], "hold NaN"),
+    ],
+)
+def test_bad_predictions_are_refused(logits, labels, message):
+    for function in (evaluate.accuracy, evaluate.expected_calibration_error):
+        with pytest.raises(ValueError, match=message):
+            function(logits, labels)
+
+
+# Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3.
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_interval_equals_published_ones(correct, total, low, high):
+    np.testing.assert_allclose(evaluate.accuracy_interval(correct, total), (low, high), atol=5e-5)
+    mirrored = evaluate.accuracy_interval(total - correct, total)
+    np.testing.assert_allclose(mirrored, (1 - high, 1 - low), atol=5e-5)
+
+
+def test_interval_stays_in_range_and_widens_with_confidence():
+    assert evaluate.accuracy_interval(0, 9)[0] == 0 and evaluate.accuracy_interval(9, 9)[1] == 1
+    narrow, wide = evaluate.accuracy_interval(8.5, 10, confidence=0.5), evaluate.accuracy_interval(8.5, 10)
+    assert wide[0] < narrow[0] < 0.85 < narrow[1] < wide[1]
+
+
+@pytest.mark.parametrize(("correct", "total", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
+def test_interval_refuses_what_is_no_share(correct, total, confidence):
+    with pytest.raises(ValueError, match=f"correct={correct}, total={total}"):
+        evaluate.accuracy_interval(correct, total, confidence=confidence)
+
+
+def test_agreement_counts_equal_choices_right_or_wrong():
+    first, second = random_logits(0), random_logits(1)
+    assert evaluate.agreement(first, first + 3) == 1
+    assert evaluate.agreement(first, second) == evaluate.agreement(second, first)
+    reference = [[3.0, 0.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 3.0], [9.0, 2.0, 1.0]]
+    assert evaluate.agreement([[3.0, 0.0, 1.0]] * 4, reference) == 0.75
+    with pytest.raises(ValueError, match="must have one shape"):
+        evaluate.agreement(first, second[:1])
+
+
+def reference_calibration_error(logits, labels, bins):
+    logits = logits.astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
+    error = 0.0
+    for i in range(bins):
+        inside = (confidence > i / bins) & (confidence <= (i + 1) / bins)
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return error
+
+
+@pytest.mark.parametrize("bins", [1, 7, 15])
+def test_calibration_error_equals_a_plain_loop(bins):
+    logits, labels = random_logits(2), np.random.default_rng(3).integers(0, 10, 200)
+    expected = reference_calibration_error(logits, labels, bins)
+    assert evaluate.expected_calibration_error(logits, labels, bins=bins) == pytest.approx(expected, rel=1e-12)
+    shifted = evaluate.expected_calibration_error(logits + 1, labels, bins=bins)
+    assert shifted == pytest.approx(expected, rel=1e-4)
+
+
+def test_calibration_bins_hold_their_right_edge():
+    # Confidences 0.5, right, and 0.6, wrong: apart in two bins they cost 0.55 in the mean, together 0.05.
+    logits = np.log([[0.5, 0.5], [0.6, 0.4]])
+    assert evaluate.expected_calibration_error(logits, [0, 1], bins=2) == pytest.approx(0.55)
+    assert evaluate.expected_calibration_error(logits, [0, 1], bins=1) == pytest.approx(0.05)
+
+
+def test_calibration_of_certainty_is_finite():
+    assert evaluate.expected_calibration_error([[1e4, -np.inf], [-1e4, 0.0]], [0, 1]) == 0
+    with pytest.raises(ValueError, match="bins must be positive"):
+        evaluate.expected_calibration_error([[1.0, 0.0]], [0], bins=0)
+
+
+def test_size_counts_parameters_and_what_is_stored():
+    params = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4, jnp.bfloat16)}}
+    variables = {"params": params, "batch_stats": {"mean": np.zeros(4, np.float32)}}
+    assert evaluate.parameter_count(variables) == 16
+    assert evaluate.parameter_bytes(variables) == 12 * 4 + 4 * 2 + 4 * 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_flops_are_near_the_hand_count(batch):
+    model = standardized(from_linen(CNN(features=(32, 64), hidden=64)), [0.5] * 3, [0.2] * 3)
+    images = np.zeros((batch, 32, 32, 3), np.uint8)
+    macs = 30 * 30 * 32 * 27 + 13 * 13 * 64 * 288 + 2304 * 64 + 64 * 10
+    variables = model.init(jax.random.key(0), images)
+    assert 2 * macs < evaluate.flops(model, variables, images) < 1.03 * 2 * macs
+
+
+def test_flops_are_none_where_they_are_not_counted(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+        assert evaluate.flops(*small) is None
+
+    def absent(backend):
+        raise RuntimeError(f"no {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    assert evaluate.flops(*small) is None
+
+
+def test_latency_leaves_out_the_warmup_and_waits_for_each_call(small, monkeypatch):
+    durations = [9.0, 8.0, 1.0, 2.0, 4.0]
+    clock = iter(np.ravel([[0, duration] for duration in durations]) / 1000)
+    ready, waited = jax.block_until_ready, []
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: waited.append(result.shape) or ready(result))
+    time = evaluate.latency(*small, repeats=3, warmup=2)
+    assert time.median_ms == pytest.approx(2) and time.p95_ms == pytest.approx(3.8)
+    assert waited == [(7, 10)] * 5
+
+
+@pytest.mark.parametrize("counts", [{"repeats": 0}, {"warmup": 0}])
+def test_latency_needs_calls(small, counts):
+    with pytest.raises(ValueError, match="must be positive"):
+        evaluate.latency(*small, **counts)
+
+
+def test_a_row_holds_every_key_as_json(small):
+    model, variables, images = small
+    labels, teacher = np.array([0, 1, 2, 3, 4, 5, 6]), np.eye(7, 10)
+    logits = [np.eye(7, 10), np.eye(7, 10)[[0, 1, 2, 3, 4, 0, 0]]]
+    options = {"reference_logits": [teacher, logits[1]], "seconds": [1, 2.5], "throughput_batch": 4, "repeats": 2}
+    row = evaluate.summarize("student", model, [variables] * 2, logits, images, labels, **options)
+    assert list(row) == KEYS and json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row["accuracy"] == [1.0, 5 / 7] and row["accuracy_mean"] == pytest.approx(6 / 7)
+    assert row["accuracy_std"] == pytest.approx((2 / 7) / 2**0.5)
+    assert row["accuracy_interval"] == pytest.approx(evaluate.accuracy_interval(6, 7))
+    assert row["agreement"] == 1.0 and row["throughput_batch"] == 4 and row["seconds"] == [1.0, 2.5]
+    assert row["ece"] == pytest.approx(np.mean([evaluate.measure(seed, labels)["ece"] for seed in logits]))
+    assert (row["parameters"], row["bytes"]) == (498, 498 * 4)
+
+
+def test_one_seed_has_no_spread_and_reruns_differ_in_timings_alone(small):
+    model, variables, images = small
+    arguments = "student", model, [variables], [np.eye(7, 10)], images, np.zeros(7, int)
+    first, second = (evaluate.summarize(*arguments, seconds=[time], repeats=1) for time in (1.0, 2.0))
+    assert first["accuracy_std"] is None and first["agreement"] is None and first["throughput_batch"] == 7
+    assert set(evaluate.TIMINGS) < set(first) and first["seconds"] != second["seconds"]
+    assert all(first[key] == second[key] for key in set(first) - set(evaluate.TIMINGS))
+
+
+def test_a_row_needs_one_of_each_per_seed(small):
+    model, variables, images = small
+    logits = [np.eye(7, 10)] * 2
+    with pytest.raises(ValueError, match=r"student: .* one per seed, got \[1, 2, 2, 2\]"):
+        evaluate.summarize("student", model, [variables], logits, images, np.arange(7), seconds=[1, 2])
+    with pytest.raises(ValueError, match="one per seed"):
+        evaluate.summarize("student", model, [], [], images, np.arange(7), seconds=[])
