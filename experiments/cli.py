@@ -1,0 +1,48 @@
+"""What the experiments' command lines share: options that check themselves, errors of one line."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from jaxkd.data import DataError
+from jaxkd.runs import RunError
+
+Config = TypeVar("Config")
+
+
+class OptionError(ValueError):
+    """An option whose value makes no sense."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises `OptionError(message)` unless a condition holds."""
+    if not holds:
+        raise OptionError(message)
+
+
+def run(main: Callable[[Config], None], config: type[Config], description: str | None) -> None:
+    """Parses the command line into a config and runs an experiment under it.
+
+    Expected errors end in one line and exit status 1, Ctrl-C in a word on how to go on and 130.
+
+    Args:
+        main: The experiment.
+        config: Its frozen dataclass of options.
+        description: What `--help` says above the options.
+    """
+    options = tyro.cli(config, description=description)
+    warnings.showwarning = _show_warning
+    try:
+        main(options)
+    except (OptionError, DataError, RunError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    print(f"warning: {message}", file=sys.stderr)

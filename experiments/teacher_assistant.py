@@ -1,0 +1,88 @@
+"""What does distillation buy a small network, and does an assistant in between help?
+
+A teacher learns from all labels. Students of which only --num-labels images keep their label learn from those alone,
+from the teacher's soft targets on all images, or from the soft targets of an assistant that the teacher taught. Beside
+them, as the upper reference, stands the student that had every label.
+
+Paper: Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, https://arxiv.org/abs/1902.03393
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cli, vision
+from jaxkd import data, distill, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vision.Options):
+    """Options of the experiment."""
+
+    epochs: int = 4
+    """Passes over the training images, for each network; those with few labels take as many steps on them."""
+    learning_rate: float = 3e-3
+    """Adam's, at the start; it falls to 0 along a cosine."""
+    num_labels: int = 500
+    """How many training images keep their label, for assistant and students; the teacher sees all, and its soft targets
+    cover all."""
+
+
+def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
+    """Who learns what from whom."""
+    images, labels = dataset.train
+    key = jax.random.fold_in(jax.random.key(config.seed), config.num_labels)
+    kept = data.balanced_subset(labels, config.num_labels, key)
+    labelled = np.isin(np.arange(len(labels)), kept)
+    everything = {"inputs": images, "labels": labels}
+    few = {"inputs": images[kept], "labels": labels[kept]}
+    # A label that is not kept is nowhere in what a student gets.
+    partly = {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
+
+    def soft(student, teachers, batch):
+        alpha = jnp.where(batch["labelled"], config.alpha, 1.0)
+        (teacher,) = teachers
+        return losses.distillation_loss(
+            student.logits, teacher.logits, batch["labels"], temperature=config.temperature, alpha=alpha
+        )
+
+    teacher = vision.cnn((64, 128), 128, dataset)
+    assistant = vision.cnn((32, 64), 64, dataset)
+    student = vision.cnn((16,), 32, dataset)
+    steps = math.ceil(config.epochs * len(labels) / config.batch_size)
+    alone = {"loss": vision.supervised, "options": config, "steps": steps}
+    taught = {"loss": soft, "options": config, "steps": steps, "cache_teachers": not config.augment}
+    return (
+        vision.stage("teacher", teacher, everything, **alone),
+        vision.stage("assistant", assistant, partly, teachers=("teacher",), **taught),
+        vision.stage("student_alone", student, few, **alone),
+        vision.stage("student_direct", student, partly, teachers=("teacher",), **taught),
+        vision.stage("student_assisted", student, partly, teachers=("assistant",), **taught),
+        vision.stage("student_all_labels", student, everything, **alone),
+    )
+
+
+def main(config: Config) -> None:
+    """Trains, compares and reports."""
+    config.check()
+    dataset = data.load(config.dataset, config.data_dir)
+    vision.run(
+        "teacher_assistant",
+        config,
+        dataset,
+        make_plan(config, dataset),
+        title="Teacher, assistant, student",
+        students=("student_alone", "student_direct", "student_assisted"),
+        comparisons=(
+            ("student_direct", "student_alone"),
+            ("student_assisted", "student_direct"),
+            ("student_direct", "student_all_labels"),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,77 @@
+"""Two CNNs of one architecture on CIFAR-10: model B is model A plus distillation.
+
+Both are Conv 32 - pool - Conv 64 - pool - Dense 64 - Dense 10, trained on the same images, for as many steps, by the
+same optimizer. A learns from the labels alone, B also from the soft targets of a larger CNN (Conv 64 - pool -
+Conv 128 - pool - Dense 128) that was trained on augmented images.
+
+Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
+"""
+
+import dataclasses
+import math
+
+from experiments import cli, vision
+from jaxkd import data, distill, losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(vision.Options):
+    """Options of the experiment."""
+
+    dataset: str = "cifar10"
+    """A TFDS name such as `cifar10`, a folder with train/CLASS/ and test/CLASS/, or `fashion_mnist_mini`."""
+    epochs: int = 10
+    """Passes of A and B over the training images."""
+    teacher_epochs: int = 10
+    """Passes of the teacher, on augmented images."""
+
+    def check(self) -> None:
+        """Raises `OptionError` for a value that makes no sense."""
+        super().check()
+        cli.require(self.teacher_epochs >= 1, f"--teacher-epochs {self.teacher_epochs}: train for at least one")
+
+
+def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
+    """Who learns what from whom."""
+    examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
+
+    def taught(student, teachers, batch):
+        return losses.distillation_loss(
+            student.logits,
+            teachers[0].logits,
+            batch["labels"],
+            temperature=config.temperature,
+            alpha=config.alpha,
+        )
+
+    small, large = vision.cnn((32, 64), 64, dataset), vision.cnn((64, 128), 128, dataset)
+    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
+    teacher_steps = math.ceil(config.teacher_epochs * len(dataset.train.labels) / config.batch_size)
+    augmented = dataclasses.replace(config, augment=True)
+    model_a = vision.stage("model_a", small, examples, vision.supervised, config, steps=steps)
+    return (
+        vision.stage("teacher", large, examples, vision.supervised, augmented, steps=teacher_steps),
+        model_a,
+        dataclasses.replace(
+            model_a, name="model_b", loss=taught, teachers=("teacher",), cache_teachers=not config.augment
+        ),
+    )
+
+
+def main(config: Config) -> None:
+    """Trains, compares and reports."""
+    config.check()
+    dataset = data.load(config.dataset, config.data_dir)
+    vision.run(
+        "two_cnns",
+        config,
+        dataset,
+        make_plan(config, dataset),
+        title="Two CNNs of one architecture",
+        students=("model_a", "model_b"),
+        comparisons=(("model_b", "model_a"), ("model_b", "teacher")),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

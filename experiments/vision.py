@@ -1,0 +1,150 @@
+"""What the image experiments share: options, stages of one length, and what is left behind."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from experiments.cli import require
+from jaxkd import data, distill, export, losses, models, report, runs
+from jaxkd.models import Outputs
+from jaxkd.train import Batch, Loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of an image experiment."""
+
+    dataset: str = "fashion_mnist_mini"
+    """`fashion_mnist_mini`, which comes along; a TFDS name such as `cifar10`; or a folder with train/CLASS/ and
+    test/CLASS/."""
+    data_dir: str | None = None
+    """Where TFDS data sets lie, if not where TFDS puts them."""
+    seeds: int = 3
+    """How many times everything is trained."""
+    seed: int = 0
+    """The first seed; the others count up from it."""
+    epochs: int = 10
+    """Passes over the training images, for each network."""
+    batch_size: int = 128
+    """Images a step."""
+    learning_rate: float = 1e-3
+    """Adam's, at the start; it falls to 0 along a cosine."""
+    temperature: float = 4.0
+    """Softens the targets; above 0."""
+    alpha: float = 0.9
+    """Weight of the soft targets, from 0 to 1; the labels have the rest."""
+    augment: bool = False
+    """Crop and flip the images at random."""
+    workdir: str | None = None
+    """The run's directory; if not named, one below runs/ after the options. The same command again resumes there."""
+
+    def check(self) -> None:
+        """Raises `OptionError` for a value that makes no sense."""
+        require(self.seeds >= 1, f"--seeds {self.seeds}: at least one seed is needed")
+        require(0 <= self.seed < 2**31, f"--seed {self.seed}: choose one from 0 to {2**31 - 1}")
+        require(self.epochs >= 1, f"--epochs {self.epochs}: train for at least one")
+        require(self.batch_size >= 1, f"--batch-size {self.batch_size}: at least one image a step is needed")
+        require(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            f"--learning-rate {self.learning_rate}: must be above 0",
+        )
+        require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            f"--temperature {self.temperature}: must be above 0, which leaves the logits as they are at 1",
+        )
+        require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: the weight of the soft targets lies from 0 to 1")
+
+
+def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.Model:
+    """A CNN for a data set's uint8 images, standardised by the training images' mean and deviation."""
+    network = models.from_linen(models.CNN(tuple(features), hidden, len(dataset.class_names)))
+    return models.standardized(network, *data.channel_statistics(dataset.train.images))
+
+
+def stage(
+    name: str,
+    model: models.Model,
+    examples: Mapping[str, Any],
+    loss: Loss,
+    options: Options,
+    *,
+    steps: int,
+    **more: Any,
+) -> distill.Stage:
+    """A stage with the options' optimizer, batch size and augmentation."""
+    tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps))
+    augment = data.crop_and_flip if options.augment else None
+    return distill.Stage(name, model, examples, loss, tx, steps, batch_size=options.batch_size, augment=augment, **more)
+
+
+def supervised(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Any:
+    """The loss of a network that learns from labels alone."""
+    return losses.hard_cross_entropy(student.logits, batch["labels"])
+
+
+def run(
+    experiment: str,
+    options: Options,
+    dataset: data.Dataset,
+    plan: Sequence[distill.Stage],
+    *,
+    title: str,
+    students: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+) -> None:
+    """Runs a plan and leaves results, report, figures and the best student.
+
+    Args:
+        experiment: Name of the script, for the run's directory.
+        options: Its options.
+        dataset: The images.
+        plan: The stages; `"teacher"` among them is what agreement is measured with.
+        title: The report's.
+        students: Stages of which the best is exported: the highest mean validation accuracy, then the best seed.
+        comparisons: Pairs of stages that the report compares.
+    """
+    config = dataclasses.asdict(options)
+    folder = Path(options.workdir) if options.workdir else _folder(experiment, config)
+    opened = runs.open_run(folder, {"experiment": experiment} | config, arrays=_arrays(dataset))
+    seeds = range(options.seed, options.seed + options.seeds)
+    trained = distill.run_plan(plan, seeds, opened, validation=_batch(dataset.validation))
+    rows = distill.measure(plan, trained, _batch(dataset.test), reference="teacher")
+    opened.write_results(rows)
+    report.write_report(
+        folder,
+        title=title,
+        rows=rows,
+        metrics=opened.metrics(),
+        comparisons=comparisons,
+        settings=opened.config,
+        environment=opened.environment,
+    )
+    best = max(students, key=lambda name: sum(one.validation_accuracy for one in trained[name]))
+    winner = max(trained[best], key=lambda one: one.validation_accuracy)
+    model = next(one.model for one in plan if one.name == best)
+    export.save_safetensors(folder / "student.safetensors", winner.variables)
+    export.save_program(folder / "student.jaxexport", model, winner.variables, dataset.test.images[0])
+    report.print_table(rows)
+    for name, baseline in comparisons:
+        print(report.compare(rows, name, baseline))
+    print(f"The best student by validation, {best}, is exported. Everything is in {folder}: begin with report.md")
+
+
+def _folder(experiment: str, config: Mapping[str, Any]) -> Path:
+    named = {name: value for name, value in config.items() if name not in runs.PLACES}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / experiment / f"{Path(config['dataset']).name}-{digest}"
+
+
+def _arrays(dataset: data.Dataset) -> list:
+    return [array for split in (dataset.train, dataset.validation, dataset.test) for array in split]
+
+
+def _batch(split: data.Split) -> dict:
+    return {"inputs": split.images, "labels": split.labels}
