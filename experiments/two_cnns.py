@@ -61,7 +61,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
 def main(config: Config) -> None:
     """Trains, compares and reports."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
     vision.run(
         "two_cnns",
         config,

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
-from experiments.cli import require
+from experiments.cli import OptionError, require
 from jaxkd import data, distill, export, losses, models, report, runs
 from jaxkd.models import Outputs
 from jaxkd.train import Batch, Loss
@@ -25,6 +26,8 @@ class Options:
     test/CLASS/."""
     data_dir: str | None = None
     """Where TFDS data sets lie, if not where TFDS puts them."""
+    image_size: int = 64
+    """Side in pixels to which a folder's images are fitted."""
     seeds: int = 3
     """How many times everything is trained."""
     seed: int = 0
@@ -62,9 +65,18 @@ class Options:
 
 
 def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.Model:
-    """A CNN for a data set's uint8 images, standardised by the training images' mean and deviation."""
+    """A CNN for a data set's uint8 images, standardised by the training images' mean and deviation.
+
+    Raises:
+        OptionError: If the images are too small for it.
+    """
     network = models.from_linen(models.CNN(tuple(features), hidden, len(dataset.class_names)))
-    return models.standardized(network, *data.channel_statistics(dataset.train.images))
+    model = models.standardized(network, *data.channel_statistics(dataset.train.images))
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), dataset.train.images[:1])
+    except ValueError as error:
+        raise OptionError(f"the images do not fit the network: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def stage(
