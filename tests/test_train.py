@@ -162,3 +162,17 @@ def test_wrong_losses_and_teachers_are_told():
         averaged(started(model, tx), batch(), (), jax.random.key(0))
     with pytest.raises(ValueError, match="1 teachers, but variables for 0"):
         train.make_train_step(model, tx, soft, teachers=[model])(started(model, tx), batch(), (), jax.random.key(0))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_batch_sharded_over_devices_gives_the_step_of_one(devices):
+    model, tx = models.from_linen(Net()), optax.sgd(0.1, momentum=0.9)
+    teacher = model.init(jax.random.key(7), batch()["inputs"])
+    step = train.make_train_step(model, tx, soft, teachers=[model])
+    alone, metrics = step(started(model, tx), batch(), (teacher,), jax.random.key(0))
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("batch",), ()))
+    state, shown = jax.device_put((started(model, tx), (teacher,)), whole)
+    together, same = step(state, jax.device_put(batch(), split), shown, jax.random.key(0))
+    assert len(same["loss"].devices()) == devices
+    chex.assert_trees_all_close((together, same), (alone, metrics), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,50 @@
+"""The front door: what the README shows runs, and lists what there is."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxkd import losses
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def block(language, word):
+    """The code block of a language that holds a word."""
+    (found,) = (text for text in re.findall(rf"```{language}\n(.*?)```", TEXT, re.S) if word in text)
+    return found
+
+
+def test_first_two_commands_do_all_the_set_up():
+    first, second = re.search(r"```bash\n(.*?)\n(.*?)\n```", TEXT).groups()
+    assert first == "python -m pip install -e '.[experiments]' && python -m experiments.teacher_assistant"
+    assert second == "python -m pip install -e '.[test]' && python -m pytest"
+
+
+def test_loss_runs():
+    names = {}
+    exec(block("python", "distillation_loss(student, teacher"), names)
+    assert np.isfinite(names["loss"]) and names["loss"].shape == ()
+
+
+def test_table_lists_every_loss():
+    listed = re.findall(r"^\| `(\w+)` \| ", TEXT, re.M)
+    assert sorted(listed) == sorted(losses.__all__)
+
+
+def test_plan_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shortened = block("python", "run_plan").replace("steps=300", "steps=2").replace("range(3)", "range(1)")
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes floats and integers
+        exec(shortened, names)
+    assert set(names["trained"]) == {"teacher", "student"}
+
+
+@pytest.mark.parametrize("picture", re.findall(r"!\[.*?\]\((.*?)\)", TEXT))
+def test_pictures_are_there(picture):
+    assert (README.parent / picture).read_bytes().startswith(b"\x89PNG")
