@@ -17,5 +17,5 @@ def test_runs_and_compares(tmp_path, execute):
 def test_models_differ_in_their_targets_alone(images):
     teacher, a, b = two_cnns.make_plan(two_cnns.Config(), data.load(images, image_size=16))
     assert a.model is b.model and a.data is b.data and a.tx is b.tx and a.steps == b.steps
-    assert a.augment is b.augment is None and teacher.augment is data.crop_and_flip
+    assert a.augment is b.augment is None and teacher.augment is data.random_flip
     assert b.teachers == ("teacher",) and a.teachers == ()
