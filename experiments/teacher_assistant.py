@@ -26,6 +26,8 @@ class Config(vision.Options):
     """Passes over the training images, for each network; those with few labels take as many steps on them."""
     learning_rate: float = 3e-3
     """Adam's, at the start; it falls to 0 along a cosine."""
+    alpha: float = 0.9
+    """Weight of the soft targets where there is a label, from 0 to 1; without one they have all of it."""
     num_labels: int = 500
     """How many training images keep their label, for assistant and students; the teacher sees all, and its soft targets
     cover all."""
@@ -33,14 +35,22 @@ class Config(vision.Options):
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
     """Who learns what from whom."""
+    data.balanced_subset(dataset.train.labels, config.num_labels, jax.random.key(0))  # refuses a wrong number at once
     images, labels = dataset.train
-    key = jax.random.fold_in(jax.random.key(config.seed), config.num_labels)
-    kept = data.balanced_subset(labels, config.num_labels, key)
-    labelled = np.isin(np.arange(len(labels)), kept)
     everything = {"inputs": images, "labels": labels}
-    few = {"inputs": images[kept], "labels": labels[kept]}
-    # A label that is not kept is nowhere in what a student gets.
-    partly = {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
+
+    def kept(seed):
+        """The images that keep their label; each seed draws its own."""
+        key = jax.random.fold_in(jax.random.key(seed), config.num_labels)
+        return data.balanced_subset(labels, config.num_labels, key)
+
+    def few(seed):
+        return {"inputs": images[kept(seed)], "labels": labels[kept(seed)]}
+
+    def partly(seed):
+        labelled = np.isin(np.arange(len(labels)), kept(seed))
+        # A label that is not kept is nowhere in what a student gets.
+        return {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
 
     def soft(student, teachers, batch):
         alpha = jnp.where(batch["labelled"], config.alpha, 1.0)

@@ -14,6 +14,7 @@ import optax
 from experiments.cli import OptionError, require
 from jaxkd import data, distill, export, losses, models, report, runs
 from jaxkd.models import Outputs
+from jaxkd.plan import Examples
 from jaxkd.train import Batch, Loss
 
 
@@ -44,6 +45,8 @@ class Options:
     """Weight of the soft targets, from 0 to 1; the labels have the rest."""
     augment: bool = False
     """Crop and flip the images at random."""
+    save_every: float = 15.0
+    """Seconds between checkpoints; at the end of a stage and on Ctrl-C there is one in any case."""
     workdir: str | None = None
     """The run's directory; if not named, one below runs/ after the options. The same command again resumes there."""
 
@@ -61,6 +64,7 @@ class Options:
             self.temperature > 0 and math.isfinite(self.temperature),
             f"--temperature {self.temperature}: must be above 0, which leaves the logits as they are at 1",
         )
+        require(self.save_every >= 0, f"--save-every {self.save_every}: at least 0 seconds")
         require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: the weight of the soft targets lies from 0 to 1")
 
 
@@ -82,7 +86,7 @@ def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.M
 def stage(
     name: str,
     model: models.Model,
-    examples: Mapping[str, Any],
+    examples: Examples,
     loss: Loss,
     options: Options,
     *,
@@ -122,11 +126,13 @@ def run(
         comparisons: Pairs of stages that the report compares.
     """
     config = dataclasses.asdict(options)
-    folder = Path(options.workdir) if options.workdir else _folder(experiment, config)
+    folder = Path(options.workdir).expanduser() if options.workdir else _folder(experiment, config)
     opened = runs.open_run(folder, {"experiment": experiment} | config, arrays=_arrays(dataset))
     seeds = range(options.seed, options.seed + options.seeds)
-    trained = distill.run_plan(plan, seeds, opened, validation=_batch(dataset.validation))
-    rows = distill.measure(plan, trained, _batch(dataset.test), reference="teacher")
+    trained = distill.run_plan(
+        plan, seeds, opened, validation=_batch(dataset.validation), save_every=options.save_every
+    )
+    rows = distill.results(plan, trained, _batch(dataset.test), reference="teacher")
     opened.write_results(rows)
     report.write_report(
         folder,
@@ -149,7 +155,7 @@ def run(
 
 
 def _folder(experiment: str, config: Mapping[str, Any]) -> Path:
-    named = {name: value for name, value in config.items() if name not in runs.PLACES}
+    named = {name: value for name, value in config.items() if name not in runs.INCIDENTAL}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return Path("runs") / experiment / f"{Path(config['dataset']).name}-{digest}"
 

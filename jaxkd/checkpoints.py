@@ -8,8 +8,10 @@ not count.
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +32,13 @@ class Restored(NamedTuple):
     notes: dict
 
 
-def save(folder: str | os.PathLike, step: int, tree: Any, *, notes: dict | None = None, keep: int = 2) -> None:
+def save(
+    folder: str | os.PathLike, step: int, tree: Any, *, notes: Mapping[str, Any] | None = None, keep: int = 2
+) -> None:
     """Saves a tree of arrays as the newest checkpoint of a folder.
+
+    Checkpoints of higher numbers go: they were damaged, or passed over, if training has come to this one. Nothing in
+    the folder is touched that is no checkpoint.
 
     Args:
         folder: Holds the checkpoints of one training; made if absent.
@@ -41,19 +48,24 @@ def save(folder: str | os.PathLike, step: int, tree: Any, *, notes: dict | None 
         keep: How many of the newest checkpoints stay: with two, one may be damaged.
 
     Raises:
-        OSError: If it cannot be written; the checkpoints of other numbers still stand.
+        OSError: If it cannot be written; the checkpoints of lower numbers still stand.
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     _remove(folder, step)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder / str(step), tree)
-        checkpointer.wait_until_finished()
-    manifest = {"files": _checksums(folder / str(step)), "notes": notes or {}}
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder / str(step), tree)
+            checkpointer.wait_until_finished()
+    except ValueError as error:  # what orbax makes of a full disk
+        raise OSError(f"{folder / str(step)} cannot be written: {_first_line(error)}") from error
+    content = {"files": _checksums(folder / str(step)), "tree": _describe(tree), "notes": dict(notes or {})}
+    manifest = {"sha256": _digest(content), **content}
     write_atomically(_manifest(folder, step), json.dumps(manifest, indent=1).encode())
-    kept = {name for kept in _steps(folder)[:keep] for name in (str(kept), _manifest(folder, kept).name)}
-    for path in folder.iterdir():  # older checkpoints, and what a killed process left half-written
-        if path.name not in kept:
+    kept = [number for number in _steps(folder) if number <= step][:keep]
+    for path in folder.iterdir():
+        number = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
+        if number and (int(number[1]) not in kept or path.name not in (number[1], f"{number[1]}.json")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -68,20 +80,37 @@ def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
 
     Returns:
         The checkpoint, or `None` if there is no sound one.
+
+    Raises:
+        ValueError: If the newest sound one has another structure, other shapes or other dtypes.
     """
     folder = Path(folder).absolute()
     for step in _steps(folder):
         try:
-            manifest = json.loads(_manifest(folder, step).read_bytes())
-            if manifest["files"] != _checksums(folder / str(step)):
-                raise ValueError("its files differ from their checksums")
-            with _checkpointer() as checkpointer:
-                tree = checkpointer.restore(folder / str(step), jax.tree.map(_abstract, like))
-            return Restored(step, tree, manifest["notes"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            manifest = _read_sound(folder, step)
+        except (ValueError, OSError) as error:
+            reason = _first_line(error)
             warnings.warn(f"checkpoint {folder / str(step)} is damaged and passed over: {reason}", stacklevel=2)
+            continue
+        there, here = manifest["tree"], _describe(like)
+        if there != here:
+            differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+            listed = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing[:3])
+            raise ValueError(f"checkpoint {folder / str(step)} is of another tree ({listed})")
+        with _checkpointer() as checkpointer:
+            tree = checkpointer.restore(folder / str(step), jax.tree.map(_abstract, like))
+        return Restored(step, tree, manifest["notes"])
     return None
+
+
+def _read_sound(folder: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's manifest, if that and the files agree with their checksums."""
+    manifest = json.loads(_manifest(folder, step).read_bytes())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError("its manifest differs from its checksum")
+    if manifest["files"] != _checksums(folder / str(step)):
+        raise ValueError("its files differ from their checksums")
+    return manifest
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -115,6 +144,20 @@ def _checkpointer() -> Any:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _manifest(folder: Path, step: int) -> Path:

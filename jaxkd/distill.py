@@ -7,6 +7,7 @@ with the bits that an unbroken run would have had.
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +24,10 @@ from jaxkd.plan import Stage, order
 from jaxkd.runs import Run, RunError
 from jaxkd.train import Loss, Purpose, TrainState, make_state, make_train_step
 
-__all__ = ["Stage", "Trained", "measure", "run_plan"]
+__all__ = ["Stage", "Trained", "results", "run_plan"]
 
 EVALUATIONS = 10
 """How often, evenly spread, a stage's student meets the validation split."""
-
-SAVE_EVERY = 15.0
-"""Seconds after which the next evaluation also saves a checkpoint."""
 
 
 class Trained(NamedTuple):
@@ -47,7 +45,12 @@ class Trained(NamedTuple):
 
 
 def run_plan(
-    plan: Sequence[Stage], seeds: Iterable[int], run: Run, *, validation: Mapping[str, Any]
+    plan: Sequence[Stage],
+    seeds: Iterable[int],
+    run: Run,
+    *,
+    validation: Mapping[str, Any],
+    save_every: float = 15.0,
 ) -> dict[str, list[Trained]]:
     """Trains every stage of a plan for every seed, from where an earlier call on the same run left off.
 
@@ -59,13 +62,14 @@ def run_plan(
         seeds: One training of the whole plan for each.
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
+        save_every: Seconds between checkpoints within a stage. One is also saved at its end and on Ctrl-C.
 
     Returns:
         For each stage's name, in the plan's order, what it left: one entry a seed.
 
     Raises:
         ValueError: If the plan is inconsistent.
-        RunError: If a loss stops being finite.
+        RunError: If a loss stops being finite, or the run holds checkpoints of another plan.
         OSError: If the run's folder cannot be written.
     """
     stages, seeds, place = order(plan), list(seeds), make_placer()
@@ -73,7 +77,7 @@ def run_plan(
     trained: dict[str, list[Trained]] = {stage.name: [] for stage in plan}
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
-        ready = [_prepare(stage, [models[name] for name in stage.teachers], validation, place) for stage in stages]
+        ready = [_prepare(stage, [models[name] for name in stage.teachers], validation) for stage in stages]
         for seed in seeds:
             for one in ready:
                 name = f"{one.stage.name}, seed {seed}"
@@ -85,14 +89,14 @@ def run_plan(
 
                 teachers = tuple(trained[teacher][-1].variables for teacher in one.stage.teachers)
                 start = trained[one.stage.start][-1].variables if one.stage.start else None
-                result, told = _train(one, seed, teachers, start, run, advance)
+                result, told = _train(one, seed, teachers, start, run, place, save_every, advance)
                 trained[one.stage.name].append(result)
                 progress.remove_task(task)
-                progress.console.print(f"{name}: {told}", highlight=False)
+                progress.console.print(f"{name}: {told}", highlight=False, markup=False)
     return trained
 
 
-def measure(
+def results(
     plan: Sequence[Stage], trained: Mapping[str, Sequence[Trained]], test: Mapping[str, Any], *, reference: str
 ) -> list[dict]:
     """Measures what a plan left on a test set.
@@ -126,20 +130,17 @@ def measure(
 
 
 class _Ready(NamedTuple):
-    """A stage with its compiled functions and its data in place, for all seeds."""
+    """A stage with its compiled functions, for all seeds."""
 
     stage: Stage
     step: Callable[..., tuple[TrainState, dict[str, Array]]]
     init: Callable[..., dict]
     predict: Callable[..., np.ndarray]
     teacher_predicts: list[Callable[..., np.ndarray]]
-    data: dict[str, Array]
     validation: Mapping[str, Any]
 
 
-def _prepare(
-    stage: Stage, teachers: Sequence[Model], validation: Mapping[str, Any], place: Callable[[Any], Array]
-) -> _Ready:
+def _prepare(stage: Stage, teachers: Sequence[Model], validation: Mapping[str, Any]) -> _Ready:
     live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
     return _Ready(
         stage,
@@ -147,7 +148,6 @@ def _prepare(
         jax.jit(stage.model.init),
         make_predict(stage.model),
         [make_predict(teacher) for teacher in teachers] if stage.cache_teachers else [],
-        {name: place(array) for name, array in stage.data.items()},
         validation,
     )
 
@@ -158,63 +158,125 @@ def _train(
     teachers: tuple[dict, ...],
     start: dict | None,
     run: Run,
+    place: Callable[[Any], Array],
+    save_every: float,
     advance: Callable[[int], None],
 ) -> tuple[Trained, str]:
     """Trains one stage for one seed; returns what it left and a word on it."""
-    stage, began = ready.stage, time.monotonic()
+    stage, folder, began = ready.stage, run.checkpoints(seed, ready.stage.name), time.monotonic()
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
-    state, first, notes = _begin(ready, key, start, run.checkpoints(seed, stage.name))
+    examples = stage.examples(seed)
+    data: dict[str, Any] = {name: place(array) for name, array in examples.items()}
+    state, first, notes = _begin(ready, key, start, data["inputs"], folder)
     advance(first)
-    if first == stage.steps:
-        return Trained(state.variables, **notes), "already trained"
     run.rewind_metrics(seed, stage.name, first)
+    if first == stage.steps:
+        return _finished(stage, seed, state, notes, run), "already trained"
 
-    data: dict[str, Any] = ready.data
     if stage.cache_teachers:
         predicted = zip(ready.teacher_predicts, teachers, strict=True)
-        cache = tuple(jnp.asarray(predict(variables, stage.data["inputs"])) for predict, variables in predicted)
+        cache = tuple(jnp.asarray(predict(variables, examples["inputs"])) for predict, variables in predicted)
         data, teachers = data | {"teacher_logits": cache}, ()
-    select = make_order(key, len(stage.data["inputs"]), stage.batch_size)
+    select = make_order(key, len(examples["inputs"]), stage.batch_size)
     evaluated = {-(-stage.steps * (i + 1) // EVALUATIONS) for i in range(EVALUATIONS)}
-    before, saved, losses = notes["seconds"], began, []
-    for number in range(first + 1, stage.steps + 1):
-        state, metrics = ready.step(state, take(data, select(number - 1)), teachers, key)
-        losses.append(metrics["loss"])
-        advance(1)
-        if number in evaluated:
-            record = _evaluate(ready, seed, state, losses)
-            losses = []
-            # Before the checkpoint: a record ahead of the newest checkpoint is rewound, a missing one would be lost.
-            run.append_metrics(record)
-            if number == stage.steps or time.monotonic() - saved > SAVE_EVERY:
-                saved = time.monotonic()
-                notes = {"seconds": before + saved - began, "validation_accuracy": record["validation_accuracy"]}
-                checkpoints.save(run.checkpoints(seed, stage.name), number, state, notes=notes)
-    told = f"{notes['validation_accuracy']:.1%} on validation after {stage.steps} steps and {notes['seconds']:.1f} s"
-    return Trained(state.variables, **notes), told + (f", resumed at step {first}" if first else "")
+    before, saved, losses = notes["seconds"], began, notes["losses"]
+
+    def save(number: int) -> float:
+        seconds = before + time.monotonic() - began
+        # The losses since the last evaluation go along, so that the next record is that of an unbroken run.
+        so_far = [float(loss) for loss in jax.device_get(losses)]
+        noted = {"seconds": seconds, "losses": so_far, "stage": _fingerprint(stage)}
+        checkpoints.save(folder, number, state, notes=noted)
+        return seconds
+
+    try:
+        for number in range(first + 1, stage.steps + 1):
+            state, metrics = ready.step(state, take(data, select(number - 1)), teachers, key)
+            losses.append(metrics["loss"])
+            advance(1)
+            if number in evaluated:
+                # Before the checkpoint: a record ahead of the newest one is rewound, a missing one would be lost.
+                run.append_metrics(_evaluate(ready, seed, state, losses, len(examples["inputs"])))
+                losses = []
+            if number == stage.steps or time.monotonic() - saved > save_every:
+                notes, saved = notes | {"seconds": save(number)}, time.monotonic()
+    except KeyboardInterrupt:
+        _save_if_whole(state, losses, evaluated, save)
+        raise
+    trained = _finished(stage, seed, state, notes, run)
+    told = f"{trained.validation_accuracy:.1%} on validation after {stage.steps} steps and {trained.seconds:.1f} s"
+    return trained, told + (f", resumed at step {first}" if first else "")
 
 
-def _begin(ready: _Ready, key: Array, start: dict | None, folder: Any) -> tuple[TrainState, int, dict]:
+def _begin(
+    ready: _Ready, key: Array, start: dict | None, inputs: Array, folder: Path
+) -> tuple[TrainState, int, dict[str, Any]]:
     """The state to go on from, its step, and the notes that were saved with it."""
-    variables = ready.init(jax.random.fold_in(key, Purpose.INIT), ready.data["inputs"][:1])
+    stage = ready.stage
+    variables = ready.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
     if start is not None:
-        _check_same_tree(ready.stage, start, variables)
+        _check_same_tree(stage, start, variables)
         variables = start
-    state = make_state(variables, ready.stage.tx)
-    found = checkpoints.restore(folder, state)
-    return (found.tree, found.step, found.notes) if found else (state, 0, {"seconds": 0.0})
+    state = make_state(variables, stage.tx)
+    try:
+        found = checkpoints.restore(folder, state)
+    except ValueError as error:
+        raise RunError(f"{error}: it belongs to another plan; name another folder for the run") from error
+    if found is None:
+        return state, 0, {"seconds": 0.0, "losses": []}
+    if found.notes["stage"] != _fingerprint(stage):
+        raise RunError(
+            f"{folder} holds another training ({found.notes['stage']} there, {_fingerprint(stage)} here): "
+            "name another folder for the run"
+        )
+    return found.tree, found.step, found.notes
 
 
-def _evaluate(ready: _Ready, seed: int, state: TrainState, losses: list[Array]) -> dict:
-    stage, number, loss = ready.stage, int(state.step), float(np.mean(jax.device_get(losses)))
-    if not np.isfinite(loss):
-        raise RunError(f"{stage.name}, seed {seed}: the loss is {loss} at step {number}; try a smaller learning rate")
+def _fingerprint(stage: Stage) -> dict[str, Any]:
+    """What can be told of a stage in JSON; the rest of it, such as the learning rate, is for the run's config."""
+    return {
+        "steps": stage.steps,
+        "batch_size": stage.batch_size,
+        "teachers": list(stage.teachers),
+        "start": stage.start,
+        "augment": stage.augment is not None,
+        "cache_teachers": stage.cache_teachers,
+    }
+
+
+def _finished(stage: Stage, seed: int, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:
+    last = [r for r in run.metrics() if (r["seed"], r["stage"], r["step"]) == (seed, stage.name, stage.steps)]
+    if not last:
+        raise RunError(
+            f"{run.folder}/metrics.jsonl has lost the records of {stage.name}, seed {seed}: "
+            f"delete {run.checkpoints(seed, stage.name)} to train it anew"
+        )
+    return Trained(state.variables, notes["seconds"], last[-1]["validation_accuracy"])
+
+
+def _save_if_whole(state: TrainState, losses: Sequence[Any], evaluated: set[int], save: Callable[[int], Any]) -> None:
+    """Saves where Ctrl-C left a training, unless it fell into a step, whose state is then gone."""
+    if state.step.is_deleted():
+        return
+    number = int(state.step)
+    if number and len(losses) == number - max((one for one in evaluated if one <= number), default=0):
+        save(number)
+
+
+def _evaluate(ready: _Ready, seed: int, state: TrainState, losses: Sequence[Any], examples: int) -> dict[str, Any]:
+    stage, number = ready.stage, int(state.step)
+    loss = float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
     logits = ready.predict(state.variables, ready.validation["inputs"])
+    if not np.isfinite(loss) or not np.isfinite(logits).all():
+        raise RunError(
+            f"{stage.name}, seed {seed}: the loss is {loss} by step {number}, and training has diverged; "
+            "try a smaller learning rate"
+        )
     return {
         "seed": seed,
         "stage": stage.name,
         "step": number,
-        "epoch": number * stage.batch_size / len(stage.data["inputs"]),
+        "epoch": number * stage.batch_size / examples,
         "loss": loss,
         "validation_loss": float(np.mean(hard_cross_entropy(logits, ready.validation["labels"]))),
         "validation_accuracy": accuracy(logits, ready.validation["labels"]),

@@ -4,7 +4,8 @@ Direct distillation, assistants, several teachers, born-again generations and tr
 """
 
 import graphlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ import optax
 
 from jaxkd.models.model import Model
 from jaxkd.train import Augment, Loss
+
+Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
+"""Arrays by name, or a function of the seed that returns them."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Stage:
     Attributes:
         name: Unique in the plan; it names the stage's folder and seeds its random draws.
         model: The student of this stage.
-        data: Arrays of one length, `inputs` first among them, of which each batch is a selection; the loss reads them
-            by name. Teacher and student may learn from different ones.
+        data: Arrays of one length, `inputs` among them, of which each batch is a selection; the loss reads them by
+            name. Teacher and student may learn from different ones. Or a function of the seed that returns them, where
+            seeds are to learn from different ones, in equal number.
         loss: `(student, teachers, batch) -> [B]`.
         tx: The optimizer.
         steps: How many steps to take.
@@ -36,7 +41,7 @@ class Stage:
 
     name: str
     model: Model
-    data: Mapping[str, Any]
+    data: Examples
     loss: Loss
     tx: optax.GradientTransformation
     steps: int
@@ -48,11 +53,10 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` if the attributes contradict each other."""
-        lengths = {name: len(array) for name, array in self.data.items()}
-        if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
-            raise ValueError(
-                f"stage {self.name!r} needs `inputs` and arrays of their length, at least 1, got {lengths}"
-            )
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"a stage's name is a folder's: letters, digits, '_', '-' and '.', not {self.name!r}")
+        if not callable(self.data):
+            self.examples(0)
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
         if self.cache_teachers and self.augment is not None:
@@ -60,6 +64,20 @@ class Stage:
                 f"stage {self.name!r} would learn from logits of images that it does not see: "
                 "drop either augment or cache_teachers"
             )
+
+    def examples(self, seed: int) -> Mapping[str, Any]:
+        """The arrays that a seed learns from.
+
+        Raises:
+            ValueError: If there are no `inputs` or the arrays' lengths differ.
+        """
+        data = self.data(seed) if callable(self.data) else self.data
+        lengths = {name: len(array) for name, array in data.items()}
+        if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
+            raise ValueError(
+                f"stage {self.name!r} needs `inputs` and arrays of their length, at least 1, got {lengths}"
+            )
+        return data
 
 
 def order(plan: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -95,8 +95,8 @@ def compare(rows: Sequence[Row], name: str, baseline: str) -> str:
 
     mean ± sample standard deviation of the differences accuracy_i(name) − accuracy_i(baseline)
 
-    Differences of the same seed are compared, as what both have from the seed then cancels. A difference that is no
-    larger than its own spread is said to be so, and so is one that comes from a single seed.
+    Differences of the same seed are compared, as students of one seed share their teacher and their labelled images. A
+    difference that is no larger than its own spread is said to be so, and so is one that comes from a single seed.
 
     Args:
         rows: From `evaluate.summarize`.

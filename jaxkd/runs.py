@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 
 from jaxkd.checkpoints import write_atomically
 
-PLACES = ("workdir", "data_dir")
-"""Options that say where things lie; they may differ between a run and its continuation."""
+INCIDENTAL = ("workdir", "data_dir", "save_every")
+"""Options that move no bit of a result; they may differ between a run and its continuation."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "jaxkd-distill")
 
@@ -51,10 +52,18 @@ class Run:
         return self.folder / "checkpoints" / f"seed{seed}" / stage
 
     def metrics(self) -> list[dict]:
-        """The records so far; a last line that was cut off by a crash does not count."""
+        """The records so far; a last line that was cut off by a crash does not count.
+
+        Raises:
+            RunError: If another line is damaged.
+        """
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            return [record for record in records if record.keys() >= {"seed", "stage", "step"}]
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{path} is damaged ({error}): restore it, or name another --workdir") from error
 
     def append_metrics(self, record: dict) -> None:
         """Adds a record with `seed`, `stage` and `step`."""
@@ -77,7 +86,7 @@ def open_run(folder: str | os.PathLike, config: Mapping[str, Any], *, arrays: It
 
     Args:
         folder: The run's directory.
-        config: JSON values. A run is continued only under the same ones, `PLACES` apart.
+        config: JSON values. A run is continued only under the same ones, `INCIDENTAL` apart.
         arrays: The data, of which a fingerprint is kept: a run is continued only on the same.
 
     Returns:
@@ -97,32 +106,41 @@ def open_run(folder: str | os.PathLike, config: Mapping[str, Any], *, arrays: It
     if folder.exists() and any(not path.name.startswith(".config.json") for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run: name another --workdir")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _json(wanted | {"environment": environment()}))
-    return Run(folder, wanted["config"], environment())
+    now = environment()
+    write_atomically(path, _json(wanted | {"environment": now}))
+    return Run(folder, wanted["config"], now)
 
 
 def _continue(folder: Path, wanted: dict, path: Path) -> Run:
-    try:
-        found = json.loads(path.read_text())
-        before = found["config"]
-        environment, data = found["environment"], found["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no run's configuration ({error}): name another --workdir") from error
+    before, data, started_with = _read_config(path)
     config = wanted["config"]
-    differing = [
-        f"{name} {before.get(name)!r} there and {config.get(name)!r} here"
-        for name in sorted(before.keys() | config.keys())
-        if name not in PLACES and before.get(name) != config.get(name)
-    ]
+    differing = _differing(before, config, but=INCIDENTAL)
     if differing:
-        raise RunError(
-            f"{folder} holds a run of another configuration ({'; '.join(differing)}): name another --workdir"
-        )
+        raise RunError(f"{folder} holds another configuration's run ({differing}): name another --workdir")
     if data != wanted["data"]:
         raise RunError(f"{folder} holds a run on other data, though of the same name: name another --workdir")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written: name another --workdir")
-    return Run(folder, config, environment)
+    if changed := _differing(started_with, environment()):
+        warnings.warn(f"{folder} was started elsewhere, so that bits may differ ({changed})", stacklevel=3)
+    return Run(folder, config, started_with)
+
+
+def _read_config(path: Path) -> tuple[dict, str, dict]:
+    try:
+        found = json.loads(path.read_text())
+        config, data, environment = found["config"], found["data"], found["environment"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no run's configuration ({error}): name another --workdir") from error
+    if not isinstance(config, dict) or not isinstance(environment, dict):
+        raise RunError(f"{path} is no run's configuration: name another --workdir")
+    return config, data, environment
+
+
+def _differing(there: Mapping, here: Mapping, *, but: Container[str] = ()) -> str:
+    names = [name for name in sorted(there.keys() | here.keys()) if name not in but]
+    unlike = [name for name in names if there.get(name) != here.get(name)]
+    return "; ".join(f"{name} {there.get(name)!r} there and {here.get(name)!r} here" for name in unlike)
 
 
 def environment() -> dict:
@@ -136,6 +154,9 @@ def environment() -> dict:
         "device_count": jax.device_count(),
         "cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "x64": jax.config.jax_enable_x64,
+        "prng": jax.config.jax_default_prng_impl,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "commit": _commit(),
     }
 
@@ -148,21 +169,19 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The source's commit, with `+` behind it where the source differs from it."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+    """The source's commit, with `+` behind it where the source differs from it; none of another project's."""
+    source = Path(__file__).resolve().parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        if Path(_git(source, "rev-parse", "--show-toplevel")).resolve() != source.parent:
+            return None
+        return _git(source, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def _fingerprint(arrays: Iterable[np.ndarray]) -> str:

@@ -63,6 +63,9 @@ DAMAGES = {
     "a missing file": lambda folder: largest_file(folder / "2").unlink(),
     "a broken manifest": lambda folder: (folder / "2.json").write_text("{"),
     "a manifest of another kind": lambda folder: (folder / "2.json").write_text(json.dumps([1])),
+    "a changed note": lambda folder: (folder / "2.json").write_text(
+        (folder / "2.json").read_text().replace('"notes": {}', '"notes": {"seconds": 1}')
+    ),
 }
 
 
@@ -77,10 +80,47 @@ def test_damaged_one_falls_back_and_says_so(tmp_path, damage):
     chex.assert_trees_all_equal(found.tree, state(1))
 
 
-def test_checkpoint_of_another_model_is_passed_over(tmp_path):
-    checkpoints.save(tmp_path, 1, {"other": jnp.zeros(3)})
-    with pytest.warns(UserWarning, match="passed over"):
-        assert checkpoints.restore(tmp_path, state(0)) is None
+@pytest.mark.parametrize(
+    "other", [{"other": jnp.zeros(3)}, {"x": jnp.zeros(4)}, {"x": jnp.zeros(3, jnp.bfloat16)}, {"x": jnp.zeros((3, 1))}]
+)
+def test_checkpoint_of_another_tree_is_refused_and_kept(tmp_path, other):
+    checkpoints.save(tmp_path, 1, {"x": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 is of another tree \(\['"):
+        checkpoints.restore(tmp_path, other)
+    assert checkpoints.restore(tmp_path, {"x": jnp.ones(3)}).step == 1
+
+
+def test_saving_touches_nothing_that_is_no_checkpoint(tmp_path):
+    for name in ("thesis.tex", "notes.json", "2026-11"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "photos").mkdir()
+    checkpoints.save(tmp_path, 1, state(1))
+    assert sorted(os.listdir(tmp_path)) == ["1", "1.json", "2026-11", "notes.json", "photos", "thesis.tex"]
+
+
+def test_new_checkpoints_outlive_damaged_ones_of_higher_numbers(tmp_path):
+    for step in (8, 9):
+        checkpoints.save(tmp_path, step, state(step))
+        flip(largest_file(tmp_path / str(step)))
+    checkpoints.save(tmp_path, 1, state(1))
+    assert checkpoints.restore(tmp_path, state(0)).step == 1
+    assert sorted(os.listdir(tmp_path)) == ["1", "1.json"]
+
+
+def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *arguments):
+            pass
+
+        def save(self, *arguments):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a page of details")
+
+    monkeypatch.setattr(checkpoints, "_checkpointer", Full)
+    with pytest.raises(OSError, match="1 cannot be written: RESOURCE_EXHAUSTED: No space left on device$"):
+        checkpoints.save(tmp_path, 1, state(1))
 
 
 def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):

@@ -59,9 +59,9 @@ def chain():
     ]
 
 
-def run_in(folder, plan, seeds=(0, 1)):
+def run_in(folder, plan, seeds=(0, 1), **options):
     run = runs.open_run(folder, {})
-    return distill.run_plan(plan, seeds, run, validation=VALIDATION), run
+    return distill.run_plan(plan, seeds, run, validation=VALIDATION, **options), run
 
 
 def bits(trained):
@@ -76,7 +76,7 @@ def unbroken(tmp_path_factory):
 def test_plan_teaches_and_measures(unbroken):
     trained, run = unbroken
     assert list(trained) == ["teacher", "assistant", "student", "longer"]
-    rows = distill.measure(chain(), trained, VALIDATION, reference="teacher")
+    rows = distill.results(chain(), trained, VALIDATION, reference="teacher")
     assert [row["name"] for row in rows] == list(trained)
     for row in rows:
         assert row["accuracy"] == [one.validation_accuracy for one in trained[row["name"]]]
@@ -96,26 +96,67 @@ def test_seeds_differ_and_repeat(unbroken, tmp_path):
     assert (kernels[0] != kernels[1]).any()
 
 
-@pytest.mark.parametrize("dies_at", [1, 8, 22])
-def test_interrupted_plan_ends_with_the_same_bits(unbroken, tmp_path, monkeypatch, dies_at):
+@pytest.mark.parametrize("dies_at", [1, 57, 130])
+def test_killed_plan_ends_with_the_same_bits(unbroken, tmp_path, monkeypatch, dies_at):
     trained, run = unbroken
-    monkeypatch.setattr(distill, "SAVE_EVERY", 0.0)
     saved, save = [], checkpoints.save
 
-    def dying(*arguments, **keywords):
-        save(*arguments, **keywords)
-        saved.append(arguments)
+    def dying(folder, step, *arguments, **keywords):
+        save(folder, step, *arguments, **keywords)
+        saved.append((str(folder), step))
         if len(saved) == dies_at:
-            raise KeyboardInterrupt
+            raise SystemExit("killed")
 
     monkeypatch.setattr(checkpoints, "save", dying)
+    with pytest.raises(SystemExit):
+        run_in(tmp_path, chain(), (0,), save_every=0)
+    resumed, resumed_run = run_in(tmp_path, chain(), (0,), save_every=0)
+    chex.assert_trees_all_equal(bits(resumed), {name: seeds[:1] for name, seeds in bits(trained).items()})
+    assert resumed_run.metrics() == [record for record in run.metrics() if record["seed"] == 0]
+    assert len(saved) == len(set(saved)) == 4 * 40, "no step that had been saved was taken again"
+
+
+def test_control_c_saves_where_it_stands(unbroken, tmp_path, monkeypatch):
+    trained, run = unbroken
+    append, records = runs.Run.append_metrics, []
+
+    def interrupted(self, record):
+        append(self, record)
+        records.append(record)
+        if len(records) == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "append_metrics", interrupted)
+    taken, take = [], distill.take
+    monkeypatch.setattr(distill, "take", lambda *arguments: taken.append(0) or take(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, chain())
+    first = len(taken)
+    resumed, resumed_run = run_in(tmp_path, chain())
+    chex.assert_trees_all_equal(bits(resumed), bits(trained))
+    assert resumed_run.metrics() == run.metrics()
+    # The record was written, but the losses behind it not yet forgotten: the one moment at which nothing is saved.
+    assert first == 60 and len(taken) - first == 2 * 4 * 40 - 40
+
+
+def test_control_c_between_steps_loses_no_step(unbroken, tmp_path, monkeypatch):
+    trained, run = unbroken
+    taken, take = [], distill.take
+
+    def interrupted(*arguments):
+        if len(taken) == 61:
+            taken.append("interrupted")
+            raise KeyboardInterrupt
+        taken.append("taken")
+        return take(*arguments)
+
+    monkeypatch.setattr(distill, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path, chain())
     resumed, resumed_run = run_in(tmp_path, chain())
     chex.assert_trees_all_equal(bits(resumed), bits(trained))
     assert resumed_run.metrics() == run.metrics()
-    steps = [(str(folder), step) for folder, step, *_ in saved]
-    assert len(steps) == len(set(steps)), "no step that had been saved was taken again"
+    assert taken.count("taken") == 2 * 4 * 40
 
 
 def test_finished_stages_are_not_trained_again(unbroken):
@@ -132,17 +173,45 @@ def test_finished_stages_are_not_trained_again(unbroken):
     }
 
 
-def test_damaged_result_is_trained_again_from_the_sound_one_before(unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "SAVE_EVERY", 0.0)
+def test_damaged_result_is_trained_again_from_the_sound_one_before(unbroken, tmp_path):
     plan = chain()[:1]
-    _, run = run_in(tmp_path, plan, seeds=(0,))
+    _, run = run_in(tmp_path, plan, seeds=(0,), save_every=0)
     folder = run.checkpoints(0, "teacher")
+    assert sorted(path.name for path in folder.iterdir()) == ["39", "39.json", "40", "40.json"]
     files = (path for path in (folder / "40").rglob("*") if path.is_file())
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1] + b"?")
     with pytest.warns(UserWarning, match="passed over"):
-        resumed, _ = run_in(tmp_path, plan, seeds=(0,))
+        resumed, again = run_in(tmp_path, plan, seeds=(0,))
     chex.assert_trees_all_equal(resumed["teacher"][0].variables, unbroken[0]["teacher"][0].variables)
+    assert again.metrics() == [r for r in unbroken[1].metrics() if (r["stage"], r["seed"]) == ("teacher", 0)]
+
+
+@pytest.mark.parametrize("change", [{"steps": 50}, {"steps": 10}, {"batch_size": 16}, {"start": "other"}])
+def test_checkpoints_of_another_plan_are_refused(tmp_path, change):
+    run_in(tmp_path, [stage("first"), stage("other")], (0,))
+    with pytest.raises(runs.RunError, match="first holds another training .*name another folder"):
+        run_in(tmp_path, [dataclasses.replace(stage("first"), **change), stage("other")], (0,))
+    with pytest.raises(runs.RunError, match=r"is of another tree .*another plan"):
+        run_in(tmp_path, [stage("first", 5), stage("other")], (0,))
+    assert (tmp_path / "checkpoints" / "seed0" / "first" / "40.json").exists()
+
+
+def test_lost_records_are_told(tmp_path):
+    _, run = run_in(tmp_path, [stage("first")], (0,))
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(runs.RunError, match="lost the records of first, seed 0: delete .*first to train it anew"):
+        run_in(tmp_path, [stage("first")], (0,))
+
+
+def test_seeds_learn_from_their_own_examples(tmp_path):
+    def own(seed):
+        return {name: array[seed::2] for name, array in TRAIN.items()}
+
+    trained, _ = run_in(tmp_path / "own", [stage("first", data=own)], (0, 1))
+    for seed in (0, 1):
+        alone, _ = run_in(tmp_path / str(seed), [stage("first", data=own(seed))], (seed,))
+        chex.assert_trees_all_equal(alone["first"][0].variables, trained["first"][seed].variables)
 
 
 def test_other_stages_and_seeds_move_no_bit(unbroken, tmp_path):
@@ -168,9 +237,15 @@ def test_start_takes_over_the_weights(tmp_path):
         run_in(tmp_path, [stage("first"), stage("wide", 8, start="first", **still)], (0,))
 
 
+def test_weights_that_are_lost_in_the_last_step_are_told(tmp_path):
+    wild = stage("wild", tx=optax.sgd(float("nan")), steps=1)
+    with pytest.raises(runs.RunError, match="wild, seed 0: the loss is [0-9.]+ by step 1, and training has diverged"):
+        run_in(tmp_path, [wild], (0,))
+
+
 def test_divergence_stops_the_run_and_keeps_what_is_done(tmp_path):
     wild = stage("wild", tx=optax.sgd(1e30))
-    with pytest.raises(runs.RunError, match="wild, seed 0: the loss is (nan|inf) at step .*smaller learning rate"):
+    with pytest.raises(runs.RunError, match="wild, seed 0: the loss is .* by step .*smaller learning rate"):
         run_in(tmp_path, [stage("first"), wild], (0,))
-    assert checkpoints.restore(tmp_path / "checkpoints" / "seed0" / "wild", {}) is None
+    assert not (tmp_path / "checkpoints" / "seed0" / "wild").exists()
     assert (tmp_path / "checkpoints" / "seed0" / "first" / "40.json").exists()

@@ -47,6 +47,7 @@ def test_inconsistent_plans_are_told():
         {"data": {}},
         {"data": {"inputs": np.zeros((0, 2))}},
         {"data": {"inputs": np.zeros((3, 2)), "labels": np.zeros(2)}},
+        {"data": {"labels": np.zeros(2)}},
         {"steps": 0},
         {"batch_size": 0},
     ],
@@ -61,3 +62,16 @@ def test_cache_that_would_go_stale_is_refused():
     cached = stage("a", cache_teachers=True)
     with pytest.raises(ValueError, match="drop either augment or cache_teachers"):
         dataclasses.replace(cached, augment=lambda key, inputs: inputs)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", ".hidden", "x[/b]"])
+def test_names_that_are_no_folders_are_refused(name):
+    with pytest.raises(ValueError, match="a stage's name is a folder's"):
+        stage(name)
+
+
+def test_seeds_may_learn_from_different_examples():
+    one = stage("a", data=lambda seed: {"inputs": np.full((3, 2), seed)})
+    assert one.examples(7)["inputs"][0, 0] == 7
+    with pytest.raises(ValueError, match="stage 'a' needs"):
+        stage("a", data=lambda seed: {}).examples(0)

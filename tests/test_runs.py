@@ -39,7 +39,7 @@ def test_refuses_a_foreign_folder(tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
     with pytest.raises(runs.RunError, match="is not a folder"):
         runs.open_run(tmp_path / "thesis.tex", CONFIG)
-    for content in ("{", "[]", "{}"):
+    for content in ("{", "[]", "{}", '{"config": [], "data": "", "environment": {}}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(runs.RunError, match="no run's configuration"):
             runs.open_run(tmp_path, CONFIG)
@@ -72,6 +72,28 @@ def test_metrics_rewind_to_a_step_and_forget_a_line_cut_off(tmp_path):
     assert run.metrics() == records[:4]
     run.append_metrics(records[4])
     assert run.metrics() == records[:5]
+
+
+@pytest.mark.parametrize("line", ["gibberish\n", "[1]\n", "\xff\n"])
+def test_damaged_metrics_are_told(tmp_path, line):
+    run = runs.open_run(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(runs.RunError, match=r"metrics.jsonl is damaged"):
+        run.metrics()
+
+
+def test_continuing_elsewhere_is_told(tmp_path):
+    runs.open_run(tmp_path, CONFIG)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["environment"]["jax"] = "0.0.1"
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.warns(UserWarning, match="bits may differ .jax '0.0.1' there and"):
+        assert runs.open_run(tmp_path, CONFIG).environment["jax"] == "0.0.1"
+
+
+def test_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_git", lambda folder, *arguments: str(tmp_path))
+    assert runs.environment()["commit"] is None
 
 
 def test_results_are_strict_json(tmp_path):

@@ -1,6 +1,8 @@
-"""The error of loading data, and imports of what only some data needs."""
+"""The error of loading data, and what raises it everywhere: missing packages and homes."""
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,18 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise not_installed(error) from error
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` spelled out.
+
+    Raises:
+        DataError: If that is a user who is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{os.fspath(path)!r} is in nobody's home directory: check the path") from error
 
 
 def not_installed(error: ImportError) -> DataError:

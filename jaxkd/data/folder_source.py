@@ -52,7 +52,12 @@ def fit(image: "Image", image_size: int) -> np.ndarray:
 
     Returns:
         uint8 `[image_size, image_size, 3]`. The largest centred square is kept and resampled with antialiasing.
+
+    Raises:
+        ValueError: If the image has more than 8 bits a channel.
     """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel, which would be clipped")
     image_ops = require("PIL.ImageOps")
     upright = image_ops.exif_transpose(image).convert("RGB")
     return np.asarray(image_ops.fit(upright, (image_size, image_size)))

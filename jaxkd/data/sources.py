@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxkd.data import embedded, folder_source, tfds_folder, tfds_prepare, tfds_source
 from jaxkd.data.dataset import Dataset, Split, make_dataset
-from jaxkd.data.errors import DataError
+from jaxkd.data.errors import DataError, expand
 
 
 def load(
@@ -56,13 +56,13 @@ def _read(name: str, data_dir: Path, image_size: int) -> tuple[Split, Split, tup
     if name == embedded.NAME:
         return embedded.read()
     if _is_path(name, data_dir):
-        return folder_source.read(Path(name).expanduser(), image_size=image_size)
+        return folder_source.read(expand(name), image_size=image_size)
     return tfds_source.read(name, data_dir, image_size=image_size)
 
 
 def _is_path(name: str, data_dir: Path) -> bool:
     """Tells `photos/fruit`, a folder, from `mnist_corrupted/fog`, a dataset and its configuration."""
-    if Path(name).expanduser().is_dir():
+    if expand(name).is_dir():
         return True
     head, *tail = re.split(r"[/\\]", name)
     return bool(tail) and not (head.isidentifier() and tfds_prepare.is_known(head, data_dir))

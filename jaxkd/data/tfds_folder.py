@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from jaxkd.data.errors import DataError
+from jaxkd.data.errors import DataError, expand
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _METADATA = ("dataset_info.json", "features.json")
@@ -13,7 +13,7 @@ _METADATA = ("dataset_info.json", "features.json")
 
 def resolve(data_dir: str | os.PathLike[str] | None) -> Path:
     """The folder of all datasets: `data_dir`, or where TensorFlow Datasets itself looks if that is `None`."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return expand(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find(name: str, data_dir: Path) -> Path | None:

@@ -6,6 +6,7 @@ first. A soft term carries its factor `temperature**2`, so that gradients keep t
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -206,12 +207,14 @@ def distillation_loss(
     """
     soft = soft_cross_entropy(student_logits, teacher_logits, temperature=temperature)
     hard = hard_cross_entropy(student_logits, labels)
-    alpha = jnp.asarray(alpha, soft.dtype)
-    if not isinstance(alpha, jax.core.Tracer) and not jnp.all((alpha >= 0) & (alpha <= 1)):
+    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
+    if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)):
         raise ValueError(f"alpha is the weight of the soft term and must lie in [0, 1], got {alpha}")
+    alpha = jnp.asarray(alpha, soft.dtype)
     if alpha.shape not in ((), soft.shape):
         raise ValueError(f"alpha {alpha.shape} must be a scalar or one weight per example {soft.shape}")
-    return alpha * soft + (1 - alpha) * hard
+    # Where alpha is 1 the label may be a placeholder, even of a class that is ruled out, at an infinite loss.
+    return alpha * soft + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
 
 
 def _soften(
@@ -259,9 +262,9 @@ def _wide(name: str, logits: ArrayLike) -> Array:
 
 
 def _temperature(temperature: ArrayLike, dtype: jnp.dtype) -> Array:
-    temperature = jnp.asarray(temperature, dtype)
-    if temperature.ndim:
-        raise ValueError(f"temperature must be a scalar, got shape {temperature.shape}")
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if jnp.ndim(temperature):
+        raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(temperature)}")
+    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
+    if not isinstance(temperature, jax.core.Tracer) and not np.asarray(temperature) > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return temperature
+    return jnp.asarray(temperature, dtype)

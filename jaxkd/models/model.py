@@ -54,6 +54,7 @@ def from_linen(module: "linen.Module", *, train_argument: str | None = "train") 
 
     Raises:
         TypeError: If the module's `__call__` has no argument of that name.
+        ValueError: From `init`, if the module keeps other variables than parameters and running statistics.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -76,7 +77,12 @@ def from_linen(module: "linen.Module", *, train_argument: str | None = "train") 
 
     def init(key: Array, inputs: Array) -> dict:
         keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-        variables = module.init(keys, inputs, **mode(False))
+        variables: Any = module.init(keys, inputs, **mode(False))
+        if others := sorted(set(variables) - {"params", "batch_stats", "intermediates"}):
+            raise ValueError(
+                f"{type(module).__name__} keeps {', '.join(others)}, for which a model has no place: it has params, "
+                "and batch_stats that move in training"
+            )
         return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
 
     def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
@@ -92,12 +98,13 @@ def from_linen(module: "linen.Module", *, train_argument: str | None = "train") 
 
 
 def _sown(intermediates: dict) -> dict[str, Array]:
-    """Names sown values by their path; a value that was sown once stands in a tuple of one."""
+    """Names sown values by their path, and those of a place that was passed several times by a number too."""
     leaves = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=lambda node: isinstance(node, tuple))
-    return {
-        "/".join(str(entry.key) for entry in path): leaf[0] if len(leaf) == 1 else jnp.stack(leaf)
-        for path, leaf in leaves
-    }
+    features = {}
+    for path, values in leaves:
+        name = "/".join(str(entry.key) for entry in path)
+        features |= {name: values[0]} if len(values) == 1 else {f"{name}/{i}": one for i, one in enumerate(values)}
+    return features
 
 
 def from_nnx(module: "nnx.Module | Callable[[nnx.Rngs], nnx.Module]") -> Model:

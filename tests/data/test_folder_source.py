@@ -73,6 +73,14 @@ def test_every_mode_becomes_rgb(mode):
     assert folder_source.fit(Image.new(mode, (9, 7)), 4).shape == (4, 4, 3)
 
 
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_deep_images_are_refused_rather_than_clipped(mode, photos):
+    Image.new(mode, (9, 7)).save(photos / "train" / "apple" / "deep.tiff")
+    (photos / "train" / "apple" / "deep.tiff").rename(photos / "train" / "apple" / "deep.png")
+    with pytest.raises(data.DataError, match=r"deep.png .*more than 8 bits a channel.*replace or delete it"):
+        data.load(photos)
+
+
 def test_transparent_palette(photos):
     palette = Image.new("P", (8, 8))
     palette.putpalette([10, 20, 30, 40, 50, 60])

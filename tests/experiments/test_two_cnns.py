@@ -14,7 +14,7 @@ def test_runs_and_compares(tmp_path, execute):
     assert "model_b is" in printed
 
 
-def test_models_differ_in_their_targets_alone(images):
+def test_models_share_all_but_targets_and_draws(images):
     teacher, a, b = two_cnns.make_plan(two_cnns.Config(), data.load(images, image_size=16))
     assert a.model is b.model and a.data is b.data and a.tx is b.tx and a.steps == b.steps
     assert a.augment is b.augment is None and teacher.augment is data.random_flip

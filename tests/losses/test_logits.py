@@ -216,6 +216,15 @@ def test_alpha_of_one_hides_a_label():
     np.testing.assert_array_equal(np.asarray(values == others), ~np.asarray(known))
 
 
+def test_alpha_of_one_takes_a_placeholder_of_a_class_that_is_ruled_out():
+    student, teacher = jnp.array([[-jnp.inf, 1.0, 2.0]]), jnp.array([[-jnp.inf, 2.0, 1.0]])
+
+    def loss(student):
+        return losses.distillation_loss(student, teacher, jnp.array([0]), alpha=1.0).sum()
+
+    chex.assert_tree_all_finite(jax.value_and_grad(loss)(student))
+
+
 def test_label_out_of_range_is_nan_not_another_class():
     student, _, _ = draw()
     values = losses.hard_cross_entropy(student, jnp.array([-1, 10, 0, 1, 2, 9]))
@@ -229,8 +238,9 @@ def test_temperature_must_be_positive(temperature):
     calls.append(lambda: losses.temperature_softmax(student, temperature=temperature))
     calls.append(lambda: losses.distillation_loss(student, teacher, labels, temperature=temperature))
     for call in calls:
-        with pytest.raises(ValueError, match="temperature must be positive"):
-            call()
+        for way in (call, jax.jit(call)):
+            with pytest.raises(ValueError, match="temperature must be positive"):
+                way()
 
 
 def test_wrong_shapes_and_dtypes_raise():
@@ -247,8 +257,9 @@ def test_wrong_shapes_and_dtypes_raise():
         losses.hard_cross_entropy(student[None], labels)
     with pytest.raises(TypeError, match="must be integers"):
         losses.hard_cross_entropy(student, teacher[:, 0])
-    with pytest.raises(ValueError, match=r"alpha is the weight .* \[0, 1\]"):
-        losses.distillation_loss(student, teacher, labels, alpha=1.5)
+    for way in (losses.distillation_loss, jax.jit(losses.distillation_loss, static_argnames="alpha")):
+        with pytest.raises(ValueError, match=r"alpha is the weight .* \[0, 1\]"):
+            way(student, teacher, labels, alpha=1.5)
     with pytest.raises(ValueError, match="one weight per example"):
         losses.distillation_loss(student[None], teacher[None], labels[None], alpha=jnp.zeros(4))
     with pytest.raises(ValueError, match="axis of classes"):

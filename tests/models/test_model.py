@@ -103,6 +103,35 @@ def test_module_without_a_training_mode():
     assert outputs.features == {} and batch_stats == {}
 
 
+class Repeated(nn.Module):
+    """Sows one name twice, of two shapes."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "hidden", x)
+        self.sow("intermediates", "hidden", x[:, :1])
+        return x
+
+
+def test_repeated_features_are_numbered():
+    outputs, _ = from_linen(Repeated(), train_argument=None).apply({"params": {}}, inputs(), train=False)
+    assert {name: value.shape for name, value in outputs.features.items()} == {
+        "hidden/0": (16, 4),
+        "hidden/1": (16, 1),
+    }
+
+
+class Cached(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.variable("cache", "bias", jnp.zeros, (4,)).value[None]
+
+
+def test_other_collections_are_refused():
+    with pytest.raises(ValueError, match="Cached keeps cache, for which a model has no place"):
+        from_linen(Cached(), train_argument=None).init(jax.random.key(0), inputs())
+
+
 def test_standardized_takes_images_as_they_are_stored():
     images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.3, 0.4], np.float32)
