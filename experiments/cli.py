@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -33,7 +34,7 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
         config: Its frozen dataclass of options.
         description: What `--help` says above the options.
     """
-    options = tyro.cli(config, description=description)
+    options = tyro.cli(config, prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=description)
     warnings.showwarning = _show_warning
     try:
         main(options)

@@ -5,6 +5,12 @@ from the teacher's soft targets on all images, or from the soft targets of an as
 them, as the upper reference, stands the student that had every label.
 
 Paper: Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, https://arxiv.org/abs/1902.03393
+
+Command: python -m experiments.teacher_assistant
+
+Result: alone 80.4 %, direct 85.5 %, assisted 84.9 %, all labels 86.8 % (fashion_mnist_mini, 500 labels, 3 seeds)
+
+Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses

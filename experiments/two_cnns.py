@@ -5,6 +5,12 @@ same optimizer. A learns from the labels alone, B also from the soft targets of 
 Conv 128 - pool - Dense 128) that was trained on images mirrored at random.
 
 Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
+
+Command: python -m experiments.two_cnns
+
+Result: teacher 72.8 %, A 69.2 %, B 69.7 % (CIFAR-10 re-encoded as JPEG, 3 seeds)
+
+Time: 35 minutes on 2 CPU cores
 """
 
 import dataclasses
