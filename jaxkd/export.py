@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,8 @@ def save_program(path: str | os.PathLike, model: "Model", variables: dict, examp
 
 def _export_without_paths(function: Callable[[Array], Array], batch: jax.ShapeDtypeStruct) -> export.Exported:
     """Exports a program that does not tell the folders and lines of the source it was traced from."""
-    limit = jax.config.jax_traceback_in_locations_limit
+    flags: Any = jax.config
+    limit = flags.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         return export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(batch)

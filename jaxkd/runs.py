@@ -146,6 +146,7 @@ def _differing(there: Mapping, here: Mapping, *, but: Container[str] = ()) -> st
 def environment() -> dict:
     """What a run's bits depend on besides its configuration: versions, device, flags and commit."""
     device = jax.devices()[0]
+    flags: Any = jax.config
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -154,9 +155,9 @@ def environment() -> dict:
         "device_count": jax.device_count(),
         "cores": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "x64": jax.config.jax_enable_x64,
-        "prng": jax.config.jax_default_prng_impl,
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "x64": flags.jax_enable_x64,
+        "prng": flags.jax_default_prng_impl,
+        "matmul_precision": flags.jax_default_matmul_precision,
         "commit": _commit(),
     }
 
@@ -188,7 +189,7 @@ def _fingerprint(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
