@@ -5,13 +5,16 @@ manifest of checksums is written beside the folder once it is complete; what has
 not count.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +55,27 @@ def save(
     """
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    with _uninterrupted():
+        _save(folder, step, tree, notes or {}, keep)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block; orbax's threads would go on writing behind an interrupted save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: int) -> None:
     _remove(folder, step)
     try:
         with _checkpointer() as checkpointer:
@@ -59,7 +83,7 @@ def save(
             checkpointer.wait_until_finished()
     except ValueError as error:  # what orbax makes of a full disk
         raise OSError(f"{folder / str(step)} cannot be written: {_first_line(error)}") from error
-    content = {"files": _checksums(folder / str(step)), "tree": _describe(tree), "notes": dict(notes or {})}
+    content = {"files": _checksums(folder / str(step)), "tree": _describe(tree), "notes": dict(notes)}
     manifest = {"sha256": _digest(content), **content}
     write_atomically(_manifest(folder, step), json.dumps(manifest, indent=1).encode())
     kept = [number for number in _steps(folder) if number <= step][:keep]

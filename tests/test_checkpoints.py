@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import chex
 import jax
@@ -105,6 +106,22 @@ def test_new_checkpoints_outlive_damaged_ones_of_higher_numbers(tmp_path):
     checkpoints.save(tmp_path, 1, state(1))
     assert checkpoints.restore(tmp_path, state(0)).step == 1
     assert sorted(os.listdir(tmp_path)) == ["1", "1.json"]
+
+
+def test_control_c_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
+    make = checkpoints._checkpointer
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        return make()
+
+    monkeypatch.setattr(checkpoints, "_checkpointer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 1, state(1))
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(checkpoints.restore(tmp_path, state(0)).tree, state(1))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_full_disk_is_an_os_error(tmp_path, monkeypatch):

@@ -94,10 +94,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(done, tmp_path, command
         line = command("teacher_assistant", *OPTIONS, "--workdir", folder, "--save-every", 0)
         process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         metrics = folder / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= records):
-            time.sleep(0.01)
-        process.send_signal(kill)
-        _, error = process.communicate(timeout=60)
+        try:
+            while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= records):
+                time.sleep(0.01)
+            process.send_signal(kill)
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
         if kill == signal.SIGINT:
             assert process.returncode == 130 and "the same command goes on" in error
         else:
