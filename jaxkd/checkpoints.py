@@ -59,40 +59,6 @@ def save(
         _save(folder, step, tree, notes or {}, keep)
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off to the end of the block; orbax's threads would go on writing behind an interrupted save."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
-def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: int) -> None:
-    _remove(folder, step)
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(folder / str(step), tree)
-            checkpointer.wait_until_finished()
-    except ValueError as error:  # what orbax makes of a full disk
-        raise OSError(f"{folder / str(step)} cannot be written: {_first_line(error)}") from error
-    content = {"files": _checksums(folder / str(step)), "tree": _describe(tree), "notes": dict(notes)}
-    manifest = {"sha256": _digest(content), **content}
-    write_atomically(_manifest(folder, step), json.dumps(manifest, indent=1).encode())
-    kept = [number for number in _steps(folder) if number <= step][:keep]
-    for path in folder.iterdir():
-        number = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
-        if number and (int(number[1]) not in kept or path.name not in (number[1], f"{number[1]}.json")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
     """Restores the newest sound checkpoint of a folder.
 
@@ -127,16 +93,6 @@ def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
     return None
 
 
-def _read_sound(folder: Path, step: int) -> dict[str, Any]:
-    """A checkpoint's manifest, if that and the files agree with their checksums."""
-    manifest = json.loads(_manifest(folder, step).read_bytes())
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
-        raise ValueError("its manifest differs from its checksum")
-    if manifest["files"] != _checksums(folder / str(step)):
-        raise ValueError("its files differ from their checksums")
-    return manifest
-
-
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file so that, whenever the process dies, it holds all of its old or all of its new content.
 
@@ -157,6 +113,50 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block; orbax's threads would go on writing behind an interrupted save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: int) -> None:
+    _remove(folder, step)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder / str(step), tree)
+            checkpointer.wait_until_finished()
+    except ValueError as error:  # what orbax makes of a full disk
+        raise OSError(f"{folder / str(step)} cannot be written: {_first_line(error)}") from error
+    content = {"files": _checksums(folder / str(step)), "tree": _describe(tree), "notes": dict(notes)}
+    manifest = {"sha256": _digest(content), **content}
+    write_atomically(_manifest(folder, step), json.dumps(manifest, indent=1).encode())
+    kept = [number for number in _steps(folder) if number <= step][:keep]
+    for path in folder.iterdir():
+        number = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
+        if number and (int(number[1]) not in kept or path.name not in (number[1], f"{number[1]}.json")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _read_sound(folder: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's manifest, if that and the files agree with their checksums."""
+    manifest = json.loads(_manifest(folder, step).read_bytes())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError("its manifest differs from its checksum")
+    if manifest["files"] != _checksums(folder / str(step)):
+        raise ValueError("its files differ from their checksums")
+    return manifest
 
 
 def _checkpointer() -> Any:
