@@ -51,7 +51,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         return data.balanced_subset(labels, config.num_labels, key)
 
     def few(seed):
-        return {"inputs": images[kept(seed)], "labels": labels[kept(seed)]}
+        chosen = kept(seed)
+        return {"inputs": images[chosen], "labels": labels[chosen]}
 
     def partly(seed):
         labelled = np.isin(np.arange(len(labels)), kept(seed))
