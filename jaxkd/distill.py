@@ -22,7 +22,7 @@ from jaxkd.losses import hard_cross_entropy
 from jaxkd.models.model import Model, Outputs
 from jaxkd.plan import Stage, order
 from jaxkd.runs import Run, RunError
-from jaxkd.train import Loss, Purpose, TrainState, make_state, make_train_step
+from jaxkd.train import Batch, Loss, Purpose, TrainState, make_state, make_train_step
 
 __all__ = ["Stage", "Trained", "results", "run_plan"]
 
@@ -217,7 +217,8 @@ def _begin(
     if start is not None:
         _check_same_tree(stage, start, variables)
         variables = start
-    state = make_state(variables, stage.tx)
+    loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.fold_in(key, Purpose.LOSS))
+    state = make_state(variables, stage.tx, loss_params=loss_params)
     try:
         found = checkpoints.restore(folder, state)
     except ValueError as error:
@@ -285,7 +286,11 @@ def _evaluate(ready: _Ready, seed: int, state: TrainState, losses: Sequence[Any]
 
 def _from_cache(loss: Loss) -> Loss:
     """The loss, given the teachers' outputs out of the batch."""
-    return lambda student, _, batch: loss(student, tuple(Outputs(one, {}) for one in batch["teacher_logits"]), batch)
+
+    def cached(student: Outputs, _: tuple[Outputs, ...], batch: Batch, *loss_params: Any) -> Array:
+        return loss(student, tuple(Outputs(one, {}) for one in batch["teacher_logits"]), batch, *loss_params)
+
+    return cached
 
 
 def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:

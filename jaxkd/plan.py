@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optax
+from jax import Array
 
 from jaxkd.models.model import Model
 from jaxkd.train import Augment, Loss
@@ -28,7 +29,7 @@ class Stage:
         data: Arrays of one length, `inputs` among them, of which each batch is a selection; the loss reads them by
             name. Teacher and student may learn from different ones. Or a function of the seed that returns them, where
             seeds are to learn from different ones, in equal number.
-        loss: `(student, teachers, batch) -> [B]`.
+        loss: `(student, teachers, batch) -> [B]`, or with `init_loss` `(student, teachers, batch, loss_params) -> [B]`.
         tx: The optimizer.
         steps: How many steps to take.
         teachers: Names of the stages whose final models teach this one, in the order in which the loss gets them.
@@ -37,6 +38,8 @@ class Stage:
         augment: `(key, inputs) -> inputs`, run inside the step.
         cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
             that the loss then gets hold no features.
+        init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector: it gets them as a
+            fourth argument, they are trained beside the student, and the student goes without them.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage:
     batch_size: int = 128
     augment: Augment | None = None
     cache_teachers: bool = False
+    init_loss: Callable[[Array], Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` if the attributes contradict each other."""

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxkd.models.model import Model, Outputs
+from jaxkd.models.model import Model
 
 Batch = Mapping[str, Any]
 """What a step learns from: `inputs` [B, ...] and whatever the loss reads, such as `labels` [B]."""
 
-Loss = Callable[[Outputs, tuple[Outputs, ...], Batch], Array]
-"""`(student, teachers, batch) -> [B]`, one value per example, by functions of `jaxkd.losses`."""
+Loss = Callable[..., Array]
+"""`(student, teachers, batch) -> [B]`, one value per example, by functions of `jaxkd.losses`.
+
+`student` is `Outputs`, `teachers` a tuple of them, `batch` a `Batch`. A loss with parameters of its own, such as a
+projector, takes them as a fourth argument.
+"""
 
 Augment = Callable[[Array, Array], Array]
 """`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`."""
@@ -28,6 +32,19 @@ class Purpose(enum.IntEnum):
     ORDER = 1
     AUGMENT = 2
     MODEL = 3
+    LOSS = 4
+
+
+class LossState(NamedTuple):
+    """What a training step changes of a loss that has parameters of its own.
+
+    Attributes:
+        params: Its parameters.
+        opt_state: Their optimizer's state.
+    """
+
+    params: Any
+    opt_state: Any
 
 
 class TrainState(NamedTuple):
@@ -38,12 +55,14 @@ class TrainState(NamedTuple):
         batch_stats: Its running statistics, `{}` where it has none.
         opt_state: The optimizer's state.
         step: Steps taken so far, int32 scalar.
+        loss: The state of the loss, if it has parameters of its own; the trained student goes without it.
     """
 
     params: Any
     batch_stats: Any
     opt_state: Any
     step: Array
+    loss: LossState | None = None
 
     @property
     def variables(self) -> dict:
@@ -51,20 +70,23 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_state(variables: dict, tx: optax.GradientTransformation) -> TrainState:
+def make_state(variables: dict, tx: optax.GradientTransformation, *, loss_params: Any = None) -> TrainState:
     """Makes the state before the first step.
 
     Args:
         variables: What `model.init` returned, or pretrained weights. Copied: a step donates its state, and donated
             buffers must not be anyone else's.
         tx: The optimizer.
+        loss_params: Parameters of the loss, copied likewise, which the same optimizer trains with a state of its own;
+            `None` for a loss without any.
 
     Returns:
         The state at step 0.
     """
-    variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), variables)
+    variables, loss_params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (variables, loss_params))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32))
+    loss = None if loss_params is None else LossState(loss_params, tx.init(loss_params))
+    return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), loss)
 
 
 def make_train_step(
@@ -83,7 +105,8 @@ def make_train_step(
     Args:
         model: The student.
         tx: The optimizer.
-        loss: `(student, teachers, batch) -> [B]`; the step minimises its mean.
+        loss: `(student, teachers, batch) -> [B]`; the step minimises its mean. If the state holds parameters of the
+            loss, it gets them as a fourth argument.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
         augment: `(key, inputs) -> inputs`, run inside the step.
 
@@ -126,20 +149,29 @@ def make_train_step(
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
         )
 
-        def mean_loss(params: Any) -> tuple[Array, dict]:
+        def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, dict]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             student, batch_stats = model.apply(variables, inputs, train=True, key=_draw(key, Purpose.MODEL, state.step))
-            values = loss(student, taught, batch)
+            values = loss(student, taught, batch, *loss_params)
             if values.shape != inputs.shape[:1]:
                 raise ValueError(f"the loss must return one value per example {inputs.shape[:1]}, got {values.shape}")
             return values.mean(), batch_stats
 
-        (value, batch_stats), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state, state.step + 1), {"loss": value}
+        trained = (state.params,) if state.loss is None else (state.params, state.loss.params)
+        gradient = jax.value_and_grad(mean_loss, argnums=tuple(range(len(trained))), has_aux=True)
+        (value, batch_stats), gradients = gradient(*trained)
+        params, opt_state = _descend(tx, gradients[0], state.opt_state, state.params)
+        own = None
+        if state.loss is not None:
+            own = LossState(*_descend(tx, gradients[1], state.loss.opt_state, state.loss.params))
+        return TrainState(params, batch_stats, opt_state, state.step + 1, own), {"loss": value}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _descend(tx: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    updates, opt_state = tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def _draw(key: Array, purpose: Purpose, step: Array) -> Array:

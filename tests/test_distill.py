@@ -227,6 +227,35 @@ def test_cached_teachers_teach_the_same(tmp_path):
     chex.assert_trees_all_close(bits(one)["student"], bits(other)["student"], rtol=1e-4, atol=1e-5)
 
 
+def projected(student, teachers, batch, kernel):
+    """Learns from the teacher's logits through a projection that is learnt too."""
+    return jnp.square(jnp.tanh(student.logits @ kernel) - jnp.tanh(teachers[0].logits)).mean(-1)
+
+
+def test_parameters_of_a_loss_resume_and_stay_behind(tmp_path, monkeypatch):
+    def plan():
+        student = stage(
+            "student", 4, teachers=("teacher",), loss=projected, init_loss=lambda key: jax.random.normal(key, (3, 3))
+        )
+        return [stage("teacher", 32), student]
+
+    trained, _ = run_in(tmp_path / "unbroken", plan(), seeds=(0,), save_every=0)
+    assert set(trained["student"][0].variables) == {"params", "batch_stats"}
+    saved = checkpoints.save
+
+    def dies(folder, step, *args, **kwargs):
+        saved(folder, step, *args, **kwargs)
+        if folder.name == "student" and step == 17:
+            raise SystemExit
+
+    monkeypatch.setattr(checkpoints, "save", dies)
+    with pytest.raises(SystemExit):
+        run_in(tmp_path / "broken", plan(), seeds=(0,), save_every=0)
+    monkeypatch.setattr(checkpoints, "save", saved)
+    resumed, _ = run_in(tmp_path / "broken", plan(), seeds=(0,), save_every=0)
+    chex.assert_trees_all_equal(bits(resumed), bits(trained))
+
+
 def test_start_takes_over_the_weights(tmp_path):
     still = {"tx": optax.sgd(0.0), "steps": 1}
     trained, _ = run_in(tmp_path, [stage("first"), stage("second", start="first", **still)], (0,))

@@ -90,6 +90,31 @@ def test_gradient_does_not_reach_the_teacher():
     assert jaxpr.count("dot_general") == 3, "forward of teacher and student, and one gradient, the student's"
 
 
+def scaled(student, teachers, batch, scale):
+    return jnp.square(student.logits * scale[None] - 1).sum(-1)
+
+
+def test_parameters_of_the_loss_are_trained_beside_the_student():
+    model, tx = models.from_linen(nn.Dense(3), train_argument=None), optax.sgd(0.1)
+    variables, scale, x = (
+        model.init(jax.random.key(1), batch()["inputs"]),
+        jnp.array([1.0, 2.0, 3.0]),
+        batch()["inputs"],
+    )
+    logits = x @ variables["params"]["kernel"] + variables["params"]["bias"][None]
+    residual = 2 * (logits * scale[None] - 1) / 16
+    expected = (
+        scale - 0.1 * (residual * logits).sum(0),
+        variables["params"]["bias"] - 0.1 * (residual * scale[None]).sum(0),
+    )
+    state = train.make_state(variables, tx, loss_params=scale)
+    state, _ = train.make_train_step(model, tx, scaled)(state, batch(), (), jax.random.key(0))
+    np.testing.assert_allclose(state.loss.params, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(state.params["bias"], expected[1], rtol=1e-5, atol=1e-6)
+    assert set(state.variables) == {"params", "batch_stats"}
+    assert not scale.is_deleted()
+
+
 def test_compiles_once():
     model, tx = models.from_linen(Net()), optax.sgd(0.1)
     counted = chex.assert_max_traces(hard, n=1)
