@@ -1,4 +1,4 @@
-"""Losses on logits: soft and hard cross-entropy, the Kullback–Leibler divergence, and their mixture.
+"""What a student learns from a teacher's logits alone: divergences of softened distributions, and squared distances.
 
 Sums run over classes and over nothing else; the caller averages over examples. Logits of less than 32 bits are widened
 first. A soft term carries its factor `temperature**2`, so that gradients keep their size as the temperature changes.
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+
+from jaxkd.losses._arrays import check_positive, check_share, safe_divide, safe_sqrt
+from jaxkd.losses._softmax import expectation, log_softmax, log_sum_exp, logits_of, logits_pair, soften
 
 
 def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int = -1) -> Array:
@@ -37,8 +40,9 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
-    logits = _wide("logits", logits)
-    return jnp.exp(_log_softmax(logits / _temperature(temperature, logits.dtype), axis))
+    check_positive("temperature", temperature)
+    logits = logits_of("logits", logits)
+    return jnp.exp(log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis))
 
 
 def soft_cross_entropy(
@@ -48,6 +52,7 @@ def soft_cross_entropy(
     temperature: ArrayLike,
     axis: int = -1,
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Array:
     """Cross-entropy of the student's softened distribution under the teacher's, times T².
 
@@ -62,12 +67,14 @@ def soft_cross_entropy(
         axis: The axis of the classes.
         where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
             away, and 0 where none is left.
+        weights: How much each class matters, at least 0, broadcast against the logits; such as `[C]`, inverse to the
+            classes' frequencies. The teacher's probabilities are multiplied by them and normalised again.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider.
 
     Raises:
-        ValueError: If the shapes differ or the temperature is not a positive scalar.
+        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is negative.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -79,9 +86,10 @@ def soft_cross_entropy(
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
+        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
     """
-    student_log, teacher_log, scale = _soften(student_logits, teacher_logits, temperature, axis, where)
-    return -scale * _expectation(teacher_log, student_log, axis)
+    student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
+    return -scale * expectation(_reweighted(teacher, weights, axis), student, axis)
 
 
 def kl_divergence(
@@ -91,6 +99,7 @@ def kl_divergence(
     temperature: ArrayLike,
     axis: int = -1,
     where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> Array:
     """Kullback–Leibler divergence of the student's softened distribution from the teacher's, times T².
 
@@ -107,13 +116,15 @@ def kl_divergence(
         axis: The axis of the classes.
         where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
             away, and 0 where none is left.
+        weights: How much each class matters, at least 0, broadcast against the logits; such as `[C]`, inverse to the
+            classes' frequencies. The teacher's probabilities are multiplied by them and normalised again.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider; infinite where the student rules
         out a class, by −inf, that the teacher does not.
 
     Raises:
-        ValueError: If the shapes differ or the temperature is not a positive scalar.
+        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is negative.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -125,146 +136,192 @@ def kl_divergence(
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
+        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
     """
-    student_log, teacher_log, scale = _soften(student_logits, teacher_logits, temperature, axis, where)
-    return scale * _expectation(teacher_log, teacher_log - student_log, axis)
+    student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
+    teacher = _reweighted(teacher, weights, axis)
+    return scale * expectation(teacher, teacher - student, axis)
 
 
-def hard_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
-    """Cross-entropy with integer classes.
-
-    −log softmax(z)_label
-
-    Args:
-        logits: `[..., C]`, floating-point.
-        labels: `[...]`, integers in [0, C).
-
-    Returns:
-        One value per example `[...]`, in float32 or wider; NaN where a label is out of range.
-
-    Raises:
-        ValueError: If the labels' shape is not that of the logits without their last axis.
-        TypeError: If the logits are not floating-point or the labels are not integers.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxkd import losses
-        >>> print(losses.hard_cross_entropy(jnp.array([[2.0, 1.0, 0.1]]), jnp.array([0])))
-        [0.417]
-    """
-    logits, labels = _wide("logits", logits), jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}; for distributions there is soft_cross_entropy")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels {labels.shape} must have the logits' shape {logits.shape} without its last axis, "
-            f"{logits.shape[:-1]}"
-        )
-    in_range = jnp.where(labels < 0, logits.shape[-1], labels)
-    chosen = jnp.take_along_axis(_log_softmax(logits, -1), in_range[..., None], -1, mode="fill", fill_value=jnp.nan)
-    return -chosen[..., 0]
-
-
-def distillation_loss(
+def reverse_kl_divergence(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
-    labels: ArrayLike,
     *,
-    temperature: ArrayLike = 2.0,
-    alpha: ArrayLike = 0.5,
+    temperature: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
 ) -> Array:
-    """The teacher's softened targets and the true labels, mixed.
+    """Kullback–Leibler divergence of the teacher's softened distribution from the student's, times T².
 
-    α T² CE(softmax(t / T), softmax(s / T)) + (1 − α) CE(label, s)
+    T² Σ_c q_c (log q_c − log p_c) with p = softmax(t / T), q = softmax(s / T)
 
-    `alpha` is the weight of the soft term, as in Hinton's paper read by the classic scripts; Keras' example and
-    torchdistill give that name to the weight of the hard term.
+    It punishes a student for what the teacher holds unlikely, rather than for what the student leaves out. MiniLLM
+    estimates its sequence-level form by policy gradients; this is the form of one distribution.
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape.
-        labels: `[...]`, integers in [0, C), also where `alpha` is 1.
         temperature: T > 0, a scalar.
-        alpha: Weight of the soft term in [0, 1]; a number, or one per example `[...]`, such as 1 where the
-            label is unknown.
+        axis: The axis of the classes.
+        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
+            away, and 0 where none is left.
+
+    Returns:
+        One value per example: the logits' shape without `axis`, in float32 or wider; infinite where the teacher rules
+        out a class, by −inf, that the student does not.
+
+    Raises:
+        ValueError: If the shapes differ or the temperature is not a positive scalar.
+        TypeError: If the logits are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 1.0]])
+        >>> print(losses.reverse_kl_divergence(student, teacher, temperature=2.0))
+        [1.091]
+
+    References:
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, https://arxiv.org/abs/2306.08543
+    """
+    student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
+    return scale * expectation(student, student - teacher, axis)
+
+
+def jensen_shannon_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike,
+    beta: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Generalised Jensen–Shannon divergence of the softened distributions, times T².
+
+    T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, p = softmax(t / T), q = softmax(s / T)
+
+    β is the teacher's share of the mixture m, which is one of probabilities. Near its ends the divergence is β times
+    the forward and 1 − β times the reverse KL; at the ends themselves, where that vanishes, 0 stands for
+    `kl_divergence` and 1 for `reverse_kl_divergence`, as in TRL and Liger-Kernel.
+
+    Args:
+        student_logits: `[..., C]`, floating-point.
+        teacher_logits: The same shape. A class at −inf contributes nothing.
+        temperature: T > 0, a scalar.
+        beta: β in [0, 1], a scalar; 0.5 is the symmetric divergence, at most T² log 2.
+        axis: The axis of the classes.
+        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
+            away, and 0 where none is left.
+
+    Returns:
+        One value per example: the logits' shape without `axis`, in float32 or wider. For 0 < β < 1 it is finite
+        whatever classes either side rules out.
+
+    Raises:
+        ValueError: If the shapes differ, the temperature is not a positive scalar or `beta` leaves [0, 1].
+        TypeError: If the logits are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 1.0]])
+        >>> print(losses.jensen_shannon_divergence(student, teacher, temperature=2.0, beta=0.5))
+        [0.259]
+
+    References:
+        Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649
+    """
+    check_share("beta", beta)
+    student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
+    beta = jnp.asarray(beta, student.dtype)
+    mixture = log_sum_exp(jnp.stack([teacher + jnp.log(beta), student + jnp.log1p(-beta)]), 0)
+    forward = expectation(teacher, teacher - mixture, axis)
+    reverse = expectation(student, student - mixture, axis)
+    return scale * (jnp.where(beta == 0, 1, beta) * forward + jnp.where(beta == 1, 1, 1 - beta) * reverse)
+
+
+def logit_mse_loss(student_logits: ArrayLike, teacher_logits: ArrayLike) -> Array:
+    """Mean squared difference of the logits themselves.
+
+    Σ_c (s_c − t_c)² / C
+
+    Unlike the divergences it is not blind to a constant added to all logits. The paper has half the sum, which is C / 2
+    times this.
+
+    Args:
+        student_logits: `[..., C]`, finite, floating-point.
+        teacher_logits: The same shape.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
 
     Raises:
-        ValueError: If shapes disagree, the temperature is not a positive scalar or `alpha` leaves [0, 1].
-        TypeError: If the logits are not floating-point or the labels are not integers.
+        ValueError: If the shapes differ.
+        TypeError: If the logits are not floating-point.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> student, teacher = jnp.array([[2.0, 1.0, 0.1]]), jnp.array([[3.0, 1.0, 0.2]])
-        >>> print(losses.distillation_loss(student, teacher, jnp.array([0]), temperature=2.0, alpha=0.5))
-        [2.106]
+        >>> print(losses.logit_mse_loss(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 1.0]])))
+        [2.5]
 
     References:
-        Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
+        Ba and Caruana, Do Deep Nets Really Need to be Deep?, https://arxiv.org/abs/1312.6184
     """
-    soft = soft_cross_entropy(student_logits, teacher_logits, temperature=temperature)
-    hard = hard_cross_entropy(student_logits, labels)
-    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)):
-        raise ValueError(f"alpha is the weight of the soft term and must lie in [0, 1], got {alpha}")
-    alpha = jnp.asarray(alpha, soft.dtype)
-    if alpha.shape not in ((), soft.shape):
-        raise ValueError(f"alpha {alpha.shape} must be a scalar or one weight per example {soft.shape}")
-    # Where alpha is 1 the label may be a placeholder, even of a class that is ruled out, at an infinite loss.
-    return alpha * soft + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
+    student, teacher = logits_pair(student_logits, teacher_logits)
+    return jnp.square(student - teacher).mean(-1)
 
 
-def _soften(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike, axis: int, where: ArrayLike | None
-) -> tuple[Array, Array, Array]:
-    """Log-probabilities of student and teacher at a temperature, and T²."""
-    student, teacher = _wide("student_logits", student_logits), _wide("teacher_logits", teacher_logits)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student_logits {student.shape} and teacher_logits {teacher.shape} must have one shape; "
-            "slice or project the larger set of classes first"
-        )
-    dtype = max(student.dtype, teacher.dtype, key=lambda dtype: dtype.itemsize)
-    temperature = _temperature(temperature, dtype)
-    student, teacher = student.astype(dtype) / temperature, teacher.astype(dtype) / temperature
-    return _log_softmax(student, axis, where), _log_softmax(teacher, axis, where), jnp.square(temperature)
+def standardize_logits(logits: ArrayLike, *, axis: int = -1) -> Array:
+    """Logits of mean 0 and standard deviation 1 over the classes, for student and teacher alike.
+
+    (z − mean(z)) / std(z)
+
+    A transform to put before any loss on logits; the temperature of that loss is then the paper's base temperature. The
+    deviation is the paper's, over C classes; its code divides by C − 1 and adds 1e-7.
+
+    Args:
+        logits: `[..., C]`, floating-point. A class at −inf stays there and does not count.
+        axis: The axis of the classes.
+
+    Returns:
+        The logits' shape, in float32 or wider; 0, without a gradient, where all are equal.
+
+    Raises:
+        ValueError: If there is no axis of classes.
+        TypeError: If the logits are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> print(losses.standardize_logits(jnp.array([[1.0, 2.0, 3.0]])))
+        [[-1.225  0.     1.225]]
+
+    References:
+        Sun et al., Logit Standardization in Knowledge Distillation, https://arxiv.org/abs/2403.01427
+    """
+    logits = logits_of("logits", logits)
+    possible = logits != -jnp.inf
+    finite = jnp.where(possible, logits, 0)
+    count = jnp.maximum(possible.sum(axis, keepdims=True), 1).astype(logits.dtype)
+    centred = jnp.where(possible, finite - finite.sum(axis, keepdims=True) / count, 0)
+    deviation = safe_sqrt(jnp.square(centred).sum(axis, keepdims=True) / count)
+    # Equal logits differ from their rounded mean by an ulp, which a division would blow up to 1.
+    noise = 4 * jnp.finfo(logits.dtype).eps * jnp.abs(finite).max(axis, keepdims=True)
+    return jnp.where(possible, safe_divide(centred, jnp.where(deviation <= noise, 0, deviation)), -jnp.inf)
 
 
-def _expectation(log_probabilities: Array, values: Array, axis: int) -> Array:
-    """Σ p · values in which a class of probability 0 counts for nothing, in the gradient too."""
-    possible = log_probabilities > -jnp.inf
-    values = jnp.where(possible, values, 0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_probabilities), 0) * values, axis=axis)
-
-
-def _log_softmax(logits: Array, axis: int, where: ArrayLike | None = None) -> Array:
-    """Log-softmax that gives −inf, and no gradient, to classes that are at −inf or masked."""
-    possible = logits > -jnp.inf
-    if where is not None:
-        possible &= jnp.broadcast_to(jnp.asarray(where, bool), logits.shape)
-    # Masked before the arithmetic: a mask after it would stop NaN in the value but not in the gradient.
-    finite = jnp.where(possible, logits, jnp.finfo(logits.dtype).min)
-    shifted = jnp.where(possible, finite - jax.lax.stop_gradient(finite.max(axis, keepdims=True)), 0)
-    total = jnp.where(possible, jnp.exp(shifted), 0).sum(axis, keepdims=True)
-    return jnp.where(possible, shifted - jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
-
-
-def _wide(name: str, logits: ArrayLike) -> Array:
-    logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {logits.dtype}")
-    if logits.ndim == 0:
-        raise ValueError(f"{name} must have an axis of classes, got a scalar")
-    return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
-
-
-def _temperature(temperature: ArrayLike, dtype: jnp.dtype) -> Array:
-    if jnp.ndim(temperature):
-        raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(temperature)}")
-    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(temperature, jax.core.Tracer) and not np.asarray(temperature) > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    return jnp.asarray(temperature, dtype)
+def _reweighted(teacher: Array, weights: ArrayLike | None, axis: int) -> Array:
+    """The teacher's log-probabilities with classes weighted, normalised again."""
+    if weights is None:
+        return teacher
+    # Before they become an array: inside jit every array is a tracer, whose value is not known.
+    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
+        raise ValueError("weights of classes must be at least 0; one at 0 leaves the class out")
+    try:
+        weights = jnp.broadcast_to(jnp.asarray(weights, teacher.dtype), teacher.shape)
+    except ValueError:
+        raise ValueError(f"weights {jnp.shape(weights)} do not broadcast against logits {teacher.shape}") from None
+    log = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+    return log_softmax(teacher + log, axis)

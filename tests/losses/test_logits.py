@@ -5,11 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from jaxkd import losses
 
 SOFT = (losses.kl_divergence, losses.soft_cross_entropy)
+REVERSE = losses.reverse_kl_divergence
 
 
 def draw(seed=0, shape=(6, 10), scale=3.0):
@@ -264,3 +267,150 @@ def test_wrong_shapes_and_dtypes_raise():
         losses.distillation_loss(student[None], teacher[None], labels[None], alpha=jnp.zeros(4))
     with pytest.raises(ValueError, match="axis of classes"):
         losses.temperature_softmax(jnp.array(1.0), temperature=1.0)
+
+
+def test_further_divergences_worked_by_hand():
+    # p = (1/4, 3/4), q = (1/2, 1/2), and with β = 1/2 their mean (3/8, 5/8).
+    teacher, student = jnp.log(jnp.array([1.0, 3.0])), jnp.zeros(2)
+    reverse = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    np.testing.assert_allclose(losses.reverse_kl_divergence(student, teacher, temperature=1.0), reverse, rtol=1e-6)
+    forward_part = 0.25 * np.log(2 / 3) + 0.75 * np.log(6 / 5)
+    reverse_part = 0.5 * np.log(4 / 3) + 0.5 * np.log(4 / 5)
+    value = losses.jensen_shannon_divergence(student, 2 * teacher, temperature=2.0, beta=0.5)
+    np.testing.assert_allclose(value, 4 * (forward_part + reverse_part) / 2, rtol=1e-5)
+    np.testing.assert_allclose(losses.logit_mse_loss(jnp.array([1.0, 4.0]), jnp.zeros(2)), 8.5)
+    # Mean 3, population deviation 2.
+    np.testing.assert_allclose(losses.standardize_logits(jnp.array([1.0, 5.0])), [-1, 1], rtol=1e-6)
+
+
+def reference_jensen_shannon(student, teacher, temperature, beta):
+    p, q = (np.exp(reference_log_softmax(np.asarray(z, np.float64) / temperature)) for z in (teacher, student))
+    m = beta * p + (1 - beta) * q
+    return temperature**2 * (beta * p * np.log(p / m) + (1 - beta) * q * np.log(q / m)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+def test_further_divergences_equal_float64_references(temperature):
+    student, teacher, _ = draw()
+    value = losses.reverse_kl_divergence(student, teacher, temperature=temperature)
+    np.testing.assert_allclose(value, reference_kl(teacher, student, temperature), rtol=2e-4, atol=1e-4)
+    for beta in (0.1, 0.5, 0.9):
+        value = losses.jensen_shannon_divergence(student, teacher, temperature=temperature, beta=beta)
+        expected = reference_jensen_shannon(student, teacher, temperature, beta)
+        np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_direction_of_beta():
+    """Trap 7: β is the teacher's share; near 0 the divergence is β KL(teacher ‖ student), near 1 the reverse."""
+    student, teacher, _ = draw(scale=1.0)
+    forward, reverse = (f(student, teacher, temperature=1.0) for f in (losses.kl_divergence, REVERSE))
+    for beta, expected in ((0.0, forward), (1.0, reverse)):
+        value = losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=beta)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        traced = jax.jit(lambda b: losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=b))(beta)
+        np.testing.assert_allclose(traced, expected, rtol=1e-5)
+    for beta, expected in ((1e-2, 1e-2 * forward), (1 - 1e-2, 1e-2 * reverse)):
+        value = losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=beta)
+        np.testing.assert_allclose(value, expected, rtol=0.1)
+
+
+@given(seed=st.integers(0, 2**16), beta=st.floats(0.05, 0.95), scale=st.floats(0.1, 30), classes=st.integers(1, 6))
+@settings(max_examples=25, deadline=None)
+def test_jensen_shannon_is_bounded_and_mirrors(seed, beta, scale, classes):
+    student, teacher, _ = draw(seed=seed, shape=(3, classes), scale=scale)
+    value = losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=beta)
+    mirrored = losses.jensen_shannon_divergence(teacher, student, temperature=1.0, beta=1 - beta)
+    np.testing.assert_allclose(value, mirrored, rtol=1e-3, atol=1e-5)
+    entropy = -(beta * np.log(beta) + (1 - beta) * np.log(1 - beta))
+    assert (value >= -1e-5).all() and (value <= entropy + 1e-5).all()
+
+
+def test_jensen_shannon_is_finite_whatever_is_ruled_out():
+    student, teacher = jnp.array([[-jnp.inf, 1.0, 2.0, 0.0]]), jnp.array([[1.0, -jnp.inf, 1.0, 0.0]])
+
+    def loss(student, teacher):
+        return losses.jensen_shannon_divergence(student, teacher, temperature=2.0, beta=0.3).sum()
+
+    chex.assert_tree_all_finite(jax.value_and_grad(loss, (0, 1))(student, teacher))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_class_weights_make_a_balanced_teacher(temperature):
+    student, teacher, _ = draw()
+    weights = jnp.arange(10.0)
+    probabilities = np.exp(reference_log_softmax(np.asarray(teacher, np.float64) / temperature)) * np.arange(10)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    log_q = reference_log_softmax(np.asarray(student, np.float64) / temperature)
+    soft = losses.soft_cross_entropy(student, teacher, temperature=temperature, weights=weights)
+    np.testing.assert_allclose(soft, -(temperature**2) * (probabilities * log_q).sum(-1), rtol=1e-5)
+    kl = losses.kl_divergence(student, teacher, temperature=temperature, weights=weights)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(probabilities > 0, probabilities * (np.log(probabilities) - log_q), 0)
+    np.testing.assert_allclose(kl, temperature**2 * terms.sum(-1), rtol=1e-4, atol=1e-4)
+    for loss in SOFT:
+        even = loss(student, teacher, temperature=temperature, weights=jnp.full(10, 3.0))
+        np.testing.assert_allclose(even, loss(student, teacher, temperature=temperature), rtol=1e-4, atol=1e-5)
+
+
+def test_standardized_logits_have_mean_0_and_deviation_1_and_do_not_see_scale_or_shift():
+    logits, _, _ = draw()
+    standardized = losses.standardize_logits(logits)
+    np.testing.assert_allclose(standardized.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose(standardized.std(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(losses.standardize_logits(5 * logits - 2), standardized, rtol=1e-4, atol=1e-5)
+    masked = jnp.concatenate([logits, jnp.full((6, 1), -jnp.inf)], 1)
+    np.testing.assert_allclose(losses.standardize_logits(masked)[:, :-1], standardized, rtol=1e-5)
+    np.testing.assert_array_equal(losses.standardize_logits(masked)[:, -1], -jnp.inf)
+    np.testing.assert_allclose(losses.standardize_logits(logits.T, axis=0), standardized.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -jnp.inf])
+def test_standardized_constant_logits_are_zero_without_a_gradient(value):
+    """Trap 19: the rounding of a mean is not a spread to be blown up."""
+    logits = jnp.full((2, 7), value)
+    result, gradient = jax.value_and_grad(lambda z: jnp.where(z > -jnp.inf, losses.standardize_logits(z), 0).sum())(
+        logits
+    )
+    assert result == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("loss", [REVERSE, lambda *z, **k: losses.jensen_shannon_divergence(*z, beta=0.3, **k)])
+def test_further_divergences_have_the_traps_of_none(loss):
+    student, teacher, _ = draw()
+    keep = jnp.arange(10) % 3 != 0
+    expected, gradient = jax.value_and_grad(lambda s: loss(s[:, keep], teacher[:, keep], temperature=2.0).sum())(
+        student
+    )
+    masked = jax.value_and_grad(lambda s: loss(s, teacher, temperature=2.0, where=keep[None]).sum())(student)
+    chex.assert_trees_all_close(masked, (expected, gradient), rtol=1e-4, atol=1e-5)
+    far = jnp.where(keep[None], student, -jnp.inf), jnp.where(keep[None], teacher, -jnp.inf)
+    by_infinity = jax.value_and_grad(lambda s: loss(s, far[1], temperature=2.0).sum())(far[0])
+    chex.assert_trees_all_close(by_infinity, (expected, gradient), rtol=1e-4, atol=1e-5)
+    for scale in (1e4, 1e-4):
+        chex.assert_tree_all_finite(
+            jax.value_and_grad(lambda s, k=scale: loss(k * s, k * teacher, temperature=2.0).sum())(student)
+        )
+    np.testing.assert_allclose(loss(student, student + 1, temperature=3.0), 0, atol=1e-5)
+    check_grads(
+        lambda s, t: loss(s, t, temperature=2.0), (student[:2, :4], teacher[:2, :4]), 1, ("rev",), 2e-2, 2e-2, 1e-2
+    )
+    with pytest.raises(ValueError, match="must have one shape"):
+        loss(student, teacher[0], temperature=1.0)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        loss(student, teacher, temperature=0.0)
+
+
+def test_shares_and_weights_are_checked():
+    student, teacher, _ = draw()
+    for beta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\]"):
+            losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=beta)
+    with pytest.raises(ValueError, match="beta must be a scalar"):
+        losses.jensen_shannon_divergence(student, teacher, temperature=1.0, beta=jnp.ones(6))
+    with pytest.raises(ValueError, match="at least 0"):
+        losses.kl_divergence(student, teacher, temperature=1.0, weights=-jnp.ones(10))
+    with pytest.raises(ValueError, match="do not broadcast"):
+        losses.kl_divergence(student, teacher, temperature=1.0, weights=jnp.ones(6))
+    with pytest.raises(ValueError, match="must have one shape"):
+        losses.logit_mse_loss(student, teacher[0])

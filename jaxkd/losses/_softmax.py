@@ -1,0 +1,83 @@
+"""Softmax in log space that takes −inf for a class that is not there, in the gradient too."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxkd.losses._arrays import check_positive, check_shape, wide, wide_pair
+
+
+def logits_of(name: str, logits: ArrayLike) -> Array:
+    """Logits, widened; `ValueError` if they have no axis of classes."""
+    check_shape(jnp.ndim(logits) > 0, f"{name} must have an axis of classes, got a scalar")
+    return wide(name, logits)
+
+
+def logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
+    """The logits of student and teacher, of one shape and one wide dtype."""
+    names = "student_logits", "teacher_logits"
+    shapes = tuple(jnp.shape(logits_of(*one)) for one in zip(names, (student_logits, teacher_logits), strict=True))
+    check_shape(
+        shapes[0] == shapes[1],
+        f"student_logits {shapes[0]} and teacher_logits {shapes[1]} must have one shape; "
+        "slice or project the larger set of classes first",
+    )
+    return wide_pair(names, student_logits, teacher_logits)
+
+
+def check_labels(labels: ArrayLike, shape: Sequence[int]) -> Array:
+    """Labels `shape[:-1]`, integers, for logits of a shape."""
+    labels, shape = jnp.asarray(labels), tuple(shape)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}; for distributions there is soft_cross_entropy")
+    check_shape(
+        labels.shape == shape[:-1],
+        f"labels {labels.shape} must have the logits' shape {shape} without its last axis, {shape[:-1]}",
+    )
+    return labels
+
+
+def soften(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities of student and teacher at a temperature, and T²."""
+    check_positive("temperature", temperature)
+    student, teacher = logits_pair(student_logits, teacher_logits)
+    temperature = jnp.asarray(temperature, student.dtype)
+    student, teacher = (log_softmax(logits / temperature, axis, where) for logits in (student, teacher))
+    return student, teacher, jnp.square(temperature)
+
+
+def log_softmax(logits: Array, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """Log-softmax that gives −inf, and no gradient, to classes that are at −inf or masked."""
+    possible = logits != -jnp.inf  # NaN is possible, and so stays visible
+    if where is not None:
+        possible &= jnp.broadcast_to(jnp.asarray(where, bool), logits.shape)
+    # Masked before the arithmetic: a mask after it would stop NaN in the value but not in the gradient.
+    finite = jnp.where(possible, logits, jnp.finfo(logits.dtype).min)
+    shifted = jnp.where(possible, finite - jax.lax.stop_gradient(finite.max(axis, keepdims=True)), 0)
+    total = jnp.where(possible, jnp.exp(shifted), 0).sum(axis, keepdims=True)
+    return jnp.where(possible, shifted - jnp.log(jnp.where(total != 0, total, 1)), -jnp.inf)
+
+
+def expectation(log_probabilities: Array, values: Array, axis: int = -1) -> Array:
+    """Σ p · values in which a class of probability 0 counts for nothing, in the gradient too."""
+    possible = log_probabilities != -jnp.inf
+    values = jnp.where(possible, values, 0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_probabilities), 0) * values, axis=axis)
+
+
+def log_sum_exp(logs: Array, axis: int = -1) -> Array:
+    """The logarithm of Σ exp; −inf where every term is, and without a gradient there."""
+    largest = jax.lax.stop_gradient(logs.max(axis, keepdims=True))
+    largest = jnp.where(largest != -jnp.inf, largest, 0)
+    total = jnp.exp(logs - largest).sum(axis)
+    log = jnp.log(jnp.where(total != 0, total, 1)) + jnp.squeeze(largest, axis)
+    return jnp.where(total != 0, log, -jnp.inf)

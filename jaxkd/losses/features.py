@@ -1,0 +1,448 @@
+"""Losses on features: hints, attention transfer, variational information, neuron selectivity, flow between layers.
+
+Axis 0 is the batch, the last axis the channels; images are B H W C. Features of less than 32 bits are widened first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxkd.losses._arrays import check_positive, check_shape, flat, normalize, safe_divide, safe_sqrt, wide, wide_pair
+
+VARIANCE_FLOOR = 1e-5
+"""The least variance of `variational_information_loss`, as in its authors' code."""
+
+_FEATURES = "student_features", "teacher_features"
+
+
+def init_projector(key: Array, student_features: int, teacher_features: int) -> dict[str, Array]:
+    """Parameters for `project`: a LeCun normal kernel (variance 1 / S) and a bias of zeros.
+
+    Args:
+        key: A random key.
+        student_features: S, the student's channels.
+        teacher_features: T, the teacher's channels.
+
+    Returns:
+        `{"kernel": [S, T], "bias": [T]}`, float32.
+
+    Example:
+        >>> import jax
+        >>> from jaxkd import losses
+        >>> params = losses.init_projector(jax.random.key(0), 16, 32)
+        >>> print(params["kernel"].shape, params["bias"].shape)
+        (16, 32) (32,)
+    """
+    kernel = jax.nn.initializers.lecun_normal()(key, (student_features, teacher_features), jnp.float32)
+    return {"kernel": kernel, "bias": jnp.zeros(teacher_features, jnp.float32)}
+
+
+def project(params: dict[str, Array], features: ArrayLike) -> Array:
+    """The student's features in as many channels as the teacher has: a 1×1 convolution where they are images.
+
+    f W + b
+
+    Args:
+        params: From `init_projector`.
+        features: `[..., S]`, floating-point.
+
+    Returns:
+        `[..., T]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the features' last axis is not the kernel's first.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> params = losses.init_projector(jax.random.key(0), 16, 32)
+        >>> print(losses.project(params, jnp.ones((8, 4, 4, 16))).shape)
+        (8, 4, 4, 32)
+
+    References:
+        Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
+    """
+    features, kernel = wide_pair(("features", "kernel"), features, params["kernel"])
+    check_shape(
+        features.shape[-1:] == kernel.shape[:1],
+        f"features {features.shape} must have {kernel.shape[0]} channels in their last axis, as many as params were "
+        "made for; call init_projector with the features' own size",
+    )
+    projected = features @ kernel
+    return projected + jnp.broadcast_to(params["bias"].astype(projected.dtype), projected.shape)
+
+
+def hint_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array:
+    """Mean squared difference of the features: FitNet's hint, also known as feature mimicking.
+
+    mean (s − t)² over all but the batch
+
+    The paper takes half the sum instead of the mean.
+
+    Args:
+        student_features: `[B, ...]`, floating-point; from `project` where the channels differ.
+        teacher_features: The same shape.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the shapes differ or there is no axis behind the batch.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> print(losses.hint_loss(jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 4.0]])))
+        [2.5]
+
+    References:
+        Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
+    """
+    student, teacher = wide_pair(_FEATURES, student_features, teacher_features)
+    _check_batch(student)
+    check_shape(
+        student.shape == teacher.shape,
+        f"student_features {student.shape} and teacher_features {teacher.shape} must have one shape; where the "
+        "channels (the last axis) differ, project the student's first; where the spatial sizes differ, pool the larger",
+    )
+    return jnp.mean(jnp.square(flat(student - teacher)), axis=1)
+
+
+def attention_transfer_map(features: ArrayLike, *, power: ArrayLike = 2) -> Array:
+    """Where a layer is active: powers of its activations summed over channels, as vectors of length 1.
+
+    q / ‖q‖ with q_hw = Σ_c |a_hwc|^p
+
+    A map that is 0 everywhere stays 0. Code that leaves out the absolute value (RepDistiller) agrees for even p only.
+
+    Args:
+        features: `[B, H, W, C]`, floating-point.
+        power: p > 0, a scalar; the larger, the more weight on the strongest activations.
+
+    Returns:
+        Maps `[B, H * W]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the features are not `[B, H, W, C]` or the power is not a positive scalar.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> activations = jnp.array([[[[1.0, -1.0], [0.0, 2.0]]]])
+        >>> print(losses.attention_transfer_map(activations))
+        [[0.447 0.894]]
+
+    References:
+        Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
+    """
+    check_positive("power", power)
+    features = _images("features", features)
+    # The scale is lost in the end: with a largest entry of 1 no power overflows, and not all of them vanish.
+    largest = jax.lax.stop_gradient(jnp.abs(features).max((1, 2, 3), keepdims=True))
+    magnitudes = safe_divide(jnp.abs(features), largest)
+    active = magnitudes > 0
+    powers = jnp.where(active, magnitudes, 1) ** jnp.asarray(power, features.dtype)
+    return normalize(flat(jnp.where(active, powers, 0).sum(-1)))
+
+
+def attention_transfer_loss(student_features: ArrayLike, teacher_features: ArrayLike, *, power: ArrayLike = 2) -> Array:
+    """Distance between the attention maps of student and teacher, as the paper defines it.
+
+    ‖q_s / ‖q_s‖ − q_t / ‖q_t‖‖ with q from `attention_transfer_map`
+
+    At most √2, and 0 for maps of a single position. The paper weighs it by β / 2 and sums it over pairs of layers. The
+    norm is not squared here; in the authors' code it is, which is `attention_transfer_mse_loss`. Where the maps agree
+    exactly, the gradient is 0.
+
+    Args:
+        student_features: `[B, H, W, C]`, floating-point.
+        teacher_features: `[B, H, W, C']`; the channels may be others.
+        power: p > 0, a scalar.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the batches or spatial sizes differ, or the power is not a positive scalar.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> student, teacher = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [3.0]]]])
+        >>> print(losses.attention_transfer_loss(student, teacher))
+        [1.414]
+
+    References:
+        Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
+    """
+    return safe_sqrt(jnp.sum(jnp.square(_attention_gap(student_features, teacher_features, power)), axis=1))
+
+
+def attention_transfer_mse_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, power: ArrayLike = 2
+) -> Array:
+    """Mean squared difference between the attention maps of student and teacher, as in the authors' code.
+
+    mean over positions of (q_s / ‖q_s‖ − q_t / ‖q_t‖)² with q from `attention_transfer_map`
+
+    It is the square of `attention_transfer_loss` divided by H W. The code averages over channels where the paper sums;
+    the maps are the same once their length is 1.
+
+    Args:
+        student_features: `[B, H, W, C]`, floating-point.
+        teacher_features: `[B, H, W, C']`; the channels may be others.
+        power: p > 0, a scalar.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the batches or spatial sizes differ, or the power is not a positive scalar.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> student, teacher = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0], [3.0]]]])
+        >>> print(losses.attention_transfer_mse_loss(student, teacher))
+        [1.0]
+
+    References:
+        Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
+    """
+    return jnp.mean(jnp.square(_attention_gap(student_features, teacher_features, power)), axis=1)
+
+
+def init_variational_information(
+    key: Array, student_features: int, teacher_features: int, *, variance: float = 5.0
+) -> dict[str, Array]:
+    """Parameters for `variational_information_loss`: a projector, and a variance for each of the teacher's channels.
+
+    Args:
+        key: A random key.
+        student_features: S, the student's channels.
+        teacher_features: T, the teacher's channels.
+        variance: That of every channel at the start, more than `VARIANCE_FLOOR`; 5 in the authors' code.
+
+    Returns:
+        `{"kernel": [S, T], "bias": [T], "raw_variance": [T]}`, float32; the variance is
+        softplus(raw_variance) + `VARIANCE_FLOOR`.
+
+    Raises:
+        ValueError: If the variance is not a scalar above the floor.
+
+    Example:
+        >>> import jax
+        >>> from jaxkd import losses
+        >>> params = losses.init_variational_information(jax.random.key(0), 16, 2)
+        >>> print(jax.nn.softplus(params["raw_variance"]))
+        [5. 5.]
+    """
+    check_positive("variance", variance)
+    if not variance > VARIANCE_FLOOR:
+        raise ValueError(f"variance must be more than the floor {VARIANCE_FLOOR}, got {variance}")
+    excess = jnp.asarray(variance - VARIANCE_FLOOR, jnp.float32)
+    raw = excess + jnp.log(-jnp.expm1(-excess))  # softplus backwards, for large values too
+    return init_projector(key, student_features, teacher_features) | {"raw_variance": jnp.full(teacher_features, raw)}
+
+
+def variational_information_loss(
+    params: dict[str, Array], student_features: ArrayLike, teacher_features: ArrayLike
+) -> Array:
+    """How badly the student's features predict the teacher's: the variational bound on what they share (VID).
+
+    mean over units of ½ ((t − μ(s))² / σ²_c + log σ²_c) with μ(s) = s W + b, σ²_c = softplus(raw_c) + 10⁻⁵
+
+    A negative log-likelihood under a Gaussian of learned mean and variance, without its constant ½ log 2π; it is
+    negative where the variance is small, and never below ½ log 10⁻⁵ = −5.76. The paper sums over units, its code takes
+    the mean. Their mean is a stack of 1×1 convolutions; here it is one, `project`.
+
+    Args:
+        params: From `init_variational_information`; they are trained with the student.
+        student_features: `[B, ..., S]`, floating-point.
+        teacher_features: `[B, ..., T]`, alike but for the channels.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or the parameters.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> params = losses.init_variational_information(jax.random.key(0), 3, 2, variance=1.0)
+        >>> print(losses.variational_information_loss(params, jnp.zeros((1, 3)), jnp.array([[1.0, 3.0]])))
+        [2.5]
+
+    References:
+        Ahn et al., Variational Information Distillation for Knowledge Transfer, https://arxiv.org/abs/1904.05835
+    """
+    student, teacher = wide_pair(_FEATURES, student_features, teacher_features)
+    _check_batch(student)
+    mean, teacher = wide_pair(_FEATURES, project(params, student), teacher)
+    check_shape(
+        mean.shape == teacher.shape,
+        f"student_features {student.shape} project to {mean.shape}, but teacher_features are {teacher.shape}; where "
+        "the channels (the last axis) differ, call init_variational_information with the teacher's own; where the "
+        "spatial sizes differ, pool the larger",
+    )
+    variance = jax.nn.softplus(params["raw_variance"].astype(mean.dtype)) + VARIANCE_FLOOR
+    variance = jnp.broadcast_to(variance, mean.shape)
+    return jnp.mean(flat(jnp.square(teacher - mean) / variance + jnp.log(variance)), axis=1) / 2
+
+
+def neuron_selectivity_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array:
+    """Squared maximum mean discrepancy between the channels of student and teacher (NST).
+
+    mean k(t, t') + mean k(s, s') − 2 mean k(s, t) with k(x, y) = (x·y)², over all pairs of channels
+
+    A channel is its activation map, scaled to length 1; one that is 0 everywhere stays 0. The value lies in [0, 2] up
+    to rounding, and the order of the channels does not matter. The kernel is the paper's polynomial one, d = 2, c = 0;
+    the paper weighs the loss by λ / 2.
+
+    Args:
+        student_features: `[B, H, W, C]`, floating-point.
+        teacher_features: `[B, H, W, C']`; the channels may be others.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the batches or spatial sizes differ.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> student, teacher = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0, 1.0], [3.0, 1.0]]]])
+        >>> print(losses.neuron_selectivity_loss(student, teacher))
+        [1.25]
+
+    References:
+        Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
+        https://arxiv.org/abs/1707.01219
+    """
+    student, teacher = _images_pair(_FEATURES, student_features, teacher_features)
+    student, teacher = normalize(student, (1, 2)), normalize(teacher, (1, 2))
+
+    def kernel(first, second):
+        return jnp.mean(jnp.square(_products(first, second)), axis=(1, 2))
+
+    return kernel(teacher, teacher) + kernel(student, student) - 2 * kernel(student, teacher)
+
+
+def flow_matrix(first: ArrayLike, second: ArrayLike) -> Array:
+    """How one layer's channels go with another's: the flow of the solution procedure (FSP) between two layers.
+
+    G_ij = 1 / (H W) Σ_hw f_hwi g_hwj
+
+    Args:
+        first: `[B, H, W, C1]`, floating-point.
+        second: `[B, H, W, C2]`; the paper max-pools the larger of two layers to the size of the smaller.
+
+    Returns:
+        Matrices `[B, C1, C2]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the batches or spatial sizes differ.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> first, second = jnp.array([[[[1.0], [3.0]]]]), jnp.array([[[[2.0, 0.0], [0.0, 1.0]]]])
+        >>> print(losses.flow_matrix(first, second))
+        [[[1.  1.5]]]
+
+    References:
+        Yim et al., A Gift from Knowledge Distillation, https://doi.org/10.1109/CVPR.2017.754
+    """
+    return _flow(("first", "second"), first, second)
+
+
+def flow_of_solution_procedure_loss(
+    student_first: ArrayLike, student_second: ArrayLike, teacher_first: ArrayLike, teacher_second: ArrayLike
+) -> Array:
+    """Squared distance between the flow matrices of student and teacher (FSP).
+
+    Σ_ij (G^s_ij − G^t_ij)² with G from `flow_matrix`
+
+    The paper sums it over pairs of layers with weights λ. RepDistiller takes the mean over i and j, C1 C2 times less,
+    and pools by average where the paper does by maximum.
+
+    Args:
+        student_first: `[B, H, W, C1]`, floating-point.
+        student_second: `[B, H, W, C2]`.
+        teacher_first: `[B, H', W', C1]`; the spatial size may be another than the student's.
+        teacher_second: `[B, H', W', C2]`.
+
+    Returns:
+        One value per example `[B]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the two layers of a network differ in batch or spatial size, or the channels of student and
+            teacher differ.
+        TypeError: If the features are not floating-point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> ones = jnp.ones((1, 2, 2, 3))
+        >>> print(losses.flow_of_solution_procedure_loss(ones, ones, 2 * ones, ones))
+        [9.]
+
+    References:
+        Yim et al., A Gift from Knowledge Distillation, https://doi.org/10.1109/CVPR.2017.754
+    """
+    student = _flow(("student_first", "student_second"), student_first, student_second)
+    teacher = _flow(("teacher_first", "teacher_second"), teacher_first, teacher_second)
+    check_shape(
+        student.shape == teacher.shape,
+        f"the flow matrices of student {student.shape} and teacher {teacher.shape}, [B, C1, C2], must have one shape; "
+        "project the student's features first",
+    )
+    student, teacher = wide_pair(("student", "teacher"), student, teacher)
+    return jnp.sum(jnp.square(student - teacher), axis=(1, 2))
+
+
+def _attention_gap(student_features: ArrayLike, teacher_features: ArrayLike, power: ArrayLike) -> Array:
+    student, teacher = _images_pair(_FEATURES, student_features, teacher_features)
+    return attention_transfer_map(student, power=power) - attention_transfer_map(teacher, power=power)
+
+
+def _flow(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> Array:
+    first, second = _images_pair(names, first, second)
+    return _products(first, second) / (first.shape[1] * first.shape[2])
+
+
+def _products(first: Array, second: Array) -> Array:
+    """Inner products of the channels of two layers, `[B, C1, C2]`."""
+    # They are subtracted from each other next, which the accelerators' default of fewer bits would spoil.
+    return jnp.einsum("bhwi,bhwj->bij", first, second, precision=jax.lax.Precision.HIGHEST)
+
+
+def _images(name: str, features: ArrayLike) -> Array:
+    features = wide(name, features)
+    check_shape(features.ndim == 4, f"{name} must be [B, H, W, C], got {features.shape}")
+    return features
+
+
+def _images_pair(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
+    first, second = wide_pair(names, _images(names[0], first), _images(names[1], second))
+    check_shape(
+        first.shape[:3] == second.shape[:3],
+        f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their channels (the last axis); "
+        "pool or resize the larger maps first",
+    )
+    return first, second
+
+
+def _check_batch(features: Array) -> None:
+    check_shape(features.ndim >= 2, f"features must be [B, ..., C], one row per example, got {features.shape}")
