@@ -1,0 +1,59 @@
+"""The catalogue says of every function what its docstring says, and of experiments what they do."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxkd
+from jaxkd import attention, layout, losses
+
+PAGE = Path(jaxkd.__file__).parent / "README.md"
+ROWS = {
+    name: cells
+    for name, *cells in re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) ?\| (.*?) ?\| (.*?) \|$", PAGE.read_text("utf-8"), re.M
+    )
+}
+
+
+def public(module):
+    """What a module defines, rather than imports, under names without an underscore."""
+    if module is losses:
+        return {name: getattr(losses, name) for name in losses.__all__}
+    defined = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: value for name, value in defined.items() if getattr(value, "__module__", None) == module.__name__}
+
+
+FUNCTIONS = {name: value for module in (losses, attention, layout) for name, value in public(module).items()}
+
+
+def test_lists_every_function_once():
+    listed = re.findall(r"^\| `(\w+)` ", PAGE.read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(FUNCTIONS)
+    assert set(ROWS) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_repeats_the_docstring(name):
+    what, formula, papers, used = ROWS[name]
+    text = " ".join(inspect.getdoc(FUNCTIONS[name]).split())
+    assert what and " ".join(what.replace("\\|", "|").split()) in text
+    assert " ".join(formula.replace("\\|", "|").split()) in text
+    assert set(re.findall(r"\((https?://[^)]*)\)", papers)) == set(re.findall(r"https?://[^\s,]+", text))
+    assert used
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.endswith(("_loss", "_divergence", "_entropy"))])
+def test_every_loss_has_a_formula(name):
+    assert ROWS[name][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "experiment"),
+    [(name, one) for name, row in ROWS.items() for one in re.findall(r"`experiments\.(\w+)`", row[3])],
+)
+def test_experiments_use_what_they_are_said_to_use(name, experiment):
+    source = PAGE.parent.parent / "experiments" / f"{experiment}.py"
+    assert re.search(rf"\b{name}\b", source.read_text("utf-8"))
