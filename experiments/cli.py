@@ -24,7 +24,7 @@ def require(holds: bool, message: str) -> None:
         raise OptionError(message)
 
 
-def run(main: Callable[[Config], None], config: type[Config], description: str | None) -> None:
+def run(main: Callable[[Config], None], config: type[Config], description: str | None, *, resumes: bool = True) -> None:
     """Parses the command line into a config and runs an experiment under it.
 
     Expected errors end in one line and exit status 1, Ctrl-C in a word on how to go on and 130.
@@ -33,6 +33,7 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
         main: The experiment.
         config: Its frozen dataclass of options.
         description: What `--help` says above the options.
+        resumes: Whether the experiment goes on where it was stopped.
     """
     options = tyro.cli(config, prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=description)
     warnings.showwarning = _show_warning
@@ -41,7 +42,8 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
     except (OptionError, DataError, RunError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        told = "stopped; the same command goes on from the newest checkpoint" if resumes else "stopped"
+        print(f"\n{told}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -21,8 +21,9 @@ Metric = Mapping[str, Any]
 """One evaluation during training: `seed`, `stage`, `step`, `epoch`, `loss`, and on validation `validation_loss`
 and `validation_accuracy`."""
 
-# Okabe and Ito's palette without its yellow, which is lost on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette without its yellow, which is lost on white."""
+
 _STYLE = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -64,7 +65,7 @@ def plot_curves(metrics: Sequence[Metric], path: str | os.PathLike, *, names: Se
     if not metrics:
         raise ValueError("there are no metrics to draw")
     stages = list(dict.fromkeys([*names, *(metric["stage"] for metric in metrics)]))
-    with _figure(path, 9, 3.8) as figure:
+    with draw(path, 9, 3.8) as figure:
         axes = figure.subplots(1, 2)
         for i, stage in enumerate(stages):
             chosen = [metric for metric in metrics if metric["stage"] == stage]
@@ -97,10 +98,10 @@ def plot_accuracy(rows: Sequence[Row], path: str | os.PathLike) -> None:
     """
     if not rows:
         raise ValueError("there are no rows to draw")
-    with _figure(path, 7, 1.2 + 0.45 * len(rows)) as figure:
+    with draw(path, 7, 1.2 + 0.45 * len(rows)) as figure:
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            colour, mean, seeds = _COLOURS[i % len(_COLOURS)], 100 * row["accuracy_mean"], np.array(row["accuracy"])
+            colour, mean, seeds = COLOURS[i % len(COLOURS)], 100 * row["accuracy_mean"], np.array(row["accuracy"])
             axes.errorbar(mean, i, xerr=100 * (row["accuracy_std"] or 0), fmt="o", color=colour, capsize=4, ms=7)
             axes.plot(100 * seeds, np.full(len(seeds), i + 0.28), "o", color=colour, ms=3.5, alpha=0.6)
             axes.annotate(spread(row), (1.02, i), xycoords=axes.get_yaxis_transform(), va="center")
@@ -131,10 +132,10 @@ def plot_size(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
     if not rows:
         raise ValueError("there are no rows to draw")
-    with _figure(path, 7, 4.5) as figure:
+    with draw(path, 7, 4.5) as figure:
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            colour, std = _COLOURS[i % len(_COLOURS)], 100 * (row["accuracy_std"] or 0)
+            colour, std = COLOURS[i % len(COLOURS)], 100 * (row["accuracy_std"] or 0)
             axes.errorbar(*_point(row), yerr=std, fmt="o", color=colour, capsize=3, lw=1, ms=7, mec="white")
         smallest, largest = min(row["parameters"] for row in rows), max(row["parameters"] for row in rows)
         ratio = max(largest / smallest, 30)
@@ -148,8 +149,17 @@ def plot_size(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator["Figure"]:
-    """A figure in the common style, which is written when the block ends; no window or global state is involved."""
+def draw(path: str | os.PathLike, width: float, height: float) -> Iterator["Figure"]:
+    """A figure in the common style, which is written when the block ends; no window or global state is involved.
+
+    Args:
+        path: Where to.
+        width: In inches.
+        height: In inches.
+
+    Yields:
+        The figure to draw in.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -169,7 +179,7 @@ def _curve(axes: "Axes", metrics: Sequence[Metric], key: str, scale: float, i: i
     seeds = [[scale * metric[key] for metric in metrics if metric["step"] == step] for step in steps]
     mean = np.array([np.mean(values) for values in seeds])
     std = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in seeds])
-    colour, style = _COLOURS[i % len(_COLOURS)], ("-", "--", ":")[i // len(_COLOURS) % 3]
+    colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
     axes.plot(steps, mean, style, color=colour, label=metrics[0]["stage"], marker="o", ms=2.5)
     axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -184,7 +194,7 @@ def _label_points(figure: "Figure", axes: "Axes", rows: Sequence[Row]) -> None:
     figure.draw_without_rendering()  # only now does the axes' place, and so each point's, stand
     heights = 72 / figure.dpi * axes.transData.transform([_point(row) for row in rows])[:, 1]
     for i, (row, shift) in enumerate(zip(rows, _apart(heights, 13) - heights, strict=True)):
-        line = {"arrowstyle": "-", "color": _COLOURS[i % len(_COLOURS)], "relpos": (0, 0.5), "shrinkB": 5}
+        line = {"arrowstyle": "-", "color": COLOURS[i % len(COLOURS)], "relpos": (0, 0.5), "shrinkB": 5}
         place = {"textcoords": "offset points", "va": "center", "in_layout": False}
         axes.annotate(row["name"], _point(row), (24, shift), arrowprops=line, **place)
 
