@@ -84,6 +84,8 @@ def attend_context(
     all of them, unless its dtypes and shapes are such that cuDNN can compute it on a GPU. An axis along which `where`
     does not vary should have length 1 in it.
 
+    Call it under `jit`, since by itself every call compiles.
+
     Args:
         query: `[..., N, D]`, floating-point.
         keys: `[..., M, D]`.
@@ -366,7 +368,7 @@ def align_hidden_states(
         decoder_state: s, `[..., D]`; of another width if the score takes it.
         score: `dot_score`, `general_score(params)`, `additive_score(params)`, or any function
             `(states [..., M, D], state [..., D']) -> [..., M]`. It gets states in float32 or wider. A score of −inf
-            rules a state out.
+            rules a finite state out; `where` does so with any.
         where: Booleans that broadcast to `[..., M]`: the states that may be attended (True).
 
     Returns:

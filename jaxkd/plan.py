@@ -39,7 +39,8 @@ class Stage:
         cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
             that the loss then gets hold no features.
         init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector: it gets them as a
-            fourth argument, they are trained beside the student, and the student goes without them.
+            fourth argument, they are trained beside the student by an optimizer of the same kind, and the student goes
+            without them.
     """
 
     name: str

@@ -77,8 +77,8 @@ def make_state(variables: dict, tx: optax.GradientTransformation, *, loss_params
         variables: What `model.init` returned, or pretrained weights. Copied: a step donates its state, and donated
             buffers must not be anyone else's.
         tx: The optimizer.
-        loss_params: Parameters of the loss, copied likewise, which the same optimizer trains with a state of its own;
-            `None` for a loss without any.
+        loss_params: Parameters of the loss, copied likewise, which the same optimizer trains with a state of its own:
+            `tx` must not be bound to the student's tree, and clips the two apart. `None` for a loss without any.
 
     Returns:
         The state at step 0.

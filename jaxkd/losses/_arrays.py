@@ -1,5 +1,6 @@
 """What every loss does around its formula: check shapes, widen dtypes, and keep arithmetic finite at its edges."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -32,33 +33,52 @@ def check_shape(holds: bool, message: str) -> None:
 
 def check_positive(name: str, value: ArrayLike) -> None:
     """Raises `ValueError` unless a hyper-parameter is a positive scalar; of a traced one only the shape is known."""
-    if jnp.ndim(value):
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
-    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(value, jax.core.Tracer) and not np.asarray(value) > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    number = _number(name, value)
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_share(name: str, value: ArrayLike, *, ends: bool = True) -> None:
     """Raises `ValueError` unless a hyper-parameter is a scalar from 0 to 1, `ends` included or not."""
-    if jnp.ndim(value):
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not (0 <= np.asarray(value) <= 1 if ends else 0 < np.asarray(value) < 1):
+    number = _number(name, value)
+    if number is not None and not (0 <= number <= 1 if ends else 0 < number < 1):
         raise ValueError(f"{name} must lie in {'[0, 1]' if ends else '(0, 1)'}, got {value}")
+
+
+def check_weights(of: str, weights: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
+    """Weights of classes or teachers as an array; `ValueError` if one is negative, as far as it is known."""
+    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
+        raise ValueError(f"weights of {of} must be at least 0, got {weights}; 0 leaves one out")
+    return jnp.asarray(weights, dtype)
+
+
+def check_weight(name: str, value: ArrayLike, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """A weight of a term as an array: a scalar, or one for each example."""
+    value = jnp.asarray(value, dtype)
+    check_shape(value.shape in ((), shape), f"{name} {value.shape} must be a scalar or one weight per example {shape}")
+    return value
+
+
+def mask_of(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+    """The entries that count, as booleans of the full shape; all of them for `None`."""
+    where = jnp.asarray(True if where is None else where)
+    if where.dtype != bool:
+        raise TypeError(f"where must be booleans, True for what counts, got {where.dtype}: take mask != 0")
+    fits = where.ndim <= len(shape) and all(n in (1, m) for n, m in zip(where.shape[::-1], shape[::-1], strict=False))
+    check_shape(fits, f"where {where.shape} must be of a shape that can be broadcast to {shape}")
+    return jnp.broadcast_to(where, shape)
+
+
+def full_mask(what: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+    """The entries that count, given by as many booleans as there are; all of them for `None`."""
+    if where is not None:
+        check_shape(jnp.shape(where) == shape, f"where {jnp.shape(where)} must have one entry for each {what}, {shape}")
+    return mask_of(where, shape)
 
 
 def examples_mask(where: ArrayLike | None, batch: int) -> Array:
     """The examples that count, as booleans `[B]`; all of them for `None`."""
-    if where is None:
-        return jnp.ones(batch, bool)
-    where = jnp.asarray(where)
-    if where.shape != (batch,) or where.dtype != bool:
-        raise ValueError(
-            f"where must be booleans, one for each of the {batch} examples, got {where.dtype} {where.shape}"
-        )
-    return where
+    return full_mask("example", where, (batch,))
 
 
 def only(where: Array, array: Array) -> Array:
@@ -68,7 +88,7 @@ def only(where: Array, array: Array) -> Array:
 
 def flat(array: Array) -> Array:
     """`[B, ...]` as `[B, D]`."""
-    return array.reshape(array.shape[0], -1)
+    return array.reshape(array.shape[0], math.prod(array.shape[1:]))
 
 
 def safe_sqrt(x: Array) -> Array:
@@ -88,6 +108,14 @@ def normalize(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
 
     Scaled by the largest entry first, so that squares neither overflow nor vanish.
     """
-    largest = jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True))
+    largest = jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0))
     x = safe_divide(x, largest)
     return safe_divide(x, safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
+
+
+def _number(name: str, value: ArrayLike) -> float | None:
+    """A hyper-parameter's value, or `None` while it is traced."""
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
+    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))

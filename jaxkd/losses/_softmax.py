@@ -1,5 +1,6 @@
 """Softmax in log space that takes −inf for a class that is not there, in the gradient too."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, wide, wide_pair
+from jaxkd.losses._arrays import check_positive, check_shape, mask_of, wide, wide_pair
 
 
 def logits_of(name: str, logits: ArrayLike) -> Array:
@@ -37,7 +38,8 @@ def check_labels(labels: ArrayLike, shape: Sequence[int]) -> Array:
         labels.shape == shape[:-1],
         f"labels {labels.shape} must have the logits' shape {shape} without its last axis, {shape[:-1]}",
     )
-    return labels
+    # Narrower ones would wrap around where they are compared with classes that they cannot count to.
+    return labels if labels.dtype.itemsize > 4 else labels.astype(jnp.int32)
 
 
 def soften(
@@ -51,33 +53,49 @@ def soften(
     check_positive("temperature", temperature)
     student, teacher = logits_pair(student_logits, teacher_logits)
     temperature = jnp.asarray(temperature, student.dtype)
-    student, teacher = (log_softmax(logits / temperature, axis, where) for logits in (student, teacher))
+    student, teacher = (log_softmax(logits, axis, where, temperature) for logits in (student, teacher))
     return student, teacher, jnp.square(temperature)
 
 
-def log_softmax(logits: Array, axis: int = -1, where: ArrayLike | None = None) -> Array:
+def log_softmax(
+    logits: Array, axis: int = -1, where: ArrayLike | None = None, temperature: Array | None = None
+) -> Array:
     """Log-softmax that gives −inf, and no gradient, to classes that are at −inf or masked."""
-    possible = logits != -jnp.inf  # NaN is possible, and so stays visible
     if where is not None:
-        possible &= jnp.broadcast_to(jnp.asarray(where, bool), logits.shape)
-    # Masked before the arithmetic: a mask after it would stop NaN in the value but not in the gradient.
-    finite = jnp.where(possible, logits, jnp.finfo(logits.dtype).min)
-    shifted = jnp.where(possible, finite - jax.lax.stop_gradient(finite.max(axis, keepdims=True)), 0)
-    total = jnp.where(possible, jnp.exp(shifted), 0).sum(axis, keepdims=True)
-    return jnp.where(possible, shifted - jnp.log(jnp.where(total != 0, total, 1)), -jnp.inf)
+        logits = jnp.where(mask_of(where, logits.shape), logits, -jnp.inf)
+    largest = jax.lax.stop_gradient(logits.max(axis, keepdims=True, initial=-jnp.inf))
+    shifted = logits - jnp.where(largest != -jnp.inf, largest, 0)
+    if temperature is not None:
+        # Masked before the division too: after it alone, −inf would reach the temperature's gradient.
+        possible = shifted != -jnp.inf
+        shifted = jnp.where(possible, jnp.where(possible, shifted, 0) / temperature, -jnp.inf)
+    total = jnp.exp(shifted).sum(axis, keepdims=True)
+    return shifted - jnp.log(jnp.where(total != 0, total, 1))
 
 
 def expectation(log_probabilities: Array, values: Array, axis: int = -1) -> Array:
     """Σ p · values in which a class of probability 0 counts for nothing, in the gradient too."""
-    possible = log_probabilities != -jnp.inf
-    values = jnp.where(possible, values, 0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_probabilities), 0) * values, axis=axis)
+    probabilities = jnp.exp(log_probabilities)
+    return jnp.sum(probabilities * jnp.where(probabilities != 0, values, 0), axis=axis)
+
+
+def log_of(x: Array) -> Array:
+    """The logarithm of x ≥ 0, −inf without a gradient at 0."""
+    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
 
 
 def log_sum_exp(logs: Array, axis: int = -1) -> Array:
     """The logarithm of Σ exp; −inf where every term is, and without a gradient there."""
-    largest = jax.lax.stop_gradient(logs.max(axis, keepdims=True))
+    largest = jax.lax.stop_gradient(logs.max(axis, keepdims=True, initial=-jnp.inf))
     largest = jnp.where(largest != -jnp.inf, largest, 0)
     total = jnp.exp(logs - largest).sum(axis)
     log = jnp.log(jnp.where(total != 0, total, 1)) + jnp.squeeze(largest, axis)
     return jnp.where(total != 0, log, -jnp.inf)
+
+
+def log_add_exp(*logs: Array) -> Array:
+    """The logarithm of a sum of exponentials; −inf where all are, and without a gradient there."""
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logs))
+    largest = jnp.where(largest != -jnp.inf, largest, 0)
+    total = sum(jnp.exp(log - largest) for log in logs)
+    return jnp.where(total != 0, jnp.log(jnp.where(total != 0, total, 1)) + largest, -jnp.inf)

@@ -6,7 +6,8 @@ h(s, t) = e^{s·t / τ} / (e^{s·t / τ} + Z N / M)
 
 s and t are scaled to length 1 first, M is the number of examples that negatives are drawn from, and Z is 1 in the
 paper. `contrastive_loss` draws negatives from the batch. The others keep an embedding of every example of the dataset
-in a `ContrastiveBank`, a value that is passed in and comes out anew.
+in a `ContrastiveBank`, a value that is passed in and comes out anew: a training loop of one's own carries it along; the
+stages of a plan have no place for it.
 
 Embeddings of student and teacher must have one size: `features.project` makes it so, with parameters for each of them
 that are trained with the student.
@@ -16,11 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, examples_mask, normalize, only, wide_pair
+from jaxkd.losses._arrays import check_positive, check_shape, check_share, examples_mask, normalize, only, wide_pair
 
 
 class ContrastiveBank(NamedTuple):
@@ -319,7 +319,7 @@ def update_bank(
     """
     student, teacher, counts = _units(student_embeddings, teacher_embeddings, where)
     _check_size(bank, student)
-    _check_momentum(momentum)
+    check_share("momentum", momentum)
     momentum, index = jnp.asarray(momentum, student.dtype), _integers("index", index, counts.shape)
     num_examples = bank.student.shape[0]
     counts &= (index >= 0) & (index < num_examples)
@@ -371,7 +371,7 @@ def _chosen(bank: ContrastiveBank, embeddings: Array, index: ArrayLike, negative
     _check_size(bank, embeddings)
     batch = embeddings.shape[0]
     check_shape(
-        jnp.ndim(negatives) == 2 and jnp.size(negatives) > 0,
+        jnp.ndim(negatives) == 2 and jnp.shape(negatives)[1] > 0,
         f"negatives must be [B, N] with N at least 1, got {jnp.shape(negatives)}",
     )
     negatives = _integers("negatives", negatives, (batch, jnp.shape(negatives)[1]))
@@ -393,9 +393,3 @@ def _check_size(bank: ContrastiveBank, embeddings: Array) -> None:
         f"the bank holds rows {bank.student.shape} and {bank.teacher.shape}, the embeddings are {embeddings.shape}; "
         "call init_bank with the embeddings' size",
     )
-
-
-def _check_momentum(momentum: ArrayLike) -> None:
-    check_shape(jnp.ndim(momentum) == 0, f"momentum must be a scalar, got shape {jnp.shape(momentum)}")
-    if not isinstance(momentum, jax.core.Tracer) and not 0 <= float(np.asarray(momentum)) <= 1:
-        raise ValueError(f"momentum must lie in [0, 1], got {momentum}")

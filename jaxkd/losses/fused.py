@@ -1,7 +1,8 @@
 """Distillation of language models without the logits of all tokens: the last layer and the loss in one walk.
 
 At 8,192 tokens and a vocabulary of 128,256, one float32 array of logits is 4 GB, and a loss with its gradient holds
-several. Here the tokens pass in chunks: logits of one chunk are made, used and dropped, in the gradient made once more.
+several. Here the tokens pass in chunks, whose logits are made, used and dropped. The gradient makes them once more, for
+all tokens and a part of the vocabulary at a time, so that no sum over chunks of a kernel's size is held or rounded.
 """
 
 import functools
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_share, only
-from jaxkd.losses._softmax import expectation, log_softmax, log_sum_exp
+from jaxkd.losses._arrays import check_positive, check_shape, check_share, full_mask, only
+from jaxkd.losses._softmax import expectation, log_add_exp, log_sum_exp
 
-CHUNK_LOGITS = 2**26
-"""Logits of a chunk where none is given: 256 MB in float32, enough to keep a large accelerator busy."""
+CHUNK_LOGITS = 2**25
+"""Logits of a chunk where none is given: 128 MB in float32, enough to keep a large accelerator busy."""
 
 
 def fused_linear_kl_divergence(
@@ -36,6 +37,7 @@ def fused_linear_kl_divergence(
     Value and gradients, to states and kernels of the student and of the teacher, are those of the two matrix products
     followed by the loss; the gradient costs the products once more. Products take the states' dtype and accumulate in
     float32, the rest is float32. The gradient is a rule of its own: there is no forward mode and no second derivative.
+    Call it under `jit`, since by itself every call compiles; on a mesh of explicit axes use `shard_map`.
 
     Args:
         student_states: `[..., Ds]`, the hidden states before the unembedding, floating-point.
@@ -44,7 +46,7 @@ def fused_linear_kl_divergence(
         teacher_kernel: `[Dt, V]`, likewise.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁶ logits.
+        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
 
     Returns:
         One value per token `[...]`, float32, and 0 for one that does not count, whatever its states hold.
@@ -64,7 +66,7 @@ def fused_linear_kl_divergence(
         Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, https://arxiv.org/abs/2410.10989
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence(0.0), operands, temperature, where, chunk_size)
+    return _fused(_Divergence.of(0), operands, temperature, where, chunk_size)
 
 
 def fused_linear_reverse_kl_divergence(
@@ -88,7 +90,7 @@ def fused_linear_reverse_kl_divergence(
         teacher_kernel: `[Dt, V]`, likewise.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁶ logits.
+        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
 
     Returns:
         One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
@@ -108,7 +110,7 @@ def fused_linear_reverse_kl_divergence(
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, https://arxiv.org/abs/2306.08543
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence(1.0), operands, temperature, where, chunk_size)
+    return _fused(_Divergence.of(1), operands, temperature, where, chunk_size)
 
 
 def fused_linear_jensen_shannon_divergence(
@@ -136,7 +138,7 @@ def fused_linear_jensen_shannon_divergence(
         temperature: T > 0, a scalar.
         beta: β in [0, 1], a Python number.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁶ logits.
+        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
 
     Returns:
         One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
@@ -161,40 +163,53 @@ def fused_linear_jensen_shannon_divergence(
         raise TypeError("beta decides which program is built: hand in a Python number, not a traced one")
     check_share("beta", beta)
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence(float(beta)), operands, temperature, where, chunk_size)
+    return _fused(_Divergence.of(float(beta)), operands, temperature, where, chunk_size)
 
 
 class _Divergence(NamedTuple):
-    """The generalised Jensen–Shannon divergence of log-probabilities `[N, V]`, whose ends are the two KL."""
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) of log-probabilities `[N, V]`, at whose ends stand the two KL."""
 
-    beta: float
+    teacher_share: float
+    student_share: float
+
+    @classmethod
+    def of(cls, beta: float) -> "_Divergence":
+        return cls(beta, 1 - beta)
 
     def __call__(self, student: Array, teacher: Array) -> Array:
-        if self.beta == 0:
+        if self.teacher_share == 0:
             return expectation(teacher, teacher - student)
-        if self.beta == 1:
+        if self.student_share == 0:
             return expectation(student, student - teacher)
         mixture = self._mixture(student, teacher)
         forward, reverse = expectation(teacher, teacher - mixture), expectation(student, student - mixture)
-        return self.beta * forward + (1 - self.beta) * reverse
+        return self.teacher_share * forward + self.student_share * reverse
 
-    def pull(self, student: Array, teacher: Array) -> Array:
+    def seen_from(self, side: int) -> "_Divergence":
+        """The same, the first argument being the student (0) or the teacher (1)."""
+        return _Divergence(self.student_share, self.teacher_share) if side else self
+
+    def slope(self, student: Array, teacher: Array) -> Array:
+        """Its derivative `[N, V]` by the student's probabilities, up to a constant a token; not for forward KL."""
+        if self.student_share == 0:
+            return student - teacher
+        return self.student_share * (student - self._mixture(student, teacher))
+
+    def level(self, student: Array, teacher: Array) -> Array:
+        """The mean `[N]` of the slope under the student, which a softmax takes off it; forward KL needs none."""
+        if self.teacher_share == 0:
+            return jnp.zeros_like(student[:, 0])
+        return expectation(student, self.slope(student, teacher))
+
+    def pull(self, student: Array, teacher: Array, level: Array) -> Array:
         """Its gradient `[N, V]` to the student's logits."""
-        if self.beta == 0:
+        if self.teacher_share == 0:
             return jnp.exp(student) - jnp.exp(teacher)
-        reference = teacher if self.beta == 1 else self._mixture(student, teacher)
-        slope = student - reference
-        pulled = jnp.exp(student) * (slope - expectation(student, slope)[:, None])
-        return pulled if self.beta == 1 else (1 - self.beta) * pulled
-
-    @property
-    def mirrored(self) -> "_Divergence":
-        """The same with student and teacher exchanged."""
-        return _Divergence(1 - self.beta)
+        return jnp.exp(student) * (self.slope(student, teacher) - level[:, None])
 
     def _mixture(self, student: Array, teacher: Array) -> Array:
-        shares = jnp.log(jnp.array([self.beta, 1 - self.beta], student.dtype))
-        return log_sum_exp(jnp.stack([teacher + shares[0], student + shares[1]]), 0)
+        shares = jnp.log(jnp.array([self.teacher_share, self.student_share], student.dtype))
+        return log_add_exp(teacher + shares[0], student + shares[1])
 
 
 def _fused(
@@ -219,86 +234,122 @@ def _fused(
         f"the vocabularies of student_kernel {student_kernel.shape} and teacher_kernel {teacher_kernel.shape} differ: "
         "slice the larger one's padding off",
     )
-    count = jnp.ones(tokens, bool) if where is None else jnp.asarray(where)
-    check_shape(count.shape == tokens and count.dtype == bool, f"where must be booleans {tokens}, got {count.shape}")
-    vocabulary, total = student_kernel.shape[1], count.size
+    where = full_mask("token", where, tokens)
+    vocabulary, total = student_kernel.shape[1], where.size
     chunk_size = max(1, CHUNK_LOGITS // vocabulary) if chunk_size is None else chunk_size
     check_shape(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
 
-    # The temperature divides the states, which are the smaller factor, and so stays outside the rule of the gradient.
-    student, teacher = (
-        only(count, states).reshape(total, states.shape[-1]) / jnp.asarray(temperature, states.dtype)
-        for states in (student, teacher)
-    )
-    values = _walk(divergence, min(chunk_size, max(total, 1)), student, student_kernel, teacher, teacher_kernel)
-    return only(count, values.reshape(tokens) * jnp.square(jnp.asarray(temperature, values.dtype)))
+    student, teacher = (only(where, states).reshape(total, states.shape[-1]) for states in (student, teacher))
+    temperature = jnp.asarray(temperature, _widest(student, teacher))
+    operands = _alike(student, student_kernel, teacher, teacher_kernel, temperature)
+    values = _walk(divergence, min(chunk_size, max(total, 1)), *operands)
+    return only(where, values.reshape(tokens) * jnp.square(temperature))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _walk(divergence: _Divergence, chunk: int, *operands: Array) -> Array:
     """One value per token `[N]`, a chunk of tokens at a time."""
-    student, student_kernel, teacher, teacher_kernel = operands
+    return _look(divergence, chunk, operands)[0]
 
-    def values(states: tuple[Array, Array]) -> Array:
-        return divergence(_log_probabilities(states[0], student_kernel), _log_probabilities(states[1], teacher_kernel))
 
-    return _join(jax.lax.map(values, (_split(student, chunk), _split(teacher, chunk))), len(student))
+def _look(
+    divergence: _Divergence, chunk: int, operands: tuple[Array, ...], sides: tuple[int, ...] = ()
+) -> tuple[Array, list[Array], dict[int, Array]]:
+    """The values; and for gradients to some sides, what lets these go by parts of the vocabulary, all `[N]`.
+
+    That is the logarithm of each softmax's denominator, and the level of each side that learns.
+    """
+    student, student_kernel, teacher, teacher_kernel, temperature = operands
+
+    def chunk_of(states: tuple[Array, Array]) -> tuple[Array, list[Array], dict[int, Array]]:
+        logits = [_logits(*one, temperature) for one in zip(states, (student_kernel, teacher_kernel), strict=True)]
+        sums = [log_sum_exp(one) for one in logits]
+        logs = [one - total[:, None] for one, total in zip(logits, sums, strict=True)]
+        levels = {side: divergence.seen_from(side).level(logs[side], logs[1 - side]) for side in sides}
+        return divergence(*logs), sums if sides else [], levels
+
+    found = jax.lax.map(chunk_of, (_split(student, chunk), _split(teacher, chunk)))
+    return jax.tree.map(lambda part: _join(part, len(student)), found)
 
 
 def _walk_forward(divergence: _Divergence, chunk: int, *operands: Any) -> tuple[Array, Any]:
-    arrays = tuple(operand.value for operand in operands)
-    learns = tuple(operand.perturbed for operand in operands)
-    return _walk(divergence, chunk, *arrays), (arrays, learns)
+    arrays, learns = zip(*((operand.value, operand.perturbed) for operand in operands), strict=True)
+    # The temperature's gradient comes by way of both sides' states.
+    sides = tuple(side for side in (0, 1) if learns[2 * side] or learns[2 * side + 1] or learns[4])
+    values, sums, levels = _look(divergence, chunk, arrays, sides)
+    return values, (arrays, sums, levels, (learns[4],))
 
 
 def _walk_backward(divergence: _Divergence, chunk: int, residuals: Any, cotangent: Any) -> tuple[Array | None, ...]:
+    """The gradients, a part of the vocabulary at a time: each part of a kernel's gradient is then one product."""
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 4
-    (student, student_kernel, teacher, teacher_kernel), learns = residuals
-    student_learns, teacher_learns = any(learns[:2]), any(learns[2:])
+        return (None,) * 5
+    (*operands, temperature), sums, levels, (temperature_learns,) = residuals
+    states, kernels = operands[::2], operands[1::2]
+    tokens, vocabulary = len(cotangent), kernels[0].shape[1]
+    part = max(1, min(vocabulary, chunk * vocabulary // max(tokens, 1)))
 
-    def step(sums: tuple[Array, ...], part: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        student, teacher, weights = part
-        student_log = _log_probabilities(student, student_kernel)
-        teacher_log = _log_probabilities(teacher, teacher_kernel)
-        sides = []
-        if student_learns:
-            sides.append((divergence.pull(student_log, teacher_log), student, student_kernel))
-        if teacher_learns:
-            sides.append((divergence.mirrored.pull(teacher_log, student_log), teacher, teacher_kernel))
-        # In the states' dtype, so that a bf16 product stays one.
-        pulls = [((weights[:, None] * pull).astype(states.dtype), states, kernel) for pull, states, kernel in sides]
-        sums = tuple(
-            total + _product(states, pull, ((0,), (0,))) for total, (pull, states, _) in zip(sums, pulls, strict=True)
-        )
-        return sums, tuple(_product(pull, kernel, ((1,), (1,))).astype(states.dtype) for pull, states, kernel in pulls)
+    def step(i: Array, gradients: dict[int, tuple[Array, Array]]) -> dict[int, tuple[Array, Array]]:
+        # The last part begins early where the vocabulary is no multiple: what it repeats counts once for the states.
+        start = jnp.minimum(i * part, vocabulary - part)
+        fresh = (start + jnp.arange(part) >= i * part)[None]
+        columns = [jax.lax.dynamic_slice_in_dim(kernel, start, part, 1) for kernel in kernels]
+        logs = [_logits(states[side], columns[side], temperature) - sums[side][:, None] for side in (0, 1)]
 
-    learning = [kernel for kernel, one in ((student_kernel, student_learns), (teacher_kernel, teacher_learns)) if one]
-    sums = tuple(jnp.zeros(kernel.shape, _accumulator(kernel.dtype)) for kernel in learning)
-    parts = _split(student, chunk), _split(teacher, chunk), _split(cotangent, chunk)
-    sums, states = jax.lax.scan(step, sums, parts)
-    found = [
-        gradient
-        for total, part, kernel in zip(sums, states, learning, strict=True)
-        for gradient in (_join(part, len(student)), total.astype(kernel.dtype))
-    ]
-    nothing = [None, None]
-    return (*(found[:2] if student_learns else nothing), *(found[-2:] if teacher_learns else nothing))
+        def moved(side: int, to_states: Array, to_kernel: Array) -> tuple[Array, Array]:
+            pull = divergence.seen_from(side).pull(logs[side], logs[1 - side], levels[side])
+            # In the states' dtype, so that a bf16 product stays one.
+            pull = (cotangent[:, None] * pull / temperature).astype(states[side].dtype)
+            to_columns = _product(states[side], pull, 0, 0).astype(to_kernel.dtype)
+            return (
+                to_states + _product(jnp.where(fresh, pull, 0), columns[side], 1, 1),
+                jax.lax.dynamic_update_slice_in_dim(to_kernel, to_columns, start, 1),
+            )
+
+        return {side: moved(side, *pair) for side, pair in gradients.items()}
+
+    gradients = {
+        side: (jnp.zeros_like(states[side], dtype=_widest(states[side])), jnp.zeros_like(kernels[side]))
+        for side in levels
+    }
+    gradients = jax.lax.fori_loop(0, -(-vocabulary // part), step, gradients)
+    found = [one for side in (0, 1) for one in gradients.get(side, (None, None))]
+    to_temperature = None
+    if temperature_learns:
+        # The logits are products of states and kernels over T: by Euler, T ∂/∂T is minus the sum of h · ∂/∂h.
+        drawn = (jnp.sum(states[side] * gradients[side][0].astype(states[side].dtype)) for side in (0, 1))
+        to_temperature = -sum(one.astype(temperature.dtype) for one in drawn) / temperature
+    return tuple(
+        one if one is None else one.astype(operand.dtype)
+        for one, operand in zip((*found, to_temperature), (*operands, temperature), strict=True)
+    )
 
 
 _walk.defvjp(_walk_forward, _walk_backward, symbolic_zeros=True)
 
 
-def _log_probabilities(states: Array, kernel: Array) -> Array:
-    return log_softmax(_product(states, kernel, ((1,), (0,))))
+def _logits(states: Array, kernel: Array, temperature: Array) -> Array:
+    return _product(states, kernel, 1, 0).astype(temperature.dtype) / temperature
 
 
-def _product(lhs: Array, rhs: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    return jax.lax.dot_general(lhs, rhs, (contract, ((), ())), preferred_element_type=_accumulator(lhs.dtype))
+def _product(lhs: Array, rhs: Array, lhs_axis: int, rhs_axis: int) -> Array:
+    """The matrix product that contracts an axis of each, in float32 or wider."""
+    contract = ((lhs_axis,), (rhs_axis,)), ((), ())
+    return jax.lax.dot_general(lhs, rhs, contract, preferred_element_type=_widest(lhs))
 
 
-def _accumulator(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def _widest(*arrays: Array) -> Any:
+    return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
+
+
+def _alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each varying over the devices of a `shard_map` as all of them do.
+
+    A kernel that all devices share then varies like the tokens do, inside, and its gradient is summed over devices.
+    What is added is 0, without a gradient, and costs nothing once compiled.
+    """
+    zeros = [jax.lax.stop_gradient(array).reshape(-1)[:0].sum() for array in arrays]
+    return tuple(array + sum(zero.astype(array.dtype) for zero in zeros) for array in arrays)
 
 
 def _split(array: Array, chunk: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_shape, check_share
+from jaxkd.losses._arrays import check_shape, check_share, check_weight
 from jaxkd.losses._softmax import check_labels, expectation, log_softmax, log_sum_exp, logits_of, logits_pair, soften
 from jaxkd.losses.logits import soft_cross_entropy
 
@@ -51,7 +51,8 @@ def hard_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLi
         f"weights {weights.shape} must have one entry for each class, {logits.shape[-1:]}; "
         "weights of examples multiply the result",
     )
-    return value * jnp.take(weights, labels, mode="clip")
+    weights = jnp.take(weights, labels, mode="clip")
+    return weights * jnp.where(weights != 0, value, 0)
 
 
 def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: ArrayLike) -> Array:
@@ -168,17 +169,16 @@ def distillation_loss(
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
-    soft = soft_cross_entropy(student_logits, teacher_logits, temperature=temperature)
-    hard = hard_cross_entropy(student_logits, labels)
+    student, teacher = logits_pair(student_logits, teacher_logits)
+    soft = soft_cross_entropy(student, teacher, temperature=temperature)
+    hard = hard_cross_entropy(student, labels)
     # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
     if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)):
         raise ValueError(f"alpha is the weight of the soft term and must lie in [0, 1], got {alpha}")
-    alpha = jnp.asarray(alpha, soft.dtype)
-    check_shape(
-        alpha.shape in ((), soft.shape), f"alpha {alpha.shape} must be a scalar or one weight per example {soft.shape}"
-    )
-    # Where alpha is 1 the label may be a placeholder, even of a class that is ruled out, at an infinite loss.
-    return alpha * soft + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
+    alpha = check_weight("alpha", alpha, soft.shape, soft.dtype)
+    # Where alpha is 1 the label may be a placeholder, even of a class that is ruled out, at an infinite loss; where it
+    # is 0 the teacher need not be there.
+    return alpha * jnp.where(alpha > 0, soft, 0) + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
 
 
 def decoupled_loss(
@@ -202,8 +202,8 @@ def decoupled_loss(
         teacher_logits: The same shape. A class at −inf contributes nothing.
         labels: `[...]`, integers in [0, C).
         temperature: T > 0, a scalar; the paper takes 4 on CIFAR-100 and 1 on ImageNet.
-        target_weight: α; 1 in the paper.
-        non_target_weight: β; from 0.5 to 8 in the paper, 8 for most pairs on CIFAR-100.
+        target_weight: α, a number or one per example; 1 in the paper.
+        non_target_weight: β, likewise; from 0.5 to 8 in the paper, 8 for most pairs on CIFAR-100.
 
     Returns:
         One value per example `[...]`, in float32 or wider. With two classes only the first term is left.
@@ -227,8 +227,9 @@ def decoupled_loss(
     others = _others(labels, student.shape[-1])
     target = _divergence(_binary(student, labels, others), _binary(teacher, labels, others))
     non_target = _divergence(log_softmax(student, where=others), log_softmax(teacher, where=others))
-    weights = (jnp.asarray(weight, student.dtype) for weight in (target_weight, non_target_weight))
-    return scale * sum(weight * term for weight, term in zip(weights, (target, non_target), strict=True))
+    target_weight = check_weight("target_weight", target_weight, target.shape, target.dtype)
+    non_target_weight = check_weight("non_target_weight", non_target_weight, target.shape, target.dtype)
+    return scale * (target_weight * target + non_target_weight * non_target)
 
 
 def normalized_loss(
@@ -251,7 +252,7 @@ def normalized_loss(
         teacher_logits: The same shape. A class at −inf contributes nothing.
         labels: `[...]`, integers in [0, C).
         temperature: T > 0 of the other classes, a scalar; 1 in the paper.
-        gamma: γ; 1.5 in the paper.
+        gamma: γ, a number or one per example; 1.5 in the paper.
 
     Returns:
         One value per example `[...]`, in float32 or wider. It is a cross-entropy: at its least, where the student is
@@ -275,9 +276,10 @@ def normalized_loss(
     student, teacher = logits_pair(student_logits, teacher_logits)
     labels = check_labels(labels, student.shape)
     others = _others(labels, student.shape[-1])
-    target = jnp.exp(_at(log_softmax(teacher), labels)) * _at(log_softmax(student), labels)
+    trust, own = (_at(log_softmax(one), labels)[..., None] for one in (teacher, student))
+    target = expectation(trust, own)
     student, teacher, scale = soften(student, teacher, temperature, where=others)
-    return -target - jnp.asarray(gamma, student.dtype) * scale * expectation(teacher, student)
+    return -target - check_weight("gamma", gamma, target.shape, target.dtype) * scale * expectation(teacher, student)
 
 
 def _at(values: Array, labels: Array) -> Array:

@@ -6,12 +6,11 @@ first. A soft term carries its factor `temperature**2`, so that gradients keep t
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_share, safe_divide, safe_sqrt
-from jaxkd.losses._softmax import expectation, log_softmax, log_sum_exp, logits_of, logits_pair, soften
+from jaxkd.losses._arrays import check_positive, check_share, check_weights, safe_divide, safe_sqrt
+from jaxkd.losses._softmax import expectation, log_add_exp, log_of, log_softmax, logits_of, logits_pair, soften
 
 
 def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int = -1) -> Array:
@@ -42,7 +41,7 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
     """
     check_positive("temperature", temperature)
     logits = logits_of("logits", logits)
-    return jnp.exp(log_softmax(logits / jnp.asarray(temperature, logits.dtype), axis))
+    return jnp.exp(log_softmax(logits, axis, temperature=jnp.asarray(temperature, logits.dtype)))
 
 
 def soft_cross_entropy(
@@ -235,7 +234,7 @@ def jensen_shannon_divergence(
     check_share("beta", beta)
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
     beta = jnp.asarray(beta, student.dtype)
-    mixture = log_sum_exp(jnp.stack([teacher + jnp.log(beta), student + jnp.log1p(-beta)]), 0)
+    mixture = log_add_exp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
     forward = expectation(teacher, teacher - mixture, axis)
     reverse = expectation(student, student - mixture, axis)
     return scale * (jnp.where(beta == 0, 1, beta) * forward + jnp.where(beta == 1, 1, 1 - beta) * reverse)
@@ -303,25 +302,25 @@ def standardize_logits(logits: ArrayLike, *, axis: int = -1) -> Array:
     """
     logits = logits_of("logits", logits)
     possible = logits != -jnp.inf
+    count = jnp.maximum(possible.astype(logits.dtype).sum(axis, keepdims=True), 1)
     finite = jnp.where(possible, logits, 0)
-    count = jnp.maximum(possible.sum(axis, keepdims=True), 1).astype(logits.dtype)
+    largest = jax.lax.stop_gradient(jnp.abs(finite).max(axis, keepdims=True))
+    finite = safe_divide(finite, largest)  # so that squares neither overflow nor vanish
     centred = jnp.where(possible, finite - finite.sum(axis, keepdims=True) / count, 0)
     deviation = safe_sqrt(jnp.square(centred).sum(axis, keepdims=True) / count)
     # Equal logits differ from their rounded mean by an ulp, which a division would blow up to 1.
-    noise = 4 * jnp.finfo(logits.dtype).eps * jnp.abs(finite).max(axis, keepdims=True)
-    return jnp.where(possible, safe_divide(centred, jnp.where(deviation <= noise, 0, deviation)), -jnp.inf)
+    noise = 4 * jnp.finfo(logits.dtype).eps
+    scale = safe_divide(jnp.ones_like(deviation), jnp.where(deviation <= noise, 0, deviation))
+    return jnp.where(possible, centred * scale, -jnp.inf)
 
 
 def _reweighted(teacher: Array, weights: ArrayLike | None, axis: int) -> Array:
     """The teacher's log-probabilities with classes weighted, normalised again."""
     if weights is None:
         return teacher
-    # Before they become an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
-        raise ValueError("weights of classes must be at least 0; one at 0 leaves the class out")
+    weights = check_weights("classes", weights, teacher.dtype)
     try:
-        weights = jnp.broadcast_to(jnp.asarray(weights, teacher.dtype), teacher.shape)
+        weights = jnp.broadcast_to(weights, teacher.shape)
     except ValueError:
-        raise ValueError(f"weights {jnp.shape(weights)} do not broadcast against logits {teacher.shape}") from None
-    log = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
-    return log_softmax(teacher + log, axis)
+        raise ValueError(f"weights {weights.shape} do not broadcast against logits {teacher.shape}") from None
+    return log_softmax(teacher + log_of(weights), axis)

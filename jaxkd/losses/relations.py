@@ -25,12 +25,13 @@ from jaxkd.losses._arrays import (
     wide_pair,
 )
 from jaxkd.losses.logits import kl_divergence, temperature_softmax
-from jaxkd.losses.transformer import hidden_cosine_loss
 
 _LEAST_SIMILARITY = 1e-7
 
 
-def similarity_preserving_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def similarity_preserving_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """Squared difference of the rows of student's and teacher's similarity matrices.
 
     (1/b) Σ_j (G_ij / ‖G_i‖ − H_ij / ‖H_i‖)² with G = S Sᵀ, H = T Tᵀ and b examples
@@ -39,8 +40,8 @@ def similarity_preserving_loss(student: ArrayLike, teacher: ArrayLike, *, where:
     place of the norm's order, which makes it an L1 norm. A zero vector has a zero row and gets no gradient from it.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -60,12 +61,14 @@ def similarity_preserving_loss(student: ArrayLike, teacher: ArrayLike, *, where:
     References:
         Tung and Mori, Similarity-Preserving Knowledge Distillation, https://arxiv.org/abs/1907.09682
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     gap = normalize(_gram(student)) - normalize(_gram(teacher))
     return jnp.square(gap).sum(-1) / _count(where, gap)
 
 
-def relational_distance_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def relational_distance_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """Huber loss between student's and teacher's distances of examples, each relative to their mean.
 
     (1/b) Σ_j huber(‖s_i − s_j‖ / μ_s − ‖t_i − t_j‖ / μ_t), μ the mean over all i ≠ j
@@ -75,8 +78,8 @@ def relational_distance_loss(student: ArrayLike, teacher: ArrayLike, *, where: A
     with gradient 0, and where all examples are equal so is every relative distance.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -96,12 +99,14 @@ def relational_distance_loss(student: ArrayLike, teacher: ArrayLike, *, where: A
     References:
         Park et al., Relational Knowledge Distillation, https://arxiv.org/abs/1904.05068
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     losses = optax.huber_loss(_relative_distances(student, where), _relative_distances(teacher, where))
     return losses.sum(-1) / _count(where, losses)
 
 
-def relational_angle_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def relational_angle_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """Huber loss between the cosines of the angles that triplets of examples span.
 
     (1/b²) Σ_i Σ_k huber(cos ∠(s_i, s_v, s_k) − cos ∠(t_i, t_v, t_k)) for the vertex v
@@ -112,8 +117,8 @@ def relational_angle_loss(student: ArrayLike, teacher: ArrayLike, *, where: Arra
     for b² differences of features and b³ cosines.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -134,12 +139,14 @@ def relational_angle_loss(student: ArrayLike, teacher: ArrayLike, *, where: Arra
     References:
         Park et al., Relational Knowledge Distillation, https://arxiv.org/abs/1904.05068
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     losses = optax.huber_loss(_angles(student, where), _angles(teacher, where))
     return losses.sum((-2, -1)) / jnp.square(_count(where, losses))
 
 
-def probabilistic_transfer_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def probabilistic_transfer_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """Kullback–Leibler divergence between the probabilities of picking one example as the neighbour of another.
 
     Σ_{j≠i} p_ij log(p_ij / q_ij) with p_ij = k_ij / Σ_{l≠i} k_il, k_ij = (1 + cos(t_i, t_j)) / 2, q of s likewise
@@ -149,8 +156,8 @@ def probabilistic_transfer_loss(student: ArrayLike, teacher: ArrayLike, *, where
     divergence stays finite. A zero vector has the cosine 0 with all others; one example alone gives 0.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -172,15 +179,15 @@ def probabilistic_transfer_loss(student: ArrayLike, teacher: ArrayLike, *, where
         Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer,
         https://arxiv.org/abs/1803.10837
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     others = _pairs(where) & ~jnp.eye(len(where), dtype=bool)
     # The softmax of log-similarities is the similarities divided by their sum.
     return kl_divergence(_log_similarities(student), _log_similarities(teacher), temperature=1.0, where=others)
 
 
 def correlation_congruence_loss(
-    student: ArrayLike,
-    teacher: ArrayLike,
+    student_features: ArrayLike,
+    teacher_features: ArrayLike,
     *,
     gamma: ArrayLike = 0.4,
     order: int = 2,
@@ -195,8 +202,8 @@ def correlation_congruence_loss(
     differences of neighbouring examples. A zero vector has the cosine 0 with all others and gets no gradient.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         gamma: γ > 0, a scalar.
         order: P ≥ 1, the highest power of the expansion.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
@@ -222,7 +229,7 @@ def correlation_congruence_loss(
     check_positive("gamma", gamma)
     if order < 1:
         raise ValueError(f"order is the highest power of the expansion and must be at least 1, got {order}")
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     rate = 2 * jnp.asarray(gamma, student.dtype)
     student, teacher = _gram(normalize(student)), _gram(normalize(teacher))
     # The power 0 is the same constant on both sides.
@@ -231,7 +238,7 @@ def correlation_congruence_loss(
     return jnp.square(gap).sum(-1) / _count(where, gap)
 
 
-def linear_cka(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def linear_cka(student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     """Linear centred kernel alignment: how alike the similarity structures of two sets of features are.
 
     Σ_ij K_ij L_ij / (‖K‖_F ‖L‖_F) with K = S Sᵀ, L = T Tᵀ of features whose mean over the examples is subtracted
@@ -240,8 +247,8 @@ def linear_cka(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | Non
     examples, one example alone among them, have no structure: 0. A small batch overestimates it.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -261,11 +268,13 @@ def linear_cka(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | Non
     References:
         Kornblith et al., Similarity of Neural Network Representations Revisited, https://arxiv.org/abs/1905.00414
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     return (_structure(student, where) * _structure(teacher, where)).sum().clip(0, 1)
 
 
-def linear_cka_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike | None = None) -> Array:
+def linear_cka_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     """One minus the linear centred kernel alignment, split over the examples.
 
     (b/2) Σ_j (K_ij / ‖K‖_F − L_ij / ‖L‖_F)² with K and L of `linear_cka`
@@ -274,8 +283,8 @@ def linear_cka_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike 
     all examples give 1 with no gradient.
 
     Args:
-        student: `[B, ...]`, floating-point.
-        teacher: `[B, ...]`, of any other sizes.
+        student_features: `[B, ...]`, floating-point.
+        teacher_features: `[B, ...]`, of any other sizes.
         where: `[B]`, the examples that count (True); the result is as if the others were sliced away.
 
     Returns:
@@ -295,13 +304,15 @@ def linear_cka_loss(student: ArrayLike, teacher: ArrayLike, *, where: ArrayLike 
     References:
         Kornblith et al., Similarity of Neural Network Representations Revisited, https://arxiv.org/abs/1905.00414
     """
-    student, teacher, where = _features(student, teacher, where)
+    student, teacher, where = _features(student_features, teacher_features, where)
     student, teacher = _structure(student, where), _structure(teacher, where)
     values = jnp.square(student - teacher).sum(-1) * _count(where, student) / 2
     return only(where, jnp.where(student.any() & teacher.any(), values, 1))
 
 
-def dist_inter_loss(student_logits: ArrayLike, teacher_logits: ArrayLike, *, temperature: ArrayLike) -> Array:
+def dist_inter_loss(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, *, temperature: ArrayLike, where: ArrayLike | None = None
+) -> Array:
     """One minus the correlation, over the classes, of student's and teacher's softened probabilities, times T².
 
     T² (1 − pearson(softmax(s / T), softmax(t / T)))
@@ -314,6 +325,7 @@ def dist_inter_loss(student_logits: ArrayLike, teacher_logits: ArrayLike, *, tem
         student_logits: `[B, C]`, floating-point. A class at −inf has probability 0.
         teacher_logits: The same shape.
         temperature: T > 0, a scalar.
+        where: The examples that count (True) `[B]`; 0 for the others, whatever they hold.
 
     Returns:
         One value per example `[B]`, in float32 or wider, between 0 and 2 T².
@@ -333,9 +345,12 @@ def dist_inter_loss(student_logits: ArrayLike, teacher_logits: ArrayLike, *, tem
         Huang et al., Knowledge Distillation from A Stronger Teacher, https://arxiv.org/abs/2205.10536
     """
     logits = _logits(student_logits, teacher_logits)
-    every = jnp.ones(logits[0].shape[1], bool)
-    student, teacher = (_centred(temperature_softmax(z, temperature=temperature).T, every).T for z in logits)
-    return jnp.square(jnp.asarray(temperature, student.dtype)) * hidden_cosine_loss(student, teacher)
+    where = examples_mask(where, len(logits[0]))
+    softened = (temperature_softmax(only(where, z), temperature=temperature) for z in logits)
+    student, teacher = (_deviations(p) for p in softened)
+    student, teacher = normalize(student), normalize(teacher)
+    values = jnp.where(student.any(-1) & teacher.any(-1), jnp.square(student - teacher).sum(-1) / 2, 1)
+    return only(where, jnp.square(jnp.asarray(temperature, student.dtype)) * values)
 
 
 def dist_intra_loss(
@@ -386,10 +401,11 @@ def dist_intra_loss(
 
 def _features(student: ArrayLike, teacher: ArrayLike, where: ArrayLike | None) -> tuple[Array, Array, Array]:
     """Two `[B, D]`, zero in the examples that do not count, and which do."""
-    student, teacher = wide_pair(("student", "teacher"), student, teacher)
+    student, teacher = wide_pair(("student_features", "teacher_features"), student, teacher)
     check_shape(
         student.ndim > 0 and teacher.ndim > 0 and len(student) == len(teacher),
-        f"student {student.shape} and teacher {teacher.shape} must have the same number of examples along axis 0",
+        f"student_features {student.shape} and teacher_features {teacher.shape} must have the same number of examples "
+        "along axis 0",
     )
     where = examples_mask(where, len(student))
     # Before the arithmetic: a mask after it would stop NaN in the value but not in the gradient.
@@ -444,9 +460,19 @@ def _log_similarities(x: Array) -> Array:
 def _centred(x: Array, where: Array) -> Array:
     """Rows minus their mean over those that count, exactly 0 in columns where these are all equal."""
     # The mean of equal numbers is off by a rounding error, which normalisation would make the signal.
-    x = only(where, x - x[jnp.argmax(where)][None])
-    x = only(where, x - x.sum(0, keepdims=True) / _count(where, x))
-    # Dividing by less than this would overflow in the gradient.
+    first = where & (jnp.cumsum(where) == 1)
+    x = only(where, x - only(first, x).sum(0, keepdims=True))
+    return _clear(only(where, x - x.sum(0, keepdims=True) / _count(where, x)))
+
+
+def _deviations(x: Array) -> Array:
+    """Entries of each row minus their mean, exactly 0 where these are all equal."""
+    x = x - x[:, :1]
+    return _clear(x - x.mean(1, keepdims=True))
+
+
+def _clear(x: Array) -> Array:
+    """Without what would overflow in the gradient of a division."""
     return jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, 0, x)
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_shape, only, wide
+from jaxkd.losses._arrays import check_shape, full_mask, only, wide
 from jaxkd.losses._softmax import check_labels, logits_pair
 from jaxkd.losses.labels import distillation_loss
 
@@ -55,7 +55,7 @@ def token_distillation_loss(
         Kim and Rush, Sequence-Level Knowledge Distillation, https://arxiv.org/abs/1606.07947
     """
     student, teacher = logits_pair(student_logits, teacher_logits)
-    labels, where = check_labels(labels, student.shape), _token_mask(where, student.shape[:-1])
+    labels, where = check_labels(labels, student.shape), full_mask("token", where, student.shape[:-1])
     student, teacher, labels = (only(where, array) for array in (student, teacher, labels))
     return only(where, distillation_loss(student, teacher, labels, temperature=temperature, alpha=alpha))
 
@@ -87,7 +87,7 @@ def next_tokens(logits: ArrayLike, tokens: ArrayLike, *, where: ArrayLike) -> tu
     """
     logits = jnp.asarray(logits)
     check_shape(logits.ndim >= 2, f"logits must be [..., S, V], got {logits.shape}")
-    tokens, where = check_labels(tokens, logits.shape), _token_mask(where, logits.shape[:-1])
+    tokens, where = check_labels(tokens, logits.shape), full_mask("token", where, logits.shape[:-1])
     check_shape(logits.shape[-2] >= 2, "a causal model predicts the next token: at least two positions are needed")
     return logits[..., :-1, :], tokens[..., 1:], where[..., :-1] & where[..., 1:]
 
@@ -100,6 +100,9 @@ def token_mean(values: ArrayLike, *, where: ArrayLike, count: ArrayLike | None =
     Every token weighs the same, whatever the length of its sequence. Under gradient accumulation, or where each device
     takes its own mean, hand in the `count` of the whole batch and add the parts up: the mean of means gives tokens of
     short batches too much weight.
+
+    It keeps what padded positions hold out of the mean. To keep it out of the gradient as well, whatever it is, mask
+    the loss too: `losses.kl_divergence(student, teacher, temperature=2.0, where=where[..., None])`.
 
     Args:
         values: `[...]`, one value per token.
@@ -120,14 +123,7 @@ def token_mean(values: ArrayLike, *, where: ArrayLike, count: ArrayLike | None =
         1.5
     """
     values = wide("values", values)
-    where = _token_mask(where, values.shape)
-    count = where.sum() if count is None else jnp.asarray(count)
+    where = full_mask("token", where, values.shape)
+    count = jnp.asarray(where.sum() if count is None else count)
+    check_shape(count.ndim == 0, f"count must be a scalar, got shape {count.shape}")
     return only(where, values).sum() / jnp.maximum(count, 1).astype(values.dtype)
-
-
-def _token_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
-    where = jnp.asarray(where)
-    if where.dtype != bool:
-        raise TypeError(f"where must be booleans, True for a token that counts, got {where.dtype}: take mask != 0")
-    check_shape(where.shape == shape, f"where {where.shape} must have one entry for each token, {shape}")
-    return where

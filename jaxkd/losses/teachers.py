@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape
-from jaxkd.losses._softmax import log_softmax, log_sum_exp, logits_of
+from jaxkd.losses._arrays import check_positive, check_shape, check_weights, wide
+from jaxkd.losses._softmax import log_add_exp, log_of, log_softmax, logits_of, logits_pair
 from jaxkd.losses.labels import hard_cross_entropy
 
 
@@ -58,9 +57,15 @@ def ensemble_logits(
     temperature, axis = jnp.asarray(temperature, logits.dtype), axis % logits.ndim
     check_shape(axis > 0, "axis 0 is that of the teachers; name another one for the classes")
     examples = logits.shape[:axis] + logits.shape[axis + 1 :]
-    weights = _weights(np.ones(logits.shape[0], np.float32) if weights is None else weights, examples, logits.dtype)
-    log = log_softmax(logits / temperature, axis) + jnp.expand_dims(log_softmax(_log(weights), 0), axis)
-    return temperature * log_sum_exp(log, 0)
+    weights = jnp.ones(logits.shape[0], logits.dtype) if weights is None else weights
+    shares = _shaped(check_weights("teachers", weights, logits.dtype), examples)
+    logs = [
+        log_softmax(one, axis - 1, temperature=temperature) + share
+        for one, share in zip(logits, jnp.expand_dims(log_softmax(log_of(shares), 0), axis), strict=True)
+    ]
+    averaged = log_add_exp(*logs)
+    possible = averaged != -jnp.inf
+    return jnp.where(possible, temperature * jnp.where(possible, averaged, 0), -jnp.inf)
 
 
 def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[float]) -> Array:
@@ -72,14 +77,15 @@ def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[fl
     weights are taken as they are: those of losses of several kinds need not add up to 1.
 
     Args:
-        terms: K arrays of one shape `[...]`, each one value per example.
+        terms: K arrays of one shape `[...]`, floating-point, each one value per example.
         weights: w, `[K]`, or one for each term and example `[K, ...]`, such as `teacher_weights` gives.
 
     Returns:
-        One value per example `[...]`.
+        One value per example `[...]`, in float32 or wider.
 
     Raises:
         ValueError: If the terms' shapes differ or the weights' shape is neither `[K]` nor `[K, ...]`.
+        TypeError: If a term is not floating-point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,7 +98,9 @@ def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[fl
     """
     shapes = [jnp.shape(term) for term in terms]
     check_shape(len(set(shapes)) == 1, f"the terms of a sum must have one shape, one value per example; got {shapes}")
-    stacked = jnp.stack([jnp.asarray(term) for term in terms])
+    wider = [wide("a term", term) for term in terms]
+    dtype = max((term.dtype for term in wider), key=lambda dtype: dtype.itemsize)
+    stacked = jnp.stack([term.astype(dtype) for term in wider])
     weights = _shaped(jnp.asarray(weights, stacked.dtype), stacked.shape)
     # A term of weight 0 is left out, even where it is infinite.
     return jnp.where(weights != 0, weights * jnp.where(weights != 0, stacked, 0), 0).sum(0)
@@ -132,6 +140,8 @@ def teacher_weights(teacher_logits: ArrayLike, labels: ArrayLike) -> Array:
     if logits.shape[0] == 1:
         return jnp.ones_like(hard_cross_entropy(logits[0], labels))[None]
     entropies = jnp.stack([hard_cross_entropy(one, labels) for one in logits])
+    # A teacher that rules the label out has no weight, rather than making a NaN of all.
+    entropies = jnp.minimum(entropies, jnp.finfo(entropies.dtype).max)
     return (1 - jax.nn.softmax(entropies, axis=0)) / (logits.shape[0] - 1)
 
 
@@ -149,7 +159,7 @@ def example_weights(student_logits: ArrayLike, teacher_logits: ArrayLike, labels
         labels: `[...]`, integers in [0, C).
 
     Returns:
-        Weights `[...]` in [0, 1]; 1 where the teacher's cross-entropy is 0.
+        Weights `[...]` in [0, 1]; 1 where the teacher's cross-entropy is 0, and 0 where it is infinite.
 
     Raises:
         ValueError: If shapes disagree.
@@ -166,9 +176,11 @@ def example_weights(student_logits: ArrayLike, teacher_logits: ArrayLike, labels
         Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         https://arxiv.org/abs/2102.00650
     """
-    student, teacher = (hard_cross_entropy(logits, labels) for logits in (student_logits, teacher_logits))
-    ratio = jnp.where(teacher > 0, student / jnp.where(teacher > 0, teacher, 1), jnp.inf)
-    return -jnp.expm1(-ratio)
+    logits = logits_pair(student_logits, teacher_logits)
+    student, teacher = (hard_cross_entropy(one, labels) for one in logits)
+    unsure = (teacher != 0) & (teacher != jnp.inf)
+    weights = -jnp.expm1(-student / jnp.where(unsure, teacher, 1))
+    return jnp.where(unsure, weights, jnp.where(teacher == 0, 1, 0))
 
 
 def _shaped(weights: Array, shape: tuple[int, ...]) -> Array:
@@ -178,14 +190,3 @@ def _shaped(weights: Array, shape: tuple[int, ...]) -> Array:
         f"weights {weights.shape} must have one entry for each of the {shape[0]}, or one for each and example {shape}",
     )
     return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape)
-
-
-def _weights(weights: ArrayLike | Sequence[float], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    # Before they become an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
-        raise ValueError(f"weights of teachers must be at least 0, got {weights}")
-    return _shaped(jnp.asarray(weights, dtype), shape)
-
-
-def _log(x: Array) -> Array:
-    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)

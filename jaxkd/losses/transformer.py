@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_shape, normalize, only, safe_divide, wide_pair
+from jaxkd.losses._arrays import check_shape, full_mask, mask_of, normalize, only, safe_divide, wide_pair
 from jaxkd.losses.logits import kl_divergence
 
 
@@ -115,7 +115,7 @@ def attention_map_loss(student_maps: ArrayLike, teacher_maps: ArrayLike, *, wher
         Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, https://arxiv.org/abs/1909.10351
     """
     student, teacher = _maps("maps", student_maps, teacher_maps)
-    where = _mask(where, student.shape)
+    where = mask_of(where, student.shape)
     gap = jnp.where(where, student, 0) - jnp.where(where, teacher, 0)
     return safe_divide(jnp.square(gap).sum((-3, -2, -1)), where.sum((-3, -2, -1)).astype(gap.dtype))
 
@@ -154,7 +154,7 @@ def attention_divergence_loss(
         Wang et al., MiniLM: Deep Self-Attention Distillation, https://arxiv.org/abs/2002.10957
     """
     student, teacher = _maps("weights", student_weights, teacher_weights)
-    where = _tokens(where, student.shape[:-3] + student.shape[-2:-1])
+    where = full_mask("token", where, student.shape[:-3] + student.shape[-2:-1])
     counted = where[..., None, :, None] & (teacher != 0)
     student = jnp.maximum(jnp.where(counted, student, 1), jnp.finfo(student.dtype).tiny)
     teacher = jnp.where(counted, teacher, 1)
@@ -202,7 +202,7 @@ def value_relation_loss(
         f"student_values {student.shape} and teacher_values {teacher.shape} must both be [..., S, H, d] and differ in "
         "d alone; reshape both to one number of heads first",
     )
-    where = _tokens(where, student.shape[:-2])
+    where = full_mask("token", where, student.shape[:-2])
     student, teacher = _relations(only(where, student)), _relations(only(where, teacher))
     divergence = kl_divergence(student, teacher, temperature=1.0, where=where[..., None, None, :])
     return _mean_over_queries(divergence, where)
@@ -385,23 +385,6 @@ def _maps(kind: str, student: ArrayLike, teacher: ArrayLike) -> tuple[Array, Arr
         "average over the heads or choose among them where H differs",
     )
     return student, teacher
-
-
-def _mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
-    """The entries that count, of the full shape."""
-    where = jnp.asarray(True if where is None else where)
-    if where.dtype != bool:
-        raise TypeError(f"where must be booleans, got {where.dtype}")
-    fits = where.ndim <= len(shape) and all(n in (1, m) for n, m in zip(where.shape[::-1], shape[::-1], strict=False))
-    check_shape(fits, f"where {where.shape} must be of a shape that can be broadcast to {shape}")
-    return jnp.broadcast_to(where, shape)
-
-
-def _tokens(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
-    """The tokens that count, one boolean for each."""
-    if where is not None:
-        check_shape(jnp.shape(where) == shape, f"where {jnp.shape(where)} must have one boolean a token, {shape}")
-    return _mask(where, shape)
 
 
 def _mean_over_queries(divergence: Array, where: Array) -> Array:

@@ -211,6 +211,12 @@ def test_losses_of_narrow_arrays_are_one_float32_value_per_example(name, dtype):
     np.testing.assert_allclose(value, function(*arrays), rtol=0.2, atol=0.1)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))])
+def test_no_examples_give_no_values(name):
+    arrays, function = CASES[name]
+    assert function(*(array[:0] for array in arrays)).shape[0] == 0
+
+
 def test_arrays_are_positional_and_the_rest_is_by_keyword():
     for name in losses.__all__:
         for parameter in inspect.signature(getattr(losses, name)).parameters.values():

@@ -209,3 +209,37 @@ def test_wrong_arguments_raise():
         losses.virtual_teacher_logits(labels, num_classes=10, correct=1.0)
     with pytest.raises(ValueError, match="two classes"):
         losses.virtual_teacher_logits(labels, num_classes=1, correct=0.9)
+
+
+def test_narrow_labels_are_not_taken_for_other_classes():
+    student, teacher, _ = draw(shape=(2, 300))
+    narrow, wide = jnp.array([1, 250], jnp.uint8), jnp.array([1, 250])
+    for loss in (*TAUGHT, losses.distillation_loss):
+        np.testing.assert_array_equal(loss(student, teacher, narrow), loss(student, teacher, wide))
+    marked = losses.virtual_teacher_logits(narrow, num_classes=300, correct=0.9)
+    np.testing.assert_array_equal((marked > -1).sum(-1), 1)
+
+
+def test_alpha_of_zero_needs_no_teacher():
+    student, teacher = jnp.array([[1.0, 2.0, -jnp.inf]]), jnp.array([[1.0, 2.0, 3.0]])
+    value = losses.distillation_loss(student, teacher, jnp.array([0]), alpha=0.0)
+    np.testing.assert_allclose(value, losses.hard_cross_entropy(student, jnp.array([0])), rtol=1e-6)
+
+
+def test_class_of_weight_zero_may_be_ruled_out():
+    logits = jnp.array([[-jnp.inf, 1.0]])
+    assert losses.hard_cross_entropy(logits, jnp.array([0]), weights=jnp.array([0.0, 1.0])) == 0
+
+
+def test_weights_of_terms_are_one_or_one_per_example():
+    student, teacher, labels = draw()
+    each = jnp.arange(6.0)
+    value = decoupled(student, teacher, labels, non_target_weight=each)
+    for i in range(6):
+        single = decoupled(student[i], teacher[i], labels[i], non_target_weight=each[i])
+        np.testing.assert_allclose(value[i], single, rtol=1e-5)
+    for wrong in ({"non_target_weight": jnp.ones(5)}, {"target_weight": jnp.ones((6, 1))}):
+        with pytest.raises(ValueError, match="one weight per example"):
+            decoupled(student, teacher, labels, **wrong)
+    with pytest.raises(ValueError, match="one weight per example"):
+        losses.normalized_loss(student, teacher, labels, gamma=jnp.ones(5))

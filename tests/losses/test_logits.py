@@ -414,3 +414,53 @@ def test_shares_and_weights_are_checked():
         losses.kl_divergence(student, teacher, temperature=1.0, weights=jnp.ones(6))
     with pytest.raises(ValueError, match="must have one shape"):
         losses.logit_mse_loss(student, teacher[0])
+
+
+def test_an_underflowing_probability_against_a_class_that_is_ruled_out_is_nothing():
+    """Masks of −1e9 on one side and −inf on the other meet in practice."""
+    low, out = jnp.array([[1.0, 2.0, -1e9]]), jnp.array([[1.0, 2.5, -jnp.inf]])
+    labels = jnp.array([0])
+    for loss in (
+        lambda s: REVERSE(s, out, temperature=1.0),
+        lambda s: losses.jensen_shannon_divergence(s, out, temperature=1.0, beta=1.0),
+    ):
+        chex.assert_tree_all_finite(jax.value_and_grad(lambda s, f=loss: f(s).sum())(low))
+    for loss in (
+        lambda t: losses.kl_divergence(out, t, temperature=1.0),
+        lambda t: losses.soft_cross_entropy(out, t, temperature=1.0),
+        lambda t: losses.jensen_shannon_divergence(out, t, temperature=1.0, beta=0.0),
+        lambda t: losses.decoupled_loss(out, t, labels, temperature=1.0, non_target_weight=1.0),
+        lambda t: losses.normalized_loss(out, t, jnp.array([2])),
+    ):
+        assert np.isfinite(loss(low)).all()
+
+
+def test_temperature_has_a_gradient_beside_classes_that_are_ruled_out():
+    student, teacher, _ = draw(shape=(2, 4))
+    masked = [jnp.pad(z, ((0, 0), (0, 1)), constant_values=-jnp.inf) for z in (student, teacher)]
+    spoilt = [jnp.pad(z, ((0, 0), (0, 1)), constant_values=jnp.nan) for z in (student, teacher)]
+    for loss in (*SOFT, REVERSE):
+        expected = jax.grad(lambda t, f=loss: f(student, teacher, temperature=t).sum())(2.0)
+        by_infinity = jax.grad(lambda t, f=loss: f(*masked, temperature=t).sum())(2.0)
+        by_where = jax.grad(lambda t, f=loss: f(*spoilt, temperature=t, where=jnp.arange(5) < 4).sum())(2.0)
+        np.testing.assert_allclose([by_infinity, by_where], [expected, expected], rtol=1e-4)
+    gradient = jax.grad(lambda t: losses.temperature_softmax(masked[0], temperature=t)[:, 0].sum())(2.0)
+    assert np.isfinite(gradient)
+
+
+def test_masks_and_hyper_parameters_of_the_wrong_kind_are_told():
+    student, teacher, _ = draw()
+    with pytest.raises(TypeError, match="take mask != 0"):
+        losses.kl_divergence(student, teacher, temperature=1.0, where=jnp.zeros(10).at[2].set(-1e9))
+    with pytest.raises(ValueError, match="can be broadcast"):
+        losses.kl_divergence(student, teacher, temperature=1.0, where=jnp.ones(6, bool))
+    with pytest.raises(ValueError, match="positive and finite"):
+        losses.kl_divergence(student, teacher, temperature=jnp.inf)
+
+
+def test_standardized_logits_of_any_size():
+    logits, _, _ = draw(shape=(2, 5))
+    for scale in (1e-20, 1e20):
+        np.testing.assert_allclose(
+            losses.standardize_logits(scale * logits), losses.standardize_logits(logits), rtol=1e-4, atol=1e-5
+        )

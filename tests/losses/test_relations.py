@@ -458,11 +458,11 @@ def test_wrong_shapes_and_dtypes_raise(loss):
         loss(student, teacher[:5])
     with pytest.raises(ValueError, match="same number of examples"):
         loss(student[0, 0], teacher[0, 0])
-    with pytest.raises(ValueError, match="one for each of the 6 examples"):
+    with pytest.raises(ValueError, match="one entry for each example"):
         loss(student, teacher, where=jnp.ones(5, bool))
-    with pytest.raises(ValueError, match="where must be booleans"):
+    with pytest.raises(TypeError, match="take mask != 0"):
         loss(student, teacher, where=jnp.ones(6))
-    with pytest.raises(TypeError, match="teacher must be floating-point"):
+    with pytest.raises(TypeError, match="teacher_features must be floating-point"):
         loss(student, jnp.ones((6, 5), int))
 
 

@@ -86,6 +86,12 @@ def test_any_divergence_takes_the_mask_of_tokens():
     value = losses.reverse_kl_divergence(spoilt, teacher, temperature=2.0, where=WHERE[..., None])
     expected = jnp.where(WHERE, losses.reverse_kl_divergence(student, teacher, temperature=2.0), 0)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(
+        lambda s: losses.token_mean(
+            losses.reverse_kl_divergence(s, teacher, temperature=2.0, where=WHERE[..., None]), where=WHERE
+        )
+    )(spoilt)
+    assert np.isfinite(gradient).all()
 
 
 def test_wrong_arguments_raise():
@@ -107,3 +113,5 @@ def test_wrong_arguments_raise():
         losses.next_tokens(student, student[..., 0], where=WHERE)
     with pytest.raises(TypeError, match="floating-point"):
         losses.token_mean(tokens, where=WHERE)
+    with pytest.raises(ValueError, match="count must be a scalar"):
+        losses.token_mean(student[..., 0], where=WHERE, count=jnp.ones(3))

@@ -148,3 +148,20 @@ def test_wrong_arguments_raise():
         losses.weighted_sum([jnp.ones(2), jnp.ones(2)], weights=(0.7, 0.2, 0.1))
     with pytest.raises(ValueError, match="without its last axis"):
         losses.teacher_weights(logits, labels[:-1])
+
+
+def test_a_teacher_that_rules_the_label_out_has_no_weight():
+    teachers = jnp.array([[[0.0, -jnp.inf]], [[0.0, 1.0]], [[1.0, 0.0]]])
+    weights = losses.teacher_weights(teachers, jnp.array([1]))
+    np.testing.assert_allclose(weights[:, 0], [0, 0.5, 0.5])
+
+
+def test_terms_of_several_dtypes_are_widened():
+    narrow = jnp.array([1.0, 2.0], jnp.bfloat16)
+    value = losses.weighted_sum([narrow, jnp.array([3.0, 4.0])], weights=(0.7, 0.3))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, [1.6, 2.6], rtol=1e-6)
+    with pytest.raises(TypeError, match="floating-point"):
+        losses.weighted_sum([jnp.array([1, 2])], weights=(1.0,))
+    with pytest.raises(ValueError, match="must have one shape"):
+        losses.example_weights(jnp.zeros((2, 3)), jnp.ones((2, 5)), jnp.zeros(2, jnp.int32))
