@@ -10,8 +10,8 @@ Paper: Drepper, What Every Programmer Should Know About Memory, https://www.akka
 
 Command: python -m experiments.matrix_orientation
 
-Result: line by line, columns take 3.4 times (NumPy) and 7.4 times (JAX) as long as rows; of the other seven
-orientations of a product, one (NumPy) and none (JAX) is clear of the spread (a busy machine)
+Result: line by line through 5,000 × 5,000, columns take 2.4 times (NumPy) and 6.6 times (JAX) as long as rows; none of
+the other seven orientations of a product is clear of the spread (x86-64, jax 0.10.2)
 
 Time: 2 minutes on 2 CPU cores
 """

@@ -454,7 +454,9 @@ def test_traced_hyper_parameters():
 @pytest.mark.parametrize("loss", [*(loss for loss, _ in ON_FEATURES.values()), relations.linear_cka])
 def test_wrong_shapes_and_dtypes_raise(loss):
     student, teacher = draw()
-    with pytest.raises(ValueError, match=r"student \(6, 5\) and teacher \(5, 5\) .* same number of examples"):
+    with pytest.raises(
+        ValueError, match=r"student_features \(6, 5\) and teacher_features \(5, 5\) .* same number of examples"
+    ):
         loss(student, teacher[:5])
     with pytest.raises(ValueError, match="same number of examples"):
         loss(student[0, 0], teacher[0, 0])
