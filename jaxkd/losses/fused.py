@@ -254,19 +254,22 @@ def _walk(divergence: _Divergence, chunk: int, *operands: Array) -> Array:
 
 def _look(
     divergence: _Divergence, chunk: int, operands: tuple[Array, ...], sides: tuple[int, ...] = ()
-) -> tuple[Array, list[Array], dict[int, Array]]:
+) -> tuple[Array, list[Array], list[Array]]:
     """The values; and for gradients to some sides, what lets these go by parts of the vocabulary, all `[N]`.
 
-    That is the logarithm of each softmax's denominator, and the level of each side that learns.
+    That is the logarithm of each softmax's denominator, and the level of each side that learns, empty for another.
     """
     student, student_kernel, teacher, teacher_kernel, temperature = operands
 
-    def chunk_of(states: tuple[Array, Array]) -> tuple[Array, list[Array], dict[int, Array]]:
+    def chunk_of(states: tuple[Array, Array]) -> tuple[Array, list[Array], list[Array]]:
         logits = [_logits(*one, temperature) for one in zip(states, (student_kernel, teacher_kernel), strict=True)]
         sums = [log_sum_exp(one) for one in logits]
         logs = [one - total[:, None] for one, total in zip(logits, sums, strict=True)]
-        levels = {side: divergence.seen_from(side).level(logs[side], logs[1 - side]) for side in sides}
-        return divergence(*logs), sums if sides else [], levels
+        levels = [
+            divergence.seen_from(side).level(logs[side], logs[1 - side]) if side in sides else sums[side][:0]
+            for side in (0, 1)
+        ]
+        return divergence(*logs), sums, levels
 
     found = jax.lax.map(chunk_of, (_split(student, chunk), _split(teacher, chunk)))
     return jax.tree.map(lambda part: _join(part, len(student)), found)
@@ -277,14 +280,15 @@ def _walk_forward(divergence: _Divergence, chunk: int, *operands: Any) -> tuple[
     # The temperature's gradient comes by way of both sides' states.
     sides = tuple(side for side in (0, 1) if learns[2 * side] or learns[2 * side + 1] or learns[4])
     values, sums, levels = _look(divergence, chunk, arrays, sides)
-    return values, (arrays, sums, levels, (learns[4],))
+    # Who learns is told by sizes: JAX 0.7 traces this twice under jit, and wants one structure of both.
+    return values, (arrays, sums, levels, jnp.zeros(int(learns[4])))
 
 
-def _walk_backward(divergence: _Divergence, chunk: int, residuals: Any, cotangent: Any) -> tuple[Array | None, ...]:
+def _walk_backward(divergence: _Divergence, chunk: int, residuals: Any, cotangent: Any) -> tuple[Array, ...]:
     """The gradients, a part of the vocabulary at a time: each part of a kernel's gradient is then one product."""
+    (*operands, temperature), sums, levels, temperature_learns = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 5
-    (*operands, temperature), sums, levels, (temperature_learns,) = residuals
+        return tuple(map(jnp.zeros_like, residuals[0]))
     states, kernels = operands[::2], operands[1::2]
     tokens, vocabulary = len(cotangent), kernels[0].shape[1]
     part = max(1, min(vocabulary, chunk * vocabulary // max(tokens, 1)))
@@ -310,17 +314,19 @@ def _walk_backward(divergence: _Divergence, chunk: int, residuals: Any, cotangen
 
     gradients = {
         side: (jnp.zeros_like(states[side], dtype=_widest(states[side])), jnp.zeros_like(kernels[side]))
-        for side in levels
+        for side in (0, 1)
+        if len(levels[side])
     }
     gradients = jax.lax.fori_loop(0, -(-vocabulary // part), step, gradients)
     found = [one for side in (0, 1) for one in gradients.get(side, (None, None))]
     to_temperature = None
-    if temperature_learns:
+    if len(temperature_learns) and gradients:
         # The logits are products of states and kernels over T: by Euler, T ∂/∂T is minus the sum of h · ∂/∂h.
         drawn = (jnp.sum(states[side] * gradients[side][0].astype(states[side].dtype)) for side in (0, 1))
         to_temperature = -sum(one.astype(temperature.dtype) for one in drawn) / temperature
+    # Zeros rather than None, of which JAX 0.7 makes an error under jit.
     return tuple(
-        one if one is None else one.astype(operand.dtype)
+        jnp.zeros_like(operand) if one is None else one.astype(operand.dtype)
         for one, operand in zip((*found, to_temperature), (*operands, temperature), strict=True)
     )
 

@@ -187,6 +187,14 @@ def test_nothing_is_computed_for_a_teacher_that_is_not_differentiated():
     assert products((0, 1)) < products((0, 1, 2, 3))
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("argnums", [(0, 1), (3,)], ids=str)
+def test_differentiates_a_compiled_or_rematerialised_loss(wrap, argnums):
+    loss = weighted(losses.fused_linear_kl_divergence, chunk_size=4)
+    expected = jax.grad(loss, argnums)(*draw())
+    chex.assert_trees_all_close(jax.grad(wrap(loss), argnums)(*draw()), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_no_tokens():
     student, head, teacher, old = draw(tokens=(0,))
     assert losses.fused_linear_kl_divergence(student, head, teacher, old, temperature=1.0).shape == (0,)
