@@ -10,11 +10,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
-def wide(name: str, array: ArrayLike) -> Array:
-    """The array in float32, or in float64 if it came in that; `TypeError` if it is not floating-point."""
+def floating(name: str, array: ArrayLike) -> Array:
+    """The array; `TypeError` if it is not floating-point."""
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, got {array.dtype}")
+    return array
+
+
+def wide(name: str, array: ArrayLike) -> Array:
+    """The array in float32, or in float64 if it came in that; `TypeError` if it is not floating-point."""
+    array = floating(name, array)
     return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
@@ -103,14 +109,20 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
     return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
 
 
+def inverse(size: Array) -> Array:
+    """1 / x for x ≥ 0, and 0 with gradient 0 where x is as good as 0: at most 1e-31 in float32."""
+    # Multiplied by it, a vector costs one division in all; CPUs take their time over those.
+    counts = size > jnp.finfo(size.dtype).tiny / jnp.finfo(size.dtype).eps
+    return jnp.where(counts, 1 / jnp.where(counts, size, 1), 0)
+
+
 def normalize(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """Vectors scaled to length 1; a zero vector stays zero and gets no gradient.
+    """Vectors scaled to length 1; one that is as good as 0 becomes zero and gets no gradient.
 
     Scaled by the largest entry first, so that squares neither overflow nor vanish.
     """
-    largest = jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0))
-    x = safe_divide(x, largest)
-    return safe_divide(x, safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
+    x = x * inverse(jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0)))
+    return x * inverse(safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
 
 
 def _number(name: str, value: ArrayLike) -> float | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_share, full_mask, only
+from jaxkd.losses._arrays import check_positive, check_shape, check_share, floating, full_mask, only
 from jaxkd.losses._softmax import expectation, log_add_exp, log_sum_exp
 
 CHUNK_LOGITS = 2**25
@@ -178,11 +178,11 @@ class _Divergence(NamedTuple):
 
     def __call__(self, student: Array, teacher: Array) -> Array:
         if self.teacher_share == 0:
-            return expectation(teacher, teacher - student)
+            return expectation(jnp.exp(teacher), teacher - student)
         if self.student_share == 0:
-            return expectation(student, student - teacher)
+            return expectation(jnp.exp(student), student - teacher)
         mixture = self._mixture(student, teacher)
-        forward, reverse = expectation(teacher, teacher - mixture), expectation(student, student - mixture)
+        forward, reverse = (expectation(jnp.exp(side), side - mixture) for side in (teacher, student))
         return self.teacher_share * forward + self.student_share * reverse
 
     def seen_from(self, side: int) -> "_Divergence":
@@ -199,7 +199,7 @@ class _Divergence(NamedTuple):
         """The mean `[N]` of the slope under the student, which a softmax takes off it; forward KL needs none."""
         if self.teacher_share == 0:
             return jnp.zeros_like(student[:, 0])
-        return expectation(student, self.slope(student, teacher))
+        return expectation(jnp.exp(student), self.slope(student, teacher))
 
     def pull(self, student: Array, teacher: Array, level: Array) -> Array:
         """Its gradient `[N, V]` to the student's logits."""
@@ -221,7 +221,7 @@ def _fused(
 ) -> Array:
     check_positive("temperature", temperature)
     names = "student_states", "student_kernel", "teacher_states", "teacher_kernel"
-    student, student_kernel, teacher, teacher_kernel = (_floating(*one) for one in zip(names, operands, strict=True))
+    student, student_kernel, teacher, teacher_kernel = (floating(*one) for one in zip(names, operands, strict=True))
     _check_product("student", student, student_kernel)
     _check_product("teacher", teacher, teacher_kernel)
     tokens = student.shape[:-1]
@@ -371,13 +371,6 @@ def _split(array: Array, chunk: int) -> Array:
 
 def _join(array: Array, length: int) -> Array:
     return jnp.moveaxis(array, 0, 1).reshape(-1, *array.shape[2:])[:length]
-
-
-def _floating(name: str, array: ArrayLike) -> Array:
-    array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
-    return array
 
 
 def _check_product(side: str, states: Array, kernel: Array) -> None:

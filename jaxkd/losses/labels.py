@@ -11,7 +11,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import check_shape, check_share, check_weight
-from jaxkd.losses._softmax import check_labels, expectation, log_softmax, log_sum_exp, logits_of, logits_pair, soften
+from jaxkd.losses._softmax import (
+    Softmax,
+    check_labels,
+    divergence,
+    expectation,
+    log_sum_exp,
+    logits_of,
+    logits_pair,
+    soften,
+    softmax,
+)
 from jaxkd.losses.logits import soft_cross_entropy
 
 
@@ -42,7 +52,7 @@ def hard_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLi
     """
     logits = logits_of("logits", logits)
     labels = check_labels(labels, logits.shape)
-    value = -_at(log_softmax(logits), labels)
+    value = -_at(softmax(logits).logs, labels)
     if weights is None:
         return value
     weights = jnp.asarray(weights, value.dtype)
@@ -88,7 +98,7 @@ def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: Arr
     check_share("smoothing", smoothing)
     logits = logits_of("logits", logits)
     smoothing = jnp.asarray(smoothing, logits.dtype)
-    return (1 - smoothing) * hard_cross_entropy(logits, labels) - smoothing * log_softmax(logits).mean(-1)
+    return (1 - smoothing) * hard_cross_entropy(logits, labels) - smoothing * softmax(logits).logs.mean(-1)
 
 
 def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: ArrayLike) -> Array:
@@ -223,10 +233,10 @@ def decoupled_loss(
         Zhao et al., Decoupled Knowledge Distillation, https://arxiv.org/abs/2203.08679
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature)
-    labels = check_labels(labels, student.shape)
-    others = _others(labels, student.shape[-1])
-    target = _divergence(_binary(student, labels, others), _binary(teacher, labels, others))
-    non_target = _divergence(log_softmax(student, where=others), log_softmax(teacher, where=others))
+    labels = check_labels(labels, student.logs.shape)
+    others = _others(labels, student.logs.shape[-1])
+    target = divergence(_binary(teacher.logs, labels, others), _binary(student.logs, labels, others))
+    non_target = divergence(softmax(teacher.logs, where=others), softmax(student.logs, where=others))
     target_weight = check_weight("target_weight", target_weight, target.shape, target.dtype)
     non_target_weight = check_weight("non_target_weight", non_target_weight, target.shape, target.dtype)
     return scale * (target_weight * target + non_target_weight * non_target)
@@ -276,10 +286,11 @@ def normalized_loss(
     student, teacher = logits_pair(student_logits, teacher_logits)
     labels = check_labels(labels, student.shape)
     others = _others(labels, student.shape[-1])
-    trust, own = (_at(log_softmax(one), labels)[..., None] for one in (teacher, student))
-    target = expectation(trust, own)
+    trust, own = _at(softmax(teacher).probabilities, labels), _at(softmax(student).logs, labels)
+    target = expectation(trust[..., None], own[..., None])
     student, teacher, scale = soften(student, teacher, temperature, where=others)
-    return -target - check_weight("gamma", gamma, target.shape, target.dtype) * scale * expectation(teacher, student)
+    gamma = check_weight("gamma", gamma, target.shape, target.dtype)
+    return -target - gamma * scale * expectation(teacher.probabilities, student.logs)
 
 
 def _at(values: Array, labels: Array) -> Array:
@@ -293,11 +304,8 @@ def _others(labels: Array, num_classes: int) -> Array:
     return ~jax.nn.one_hot(labels, num_classes, dtype=bool)
 
 
-def _binary(log_probabilities: Array, labels: Array, others: Array) -> Array:
-    """Log-probabilities `[..., 2]` of the true class and of all others together."""
+def _binary(log_probabilities: Array, labels: Array, others: Array) -> Softmax:
+    """The distribution `[..., 2]` of the true class and of all others together."""
     together = log_sum_exp(jnp.where(others, log_probabilities, -jnp.inf))
-    return jnp.stack([_at(log_probabilities, labels), together], -1)
-
-
-def _divergence(student: Array, teacher: Array) -> Array:
-    return expectation(teacher, teacher - student)
+    logs = jnp.stack([_at(log_probabilities, labels), together], -1)
+    return Softmax(jnp.exp(logs), logs)

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_share, check_weights, safe_divide, safe_sqrt
-from jaxkd.losses._softmax import expectation, log_add_exp, log_of, log_softmax, logits_of, logits_pair, soften
+from jaxkd.losses._arrays import check_positive, check_share, check_weights, inverse, safe_sqrt
+from jaxkd.losses._softmax import (
+    Softmax,
+    divergence,
+    expectation,
+    log_add_exp,
+    log_of,
+    logits_of,
+    logits_pair,
+    soften,
+    softmax,
+)
 
 
 def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int = -1) -> Array:
@@ -40,8 +50,7 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
     check_positive("temperature", temperature)
-    logits = logits_of("logits", logits)
-    return jnp.exp(log_softmax(logits, axis, temperature=jnp.asarray(temperature, logits.dtype)))
+    return softmax(logits_of("logits", logits), axis, temperature=temperature).probabilities
 
 
 def soft_cross_entropy(
@@ -88,7 +97,7 @@ def soft_cross_entropy(
         Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    return -scale * expectation(_reweighted(teacher, weights, axis), student, axis)
+    return -scale * expectation(_reweighted(teacher, weights, axis).probabilities, student.logs, axis)
 
 
 def kl_divergence(
@@ -138,8 +147,7 @@ def kl_divergence(
         Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    teacher = _reweighted(teacher, weights, axis)
-    return scale * expectation(teacher, teacher - student, axis)
+    return scale * divergence(_reweighted(teacher, weights, axis), student, axis)
 
 
 def reverse_kl_divergence(
@@ -184,7 +192,7 @@ def reverse_kl_divergence(
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, https://arxiv.org/abs/2306.08543
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    return scale * expectation(student, student - teacher, axis)
+    return scale * divergence(student, teacher, axis)
 
 
 def jensen_shannon_divergence(
@@ -233,10 +241,9 @@ def jensen_shannon_divergence(
     """
     check_share("beta", beta)
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    beta = jnp.asarray(beta, student.dtype)
-    mixture = log_add_exp(teacher + jnp.log(beta), student + jnp.log1p(-beta))
-    forward = expectation(teacher, teacher - mixture, axis)
-    reverse = expectation(student, student - mixture, axis)
+    beta = jnp.asarray(beta, student.logs.dtype)
+    mixture = log_add_exp(teacher.logs + jnp.log(beta), student.logs + jnp.log1p(-beta))
+    forward, reverse = (expectation(side.probabilities, side.logs - mixture, axis) for side in (teacher, student))
     return scale * (jnp.where(beta == 0, 1, beta) * forward + jnp.where(beta == 1, 1, 1 - beta) * reverse)
 
 
@@ -305,22 +312,21 @@ def standardize_logits(logits: ArrayLike, *, axis: int = -1) -> Array:
     count = jnp.maximum(possible.astype(logits.dtype).sum(axis, keepdims=True), 1)
     finite = jnp.where(possible, logits, 0)
     largest = jax.lax.stop_gradient(jnp.abs(finite).max(axis, keepdims=True))
-    finite = safe_divide(finite, largest)  # so that squares neither overflow nor vanish
+    finite = finite * inverse(largest)  # so that squares neither overflow nor vanish
     centred = jnp.where(possible, finite - finite.sum(axis, keepdims=True) / count, 0)
     deviation = safe_sqrt(jnp.square(centred).sum(axis, keepdims=True) / count)
     # Equal logits differ from their rounded mean by an ulp, which a division would blow up to 1.
     noise = 4 * jnp.finfo(logits.dtype).eps
-    scale = safe_divide(jnp.ones_like(deviation), jnp.where(deviation <= noise, 0, deviation))
-    return jnp.where(possible, centred * scale, -jnp.inf)
+    return jnp.where(possible, centred * inverse(jnp.where(deviation <= noise, 0, deviation)), -jnp.inf)
 
 
-def _reweighted(teacher: Array, weights: ArrayLike | None, axis: int) -> Array:
-    """The teacher's log-probabilities with classes weighted, normalised again."""
+def _reweighted(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax:
+    """The teacher's distribution with classes weighted, normalised again."""
     if weights is None:
         return teacher
-    weights = check_weights("classes", weights, teacher.dtype)
+    weights = check_weights("classes", weights, teacher.logs.dtype)
     try:
-        weights = jnp.broadcast_to(weights, teacher.shape)
+        weights = jnp.broadcast_to(weights, teacher.logs.shape)
     except ValueError:
-        raise ValueError(f"weights {weights.shape} do not broadcast against logits {teacher.shape}") from None
-    return log_softmax(teacher + log_of(weights), axis)
+        raise ValueError(f"weights {weights.shape} do not broadcast against logits {teacher.logs.shape}") from None
+    return softmax(teacher.logs + log_of(weights), axis)

@@ -8,6 +8,7 @@ precision.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -18,6 +19,7 @@ from jaxkd.losses._arrays import (
     check_shape,
     examples_mask,
     flat,
+    inverse,
     normalize,
     only,
     safe_divide,
@@ -347,10 +349,11 @@ def dist_inter_loss(
     logits = _logits(student_logits, teacher_logits)
     where = examples_mask(where, len(logits[0]))
     softened = (temperature_softmax(only(where, z), temperature=temperature) for z in logits)
-    student, teacher = (_deviations(p) for p in softened)
-    student, teacher = normalize(student), normalize(teacher)
-    values = jnp.where(student.any(-1) & teacher.any(-1), jnp.square(student - teacher).sum(-1) / 2, 1)
-    return only(where, jnp.square(jnp.asarray(temperature, student.dtype)) * values)
+    shifted = (p - p[:, :1] for p in softened)  # exactly 0 where all are equal
+    deviations = (p - p.mean(1, keepdims=True) for p in shifted)
+    (student, varies), (teacher, also) = (_unit(p, 1) for p in deviations)
+    values = jnp.where(varies & also, jnp.square(student - teacher).sum(1, keepdims=True) / 2, 1)[:, 0]
+    return only(where, jnp.square(jnp.asarray(temperature, values.dtype)) * values)
 
 
 def dist_intra_loss(
@@ -393,9 +396,10 @@ def dist_intra_loss(
     logits = _logits(student_logits, teacher_logits)
     where = examples_mask(where, len(logits[0]))
     softened = (temperature_softmax(only(where, z), temperature=temperature) for z in logits)
-    student, teacher = (normalize(_centred(p, where), axis=0) for p in softened)
-    varied = (student.any(0) & teacher.any(0))[None]
-    values = jnp.where(varied, jnp.square(student - teacher) * _count(where, student) / 2, 1).mean(-1)
+    # Over the class's mean, so that squares of improbable classes do not vanish.
+    means = ((p, jax.lax.stop_gradient(p.sum(0, keepdims=True)) / _count(where, p)) for p in softened)
+    (student, varies), (teacher, also) = (_unit(_centred(p * inverse(mean), where), 0) for p, mean in means)
+    values = jnp.where(varies & also, jnp.square(student - teacher) * _count(where, student) / 2, 1).mean(1)
     return only(where, jnp.square(jnp.asarray(temperature, values.dtype)) * values)
 
 
@@ -459,21 +463,17 @@ def _log_similarities(x: Array) -> Array:
 
 def _centred(x: Array, where: Array) -> Array:
     """Rows minus their mean over those that count, exactly 0 in columns where these are all equal."""
+    if not len(x):
+        return x
     # The mean of equal numbers is off by a rounding error, which normalisation would make the signal.
-    first = where & (jnp.cumsum(where) == 1)
-    x = only(where, x - only(first, x).sum(0, keepdims=True))
-    return _clear(only(where, x - x.sum(0, keepdims=True) / _count(where, x)))
+    x = only(where, x - jnp.take(x, where.argmax()[None], axis=0))
+    return only(where, x - x.sum(0, keepdims=True) / _count(where, x))
 
 
-def _deviations(x: Array) -> Array:
-    """Entries of each row minus their mean, exactly 0 where these are all equal."""
-    x = x - x[:, :1]
-    return _clear(x - x.mean(1, keepdims=True))
-
-
-def _clear(x: Array) -> Array:
-    """Without what would overflow in the gradient of a division."""
-    return jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny / jnp.finfo(x.dtype).eps, 0, x)
+def _unit(x: Array, axis: int) -> tuple[Array, Array]:
+    """Vectors of no extreme size scaled to length 1, and which of them are not 0."""
+    length = safe_sqrt(jnp.square(x).sum(axis, keepdims=True))
+    return x * inverse(length), length != 0
 
 
 def _structure(x: Array, where: Array) -> Array:

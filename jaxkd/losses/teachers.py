@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import check_positive, check_shape, check_weights, wide
-from jaxkd.losses._softmax import log_add_exp, log_of, log_softmax, logits_of, logits_pair
+from jaxkd.losses._softmax import log_add_exp, log_of, logits_of, logits_pair, softmax
 from jaxkd.losses.labels import hard_cross_entropy
 
 
@@ -54,14 +54,14 @@ def ensemble_logits(
     check_positive("temperature", temperature)
     check_shape(jnp.ndim(teacher_logits) >= 2, f"teacher_logits must be [K, ..., C], got {jnp.shape(teacher_logits)}")
     logits = logits_of("teacher_logits", teacher_logits)
-    temperature, axis = jnp.asarray(temperature, logits.dtype), axis % logits.ndim
+    axis = axis % logits.ndim
     check_shape(axis > 0, "axis 0 is that of the teachers; name another one for the classes")
     examples = logits.shape[:axis] + logits.shape[axis + 1 :]
     weights = jnp.ones(logits.shape[0], logits.dtype) if weights is None else weights
     shares = _shaped(check_weights("teachers", weights, logits.dtype), examples)
     logs = [
-        log_softmax(one, axis - 1, temperature=temperature) + share
-        for one, share in zip(logits, jnp.expand_dims(log_softmax(log_of(shares), 0), axis), strict=True)
+        softmax(one, axis - 1, temperature=temperature).logs + share
+        for one, share in zip(logits, jnp.expand_dims(softmax(log_of(shares), 0).logs, axis), strict=True)
     ]
     averaged = log_add_exp(*logs)
     possible = averaged != -jnp.inf
