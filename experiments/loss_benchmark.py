@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +32,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
-from experiments.matrix_orientation import Ratio
+from experiments import cli, timing
+from experiments.timing import Ratio, time_rounds
 from jaxkd import losses, runs
 from jaxkd.checkpoints import write_atomically
 from jaxkd.data.progress import track
@@ -55,7 +53,7 @@ GROUPS = {
     "tokens": "Losses on tokens, from hidden states",
 }
 PASSES = {"forward": "forward", "both": "forward + backward"}
-SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long, of which the clock is sure
+SETTLE_SECONDS = 0.05  # before each sample, for the sake of PyTorch's threads
 FULL_SIZE = (8192, 4096, 128_256)  # tokens, hidden units and vocabulary of the bound on memory
 SMALL_SIZE = (512, 256, 16_384)  # of what is timed on a CPU
 CHUNKS = 4  # of the fused losses, where they would take all tokens at once by themselves
@@ -267,14 +265,14 @@ def jax_losses(case: Case) -> dict[str, Callable]:
 
 
 def jax_calls(case: Case) -> Iterator[tuple[str, str, Callable[[], Any], int]]:
-    """Implementation, pass, a call that returns when it is done, and the bytes that the program holds at most."""
+    """Implementation, pass, a call, and the bytes that the program holds at most."""
     dtypes = [case.dtype] * len(case.shapes) + ["int32"] * bool(case.classes)
     arrays = [jnp.asarray(x, dtype) for x, dtype in zip(case.arrays(), dtypes, strict=True)]
     for name, mean in jax_losses(case).items():
         gradient = jax.value_and_grad(mean, tuple(range(case.learns)))
         for kind, function in (("forward", mean), ("both", gradient)):
             program = jax.jit(function).lower(*arrays).compile()
-            yield name, kind, functools.partial(_run_jax, program, arrays), sum(program_bytes(program))
+            yield name, kind, functools.partial(program, *arrays), sum(program_bytes(program))
 
 
 def program_bytes(program: Any) -> tuple[int, int]:
@@ -321,7 +319,7 @@ class Torch:
         return ""
 
     def calls(self, case: Case) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-        """Implementation, pass, and a call that returns when it is done."""
+        """Implementation, pass, and a call."""
         self.torch.compiler.reset()  # it compiles one function for so many sizes only
         inputs = [self.torch.from_numpy(x).to(self.device) for x in case.arrays()]
         inputs = [x.to(getattr(self.torch, case.dtype)) if x.is_floating_point() else x for x in inputs]
@@ -339,25 +337,25 @@ class Torch:
         """The most memory that a call on a GPU held, arguments among it."""
         if self.device == "cpu":
             return None
+        call()  # which compiles it
         self.torch.cuda.reset_peak_memory_stats()
         call()
         return self.torch.cuda.max_memory_allocated()
 
     def _forward(self, function: Callable, inputs: Sequence[Any]) -> Any:
         with self.torch.no_grad():
-            value = function(*inputs)
-        self._wait()
-        return value
+            return function(*inputs)
 
     def _both(self, function: Callable, inputs: Sequence[Any], learns: int) -> Any:
         for one in inputs[:learns]:
             one.grad = None
         value = function(*inputs)
         value.backward()
-        self._wait()
         return value.detach(), [one.grad for one in inputs[:learns]]
 
-    def _wait(self) -> None:
+    def wait(self, result: Any) -> None:
+        """Returns when a result, JAX's or PyTorch's, is there."""
+        jax.block_until_ready(result)
         if self.device != "cpu":
             self.torch.cuda.synchronize()
 
@@ -388,10 +386,7 @@ def measure(config: Config, torch: Torch | None) -> list[dict]:
 def ratio(rows: Sequence[dict], row: dict, implementation: str) -> Ratio | None:
     """How many times as long as a row another implementation takes, over rounds; None if there is none."""
     other = find(rows, row, implementation)
-    if other is None:
-        return None
-    rounds = np.divide(other["seconds"], row["seconds"])
-    return Ratio(*(float(value) for value in np.percentile(rounds, [25, 50, 75])))
+    return None if other is None else Ratio.of(other["seconds"], row["seconds"])
 
 
 def find(rows: Sequence[dict], row: dict, implementation: str) -> dict | None:
@@ -446,7 +441,7 @@ def print_tables(rows: Sequence[dict], memory: Sequence[dict], *, console: Conso
             console.print(_time_table(title, rows, ours, others), end="\n\n")
     if memory:
         heading = f"Memory with the gradient at {memory[0]['size']}, by the compiler: GB (ratio)"
-        table = _table(heading, "loss", "dtype")
+        table = timing.table(heading, "loss", "dtype")
         for column in ("plain", "fused", "plain, between", "fused, between"):
             table.add_column(column, justify="right")
         for plain, fused in _pairs(memory):
@@ -460,8 +455,6 @@ def print_tables(rows: Sequence[dict], memory: Sequence[dict], *, console: Conso
 
 def plot(rows: Sequence[dict], path: Path, *, other: str, title: str) -> None:
     """Draws how many times as long another implementation takes, a line a loss."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     ours = [row for row in rows if row["implementation"] in ("jaxkd", "fused") and find(rows, row, other)]
     lines = list(dict.fromkeys((row["group"], *_label(row)) for row in ours))
     with draw(path, 8, 2 + 0.19 * len(lines)) as figure:
@@ -477,9 +470,7 @@ def plot(rows: Sequence[dict], path: Path, *, other: str, title: str) -> None:
         axes.axvline(1, color="black", lw=0.8)
         axes.set_yticks(range(len(lines)), [", ".join(label) for _, *label in lines], fontsize=7)
         axes.set(ylim=(len(lines) - 0.4, -0.6), xscale="log", xlabel=f"time of {other} PyTorch ÷ time of jaxkd")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        timing.log_ticks(axes.xaxis)
         axes.grid(visible=False, axis="y")
         _legend(figure, [group for group, *_ in lines])
         figure.suptitle(title, fontsize=8, color="#555555")
@@ -512,41 +503,13 @@ def main(config: Config) -> None:
 
 def _measure(case: Case, repeats: int, torch: Torch | None) -> list[dict]:
     names = {"group": case.group, "loss": case.name, "size": case.size, "dtype": case.dtype}
-    rows, calls = [], []
-    for implementation, kind, call, memory in jax_calls(case):
-        rows.append(names | {"implementation": implementation, "pass": kind, "bytes": memory, "seconds": []})
-        calls.append(call)
-    for implementation, kind, call in torch.calls(case) if torch else ():
-        call()
-        memory = torch.peak_bytes(call) if torch else None
-        rows.append(names | {"implementation": implementation, "pass": kind, "bytes": memory, "seconds": []})
-        calls.append(call)
-    counts = [_count(call) for call in calls]
-    for i in range(repeats):
-        forwards = range(len(rows))
-        # Back and forth, so that what drifts meets all alike.
-        for j in forwards if i % 2 == 0 else reversed(forwards):
-            rows[j]["seconds"].append(_seconds(calls[j], counts[j]))
-    return rows
-
-
-def _count(call: Callable[[], Any]) -> int:
-    """How many calls make a sample; the first one, which compiles, does not count."""
-    call()
-    return max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(call, 1), 1e-6)))
-
-
-def _seconds(call: Callable[[], Any], count: int) -> float:
-    if count > 1:
-        call()  # the threads of the library whose turn it was before come to rest meanwhile
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
-
-
-def _run_jax(program: Callable, arrays: Sequence[jax.Array]) -> Any:
-    return jax.block_until_ready(program(*arrays))
+    found = list(jax_calls(case))
+    if torch:
+        found += [(*one, call, torch.peak_bytes(call)) for *one, call in torch.calls(case)]
+    rows = [names | {"implementation": one, "pass": kind, "bytes": memory} for one, kind, _, memory in found]
+    wait, settle = (torch.wait, SETTLE_SECONDS) if torch else (jax.block_until_ready, 0.0)
+    rounds = list(time_rounds([call for *_, call, _ in found], repeats, wait=wait, settle=settle))
+    return [row | {"seconds": seconds} for row, seconds in zip(rows, np.transpose(rounds).tolist(), strict=True)]
 
 
 def _logits(states: jax.Array, kernel: jax.Array, teacher_states: jax.Array, teacher_kernel: jax.Array) -> Any:
@@ -576,7 +539,7 @@ def _time_table(title: str, rows: Sequence[dict], ours: Sequence[dict], others: 
     """A line a loss and pass."""
     counted = [other for other in others[-1:] if any(row["bytes"] for row in rows if row["implementation"] == other)]
     heading = f"{title}: milliseconds a call" + (", and times PyTorch ÷ jaxkd: median (quartiles)" if others else "")
-    table = _table(heading, "loss", "size", "pass")
+    table = timing.table(heading, "loss", "size", "pass")
     for column in (
         "jaxkd",
         *others,
@@ -599,13 +562,6 @@ def _milliseconds(row: dict | None) -> str:
 
 def _megabytes(row: dict | None) -> str:
     return f"{row['bytes'] / 1e6:,.1f}" if row and row["bytes"] else ""
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def _legend(figure: "Figure", groups: Sequence[str]) -> None:

@@ -20,8 +20,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,11 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from experiments import cli
+from experiments import cli, timing
+from experiments.timing import Ratio, time_rounds
 from jaxkd import layout, runs
 from jaxkd.checkpoints import write_atomically
 from jaxkd.data.progress import track
@@ -47,7 +44,6 @@ LIBRARIES = {"numpy": "NumPy", "jax": "JAX"}
 TASKS = {"walk": "sum, line by line", "sum": "sum, one call", "scale": "scale, one call"}
 ORDERS = ("row", "column")
 ALL_ORDERS = tuple(itertools.product(ORDERS, repeat=3))
-SAMPLE_SECONDS = 0.005  # a sample is as many calls as take this long, of which the clock is sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +77,6 @@ class Case(NamedTuple):
 
     name: dict[str, Any]
     call: Callable[[], Any]
-
-
-class Ratio(NamedTuple):
-    """How many times as long as another case a case takes, over rounds."""
-
-    low: float
-    median: float
-    high: float
-
-    def __str__(self) -> str:
-        """The median, and the quartiles behind it."""
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
-
-    @property
-    def clear(self) -> bool:
-        """Whether the middle half of the rounds agree on which case takes longer."""
-        return not self.low <= 1 <= self.high
 
 
 def access_cases(size: int) -> Iterator[list[Case]]:
@@ -148,8 +127,7 @@ def measure(config: Config) -> list[dict]:
 
 def ratio(rows: Sequence[dict], names: dict, baseline: dict) -> Ratio:
     """How many times as long as another case a case takes, both given by their names."""
-    rounds = np.divide(_find(rows, names), _find(rows, baseline))
-    return Ratio(*(float(value) for value in np.percentile(rounds, [25, 50, 75])))
+    return Ratio.of(_find(rows, names), _find(rows, baseline))
 
 
 def access_ratio(rows: Sequence[dict], **names: Any) -> Ratio:
@@ -183,7 +161,9 @@ def conclude(rows: Sequence[dict]) -> list[str]:
 def print_tables(rows: Sequence[dict], *, console: Console | None = None) -> None:
     """Prints the ratios and, for the largest matrices, the times."""
     console, sizes = console or Console(), _sizes(rows)
-    table = _table("Time by columns ÷ time by rows: median ± half the distance of the quartiles", "task", "", "matrix")
+    table = timing.table(
+        "Time by columns ÷ time by rows: median ± half the distance of the quartiles", "task", "", "matrix"
+    )
     for size in sizes:
         table.add_column(f"{size:,}", justify="right", no_wrap=True)
     table.add_column("ms by rows", justify="right")
@@ -197,7 +177,7 @@ def print_tables(rows: Sequence[dict], *, console: Console | None = None) -> Non
     console.print("; ".join(f"{task}: {label}" for task, label in TASKS.items()), end="\n\n")
 
     size = _sizes(rows, "product")[-1]
-    table = _table(f"Product of {size:,} × {size:,} ÷ row · row → row: median (quartiles)", "orientation")
+    table = timing.table(f"Product of {size:,} × {size:,} ÷ row · row → row: median (quartiles)", "orientation")
     for name in LIBRARIES.values():
         table.add_column(name, justify="right")
         table.add_column("ms", justify="right")
@@ -302,28 +282,12 @@ def _jax_product(lhs: Any, rhs: Any, orders: Sequence[Any]) -> Callable[[], Any]
 def _rounds(groups: Iterable[list[Case]], repeats: int, rows: list[dict]) -> Iterator[None]:
     """Times group after group in rounds, and yields after each of them; a group's rows are added at its end."""
     for cases in groups:
-        calls = [_calls(case) for case in cases]
-        seconds: list[list[float]] = [[] for _ in cases]
-        for i in range(repeats):
-            forwards = range(len(cases))
-            # Back and forth, so that what drifts meets all cases alike.
-            for j in forwards if i % 2 == 0 else reversed(forwards):
-                seconds[j].append(_seconds(cases[j], calls[j]))
+        rounds = []
+        for seconds in time_rounds([case.call for case in cases], repeats):
+            rounds.append(seconds)
             yield
-        rows += [case.name | {"seconds": times} for case, times in zip(cases, seconds, strict=True)]
-
-
-def _calls(case: Case) -> int:
-    """How many calls make a sample; the first one, which compiles, does not count."""
-    case.call()
-    return max(1, math.ceil(SAMPLE_SECONDS / max(_seconds(case, 1), 1e-6)))
-
-
-def _seconds(case: Case, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        case.call()
-    return (time.perf_counter() - start) / calls
+        times = np.transpose(rounds).tolist()
+        rows += [case.name | {"seconds": seconds} for case, seconds in zip(cases, times, strict=True)]
 
 
 def _sizes(rows: Sequence[dict], task: str = "sum") -> list[int]:
@@ -348,15 +312,8 @@ def _arrow(orders: Sequence[str]) -> str:
     return f"{orders[0]} · {orders[1]} → {orders[2]}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
 def _plot_access(axes: "Axes", rows: Sequence[dict], library: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     sizes = _sizes(rows)
     for (task, label), colour in zip(TASKS.items(), COLOURS, strict=False):
@@ -369,9 +326,7 @@ def _plot_access(axes: "Axes", rows: Sequence[dict], library: str) -> None:
     axes.set(title=LIBRARIES[library], xscale="log", yscale="log", xlabel="rows and columns")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    timing.log_ticks(axes.yaxis)
 
 
 def _plot_products(axes: "Axes", rows: Sequence[dict]) -> None:
