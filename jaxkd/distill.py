@@ -4,6 +4,7 @@ A stage that is done is on disk and is not trained again; one that was cut off g
 with the bits that an unbroken run would have had.
 """
 
+import functools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +21,11 @@ from jaxkd.batches import make_order, make_placer, take
 from jaxkd.evaluate import accuracy, make_predict, summarize
 from jaxkd.losses import hard_cross_entropy
 from jaxkd.models.model import Model, Outputs
-from jaxkd.plan import Stage, order
+from jaxkd.plan import Pretrained, Stage, order
 from jaxkd.runs import Run, RunError
 from jaxkd.train import Batch, Loss, Purpose, TrainState, make_state, make_train_step
 
-__all__ = ["Stage", "Trained", "results", "run_plan"]
+__all__ = ["Pretrained", "Stage", "Trained", "results", "run_plan"]
 
 EVALUATIONS = 10
 """How often, evenly spread, a stage's student meets the validation split."""
@@ -45,7 +46,7 @@ class Trained(NamedTuple):
 
 
 def run_plan(
-    plan: Sequence[Stage],
+    plan: Sequence[Stage | Pretrained],
     seeds: Iterable[int],
     run: Run,
     *,
@@ -58,26 +59,31 @@ def run_plan(
     seeds to a run, without moving a bit of the others.
 
     Args:
-        plan: The stages, in any order.
+        plan: The stages and pretrained models, in any order.
         seeds: One training of the whole plan for each.
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
         save_every: Seconds between checkpoints within a stage. One is also saved at its end and on Ctrl-C.
 
     Returns:
-        For each stage's name, in the plan's order, what it left: one entry a seed.
+        For each name, in the plan's order, what it left, a pretrained model what it came with: one entry a seed.
 
     Raises:
         ValueError: If the plan is inconsistent.
         RunError: If a loss stops being finite, or the run holds checkpoints of another plan.
         OSError: If the run's folder cannot be written.
     """
-    stages, seeds, place = order(plan), list(seeds), make_placer()
-    models = {stage.name: stage.model for stage in stages}
-    trained: dict[str, list[Trained]] = {stage.name: [] for stage in plan}
+    stages = [one for one in order(plan) if isinstance(one, Stage)]
+    seeds, place = list(seeds), make_placer()
+    models = {one.name: one.model for one in plan}
+    given = {one.name: one.variables for one in plan if isinstance(one, Pretrained)}
+    trained: dict[str, list[Trained]] = {one.name: [] for one in plan}
+    for one in plan:
+        if isinstance(one, Pretrained):
+            trained[one.name] = [_as_given(one, validation)] * len(seeds)
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
-        ready = [_prepare(stage, [models[name] for name in stage.teachers], validation) for stage in stages]
+        ready = [_prepare(stage, models, given, validation) for stage in stages]
         for seed in seeds:
             for one in ready:
                 name = f"{one.stage.name}, seed {seed}"
@@ -87,8 +93,9 @@ def run_plan(
                     progress.advance(task, steps)
                     progress.advance(whole, steps)
 
-                teachers = tuple(trained[teacher][-1].variables for teacher in one.stage.teachers)
-                start = trained[one.stage.start][-1].variables if one.stage.start else None
+                latest = {name: trained[name][-1].variables for name in one.stage.needs}
+                teachers = tuple(latest[teacher] for teacher in one.stage.teachers)
+                start = latest[one.stage.start] if one.stage.start else None
                 result, told = _train(one, seed, teachers, start, run, place, save_every, advance)
                 trained[one.stage.name].append(result)
                 progress.remove_task(task)
@@ -97,18 +104,22 @@ def run_plan(
 
 
 def results(
-    plan: Sequence[Stage], trained: Mapping[str, Sequence[Trained]], test: Mapping[str, Any], *, reference: str
+    plan: Sequence[Stage | Pretrained],
+    trained: Mapping[str, Sequence[Trained]],
+    test: Mapping[str, Any],
+    *,
+    reference: str,
 ) -> list[dict]:
     """Measures what a plan left on a test set.
 
     Args:
-        plan: The stages.
+        plan: The stages and pretrained models.
         trained: What `run_plan` returned.
         test: `inputs` and `labels`.
-        reference: Name of the stage with which agreement is measured, seed by seed.
+        reference: Name of the one with which agreement is measured, seed by seed.
 
     Returns:
-        A row for each stage, in the plan's order, as `evaluate.summarize` makes them.
+        A row for each of them, in the plan's order, as `evaluate.summarize` makes them.
     """
     logits = {}
     for stage in plan:
@@ -138,9 +149,13 @@ class _Ready(NamedTuple):
     predict: Callable[..., np.ndarray]
     teacher_predicts: list[Callable[..., np.ndarray]]
     validation: Mapping[str, Any]
+    fingerprint: dict[str, Any]
 
 
-def _prepare(stage: Stage, teachers: Sequence[Model], validation: Mapping[str, Any]) -> _Ready:
+def _prepare(
+    stage: Stage, models: Mapping[str, Model], given: Mapping[str, Any], validation: Mapping[str, Any]
+) -> _Ready:
+    teachers = [models[name] for name in stage.teachers]
     live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
     return _Ready(
         stage,
@@ -149,7 +164,13 @@ def _prepare(stage: Stage, teachers: Sequence[Model], validation: Mapping[str, A
         make_predict(stage.model),
         [make_predict(teacher) for teacher in teachers] if stage.cache_teachers else [],
         validation,
+        _fingerprint(stage, {name: given[name] for name in stage.needs if name in given}),
     )
+
+
+def _as_given(one: Pretrained, validation: Mapping[str, Any]) -> Trained:
+    logits = make_predict(one.model)(one.variables, validation["inputs"])
+    return Trained(dict(one.variables), 0.0, accuracy(logits, validation["labels"]))
 
 
 def _train(
@@ -185,7 +206,7 @@ def _train(
         seconds = before + time.monotonic() - began
         # The losses since the last evaluation go along, so that the next record is that of an unbroken run.
         so_far = [float(loss) for loss in jax.device_get(losses)]
-        noted = {"seconds": seconds, "losses": so_far, "stage": _fingerprint(stage)}
+        noted = {"seconds": seconds, "losses": so_far, "stage": ready.fingerprint}
         checkpoints.save(folder, number, state, notes=noted)
         return seconds
 
@@ -215,6 +236,7 @@ def _begin(
     stage = ready.stage
     variables = ready.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
     if start is not None:
+        start = start if stage.transfer is None else stage.transfer(start, variables)
         _check_same_tree(stage, start, variables)
         variables = start
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.fold_in(key, Purpose.LOSS))
@@ -225,17 +247,17 @@ def _begin(
         raise RunError(f"{error}: it belongs to another plan; name another folder for the run") from error
     if found is None:
         return state, 0, {"seconds": 0.0, "losses": []}
-    if found.notes["stage"] != _fingerprint(stage):
+    if found.notes["stage"] != ready.fingerprint:
         raise RunError(
-            f"{folder} holds another training ({found.notes['stage']} there, {_fingerprint(stage)} here): "
+            f"{folder} holds another training ({found.notes['stage']} there, {ready.fingerprint} here): "
             "name another folder for the run"
         )
     return found.tree, found.step, found.notes
 
 
-def _fingerprint(stage: Stage) -> dict[str, Any]:
+def _fingerprint(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
     """What can be told of a stage in JSON; the rest of it, such as the learning rate, is for the run's config."""
-    return {
+    told = {
         "steps": stage.steps,
         "batch_size": stage.batch_size,
         "teachers": list(stage.teachers),
@@ -243,6 +265,15 @@ def _fingerprint(stage: Stage) -> dict[str, Any]:
         "augment": stage.augment is not None,
         "cache_teachers": stage.cache_teachers,
     }
+    return told | ({"pretrained": {name: _checksum(variables) for name, variables in given.items()}} if given else {})
+
+
+def _checksum(variables: Any) -> int:
+    """Of the weights' bytes, in the order of their paths."""
+    leaves = jax.tree_util.tree_leaves(jax.device_get(variables))
+    return functools.reduce(
+        lambda sum, leaf: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, sum), leaves, 0
+    )
 
 
 def _finished(stage: Stage, seed: int, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:

@@ -7,7 +7,7 @@ import graphlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 from jax import Array
@@ -17,6 +17,20 @@ from jaxkd.train import Augment, Loss
 
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays by name, or a function of the seed that returns them."""
+
+
+class Pretrained(NamedTuple):
+    """A model of a plan that comes trained: it teaches, and others start from it.
+
+    Attributes:
+        name: Unique in the plan.
+        model: The model.
+        variables: Its weights and statistics.
+    """
+
+    name: str
+    model: Model
+    variables: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,9 @@ class Stage:
         tx: The optimizer.
         steps: How many steps to take.
         teachers: Names of the stages whose final models teach this one, in the order in which the loss gets them.
-        start: Name of a stage of the same architecture from whose final weights this one starts; `None`: fresh ones.
+        start: Name of a stage from whose final weights this one starts; `None`: fresh ones.
+        transfer: `(theirs, fresh) -> variables`, how weights of another architecture become this one's, such as
+            `lambda theirs, fresh: transfer.transfer(theirs, fresh, strict=False)[0]`; `None`: as they are.
         batch_size: Examples a step.
         augment: `(key, inputs) -> inputs`, run inside the step.
         cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
@@ -51,6 +67,7 @@ class Stage:
     steps: int
     teachers: tuple[str, ...] = ()
     start: str | None = None
+    transfer: Callable[[dict, dict], dict] | None = None
     batch_size: int = 128
     augment: Augment | None = None
     cache_teachers: bool = False
@@ -64,11 +81,18 @@ class Stage:
             self.examples(0)
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
+        if self.transfer is not None and self.start is None:
+            raise ValueError(f"stage {self.name!r} has a transfer but no start: name the stage whose weights it takes")
         if self.cache_teachers and self.augment is not None:
             raise ValueError(
                 f"stage {self.name!r} would learn from logits of images that it does not see: "
                 "drop either augment or cache_teachers"
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of those that come before it: its teachers, and the one that it starts from."""
+        return self.teachers if self.start is None else (*self.teachers, self.start)
 
     def examples(self, seed: int) -> Mapping[str, Any]:
         """The arrays that a seed learns from.
@@ -85,14 +109,14 @@ class Stage:
         return data
 
 
-def order(plan: Sequence[Stage]) -> tuple[Stage, ...]:
+def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
     """Sorts a plan so that every stage comes after those it learns from.
 
     Args:
-        plan: Stages in any order.
+        plan: Stages and pretrained models in any order.
 
     Returns:
-        The same stages.
+        The same ones.
 
     Raises:
         ValueError: If two stages share a name, one names a stage that is not there, or they wait for each other.
@@ -100,7 +124,7 @@ def order(plan: Sequence[Stage]) -> tuple[Stage, ...]:
     stages = {stage.name: stage for stage in plan}
     if len(stages) != len(plan):
         raise ValueError(f"stages must have different names, got {[stage.name for stage in plan]}")
-    needs = {stage.name: [*stage.teachers, *([stage.start] if stage.start else [])] for stage in plan}
+    needs = {one.name: one.needs if isinstance(one, Stage) else () for one in plan}
     for name, needed in needs.items():
         if unknown := [other for other in needed if other not in stages]:
             raise ValueError(f"stage {name!r} learns from {unknown}, which the plan does not have: {list(stages)}")

@@ -278,3 +278,41 @@ def test_divergence_stops_the_run_and_keeps_what_is_done(tmp_path):
         run_in(tmp_path, [stage("first"), wild], (0,))
     assert not (tmp_path / "checkpoints" / "seed0" / "wild").exists()
     assert (tmp_path / "checkpoints" / "seed0" / "first" / "40.json").exists()
+
+
+def test_pretrained_models_teach_and_are_started_from(tmp_path):
+    model = models.from_linen(MLP(4))
+    weights = model.init(jax.random.key(5), TRAIN["inputs"][:1])
+    given = distill.Pretrained("given", model, weights)
+    before = jax.tree.map(np.array, weights)
+    plan = [stage("taught", teachers=("given",), loss=soft, start="given", steps=2), given]
+    trained = distill.run_plan(plan, [0, 1], runs.open_run(tmp_path / "run", {}), validation=VALIDATION)
+    assert [len(trained[name]) for name in ("taught", "given")] == [2, 2]
+    chex.assert_trees_all_equal(trained["given"][1].variables, before)
+    # It starts where its teacher stands: there is nothing to learn from it yet, dropout apart.
+    rows = distill.results(plan, trained, VALIDATION, reference="given")
+    assert [row["name"] for row in rows] == ["taught", "given"]
+    assert rows[0]["agreement"] > 0.8 and rows[1]["agreement"] is None
+
+    other = given._replace(variables=jax.tree.map(lambda leaf: leaf + 1, weights))
+    with pytest.raises(runs.RunError, match="holds another training"):
+        distill.run_plan([plan[0], other], [0], runs.open_run(tmp_path / "run", {}), validation=VALIDATION)
+
+
+def test_weights_of_another_architecture_are_transferred(tmp_path):
+    def first_units(theirs, fresh):
+        return jax.tree.map(lambda big, small: big[tuple(map(slice, small.shape))], theirs, fresh)
+
+    plan = [
+        stage("large", 8, steps=3),
+        stage("small", 4, start="large", transfer=first_units, tx=optax.set_to_zero(), steps=1),
+    ]
+    trained = distill.run_plan(plan, [0], runs.open_run(tmp_path, {}), validation=VALIDATION)
+    large, small = (trained[name][0].variables["params"] for name in ("large", "small"))
+    chex.assert_trees_all_equal(small["Dense_0"]["kernel"], large["Dense_0"]["kernel"][:, :4])
+
+    wrong = [plan[0], dataclasses.replace(plan[1], name="wrong", transfer=lambda theirs, fresh: theirs)]
+    with pytest.raises(ValueError, match="'wrong' cannot start from 'large'"):
+        distill.run_plan(wrong, [0], runs.open_run(tmp_path / "other", {}), validation=VALIDATION)
+    with pytest.raises(ValueError, match="has a transfer but no start"):
+        stage("lost", transfer=first_units)
