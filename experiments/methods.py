@@ -184,13 +184,7 @@ def with_labels(method: Method) -> Loss:
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
     """Who learns what from whom."""
     images, labels = dataset.train
-    data.balanced_subset(labels, config.num_images, jax.random.key(0))  # refuses a wrong number at once
-
-    def few(seed: int) -> dict[str, Any]:
-        key = jax.random.fold_in(jax.random.key(seed), config.num_images)
-        chosen = data.balanced_subset(labels, config.num_images, key)
-        return {"inputs": images[chosen], "labels": labels[chosen]}
-
+    few, _ = vision.few_labels(dataset, config.num_images)
     teacher, student = (vision.cnn(*shape, dataset) for shape in (TEACHER, STUDENT))
     steps = math.ceil(config.epochs * len(labels) / config.batch_size)
     common = {"options": config, "steps": steps}

@@ -16,12 +16,8 @@ Time: 2 minutes on 2 CPU cores
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from experiments import cli, vision
-from jaxkd import data, distill, losses
+from jaxkd import data, distill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,37 +37,14 @@ class Config(vision.Options):
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
     """Who learns what from whom."""
-    data.balanced_subset(dataset.train.labels, config.num_labels, jax.random.key(0))  # refuses a wrong number at once
-    images, labels = dataset.train
-    everything = {"inputs": images, "labels": labels}
-
-    def kept(seed):
-        """The images that keep their label; each seed draws its own."""
-        key = jax.random.fold_in(jax.random.key(seed), config.num_labels)
-        return data.balanced_subset(labels, config.num_labels, key)
-
-    def few(seed):
-        chosen = kept(seed)
-        return {"inputs": images[chosen], "labels": labels[chosen]}
-
-    def partly(seed):
-        labelled = np.isin(np.arange(len(labels)), kept(seed))
-        # A label that is not kept is nowhere in what a student gets.
-        return {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
-
-    def soft(student, teachers, batch):
-        alpha = jnp.where(batch["labelled"], config.alpha, 1.0)
-        (teacher,) = teachers
-        return losses.distillation_loss(
-            student.logits, teacher.logits, batch["labels"], temperature=config.temperature, alpha=alpha
-        )
-
+    everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
+    few, partly = vision.few_labels(dataset, config.num_labels)
     teacher = vision.cnn((64, 128), 128, dataset)
     assistant = vision.cnn((32, 64), 64, dataset)
     student = vision.cnn((16,), 32, dataset)
-    steps = math.ceil(config.epochs * len(labels) / config.batch_size)
+    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
     alone = {"loss": vision.supervised, "options": config, "steps": steps}
-    taught = {"loss": soft, "options": config, "steps": steps, "cache_teachers": not config.augment}
+    taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}
     return (
         vision.stage("teacher", teacher, everything, **alone),
         vision.stage("assistant", assistant, partly, teachers=("teacher",), **taught),

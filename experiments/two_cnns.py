@@ -17,7 +17,7 @@ import dataclasses
 import math
 
 from experiments import cli, vision
-from jaxkd import data, distill, losses
+from jaxkd import data, distill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,6 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Who learns what from whom."""
     examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
 
-    def taught(student, teachers, batch):
-        return losses.distillation_loss(
-            student.logits,
-            teachers[0].logits,
-            batch["labels"],
-            temperature=config.temperature,
-            alpha=config.alpha,
-        )
-
     small, large = vision.cnn((32, 64), 64, dataset), vision.cnn((64, 128), 128, dataset)
     steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
     teacher_steps = math.ceil(config.teacher_epochs * len(dataset.train.labels) / config.batch_size)
@@ -60,7 +51,11 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         dataclasses.replace(teacher, augment=data.random_flip),
         model_a,
         dataclasses.replace(
-            model_a, name="model_b", loss=taught, teachers=("teacher",), cache_teachers=not config.augment
+            model_a,
+            name="model_b",
+            loss=vision.taught(config),
+            teachers=("teacher",),
+            cache_teachers=not config.augment,
         ),
     )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.cli import OptionError, require
@@ -83,6 +85,33 @@ def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.M
     return model
 
 
+def few_labels(dataset: data.Dataset, count: int) -> tuple[Examples, Examples]:
+    """The training images of which `count` keep their label, as many of each class; each seed draws its own.
+
+    Returns:
+        Those images alone; and all of them, where `labelled` tells which those are.
+
+    Raises:
+        DataError: If there are not as many images of each class.
+    """
+    images, labels = dataset.train
+    data.balanced_subset(labels, count, jax.random.key(0))  # refuses a wrong number at once
+
+    def kept(seed: int) -> Any:
+        return data.balanced_subset(labels, count, jax.random.fold_in(jax.random.key(seed), count))
+
+    def few(seed: int) -> dict[str, Any]:
+        chosen = kept(seed)
+        return {"inputs": images[chosen], "labels": labels[chosen]}
+
+    def partly(seed: int) -> dict[str, Any]:
+        labelled = np.isin(np.arange(len(labels)), kept(seed))
+        # A label that is not kept is nowhere in what a student gets.
+        return {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
+
+    return few, partly
+
+
 def stage(
     name: str,
     model: models.Model,
@@ -104,11 +133,27 @@ def supervised(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) ->
     return losses.hard_cross_entropy(student.logits, batch["labels"])
 
 
+def taught(options: Options) -> Loss:
+    """The loss of a network that learns from one teacher's soft targets, and from labels where there are any.
+
+    Where the batch has `labelled`, an example without a label gives all weight to the soft targets.
+    """
+
+    def loss(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Any:
+        (teacher,) = teachers
+        alpha = jnp.where(batch["labelled"], options.alpha, 1.0) if "labelled" in batch else options.alpha
+        return losses.distillation_loss(
+            student.logits, teacher.logits, batch["labels"], temperature=options.temperature, alpha=alpha
+        )
+
+    return loss
+
+
 def run(
     experiment: str,
     options: Options,
     dataset: data.Dataset,
-    plan: Sequence[distill.Stage],
+    plan: Sequence[distill.Stage | distill.Pretrained],
     *,
     title: str,
     students: Sequence[str],
@@ -120,7 +165,7 @@ def run(
         experiment: Name of the script, for the run's directory.
         options: Its options.
         dataset: The images.
-        plan: The stages; `"teacher"` among them is what agreement is measured with.
+        plan: The stages and pretrained models; `"teacher"` among them is what agreement is measured with.
         title: The report's.
         students: Stages of which the best is exported: the highest mean validation accuracy, then the best seed.
         comparisons: Pairs of stages that the report compares.
