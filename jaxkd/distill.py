@@ -83,7 +83,8 @@ def run_plan(
             trained[one.name] = [_as_given(one, validation)] * len(seeds)
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
-        ready = [_prepare(stage, models, given, validation) for stage in stages]
+        predicts = {name: _remember_last(make_predict(model)) for name, model in models.items()}
+        ready = [_prepare(stage, models, predicts, given, validation) for stage in stages]
         for seed in seeds:
             for one in ready:
                 name = f"{one.stage.name}, seed {seed}"
@@ -147,13 +148,17 @@ class _Ready(NamedTuple):
     step: Callable[..., tuple[TrainState, dict[str, Array]]]
     init: Callable[..., dict]
     predict: Callable[..., np.ndarray]
-    teacher_predicts: list[Callable[..., np.ndarray]]
+    teacher_predicts: list[Callable[..., Array]]
     validation: Mapping[str, Any]
     fingerprint: dict[str, Any]
 
 
 def _prepare(
-    stage: Stage, models: Mapping[str, Model], given: Mapping[str, Any], validation: Mapping[str, Any]
+    stage: Stage,
+    models: Mapping[str, Model],
+    predicts: Mapping[str, Callable[..., Array]],
+    given: Mapping[str, Any],
+    validation: Mapping[str, Any],
 ) -> _Ready:
     teachers = [models[name] for name in stage.teachers]
     live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
@@ -162,10 +167,22 @@ def _prepare(
         make_train_step(stage.model, stage.tx, loss, teachers=live, augment=stage.augment),
         jax.jit(stage.model.init),
         make_predict(stage.model),
-        [make_predict(teacher) for teacher in teachers] if stage.cache_teachers else [],
+        [predicts[name] for name in stage.teachers] if stage.cache_teachers else [],
         validation,
         _fingerprint(stage, {name: given[name] for name in stage.needs if name in given}),
     )
+
+
+def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
+    """Predicts anew only for other weights or inputs: stages and seeds that share both share the answer."""
+    last: list[Any] = [None, None, None]
+
+    def remembered(variables: dict, inputs: Any) -> Array:
+        if last[0] is not variables or last[1] is not inputs:
+            last[:] = variables, inputs, jnp.asarray(predict(variables, inputs))
+        return last[2]
+
+    return remembered
 
 
 def _as_given(one: Pretrained, validation: Mapping[str, Any]) -> Trained:
@@ -196,7 +213,7 @@ def _train(
 
     if stage.cache_teachers:
         predicted = zip(ready.teacher_predicts, teachers, strict=True)
-        cache = tuple(jnp.asarray(predict(variables, examples["inputs"])) for predict, variables in predicted)
+        cache = tuple(predict(variables, examples["inputs"]) for predict, variables in predicted)
         data, teachers = data | {"teacher_logits": cache}, ()
     select = make_order(key, len(examples["inputs"]), stage.batch_size)
     evaluated = {-(-stage.steps * (i + 1) // EVALUATIONS) for i in range(EVALUATIONS)}

@@ -316,3 +316,19 @@ def test_weights_of_another_architecture_are_transferred(tmp_path):
         distill.run_plan(wrong, [0], runs.open_run(tmp_path / "other", {}), validation=VALIDATION)
     with pytest.raises(ValueError, match="has a transfer but no start"):
         stage("lost", transfer=first_units)
+
+
+def test_a_cached_teacher_answers_once_for_all_that_it_teaches_alike(tmp_path, monkeypatch):
+    asked, make_predict = [], distill.make_predict
+
+    def counting(model):
+        predict = make_predict(model)
+        return lambda variables, inputs: asked.append(len(inputs)) or predict(variables, inputs)
+
+    monkeypatch.setattr(distill, "make_predict", counting)
+    model = models.from_linen(MLP(4))
+    given = distill.Pretrained("given", model, model.init(jax.random.key(5), TRAIN["inputs"][:1]))
+    taught = {"teachers": ("given",), "loss": soft, "steps": 1, "cache_teachers": True}
+    plan = [given, stage("one", **taught), stage("two", **taught)]
+    distill.run_plan(plan, [0, 1], runs.open_run(tmp_path, {}), validation=VALIDATION)
+    assert asked.count(len(TRAIN["inputs"])) == 1
