@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxkd import checkpoints, train
+from jaxkd.checkpoints import store
 
 
 def state(step):
@@ -109,13 +110,13 @@ def test_new_checkpoints_outlive_damaged_ones_of_higher_numbers(tmp_path):
 
 
 def test_control_c_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
-    make = checkpoints._checkpointer
+    make = store._checkpointer
 
     def interrupted():
         signal.raise_signal(signal.SIGINT)
         return make()
 
-    monkeypatch.setattr(checkpoints, "_checkpointer", interrupted)
+    monkeypatch.setattr(store, "_checkpointer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(tmp_path, 1, state(1))
     monkeypatch.undo()
@@ -135,7 +136,7 @@ def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
         def save(self, *arguments):
             raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a page of details")
 
-    monkeypatch.setattr(checkpoints, "_checkpointer", Full)
+    monkeypatch.setattr(store, "_checkpointer", Full)
     with pytest.raises(OSError, match="1 cannot be written: RESOURCE_EXHAUSTED: No space left on device$"):
         checkpoints.save(tmp_path, 1, state(1))
 
