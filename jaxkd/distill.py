@@ -186,8 +186,9 @@ def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
 
 
 def _as_given(one: Pretrained, validation: Mapping[str, Any]) -> Trained:
-    logits = make_predict(one.model)(one.variables, validation["inputs"])
-    return Trained(dict(one.variables), 0.0, accuracy(logits, validation["labels"]))
+    variables = dict(one.variables)
+    logits = make_predict(one.model)(variables, validation["inputs"])
+    return Trained(variables, 0.0, accuracy(logits, validation["labels"]))
 
 
 def _train(

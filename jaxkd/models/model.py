@@ -178,3 +178,33 @@ def standardized(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
         return model.apply(variables, prepare(inputs), train=train, key=key)
 
     return Model(lambda key, inputs: model.init(key, prepare(inputs)), apply)
+
+
+def frozen_statistics(model: Model) -> Model:
+    """Lets a model use and keep its running statistics in training too, as for fine-tuning on small batches.
+
+    Training then runs it as inference does: besides batch norm that concerns all else that depends on the mode, so that
+    dropout and its like are off. Scales and biases of batch norm are parameters, and are trained unless frozen.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The model that behaves alike in both modes, with the same variables.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxkd.models.model import from_nnx, frozen_statistics
+        >>> model = frozen_statistics(from_nnx(lambda rngs: nnx.BatchNorm(2, rngs=rngs)))
+        >>> images = jnp.array([[3.0, 4.0]])
+        >>> _, batch_stats = model.apply(model.init(jax.random.key(0), images), images, train=True)
+        >>> batch_stats["mean"]
+        Array([0., 0.], dtype=float32)
+    """
+
+    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
+        del train
+        return model.apply(variables, inputs, train=False, key=key)
+
+    return Model(model.init, apply)

@@ -5,10 +5,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from jaxkd.models import CNN, Outputs, from_linen, from_nnx, standardized
+from jaxkd.models.model import frozen_statistics
+from jaxkd.train import make_state, make_train_step
 
 
 class Net(nn.Module):
@@ -143,3 +146,26 @@ def test_standardized_takes_images_as_they_are_stored():
     got, _ = model.apply(variables, images, train=False)
     expected, _ = plain.apply(variables, jnp.asarray(prepared), train=False)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_frozen_statistics_are_used_and_kept_in_training(maker):
+    model = MAKERS[maker]()
+    frozen, variables = frozen_statistics(model), model.init(jax.random.key(0), inputs())
+    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    chex.assert_trees_all_equal(frozen.init(jax.random.key(0), inputs()), model.init(jax.random.key(0), inputs()))
+    expected, _ = model.apply(variables, inputs(), train=False)
+    for train in (False, True):
+        outputs, batch_stats = frozen.apply(variables, inputs(), train=train, key=jax.random.key(1))
+        chex.assert_trees_all_equal(outputs, expected)
+        chex.assert_trees_all_equal(batch_stats, variables["batch_stats"])
+
+
+def test_frozen_statistics_leave_scale_and_bias_to_be_trained():
+    model = frozen_statistics(MAKERS["linen"]())
+    variables, tx = model.init(jax.random.key(0), inputs()), optax.sgd(0.1)
+    step = make_train_step(model, tx, lambda student, teachers, batch: jnp.square(student.logits - 1).sum(-1))
+    state, _ = step(make_state(variables, tx), {"inputs": inputs()}, (), jax.random.key(1))
+    chex.assert_trees_all_equal(state.batch_stats, variables["batch_stats"])
+    for before, after in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params), strict=True):
+        assert (before != after).any()

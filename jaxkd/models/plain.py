@@ -1,0 +1,132 @@
+"""The plain networks of the teacher-assistant paper: 2, 4, 6, 8 or 10 normalised convolutions."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+from jax import Array
+
+from jaxkd import layout
+from jaxkd.models.cnn import max_pool
+from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
+from jaxkd.models.model import Outputs
+from jaxkd.transfer import Rule
+
+
+class PlainCNN(nn.Module):
+    """Stages of 3×3 convolutions, each with batch normalisation and ReLU, that end in 2×2 max-pooling; dense layers.
+
+    The kernels start as PyTorch's default, uniform in ±1/√fan-in, which the authors leave as it is; biases start at 0.
+
+    Attributes:
+        stages: Output channels of each convolution of each stage.
+        hidden: Width of the dense layer before the classifier; `None` for none.
+        num_classes: Number of logits.
+
+    References:
+        Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant", https://arxiv.org/abs/1902.03393
+    """
+
+    stages: Sequence[Sequence[int]]
+    hidden: int | None = None
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, inputs: Array, train: bool = False) -> Outputs:
+        """Classifies images.
+
+        Args:
+            inputs: Floating-point images `[B, H, W, C]`, large enough to be halved by every stage.
+            train: Whether to normalise by the batch's statistics and to move the running ones.
+
+        Returns:
+            Logits `[B, num_classes]`; features `stage1` … (after ReLU and pooling) `[B, h, w, stages[i][-1]]` and
+            `pre_logits`, what the classifier sees, `[B, hidden]`, or `[B, h·w·stages[-1][-1]]` without such a layer.
+
+        Raises:
+            ValueError: If the shape is none of images, they are too small, or the weights are for other ones.
+            TypeError: If the images are not floating-point.
+        """
+        check_images(inputs, self.get_variable("params", "stage1_conv0"), least=2 ** len(self.stages))
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        x, named = inputs, {}
+        for i, widths in enumerate(self.stages, start=1):
+            for j, width in enumerate(widths):
+                x = nn.Conv(width, (3, 3), padding=1, kernel_init=init, name=f"stage{i}_conv{j}")(x)
+                x = nn.relu(BatchNorm(use_running_average=not train, name=f"stage{i}_bn{j}")(x))
+            x = named[f"stage{i}"] = max_pool(x)
+        x = x.reshape(x.shape[0], -1)
+        self._check_size(inputs, x)
+        if self.hidden is not None:
+            x = nn.relu(nn.Dense(self.hidden, kernel_init=init, name="hidden")(x))
+        named["pre_logits"] = x
+        return Outputs(nn.Dense(self.num_classes, kernel_init=init, name="logits")(x), named)
+
+    def torch_rules(self) -> tuple[Rule, ...]:
+        """How PyTorch's weights become this module's.
+
+        Returns:
+            Rules for the names of the authors, imirzadeh/Teacher-Assistant-Knowledge-Distillation.
+        """
+        rules, place = [], 0
+        for i, widths in enumerate(self.stages, start=1):
+            for j in range(len(widths)):
+                rules += dense_rules(f"conv_layers.{place}", f"stage{i}_conv{j}", layout.CONV)
+                rules += norm_rules(f"conv_layers.{place + 1}", f"stage{i}_bn{j}")
+                place += 3  # a ReLU is the third
+            place += 1  # and the pooling another
+        flattened = layout.flattened_dense(channels=self.stages[-1][-1])
+        if self.hidden is None:
+            return *rules, *dense_rules("fc_layers.0", "logits", flattened)
+        return *rules, *dense_rules("fc_layers.0", "hidden", flattened), *dense_rules("fc_layers.2", "logits")
+
+    def _check_size(self, inputs: Array, flat: Array) -> None:
+        dense = self.get_variable("params", "logits" if self.hidden is None else "hidden")
+        if dense is not None and len(dense["kernel"]) != flat.shape[-1]:
+            raise ValueError(
+                f"the weights are for images of another size than {inputs.shape[1]}×{inputs.shape[2]}, which leave "
+                f"{flat.shape[-1]} values to the dense layer instead of {len(dense['kernel'])}: resize the images, or "
+                "initialise weights for theirs"
+            )
+
+
+def plain2(num_classes: int = 10) -> PlainCNN:
+    """2 convolutions; 13,082 parameters at 10 classes.
+
+    These are the paper's networks for CIFAR-10; those for CIFAR-100 are wider.
+
+    Args:
+        num_classes: Number of logits.
+
+    Returns:
+        The module, for `from_linen`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.models import from_linen
+        >>> model = from_linen(plain2())
+        >>> images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        13082
+    """
+    return PlainCNN(((16,), (16,)), num_classes=num_classes)
+
+
+def plain4(num_classes: int = 10) -> PlainCNN:
+    """4 convolutions, otherwise as `plain2`; 37,338 parameters at 10 classes."""
+    return PlainCNN(((16, 16), (32, 32)), num_classes=num_classes)
+
+
+def plain6(num_classes: int = 10) -> PlainCNN:
+    """6 convolutions, otherwise as `plain2`; 82,778 parameters at 10 classes."""
+    return PlainCNN(((16, 16), (32, 32), (64, 64)), num_classes=num_classes)
+
+
+def plain8(num_classes: int = 10) -> PlainCNN:
+    """8 convolutions and a dense layer of 64, otherwise as `plain2`; 327,962 parameters at 10 classes."""
+    return PlainCNN(((16, 16), (32, 32), (64, 64), (128, 128)), 64, num_classes)
+
+
+def plain10(num_classes: int = 10) -> PlainCNN:
+    """10 convolutions and a dense layer of 128, otherwise as `plain2`; 2,487,850 parameters at 10 classes."""
+    return PlainCNN(((32, 32), (64, 64), (128, 128), (256, 256, 256, 256)), 128, num_classes)

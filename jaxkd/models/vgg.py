@@ -1,0 +1,102 @@
+"""The VGG networks of CIFAR: plain blocks of normalised convolutions, and one dense layer."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+from jax import Array
+
+from jaxkd import layout
+from jaxkd.models.cnn import max_pool
+from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
+from jaxkd.models.model import Outputs
+from jaxkd.transfer import Rule
+
+
+class VGG(nn.Module):
+    """Blocks of 3×3 convolutions, each with batch normalisation and ReLU; then the mean and one classifier.
+
+    2×2 max-pooling follows the first three blocks, and the fourth too where images are at least 64×64. That is the form
+    that the distillation literature trains on CIFAR: the dense layers of the paper are left out.
+
+    The kernels start as He et al. propose, by fan-out, as in the PyTorch code whose checkpoints `torch_rules` reads;
+    the classifier starts as Flax's.
+
+    Attributes:
+        widths: Output channels of each convolution of each of the five blocks.
+        num_classes: Number of logits.
+
+    References:
+        Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
+        https://arxiv.org/abs/1409.1556; Tian et al., "Contrastive Representation Distillation",
+        https://arxiv.org/abs/1910.10699
+    """
+
+    widths: Sequence[Sequence[int]]
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, inputs: Array, train: bool = False) -> Outputs:
+        """Classifies images.
+
+        Args:
+            inputs: Floating-point images `[B, H, W, C]`, at least 8×8.
+            train: Whether to normalise by the batch's statistics and to move the running ones.
+
+        Returns:
+            Logits `[B, num_classes]`; features after ReLU and before pooling: `stem`, the first block, `[B, H, W, 64]`,
+            `stage1` … `stage4`, the others, `[B, h, w, widths[i][-1]]`, numbered as the literature's hint layers; and
+            `pre_logits`, the mean over the image, `[B, 512]`.
+
+        Raises:
+            ValueError: If the shape is none of images, they are too small, or the weights take other channels.
+            TypeError: If the images are not floating-point.
+        """
+        check_images(inputs, self.get_variable("params", "block0_conv0"), least=8)
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        x, named, pooled = inputs, {}, 4 if min(inputs.shape[1:3]) >= 64 else 3
+        for i, widths in enumerate(self.widths):
+            x = max_pool(x) if 0 < i <= pooled else x
+            for j, width in enumerate(widths):
+                x = nn.Conv(width, (3, 3), padding=1, kernel_init=init, name=f"block{i}_conv{j}")(x)
+                x = nn.relu(BatchNorm(use_running_average=not train, name=f"block{i}_bn{j}")(x))
+            named[f"stage{i}" if i else "stem"] = x
+        x = named["pre_logits"] = x.mean(axis=(1, 2))
+        return Outputs(nn.Dense(self.num_classes, name="logits")(x), named)
+
+    def torch_rules(self) -> tuple[Rule, ...]:
+        """How PyTorch's weights become this module's.
+
+        Returns:
+            Rules for the names of HobbitLong/RepDistiller, where convolution j of a block is the layer 3 j.
+        """
+        rules = []
+        for j in range(max(map(len, self.widths))):
+            rules += dense_rules(f"block{{i}}.{3 * j}", f"block{{i}}_conv{j}", layout.CONV)
+            rules += norm_rules(f"block{{i}}.{3 * j + 1}", f"block{{i}}_bn{j}")
+        return *rules, *dense_rules("classifier", "logits")
+
+
+def vgg8(num_classes: int = 10) -> VGG:
+    """VGG-8 with batch normalisation; 3,965,028 parameters at 100 classes.
+
+    Args:
+        num_classes: Number of logits.
+
+    Returns:
+        The module, for `from_linen`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.models import from_linen
+        >>> model = from_linen(vgg8(num_classes=100))
+        >>> images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        3965028
+    """
+    return VGG(((64,), (128,), (256,), (512,), (512,)), num_classes)
+
+
+def vgg13(num_classes: int = 10) -> VGG:
+    """VGG-13, two convolutions a block, otherwise as `vgg8`; 9,462,180 parameters at 100 classes."""
+    return VGG(((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)), num_classes)

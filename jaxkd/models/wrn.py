@@ -1,0 +1,129 @@
+"""Wide residual networks: blocks that normalise and activate before they convolve."""
+
+import functools
+
+import flax.linen as nn
+from jax import Array
+
+from jaxkd import layout
+from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
+from jaxkd.models.model import Outputs
+from jaxkd.transfer import Rule
+
+_conv = functools.partial(
+    nn.Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+)
+
+
+class WideResNet(nn.Module):
+    """Wide residual network of 6 · `blocks` + 4 layers: a 3×3 convolution, three stages of blocks, mean, classifier.
+
+    A block is `x + conv(dropout(relu(bn(conv(relu(bn(x)))))))`. The second and third stage halve the image. Where the
+    channels change, a 1×1 convolution of `relu(bn(x))` takes the place of `x`.
+
+    The kernels start as He et al. propose, by fan-out, as in the PyTorch code whose checkpoints `torch_rules` reads;
+    the classifier starts as Flax's.
+
+    Attributes:
+        blocks: Blocks in each stage.
+        widen: Factor of the widths 16, 32 and 64.
+        dropout: Probability of dropping a value between the two convolutions of a block.
+        num_classes: Number of logits.
+
+    References:
+        Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146
+    """
+
+    blocks: int
+    widen: int
+    dropout: float = 0.0
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, inputs: Array, train: bool = False) -> Outputs:
+        """Classifies images.
+
+        Args:
+            inputs: Floating-point images `[B, H, W, C]`, at least 4×4.
+            train: Whether to drop, to normalise by the batch's statistics and to move the running ones.
+
+        Returns:
+            Logits `[B, num_classes]`; features `stem` `[B, H, W, 16]`, the first convolution, and `stage1` … `stage3`
+            `[B, h, w, widths[i]]`, the sums, all of them before the normalisation and the ReLU that the next block
+            begins with; `pre_logits`, the mean after the last ReLU, `[B, widths[3]]`.
+
+        Raises:
+            ValueError: If the shape is none of images, they are too small, or the weights take other channels.
+            TypeError: If the images are not floating-point.
+        """
+        check_images(inputs, self.get_variable("params", "stem_conv"), least=4)
+        x = _conv(16, (3, 3), padding=1, name="stem_conv")(inputs)
+        named = {"stem": x}
+        for i, width in enumerate((16, 32, 64), start=1):
+            for j in range(self.blocks):
+                stride = 2 if i > 1 and j == 0 else 1
+                x = _Block(width * self.widen, stride, self.dropout, name=f"stage{i}_block{j}")(x, train)
+            named[f"stage{i}"] = x
+        x = nn.relu(BatchNorm(use_running_average=not train, name="last_bn")(x))
+        x = named["pre_logits"] = x.mean(axis=(1, 2))
+        return Outputs(nn.Dense(self.num_classes, name="logits")(x), named)
+
+    def torch_rules(self) -> tuple[Rule, ...]:
+        """How PyTorch's weights become this module's.
+
+        Returns:
+            Rules for the names of HobbitLong/RepDistiller.
+        """
+        block, ours = "block{i}.layer.{j}", "stage{i}_block{j}"
+        return (
+            Rule("conv1.weight", "params/stem_conv/kernel", layout.CONV),
+            Rule(f"{block}.convShortcut.weight", f"params/{ours}/shortcut_conv/kernel", layout.CONV),
+            Rule(f"{block}.conv{{k}}.weight", f"params/{ours}/conv{{k}}/kernel", layout.CONV),
+            *norm_rules(f"{block}.bn{{k}}", f"{ours}/bn{{k}}"),
+            *norm_rules("bn1", "last_bn"),
+            *dense_rules("fc", "logits"),
+        )
+
+
+def wrn16_2(num_classes: int = 10, *, dropout: float = 0.0) -> WideResNet:
+    """WRN-16-2; 703,284 parameters at 100 classes.
+
+    Args:
+        num_classes: Number of logits.
+        dropout: Probability of dropping a value within a block.
+
+    Returns:
+        The module, for `from_linen`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.models import from_linen
+        >>> model = from_linen(wrn16_2(num_classes=100))
+        >>> images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        703284
+    """
+    return WideResNet(2, 2, dropout, num_classes)
+
+
+def wrn40_2(num_classes: int = 10, *, dropout: float = 0.0) -> WideResNet:
+    """WRN-40-2, otherwise as `wrn16_2`; 2,255,156 parameters at 100 classes."""
+    return WideResNet(6, 2, dropout, num_classes)
+
+
+class _Block(nn.Module):
+    width: int
+    stride: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        norm = functools.partial(BatchNorm, use_running_average=not train)
+        active = nn.relu(norm(name="bn1")(x))
+        y = _conv(self.width, (3, 3), self.stride, padding=1, name="conv1")(active)
+        y = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(norm(name="bn2")(y)))
+        y = _conv(self.width, (3, 3), padding=1, name="conv2")(y)
+        if x.shape[-1] != self.width:
+            x = _conv(self.width, (1, 1), self.stride, name="shortcut_conv")(active)
+        return x + y

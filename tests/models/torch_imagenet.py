@@ -1,0 +1,220 @@
+"""The ImageNet networks in plain PyTorch, as functions of a state dict, and what it takes to compare them with ours.
+
+Each network is written from its paper with the names of the weights in torchvision, or of EfficientNet-Lite's file,
+and takes the numbers from our module. PyTorch is needed only where a network is evaluated.
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import zlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.models import from_linen
+from jaxkd.transfer import rename_back, transfer
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+torch = importlib.import_module("torch") if HAS_TORCH else None
+F = importlib.import_module("torch.nn.functional") if HAS_TORCH else None
+
+
+class Network:
+    """The layers of a network by their names; the training mode moves the running statistics in place."""
+
+    def __init__(self, state, *, train, momentum=0.1, epsilon=1e-5, same=False):
+        self.state, self.train, self.momentum, self.epsilon, self.same = state, train, momentum, epsilon, same
+
+    def conv(self, x, name, stride=1, groups=1):
+        weight, size = self.state[f"{name}.weight"], self.state[f"{name}.weight"].shape[-1]
+        if self.same:
+            short = [max((math.ceil(n / stride) - 1) * stride + size - n, 0) for n in (x.shape[3], x.shape[2])]
+            x = F.pad(x, [part for n in short for part in (n // 2, n - n // 2)])
+        padding = 0 if self.same else size // 2
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding, groups=groups)
+
+    def norm(self, x, name):
+        mean, var, scale, bias = (self.state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, scale, bias, self.train, self.momentum, self.epsilon)
+
+    def dense(self, x, name):
+        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+
+def resnet(module, state, x, train):
+    net = Network(state, train=train)
+    x = F.max_pool2d(F.relu(net.norm(net.conv(x, "conv1", 2), "bn1")), 3, 2, 1)
+    for i, size in enumerate(module.stage_sizes, start=1):
+        for j in range(size):
+            name, stride = f"layer{i}.{j}", 2 if i > 1 and j == 0 else 1
+            strides = (1, stride, 1) if module.bottleneck else (stride, 1)
+            y = x
+            for k, step in enumerate(strides, start=1):
+                y = net.norm(net.conv(y, f"{name}.conv{k}", step), f"{name}.bn{k}")
+                y = F.relu(y) if k < len(strides) else y
+            if f"{name}.downsample.0.weight" in state:
+                x = net.norm(net.conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = F.relu(x + y)
+    return net.dense(x.mean((2, 3)), "fc")
+
+
+def mobilenet(module, state, x, train):
+    net = Network(state, train=train)
+    x, n = F.relu6(net.norm(net.conv(x, "features.0.0", 2), "features.0.1")), 0
+    for expansion, channels, blocks, first_stride, _ in module.stages:
+        for stride in (first_stride, *[1] * (blocks - 1)):
+            n, y, k = n + 1, x, 0
+            name = f"features.{n}.conv"
+            if expansion > 1:
+                y, k = F.relu6(net.norm(net.conv(y, f"{name}.0.0"), f"{name}.0.1")), 1
+            y = F.relu6(net.norm(net.conv(y, f"{name}.{k}.0", stride, y.shape[1]), f"{name}.{k}.1"))
+            y = net.norm(net.conv(y, f"{name}.{k + 1}"), f"{name}.{k + 2}")
+            x = x + y if stride == 1 and x.shape[1] == channels else y
+    x = F.relu6(net.norm(net.conv(x, f"features.{n + 1}.0"), f"features.{n + 1}.1"))
+    return net.dense(x.mean((2, 3)), "classifier.1")
+
+
+def efficientnet(module, state, x, train):
+    net = Network(state, train=train, momentum=1 - module.style.momentum, epsilon=module.style.epsilon)
+    x = F.silu(net.norm(net.conv(x, "features.0.0", 2), "features.0.1"))
+    for i, (expansion, channels, blocks, first_stride, _) in enumerate(module.stages, start=1):
+        for j, stride in enumerate((first_stride, *[1] * (blocks - 1))):
+            y, k = x, 0
+            name = f"features.{i}.{j}.block"
+            if expansion > 1:
+                y, k = F.silu(net.norm(net.conv(y, f"{name}.0.0"), f"{name}.0.1")), 1
+            y = F.silu(net.norm(net.conv(y, f"{name}.{k}.0", stride, y.shape[1]), f"{name}.{k}.1"))
+            weight = F.silu(net.conv(y.mean((2, 3), keepdim=True), f"{name}.{k + 1}.fc1"))
+            y = y * torch.sigmoid(net.conv(weight, f"{name}.{k + 1}.fc2"))
+            y = net.norm(net.conv(y, f"{name}.{k + 2}.0"), f"{name}.{k + 2}.1")
+            x = x + y if stride == 1 and x.shape[1] == channels else y
+    last = f"features.{len(module.stages) + 1}"
+    return net.dense(F.silu(net.norm(net.conv(x, f"{last}.0"), f"{last}.1")).mean((2, 3)), "classifier.1")
+
+
+def efficientnet_lite(module, state, x, train):
+    net = Network(state, train=train, momentum=0.01, epsilon=1e-3, same=True)
+    x, n = F.relu6(net.norm(net.conv(x, "_conv_stem", 2), "_bn0")), 0
+    for expansion, channels, blocks, first_stride, _ in module.stages:
+        for stride in (first_stride, *[1] * (blocks - 1)):
+            y, name, n = x, f"_blocks.{n}", n + 1
+            if expansion > 1:
+                y = F.relu6(net.norm(net.conv(y, f"{name}._expand_conv"), f"{name}._bn0"))
+            y = F.relu6(net.norm(net.conv(y, f"{name}._depthwise_conv", stride, y.shape[1]), f"{name}._bn1"))
+            y = net.norm(net.conv(y, f"{name}._project_conv"), f"{name}._bn2")
+            x = x + y if stride == 1 and x.shape[1] == channels else y
+    return net.dense(F.relu6(net.norm(net.conv(x, "_conv_head"), "_bn1")).mean((2, 3)), "_fc")
+
+
+def abstract(module, shape=(1, 32, 32, 3)):
+    """The shapes of a module's variables."""
+    return jax.eval_shape(from_linen(module).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def count(module):
+    """How many parameters a module has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(module)["params"]))
+
+
+def shapes(module, shape):
+    """Those of the features and of the logits."""
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    apply = functools.partial(from_linen(module).apply, train=False)
+    outputs, _ = jax.eval_shape(apply, abstract(module, shape), images)
+    return {name: feature.shape for name, feature in outputs.features.items()} | {"logits": outputs.logits.shape}
+
+
+def named(tree):
+    """The leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def draw(module):
+    """Variables that are random, and by their names in PyTorch, so that anyone can draw the same ones there."""
+    tree, rules = abstract(module), module.torch_rules()
+    leaves = [_drawn(rename_back(path, rules).path, leaf.shape) for path, leaf in named(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _drawn(name, shape):
+    rng, kind = np.random.default_rng(zlib.crc32(name.encode())), name.rpartition(".")[2]
+    if kind == "running_var" or (kind == "weight" and len(shape) == 1):
+        return jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
+    scale = math.sqrt(2 / math.prod(shape[:-1])) if len(shape) > 1 else 0.2
+    return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+
+def images(*shape):
+    """Random images, or other numbers."""
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def state_dict(module, tree):
+    """The arrays of a tree of variables, or of a part of them, as PyTorch has them."""
+    state, rules = {}, module.torch_rules()
+    for path, leaf in named(tree).items():
+        name, rule = rename_back(path, rules)
+        state[name] = np.asarray(rule.layout.to_torch(np.asarray(leaf)) if rule.layout else leaf)
+    return state
+
+
+def evaluate(module, variables, inputs, weights, *, train):
+    """Logits, running statistics, and the gradients of the weighted logits to the parameters and the images."""
+    model = from_linen(module)
+
+    def objective(params, inputs):
+        outputs, batch_stats = model.apply(variables | {"params": params}, inputs, train=train)
+        return (outputs.logits * weights).sum(), (outputs.logits, batch_stats)
+
+    gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    (_, (logits, batch_stats)), (params, inputs) = jax.jit(gradient)(variables["params"], inputs)
+    state = state_dict(module, {"params": params, "batch_stats": batch_stats})
+    return {"logits": np.asarray(logits), "images": np.asarray(inputs)} | state
+
+
+def evaluate_torch(module, network, variables, inputs, weights, *, train):
+    """The same in PyTorch."""
+    state = {name: torch.tensor(array.copy()) for name, array in state_dict(module, variables).items()}
+    trained = {name: leaf.requires_grad_() for name, leaf in state.items() if "running" not in name}
+    inputs = torch.tensor(inputs.transpose(0, 3, 1, 2).copy(), requires_grad=True)
+    logits = network(module, state, inputs, train)
+    (logits * torch.tensor(weights)).sum().backward()
+    found = {"logits": logits, "images": inputs.grad.permute(0, 2, 3, 1)} | state
+    found |= {name: leaf.grad for name, leaf in trained.items()}
+    return {name: leaf.detach().numpy() for name, leaf in found.items()}
+
+
+def check_equals_torch(module, network, inputs, *, train):
+    """Logits, statistics and gradients to 1e-4 of the largest entry of each array."""
+    variables, weights = draw(module), images(len(inputs), module.num_classes)
+    found = evaluate(module, variables, inputs, weights, train=train)
+    wanted = evaluate_torch(module, network, variables, inputs, weights, train=train)
+    assert np.std(found["logits"], axis=0).min() > 0.01  # the images matter
+    assert {*found} == {*wanted}
+    largest = {name: abs(array).max() for name, array in wanted.items()}
+    # A shift before a normalisation has no gradient but rounding: that is measured by the largest of all.
+    scale = {name: max(largest[name], 1e-2 * max(largest.values())) for name in wanted}
+    errors = {name: abs(found[name] - wanted[name]).max() / scale[name] for name in wanted}
+    assert max(errors.values()) < 1e-4, errors
+
+
+def check_figures(module, inputs, figures, *, train):
+    """The first image's first logits are those that PyTorch gave with the weights of `draw`."""
+    outputs, _ = jax.jit(functools.partial(from_linen(module).apply, train=train))(draw(module), inputs)
+    np.testing.assert_allclose(outputs.logits[0, : len(figures)], figures, atol=1e-4 * abs(outputs.logits).max())
+
+
+def check_rules(module):
+    """Every variable has a name in PyTorch that leads back to it, with its values; every rule is needed."""
+    variables = draw(module)
+    state = state_dict(module, variables)
+    counters = {name.replace("running_var", "num_batches_tracked"): np.array(1) for name in state if "_var" in name}
+    found, report = transfer(state | counters, abstract(module), rules=module.torch_rules())
+    chex.assert_trees_all_equal(found, variables)
+    assert report.complete and len(report.left_out) == len(counters) > 0
+    assert len(report.transferred) == len(jax.tree.leaves(variables))
