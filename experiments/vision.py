@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from experiments.cli import OptionError, require
-from jaxkd import data, distill, export, losses, models, report, runs
+from jaxkd import checkpoints, data, distill, export, losses, models, report, runs
 from jaxkd.models import Outputs
 from jaxkd.plan import Examples
 from jaxkd.train import Batch, Loss
@@ -85,6 +85,33 @@ def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.M
     return model
 
 
+def pretrained(
+    name: str, module: Any, weights: str | Path, images: Any, *, mean: Sequence[float], std: Sequence[float]
+) -> distill.Pretrained:
+    """A network with the weights of a PyTorch or safetensors file, for uint8 images.
+
+    Args:
+        name: Its name in the plan.
+        module: One of `jaxkd.models` that knows PyTorch's names.
+        weights: The file.
+        images: Some of the images.
+        mean: Of each channel, by which its images are standardised, in units of full brightness.
+        std: Standard deviation, likewise.
+
+    Raises:
+        OptionError: If the images are grey, or the file does not hold these weights.
+    """
+    require(images.shape[-1] == 3, f"the images are grey, and {type(module).__name__} was trained on colours")
+    model = models.standardized(models.from_linen(module), np.array(mean), np.array(std))
+    fresh = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+    try:
+        variables, _ = checkpoints.from_torch(checkpoints.load_weights(weights), fresh, module.torch_rules())
+    except ValueError as error:
+        told = "; ".join(str(error).splitlines()[:2])  # without the list of what is missing
+        raise OptionError(f"--weights {weights}: {told}; `python -m jaxkd convert` tells more") from error
+    return distill.Pretrained(name, model, jax.device_put(variables))
+
+
 def few_labels(dataset: data.Dataset, count: int) -> tuple[Examples, Examples]:
     """The training images of which `count` keep their label, as many of each class; each seed draws its own.
 
@@ -149,6 +176,29 @@ def taught(options: Options) -> Loss:
     return loss
 
 
+def workdir(experiment: str, options: Options) -> Path:
+    """The directory that the options name, or one below runs/ that is named after them."""
+    if options.workdir:
+        return Path(options.workdir).expanduser()
+    named = {name: value for name, value in dataclasses.asdict(options).items() if name not in runs.INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / experiment / f"{Path(options.dataset).name}-{digest}"
+
+
+class Done(NamedTuple):
+    """What a run left.
+
+    Attributes:
+        folder: Its directory.
+        rows: The table's.
+        trained: For each stage, what it left, an entry a seed.
+    """
+
+    folder: Path
+    rows: list[dict]
+    trained: dict[str, list[distill.Trained]]
+
+
 def run(
     experiment: str,
     options: Options,
@@ -158,26 +208,34 @@ def run(
     title: str,
     students: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
-) -> None:
+    reference: str = "teacher",
+    unlisted: Sequence[str] = (),
+) -> Done:
     """Runs a plan and leaves results, report, figures and the best student.
 
     Args:
         experiment: Name of the script, for the run's directory.
         options: Its options.
         dataset: The images.
-        plan: The stages and pretrained models; `"teacher"` among them is what agreement is measured with.
+        plan: The stages and pretrained models.
         title: The report's.
         students: Stages of which the best is exported: the highest mean validation accuracy, then the best seed.
         comparisons: Pairs of stages that the report compares.
+        reference: The one with which agreement is measured.
+        unlisted: Those that the tables leave out.
+
+    Returns:
+        What is left.
     """
     config = dataclasses.asdict(options)
-    folder = Path(options.workdir).expanduser() if options.workdir else _folder(experiment, config)
+    folder = workdir(experiment, options)
     opened = runs.open_run(folder, {"experiment": experiment} | config, arrays=_arrays(dataset))
     seeds = range(options.seed, options.seed + options.seeds)
     trained = distill.run_plan(
         plan, seeds, opened, validation=_batch(dataset.validation), save_every=options.save_every
     )
-    rows = distill.results(plan, trained, _batch(dataset.test), reference="teacher")
+    listed = [one for one in plan if one.name not in unlisted]
+    rows = distill.results(listed, trained, _batch(dataset.test), reference=reference)
     opened.write_results(rows)
     report.write_report(
         folder,
@@ -197,12 +255,7 @@ def run(
     for name, baseline in comparisons:
         print(report.compare(rows, name, baseline))
     print(f"The best student by validation, {best}, is exported. Everything is in {folder}: begin with report.md")
-
-
-def _folder(experiment: str, config: Mapping[str, Any]) -> Path:
-    named = {name: value for name, value in config.items() if name not in runs.INCIDENTAL}
-    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / experiment / f"{Path(config['dataset']).name}-{digest}"
+    return Done(folder, rows, trained)
 
 
 def _arrays(dataset: data.Dataset) -> list:

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from jaxkd import losses
+from jaxkd import checkpoints, losses, models
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -36,6 +37,20 @@ def test_alignment_and_layout_run():
     exec(block("python", "align_hidden_states"), names)
     assert names["context"].shape == (16,) and names["outputs"].shape == (2, 8)
     assert names["kernel"].shape == (5, 5, 3, 64)
+
+
+def test_weights_are_read(tmp_path):
+    module = models.resnet20()
+    variables = models.from_linen(module).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    checkpoints.save_torch(tmp_path / "weights", variables, module.torch_rules())
+    names = {"path": tmp_path / "weights"}
+    exec(block("python", "load_weights"), names)
+    chex.assert_trees_all_equal(names["teacher"].variables, variables)
+
+
+def test_table_names_models():
+    table = TEXT[TEXT.index("| family | constructors |") : TEXT.index("Each has the published number")]
+    assert set(re.findall(r"`(\w+)`", table)) <= set(models.__all__)
 
 
 def test_table_names_losses():
