@@ -109,6 +109,15 @@ def test_new_checkpoints_outlive_damaged_ones_of_higher_numbers(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "1.json"]
 
 
+@pytest.fixture
+def control_c():
+    """Ctrl-C as in a terminal: where a shell starts a job in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
 def test_control_c_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
     make = store._checkpointer
 
