@@ -1,19 +1,20 @@
 """How fast are the losses, and how much memory do they take, beside the same losses in PyTorch?
 
 Each loss is timed alone and with its gradient to the student, compiled by JAX, and in PyTorch as it is (eager) and
-compiled. The runs of what is compared alternate, so that other work on the machine meets all of them; what is reported
-are ratios within a round of such runs, their median and quartiles. PyTorch is optional: without it jaxkd stands alone.
+compiled. Calls queue up as in a training loop and are waited for at the end of a sample. The runs of what is compared
+alternate, so that other work on the machine meets all of them; what is reported are ratios within a round of such runs,
+their median and quartiles. PyTorch is optional: without it jaxkd stands alone.
 
 Paper: Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, https://arxiv.org/abs/2410.10989 (the fused
 losses on tokens); those of the other losses stand in jaxkd/losses.
 
 Command: python -m experiments.loss_benchmark
 
-Result: on logits compiled PyTorch takes 1.31 times as long as jaxkd for value and gradient, and 0.58 times for the
-value alone (geometric means of 24 cases; two x86-64 cores, jax 0.10.2, PyTorch 2.13); dist, ensemble and standardised
-losses at 128 × 1,000 are slower in both
+Result: on logits compiled PyTorch takes 2.5 times as long as jaxkd for value and gradient, and 1.01 times for the value
+alone (geometric means of 24 cases; two x86-64 cores, jax 0.12, PyTorch 2.15); standardised, DIST and ensemble losses at
+128 × 1,000 are slower in both
 
-Time: 2 minutes on 2 CPU cores for the losses on logits; the whole has not been timed
+Time: 5 minutes on 2 CPU cores
 """
 
 import dataclasses

@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 from jaxkd.losses._arrays import check_positive, check_shape, check_share, floating, full_mask, only
 from jaxkd.losses._softmax import expectation, log_add_exp, log_sum_exp
 
-CHUNK_LOGITS = 2**25
-"""Logits of a chunk where none is given: 128 MB in float32, enough to keep a large accelerator busy."""
+CHUNK_LOGITS = 3 * 2**23
+"""Logits of a chunk where none is given: 100 MB in float32, enough to keep a large accelerator busy."""
 
 
 def fused_linear_kl_divergence(
@@ -46,7 +46,7 @@ def fused_linear_kl_divergence(
         teacher_kernel: `[Dt, V]`, likewise.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
+        chunk_size: Tokens at a time; by default as many as have 25 million logits.
 
     Returns:
         One value per token `[...]`, float32, and 0 for one that does not count, whatever its states hold.
@@ -90,7 +90,7 @@ def fused_linear_reverse_kl_divergence(
         teacher_kernel: `[Dt, V]`, likewise.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
+        chunk_size: Tokens at a time; by default as many as have 25 million logits.
 
     Returns:
         One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
@@ -138,7 +138,7 @@ def fused_linear_jensen_shannon_divergence(
         temperature: T > 0, a scalar.
         beta: β in [0, 1], a Python number.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 2²⁵ logits.
+        chunk_size: Tokens at a time; by default as many as have 25 million logits.
 
     Returns:
         One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
