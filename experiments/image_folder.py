@@ -100,12 +100,6 @@ def find_weights(config: Config) -> Path:
     return found[0]
 
 
-def with_new_head(source: dict, fresh: dict) -> dict:
-    """ImageNet's weights but for the last layer, which is that of a fresh network."""
-    rules = (transfer.Rule("params/logits/{rest...}", None),)
-    return transfer.transfer(source, fresh, rules=rules, strict=False)[0]
-
-
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """Who learns what from whom."""
     network, images, classes = NETWORKS[config.network], dataset.train.images, len(dataset.class_names)
@@ -116,9 +110,6 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
     small = vision.cnn((16, 32, 64, 64), 64, dataset)
     examples = {"inputs": images, "labels": dataset.train.labels}
 
-    def steps(epochs: int) -> int:
-        return math.ceil(epochs * len(images) / config.batch_size)
-
     # Batches are too small to tell how all images are distributed: what ImageNet's were stays.
     teacher = vision.stage(
         "teacher",
@@ -126,12 +117,13 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
         examples,
         vision.supervised,
         config,
-        steps=steps(config.teacher_epochs),
+        steps=vision.steps(config, dataset, epochs=config.teacher_epochs),
         start="imagenet",
-        transfer=with_new_head,
+        transfer=vision.with_new_head,
     )
     teacher = dataclasses.replace(teacher, tx=transfer.freeze(teacher.tx, *config.frozen))
-    alone = vision.stage("student_alone", small, examples, vision.supervised, config, steps=steps(config.epochs))
+    steps = vision.steps(config, dataset)
+    alone = vision.stage("student_alone", small, examples, vision.supervised, config, steps=steps)
     taught = {"loss": vision.taught(config), "teachers": ("teacher",), "cache_teachers": not config.augment}
     return given, teacher, alone, dataclasses.replace(alone, name="student_distilled", **taught)
 

@@ -17,7 +17,6 @@ Time: 18 minutes on 2 busy CPU cores
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -186,7 +185,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     images, labels = dataset.train
     few, _ = vision.few_labels(dataset, config.num_images)
     teacher, student = (vision.cnn(*shape, dataset) for shape in (TEACHER, STUDENT))
-    steps = math.ceil(config.epochs * len(labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
     common = {"options": config, "steps": steps}
     stages = [
         vision.stage("teacher", teacher, {"inputs": images, "labels": labels}, vision.supervised, **common),

@@ -17,7 +17,6 @@ Time: 22 minutes on 2 busy CPU cores
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 from experiments import cli, vision
@@ -53,7 +52,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
     everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
     few, partly = vision.few_labels(dataset, config.num_labels)
     student = vision.cnn((32, 64), 64, dataset)
-    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
     alone = {"loss": vision.supervised, "options": config, "steps": steps}
     taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}
     return (

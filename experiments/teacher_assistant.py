@@ -14,7 +14,6 @@ Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses
-import math
 
 from experiments import cli, vision
 from jaxkd import data, distill
@@ -42,7 +41,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     teacher = vision.cnn((64, 128), 128, dataset)
     assistant = vision.cnn((32, 64), 64, dataset)
     student = vision.cnn((16,), 32, dataset)
-    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
     alone = {"loss": vision.supervised, "options": config, "steps": steps}
     taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}
     return (

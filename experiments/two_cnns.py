@@ -14,7 +14,6 @@ Time: 35 minutes on 2 CPU cores
 """
 
 import dataclasses
-import math
 
 from experiments import cli, vision
 from jaxkd import data, distill
@@ -42,8 +41,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
 
     small, large = vision.cnn((32, 64), 64, dataset), vision.cnn((64, 128), 128, dataset)
-    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
-    teacher_steps = math.ceil(config.teacher_epochs * len(dataset.train.labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
+    teacher_steps = vision.steps(config, dataset, epochs=config.teacher_epochs)
     teacher = vision.stage("teacher", large, examples, vision.supervised, config, steps=teacher_steps)
     model_a = vision.stage("model_a", small, examples, vision.supervised, config, steps=steps)
     return (

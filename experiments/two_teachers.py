@@ -95,7 +95,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     everything: Examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
     few, partly = vision.few_labels(dataset, config.num_labels)
     large, medium, small = (vision.cnn(*shape, dataset) for shape in (LARGE, MEDIUM, SMALL))
-    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
     short: dict[str, Any] = {"options": config, "steps": math.ceil(steps / 4)}
     common: dict[str, Any] = {"options": config, "steps": steps}
     taught = common | {"cache_teachers": not config.augment}

@@ -18,6 +18,7 @@ from jaxkd import checkpoints, data, distill, export, losses, models, report, ru
 from jaxkd.models import Outputs
 from jaxkd.plan import Examples
 from jaxkd.train import Batch, Loss
+from jaxkd.transfer import Rule, transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,11 @@ def few_labels(dataset: data.Dataset, count: int) -> tuple[Examples, Examples]:
     return few, partly
 
 
+def steps(options: Options, dataset: data.Dataset, *, epochs: int | None = None) -> int:
+    """How many steps the options' epochs take, or `epochs` of them, over all training images."""
+    return math.ceil((options.epochs if epochs is None else epochs) * len(dataset.train.labels) / options.batch_size)
+
+
 def stage(
     name: str,
     model: models.Model,
@@ -153,6 +159,12 @@ def stage(
     tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps))
     augment = data.crop_and_flip if options.augment else None
     return distill.Stage(name, model, examples, loss, tx, steps, batch_size=options.batch_size, augment=augment, **more)
+
+
+def with_new_head(source: dict, fresh: dict) -> dict:
+    """The weights of another network but for the last layer, which is that of a fresh network."""
+    rules = (Rule("params/logits/{rest...}", None),)
+    return transfer(source, fresh, rules=rules, strict=False)[0]
 
 
 def supervised(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Any:

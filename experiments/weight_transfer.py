@@ -16,7 +16,6 @@ Time: 5 minutes on 2 CPU cores
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,24 +80,18 @@ def take_classes(dataset: data.Dataset, names: Sequence[str]) -> data.Dataset:
     return data.Dataset(take(dataset.train), take(dataset.validation), take(dataset.test), tuple(names))
 
 
-def with_new_head(source: dict, fresh: dict) -> dict:
-    """The source's weights but for the last layer, which is that of a fresh network."""
-    rules = (transfer.Rule("params/logits/{rest...}", None),)
-    return transfer.transfer(source, fresh, rules=rules, strict=False)[0]
-
-
 def make_plan(
     config: Config, target: data.Dataset, source: distill.Pretrained
 ) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """The target task, learnt in every way from every number of labels."""
     total = len(target.train.labels)
     network = vision.cnn(FEATURES, HIDDEN, target)
-    steps = math.ceil(config.epochs * total / config.batch_size)
+    steps = vision.steps(config, target)
     stages: list[distill.Stage] = []
     for count in (*config.num_labels, total):
         few, _ = vision.few_labels(target, count)
         scratch = vision.stage(f"scratch_{count}", network, few, vision.supervised, config, steps=steps)
-        moved = dataclasses.replace(scratch, name=f"transferred_{count}", start="source", transfer=with_new_head)
+        moved = dataclasses.replace(scratch, name=f"transferred_{count}", start="source", transfer=vision.with_new_head)
         frozen = dataclasses.replace(moved, name=f"frozen_{count}", tx=transfer.freeze(moved.tx, "conv{i}/{rest...}"))
         stages += [scratch, moved, frozen]
     return (source, *stages)
@@ -108,7 +101,7 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
     """The source task's network, in a run of its own."""
     model = vision.cnn(FEATURES, HIDDEN, dataset)
     examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
-    steps = math.ceil(config.epochs * len(dataset.train.labels) / config.batch_size)
+    steps = vision.steps(config, dataset)
     options = dataclasses.replace(config, seeds=1, workdir=str(folder / "source"))
     done = vision.run(
         "weight_transfer",
