@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
 
-from jaxkd.checkpoints import write_atomically
+from jaxkd.checkpoints import read_safetensors, write_atomically
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
@@ -59,15 +59,7 @@ def load_safetensors(path: str | os.PathLike) -> dict:
     Raises:
         ValueError: If the file is damaged or something else than safetensors.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        # Not safetensors.numpy.load, which writes bfloat16 but cannot read it.
-        with safe_open(path, framework="numpy") as file:
-            leaves = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it anew") from error
-    return {"params": {}, "batch_stats": {}} | _nest(leaves)
+    return {"params": {}, "batch_stats": {}} | _nest(read_safetensors(path))
 
 
 def save_program(path: str | os.PathLike, model: "Model", variables: dict, example: jax.ShapeDtypeStruct) -> None:

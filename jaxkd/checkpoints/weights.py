@@ -45,12 +45,37 @@ def load_weights(path: str | os.PathLike, *, entry: str | None = None) -> dict[s
     if _is_safetensors(path):
         if entry is not None:
             raise ValueError(f"{path} is a safetensors file, which has no entries: leave out entry={entry!r}")
-        weights = _read_safetensors(path)
+        weights = read_safetensors(path)
     else:
         weights = _state_dict(path, read_torch(path), entry)
     if weights and all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): array for name, array in weights.items()}
     return weights
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads a safetensors file as it is.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Arrays by name.
+
+    Raises:
+        ValueError: If the file is damaged or something else than safetensors, or if NumPy has no type for its numbers.
+        OSError: If there is no such file, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Not safetensors.numpy.load, which writes bfloat16 but cannot read it.
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it anew") from error
+    except AttributeError as error:
+        raise ValueError(f"{path} holds numbers that NumPy has no type for ({error}): save them as float32") from error
 
 
 def from_torch(
@@ -148,18 +173,6 @@ def _is_safetensors(path: str | os.PathLike) -> bool:
     with open(path, "rb") as file:
         length, brace = file.read(8), file.read(1)
     return brace == b"{" and int.from_bytes(length, "little") <= Path(path).stat().st_size
-
-
-def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it anew") from error
-    except AttributeError as error:
-        raise ValueError(f"{path} holds numbers that NumPy has no type for ({error}): save them as float32") from error
 
 
 def _state_dict(path: str | os.PathLike, tree: Any, entry: str | None) -> dict[str, np.ndarray]:
