@@ -22,7 +22,7 @@ from jaxkd.evaluate import accuracy, make_predict, summarize
 from jaxkd.losses import hard_cross_entropy
 from jaxkd.models.model import Model, Outputs
 from jaxkd.plan import Pretrained, Stage, order
-from jaxkd.runs import Run, RunError
+from jaxkd.runs import Run, RunError, fingerprint
 from jaxkd.train import Batch, Loss, Purpose, TrainState, make_state, make_train_step
 
 __all__ = ["Pretrained", "Stage", "Trained", "results", "run_plan"]
@@ -77,14 +77,15 @@ def run_plan(
     seeds, place = list(seeds), make_placer()
     models = {one.name: one.model for one in plan}
     given = {one.name: one.variables for one in plan if isinstance(one, Pretrained)}
+    predicts = _make_predicts(plan)
     trained: dict[str, list[Trained]] = {one.name: [] for one in plan}
     for one in plan:
         if isinstance(one, Pretrained):
-            trained[one.name] = [_as_given(one, validation)] * len(seeds)
+            trained[one.name] = [_as_given(one, predicts[one.name], validation)] * len(seeds)
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
-        predicts = {name: _remember_last(make_predict(model)) for name, model in models.items()}
-        ready = [_prepare(stage, models, predicts, given, validation) for stage in stages]
+        remembering = {name: _remember_last(predict) for name, predict in predicts.items()}
+        ready = [_prepare(stage, models, predicts, remembering, given, validation) for stage in stages]
         for seed in seeds:
             for one in ready:
                 name = f"{one.stage.name}, seed {seed}"
@@ -123,9 +124,9 @@ def results(
         A row for each of them, in the plan's order, as `evaluate.summarize` makes them.
     """
     logits = {}
-    for stage in plan:
-        predict = make_predict(stage.model)
-        logits[stage.name] = [predict(one.variables, test["inputs"]) for one in trained[stage.name]]
+    for name, predict in _make_predicts(plan).items():
+        remembering = _remember_last(predict)
+        logits[name] = [np.asarray(remembering(one.variables, test["inputs"])) for one in trained[name]]
     return [
         summarize(
             stage.name,
@@ -156,7 +157,8 @@ class _Ready(NamedTuple):
 def _prepare(
     stage: Stage,
     models: Mapping[str, Model],
-    predicts: Mapping[str, Callable[..., Array]],
+    predicts: Mapping[str, Callable[..., np.ndarray]],
+    remembering: Mapping[str, Callable[..., Array]],
     given: Mapping[str, Any],
     validation: Mapping[str, Any],
 ) -> _Ready:
@@ -166,11 +168,17 @@ def _prepare(
         stage,
         make_train_step(stage.model, stage.tx, loss, teachers=live, augment=stage.augment),
         jax.jit(stage.model.init),
-        make_predict(stage.model),
-        [predicts[name] for name in stage.teachers] if stage.cache_teachers else [],
+        predicts[stage.name],
+        [remembering[name] for name in stage.teachers] if stage.cache_teachers else [],
         validation,
-        _fingerprint(stage, {name: given[name] for name in stage.needs if name in given}),
+        _describe(stage, {name: given[name] for name in stage.needs if name in given}),
     )
+
+
+def _make_predicts(plan: Sequence[Stage | Pretrained]) -> dict[str, Callable[..., np.ndarray]]:
+    """A predict for each, one and the same for those of one model, which compile once."""
+    make = functools.cache(make_predict)
+    return {one.name: make(one.model) for one in plan}
 
 
 def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
@@ -185,9 +193,9 @@ def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
     return remembered
 
 
-def _as_given(one: Pretrained, validation: Mapping[str, Any]) -> Trained:
+def _as_given(one: Pretrained, predict: Callable[..., np.ndarray], validation: Mapping[str, Any]) -> Trained:
     variables = dict(one.variables)
-    logits = make_predict(one.model)(variables, validation["inputs"])
+    logits = predict(variables, validation["inputs"])
     return Trained(variables, 0.0, accuracy(logits, validation["labels"]))
 
 
@@ -273,7 +281,7 @@ def _begin(
     return found.tree, found.step, found.notes
 
 
-def _fingerprint(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
     """What can be told of a stage in JSON; the rest of it, such as the learning rate, is for the run's config."""
     told = {
         "steps": stage.steps,
@@ -283,15 +291,8 @@ def _fingerprint(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
         "augment": stage.augment is not None,
         "cache_teachers": stage.cache_teachers,
     }
-    return told | ({"pretrained": {name: _checksum(variables) for name, variables in given.items()}} if given else {})
-
-
-def _checksum(variables: Any) -> int:
-    """Of the weights' bytes, in the order of their paths."""
-    leaves = jax.tree_util.tree_leaves(jax.device_get(variables))
-    return functools.reduce(
-        lambda sum, leaf: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, sum), leaves, 0
-    )
+    weights = {name: fingerprint(jax.tree.leaves(jax.device_get(variables))) for name, variables in given.items()}
+    return told | ({"pretrained": weights} if given else {})
 
 
 def _finished(stage: Stage, seed: int, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:

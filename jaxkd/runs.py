@@ -97,7 +97,7 @@ def open_run(folder: str | os.PathLike, config: Mapping[str, Any], *, arrays: It
         OSError: If the folder cannot be made or written.
     """
     folder = Path(folder)
-    wanted = {"config": json.loads(_json(dict(config))), "data": _fingerprint(arrays)}
+    wanted = {"config": json.loads(_json(dict(config))), "data": fingerprint(arrays)}
     path = folder / "config.json"
     if path.exists():
         return _continue(folder, wanted, path)
@@ -162,6 +162,15 @@ def environment() -> dict:
     }
 
 
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of arrays on the host, their shapes and dtypes included."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)  # bfloat16 has no buffer of its own
+    return digest.hexdigest()
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -183,14 +192,6 @@ def _commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-
-def _fingerprint(arrays: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _json(value: Any) -> bytes:
