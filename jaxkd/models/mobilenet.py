@@ -7,6 +7,7 @@ import flax.linen as nn
 from jax import Array
 
 from jaxkd import layout
+from jaxkd.models.convolution import depthwise
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.models.resnet import HE
@@ -245,6 +246,7 @@ class ConvNorm(nn.Module):
             self.stride,
             padding="SAME" if self.style.same else self.kernel // 2,
             feature_group_count=self.channels if self.depthwise else 1,
+            conv_general_dilated=depthwise if self.depthwise else None,
             use_bias=False,
             kernel_init=HE_DEPTHWISE if self.depthwise else HE,
             name="conv",
