@@ -166,7 +166,7 @@ def _prepare(
     live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
     return _Ready(
         stage,
-        make_train_step(stage.model, stage.tx, loss, teachers=live, augment=stage.augment),
+        make_train_step(stage.model, stage.tx, loss, teachers=live, augment=stage.augment, loss_tx=stage.loss_tx),
         jax.jit(stage.model.init),
         predicts[stage.name],
         [remembering[name] for name in stage.teachers] if stage.cache_teachers else [],
@@ -266,7 +266,7 @@ def _begin(
         _check_same_tree(stage, start, variables)
         variables = start
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.fold_in(key, Purpose.LOSS))
-    state = make_state(variables, stage.tx, loss_params=loss_params)
+    state = make_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
     try:
         found = checkpoints.restore(folder, state)
     except ValueError as error:

@@ -55,8 +55,8 @@ class Stage:
         cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
             that the loss then gets hold no features.
         init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector: it gets them as a
-            fourth argument, they are trained beside the student by an optimizer of the same kind, and the student goes
-            without them.
+            fourth argument, they are trained beside the student, and the student goes without them.
+        loss_tx: The optimizer of these parameters; `None`: `tx`, with a state of its own.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Stage:
     augment: Augment | None = None
     cache_teachers: bool = False
     init_loss: Callable[[Array], Any] | None = None
+    loss_tx: optax.GradientTransformation | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` if the attributes contradict each other."""

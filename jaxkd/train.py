@@ -70,22 +70,29 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_state(variables: dict, tx: optax.GradientTransformation, *, loss_params: Any = None) -> TrainState:
+def make_state(
+    variables: dict,
+    tx: optax.GradientTransformation,
+    *,
+    loss_params: Any = None,
+    loss_tx: optax.GradientTransformation | None = None,
+) -> TrainState:
     """Makes the state before the first step.
 
     Args:
         variables: What `model.init` returned, or pretrained weights. Copied: a step donates its state, and donated
             buffers must not be anyone else's.
         tx: The optimizer.
-        loss_params: Parameters of the loss, copied likewise, which the same optimizer trains with a state of its own:
-            `tx` must not be bound to the student's tree, and clips the two apart. `None` for a loss without any.
+        loss_params: Parameters of the loss, copied likewise. `None` for a loss without any.
+        loss_tx: Their optimizer; by default `tx` with a state of its own, which then must not be bound to the student's
+            tree, as one that freezes some of it is.
 
     Returns:
         The state at step 0.
     """
     variables, loss_params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (variables, loss_params))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    loss = None if loss_params is None else LossState(loss_params, tx.init(loss_params))
+    loss = None if loss_params is None else LossState(loss_params, (loss_tx or tx).init(loss_params))
     return TrainState(params, batch_stats, tx.init(params), jnp.zeros((), jnp.int32), loss)
 
 
@@ -96,6 +103,7 @@ def make_train_step(
     *,
     teachers: Sequence[Model] = (),
     augment: Augment | None = None,
+    loss_tx: optax.GradientTransformation | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Makes the compiled training step of a student.
 
@@ -109,6 +117,7 @@ def make_train_step(
             loss, it gets them as a fourth argument.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
         augment: `(key, inputs) -> inputs`, run inside the step.
+        loss_tx: The optimizer of the loss's own parameters; by default `tx`, as in `make_state`.
 
     Returns:
         `step(state, batch, teacher_variables, key) -> (state, metrics)`. `teacher_variables` is a tuple, one for each
@@ -163,7 +172,7 @@ def make_train_step(
         params, opt_state = _descend(tx, gradients[0], state.opt_state, state.params)
         own = None
         if state.loss is not None:
-            own = LossState(*_descend(tx, gradients[1], state.loss.opt_state, state.loss.params))
+            own = LossState(*_descend(loss_tx or tx, gradients[1], state.loss.opt_state, state.loss.params))
         return TrainState(params, batch_stats, opt_state, state.step + 1, own), {"loss": value}
 
     return jax.jit(step, donate_argnums=0)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxkd import losses, models, train
+from jaxkd import losses, models, train, transfer
 
 
 class Net(nn.Module):
@@ -113,6 +113,18 @@ def test_parameters_of_the_loss_are_trained_beside_the_student():
     np.testing.assert_allclose(state.params["bias"], expected[1], rtol=1e-5, atol=1e-6)
     assert set(state.variables) == {"params", "batch_stats"}
     assert not scale.is_deleted()
+
+
+def test_parameters_of_the_loss_may_have_an_optimizer_of_their_own():
+    model = models.from_linen(nn.Dense(3), train_argument=None)
+    tx, loss_tx = transfer.freeze(optax.sgd(0.1), "bias"), optax.sgd(1.0)
+    variables, scale = model.init(jax.random.key(1), batch()["inputs"]), jnp.array([1.0, 2.0, 3.0])
+    state = train.make_state(variables, tx, loss_params=scale, loss_tx=loss_tx)
+    state, _ = train.make_train_step(model, tx, scaled, loss_tx=loss_tx)(state, batch(), (), jax.random.key(0))
+    logits = batch()["inputs"] @ variables["params"]["kernel"] + variables["params"]["bias"][None]
+    expected = scale - (2 * (logits * scale[None] - 1) / 16 * logits).sum(0)
+    np.testing.assert_allclose(state.loss.params, expected, rtol=1e-5)
+    np.testing.assert_array_equal(state.params["bias"], variables["params"]["bias"])
 
 
 def test_compiles_once():
