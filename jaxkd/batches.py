@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -46,27 +45,20 @@ def make_order(key: Array, examples: int, batch_size: int) -> Callable[[int], np
     return select
 
 
-@jax.jit
-def take(data: Any, indices: Array) -> Any:
-    """Selects examples of every array of a tree, on the device.
+def make_placer(put: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    """Makes a function that puts an array on the devices once, however often it is asked to.
 
     Args:
-        data: Any tree of arrays `[N, ...]`.
-        indices: `[B]`.
+        put: Puts an array on the devices.
 
     Returns:
-        The tree, of arrays `[B, ...]`.
+        The function. It keeps what it has placed.
     """
-    return jax.tree.map(lambda array: array[indices], data)
-
-
-def make_placer() -> Callable[[Any], Array]:
-    """Makes a function that puts an array on the device once, however often it is asked to."""
     placed: dict[int, tuple[Any, Array]] = {}
 
     def place(array: Any) -> Array:
         if id(array) not in placed:
-            placed[id(array)] = (array, jnp.asarray(array))
+            placed[id(array)] = (array, put(array))
         return placed[id(array)][1]
 
     return place

@@ -5,6 +5,7 @@ with the bits that an unbroken run would have had.
 """
 
 import functools
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,11 @@ import numpy as np
 from jax import Array
 
 from jaxkd import checkpoints
-from jaxkd.batches import make_order, make_placer, take
+from jaxkd.batches import make_order, make_placer
 from jaxkd.evaluate import accuracy, make_predict, summarize
 from jaxkd.losses import hard_cross_entropy
 from jaxkd.models.model import Model, Outputs
+from jaxkd.parallel import Advance, Mapped, Sharded, is_first_host, local, make_mesh, tell_all
 from jaxkd.plan import Pretrained, Stage, order
 from jaxkd.runs import Run, RunError, fingerprint
 from jaxkd.train import Batch, Loss, Purpose, TrainState, make_state, make_train_step
@@ -52,6 +54,7 @@ def run_plan(
     *,
     validation: Mapping[str, Any],
     save_every: float = 15.0,
+    devices: Sharded | Mapped | None = None,
 ) -> dict[str, list[Trained]]:
     """Trains every stage of a plan for every seed, from where an earlier call on the same run left off.
 
@@ -64,6 +67,7 @@ def run_plan(
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
         save_every: Seconds between checkpoints within a stage. One is also saved at its end and on Ctrl-C.
+        devices: Where it runs; by default on the first device alone. A run may go on on others.
 
     Returns:
         For each name, in the plan's order, what it left, a pretrained model what it came with: one entry a seed.
@@ -74,10 +78,10 @@ def run_plan(
         OSError: If the run's folder cannot be written.
     """
     stages = [one for one in order(plan) if isinstance(one, Stage)]
-    seeds, place = list(seeds), make_placer()
+    seeds, devices = list(seeds), devices or Sharded(make_mesh(devices=jax.local_devices()[:1]))
     models = {one.name: one.model for one in plan}
     given = {one.name: one.variables for one in plan if isinstance(one, Pretrained)}
-    predicts = _make_predicts(plan)
+    predicts = _make_predicts(plan, devices)
     trained: dict[str, list[Trained]] = {one.name: [] for one in plan}
     for one in plan:
         if isinstance(one, Pretrained):
@@ -85,8 +89,9 @@ def run_plan(
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
         remembering = {name: _remember_last(predict) for name, predict in predicts.items()}
-        ready = [_prepare(stage, models, predicts, remembering, given, validation) for stage in stages]
+        ready = [_prepare(stage, models, predicts, remembering, given, validation, devices) for stage in stages]
         for seed in seeds:
+            place = make_placer(devices.place_examples)
             for one in ready:
                 name = f"{one.stage.name}, seed {seed}"
                 task = progress.add_task(name, total=one.stage.steps)
@@ -124,7 +129,7 @@ def results(
         A row for each of them, in the plan's order, as `evaluate.summarize` makes them.
     """
     logits = {}
-    for name, predict in _make_predicts(plan).items():
+    for name, predict in _make_predicts(plan, None).items():
         remembering = _remember_last(predict)
         logits[name] = [np.asarray(remembering(one.variables, test["inputs"])) for one in trained[name]]
     return [
@@ -146,7 +151,8 @@ class _Ready(NamedTuple):
     """A stage with its compiled functions, for all seeds."""
 
     stage: Stage
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    devices: Sharded | Mapped
+    advance: Advance
     init: Callable[..., dict]
     predict: Callable[..., np.ndarray]
     teacher_predicts: list[Callable[..., Array]]
@@ -161,12 +167,17 @@ def _prepare(
     remembering: Mapping[str, Callable[..., Array]],
     given: Mapping[str, Any],
     validation: Mapping[str, Any],
+    devices: Sharded | Mapped,
 ) -> _Ready:
     teachers = [models[name] for name in stage.teachers]
     live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
+    make_step = functools.partial(
+        make_train_step, stage.model, stage.tx, loss, teachers=live, augment=stage.augment, loss_tx=stage.loss_tx
+    )
     return _Ready(
         stage,
-        make_train_step(stage.model, stage.tx, loss, teachers=live, augment=stage.augment, loss_tx=stage.loss_tx),
+        devices,
+        devices.make_advance(make_step),
         jax.jit(stage.model.init),
         predicts[stage.name],
         [remembering[name] for name in stage.teachers] if stage.cache_teachers else [],
@@ -175,9 +186,18 @@ def _prepare(
     )
 
 
-def _make_predicts(plan: Sequence[Stage | Pretrained]) -> dict[str, Callable[..., np.ndarray]]:
+def _make_predicts(
+    plan: Sequence[Stage | Pretrained], devices: Sharded | Mapped | None
+) -> dict[str, Callable[..., np.ndarray]]:
     """A predict for each, one and the same for those of one model, which compile once."""
-    make = functools.cache(make_predict)
+
+    @functools.cache
+    def make(model: Model) -> Callable[..., np.ndarray]:
+        if not isinstance(devices, Sharded):
+            return make_predict(model)
+        predict = make_predict(model, mesh=devices.mesh)
+        return lambda variables, inputs: predict(devices.place_teacher(variables), inputs)
+
     return {one.name: make(one.model) for one in plan}
 
 
@@ -213,40 +233,47 @@ def _train(
     stage, folder, began = ready.stage, run.checkpoints(seed, ready.stage.name), time.monotonic()
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
     examples = stage.examples(seed)
-    data: dict[str, Any] = {name: place(array) for name, array in examples.items()}
-    state, first, notes = _begin(ready, key, start, data["inputs"], folder)
+    state, first, notes = _begin(ready, key, start, examples["inputs"], folder)
     advance(first)
     run.rewind_metrics(seed, stage.name, first)
     if first == stage.steps:
         return _finished(stage, seed, state, notes, run), "already trained"
 
+    data: dict[str, Any] = {name: place(array) for name, array in examples.items()}
     if stage.cache_teachers:
         predicted = zip(ready.teacher_predicts, teachers, strict=True)
-        cache = tuple(predict(variables, examples["inputs"]) for predict, variables in predicted)
+        cache = tuple(place(predict(variables, examples["inputs"])) for predict, variables in predicted)
         data, teachers = data | {"teacher_logits": cache}, ()
+    state, teachers = ready.devices.place(state), ready.devices.place_teacher(teachers)
     select = make_order(key, len(examples["inputs"]), stage.batch_size)
     evaluated = {-(-stage.steps * (i + 1) // EVALUATIONS) for i in range(EVALUATIONS)}
-    before, saved, losses = notes["seconds"], began, notes["losses"]
+    stops = sorted({*evaluated, *range(0, stage.steps, ready.devices.chunk)})
+    before, saved, reached = notes["seconds"], began, notes["validation_accuracy"]
+    losses: list[Any] = [np.array(notes["losses"], np.float32)]
 
     def save(number: int) -> float:
         seconds = before + time.monotonic() - began
         # The losses since the last evaluation go along, so that the next record is that of an unbroken run.
-        so_far = [float(loss) for loss in jax.device_get(losses)]
-        noted = {"seconds": seconds, "losses": so_far, "stage": ready.fingerprint}
-        checkpoints.save(folder, number, state, notes=noted)
+        so_far = np.concatenate(jax.device_get(losses)).tolist()
+        noted = {"seconds": seconds, "losses": so_far, "stage": ready.fingerprint, "validation_accuracy": reached}
+        if is_first_host():
+            checkpoints.save(folder, number, jax.device_get(local(state)), notes=noted)
         return seconds
 
     try:
-        for number in range(first + 1, stage.steps + 1):
-            state, metrics = ready.step(state, take(data, select(number - 1)), teachers, key)
-            losses.append(metrics["loss"])
-            advance(1)
+        for begin, number in itertools.pairwise([first, *(stop for stop in stops if stop > first)]):
+            indices = np.stack([select(step) for step in range(begin, number)])
+            state, values = ready.advance(state, data, indices, teachers, key)
+            losses.append(values)
+            advance(number - begin)
             if number in evaluated:
                 # Before the checkpoint: a record ahead of the newest one is rewound, a missing one would be lost.
-                run.append_metrics(_evaluate(ready, seed, state, losses, len(examples["inputs"])))
-                losses = []
+                record = _evaluate(ready, seed, state, losses, len(examples["inputs"]))
+                run.append_metrics(record)
+                reached = record["validation_accuracy"]
+                losses = [np.empty(0, np.float32)]
             if number == stage.steps or time.monotonic() - saved > save_every:
-                notes, saved = notes | {"seconds": save(number)}, time.monotonic()
+                notes, saved = notes | {"seconds": save(number), "validation_accuracy": reached}, time.monotonic()
     except KeyboardInterrupt:
         _save_if_whole(state, losses, evaluated, save)
         raise
@@ -268,17 +295,19 @@ def _begin(
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.fold_in(key, Purpose.LOSS))
     state = make_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
     try:
-        found = checkpoints.restore(folder, state)
+        found = checkpoints.restore(folder, state) if is_first_host() else None
     except ValueError as error:
         raise RunError(f"{error}: it belongs to another plan; name another folder for the run") from error
-    if found is None:
-        return state, 0, {"seconds": 0.0, "losses": []}
-    if found.notes["stage"] != ready.fingerprint:
+    notes: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": [], "validation_accuracy": None}
+    if found is not None:
+        notes, state = notes | found.notes | {"step": found.step}, found.tree
+    notes, state = tell_all(notes, state)
+    if notes["step"] and notes["stage"] != ready.fingerprint:
         raise RunError(
-            f"{folder} holds another training ({found.notes['stage']} there, {ready.fingerprint} here): "
+            f"{folder} holds another training ({notes['stage']} there, {ready.fingerprint} here): "
             "name another folder for the run"
         )
-    return found.tree, found.step, found.notes
+    return jax.tree.map(jnp.asarray, state), notes["step"], notes
 
 
 def _describe(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,13 +325,13 @@ def _describe(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finished(stage: Stage, seed: int, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:
-    last = [r for r in run.metrics() if (r["seed"], r["stage"], r["step"]) == (seed, stage.name, stage.steps)]
-    if not last:
+    records = {(record["seed"], record["stage"], record["step"]) for record in run.metrics()}
+    if is_first_host() and (seed, stage.name, stage.steps) not in records:
         raise RunError(
             f"{run.folder}/metrics.jsonl has lost the records of {stage.name}, seed {seed}: "
             f"delete {run.checkpoints(seed, stage.name)} to train it anew"
         )
-    return Trained(state.variables, notes["seconds"], last[-1]["validation_accuracy"])
+    return Trained(local(state.variables), notes["seconds"], notes["validation_accuracy"])
 
 
 def _save_if_whole(state: TrainState, losses: Sequence[Any], evaluated: set[int], save: Callable[[int], Any]) -> None:
@@ -310,14 +339,14 @@ def _save_if_whole(state: TrainState, losses: Sequence[Any], evaluated: set[int]
     if state.step.is_deleted():
         return
     number = int(state.step)
-    if number and len(losses) == number - max((one for one in evaluated if one <= number), default=0):
+    if number and sum(map(len, losses)) == number - max((one for one in evaluated if one <= number), default=0):
         save(number)
 
 
 def _evaluate(ready: _Ready, seed: int, state: TrainState, losses: Sequence[Any], examples: int) -> dict[str, Any]:
     stage, number = ready.stage, int(state.step)
-    loss = float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
-    logits = ready.predict(state.variables, ready.validation["inputs"])
+    loss = float(np.mean(np.concatenate(jax.device_get(losses))))
+    logits = ready.predict(local(state.variables), ready.validation["inputs"])
     if not np.isfinite(loss) or not np.isfinite(logits).all():
         raise RunError(
             f"{stage.name}, seed {seed}: the loss is {loss} by step {number}, and training has diverged; "
@@ -366,4 +395,5 @@ def _progress() -> Any:
     )
     shown = progress.Progress(*columns)
     shown.disable = not shown.console.is_terminal
+    shown.console.quiet = not is_first_host()
     return shown

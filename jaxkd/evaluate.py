@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Latency(NamedTuple):
     p95_ms: float
 
 
-def make_predict(model: "Model", *, batch_size: int = 512) -> Callable[[dict, ArrayLike], np.ndarray]:
+def make_predict(
+    model: "Model", *, batch_size: int = 512, mesh: Mesh | None = None
+) -> Callable[[dict, ArrayLike], np.ndarray]:
     """Makes a function that predicts any number of examples and compiles once.
 
     The last batch is filled up by repeating its last example, and what that adds is cut off.
@@ -41,6 +44,7 @@ def make_predict(model: "Model", *, batch_size: int = 512) -> Callable[[dict, Ar
     Args:
         model: The model.
         batch_size: Number of examples in a batch.
+        mesh: Devices that hold the variables, over which each batch is divided; `None`: one device computes.
 
     Returns:
         `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array; it raises `ValueError` if N is 0.
@@ -59,7 +63,7 @@ def make_predict(model: "Model", *, batch_size: int = 512) -> Callable[[dict, Ar
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    forward = jax.jit(_forward(model))
+    forward = jax.jit(_forward(model)) if mesh is None else _divided(_forward(model), mesh)
 
     def predict(variables: dict, inputs: ArrayLike) -> np.ndarray:
         inputs = np.asarray(inputs)
@@ -428,6 +432,16 @@ def _timed(model: "Model", variables: dict, inputs: ArrayLike, batch: int, repea
 
 def _forward(model: "Model") -> Callable[[dict, ArrayLike], Array]:
     return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
+
+
+def _divided(forward: Callable[[dict, Array], Array], mesh: Mesh) -> Callable[[dict, ArrayLike], Array]:
+    """Computes a batch on all devices of a mesh; each gets all of the result."""
+
+    def divided(variables: dict, inputs: Array) -> Array:
+        parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return forward(variables, jax.lax.with_sharding_constraint(inputs, parts))
+
+    return jax.jit(divided, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _classified(name: str, logits: ArrayLike) -> np.ndarray:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
-from jaxkd.models.model import Model
+from jaxkd.models.model import Model, synchronized
 
 Batch = Mapping[str, Any]
 """What a step learns from: `inputs` [B, ...] and whatever the loss reads, such as `labels` [B]."""
@@ -104,6 +104,7 @@ def make_train_step(
     teachers: Sequence[Model] = (),
     augment: Augment | None = None,
     loss_tx: optax.GradientTransformation | None = None,
+    axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Makes the compiled training step of a student.
 
@@ -118,6 +119,10 @@ def make_train_step(
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
         augment: `(key, inputs) -> inputs`, run inside the step.
         loss_tx: The optimizer of the loss's own parameters; by default `tx`, as in `make_state`.
+        axis_name: Of the mapped axis, for a step that runs under `jax.pmap` or `jax.shard_map`. All its devices get the
+            whole batch and augment it; each runs the networks on its part, and the loss sees the outputs of all. The
+            result is that of one device, but for what the student draws, such as dropout. Batch norm must know the
+            axis, as `jaxkd.models.BatchNorm` does.
 
     Returns:
         `step(state, batch, teacher_variables, key) -> (state, metrics)`. `teacher_variables` is a tuple, one for each
@@ -153,22 +158,27 @@ def make_train_step(
         inputs = batch["inputs"]
         if augment is not None:
             inputs = augment(_draw(key, Purpose.AUGMENT, state.step), inputs)
+        mine = _part(inputs, axis_name)
         taught = tuple(
-            teacher.apply(variables, inputs, train=False)[0]
+            _gather(teacher.apply(variables, mine, train=False)[0], axis_name)
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
         )
 
         def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, dict]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            student, batch_stats = model.apply(variables, inputs, train=True, key=_draw(key, Purpose.MODEL, state.step))
-            values = loss(student, taught, batch, *loss_params)
+            draw = _each_its_own(_draw(key, Purpose.MODEL, state.step), axis_name)
+            with synchronized(axis_name):
+                student, batch_stats = model.apply(variables, mine, train=True, key=draw)
+            values = loss(_gather(student, axis_name), taught, batch, *loss_params)
             if values.shape != inputs.shape[:1]:
                 raise ValueError(f"the loss must return one value per example {inputs.shape[:1]}, got {values.shape}")
-            return values.mean(), batch_stats
+            return _part(values, axis_name).sum() / len(values), batch_stats
 
         trained = (state.params,) if state.loss is None else (state.params, state.loss.params)
         gradient = jax.value_and_grad(mean_loss, argnums=tuple(range(len(trained))), has_aux=True)
         (value, batch_stats), gradients = gradient(*trained)
+        if axis_name is not None:
+            value, gradients = lax.psum((value, gradients), axis_name)
         params, opt_state = _descend(tx, gradients[0], state.opt_state, state.params)
         own = None
         if state.loss is not None:
@@ -181,6 +191,23 @@ def make_train_step(
 def _descend(tx: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = tx.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
+
+
+def _part(array: Array, axis_name: str | None) -> Array:
+    """This device's part of a batch that all have whole."""
+    if axis_name is None:
+        return array
+    size = len(array) // lax.psum(1, axis_name)
+    return lax.dynamic_slice_in_dim(array, lax.axis_index(axis_name) * size, size)
+
+
+def _gather(tree: Any, axis_name: str | None) -> Any:
+    """The whole batch, of which all have a part."""
+    return tree if axis_name is None else lax.all_gather(tree, axis_name, tiled=True)
+
+
+def _each_its_own(key: Array, axis_name: str | None) -> Array:
+    return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
 
 
 def _draw(key: Array, purpose: Purpose, step: Array) -> Array:

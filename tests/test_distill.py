@@ -116,6 +116,21 @@ def test_killed_plan_ends_with_the_same_bits(unbroken, tmp_path, monkeypatch, di
     assert len(saved) == len(set(saved)) == 4 * 40, "no step that had been saved was taken again"
 
 
+def before_each_step(monkeypatch, call):
+    make = distill.Sharded.make_advance
+
+    def make_advance(self, make_step):
+        advance = make(self, make_step)
+
+        def counted(*arguments):
+            call()
+            return advance(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(distill.Sharded, "make_advance", make_advance)
+
+
 def test_control_c_saves_where_it_stands(unbroken, tmp_path, monkeypatch):
     trained, run = unbroken
     append, records = runs.Run.append_metrics, []
@@ -127,8 +142,8 @@ def test_control_c_saves_where_it_stands(unbroken, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Run, "append_metrics", interrupted)
-    taken, take = [], distill.take
-    monkeypatch.setattr(distill, "take", lambda *arguments: taken.append(0) or take(*arguments))
+    taken = []
+    before_each_step(monkeypatch, lambda: taken.append(0))
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path, chain())
     first = len(taken)
@@ -141,16 +156,14 @@ def test_control_c_saves_where_it_stands(unbroken, tmp_path, monkeypatch):
 
 def test_control_c_between_steps_loses_no_step(unbroken, tmp_path, monkeypatch):
     trained, run = unbroken
-    taken, take = [], distill.take
+    taken = []
 
-    def interrupted(*arguments):
-        if len(taken) == 61:
-            taken.append("interrupted")
+    def interrupted():
+        taken.append("taken" if len(taken) != 61 else "interrupted")
+        if taken[-1] == "interrupted":
             raise KeyboardInterrupt
-        taken.append("taken")
-        return take(*arguments)
 
-    monkeypatch.setattr(distill, "take", interrupted)
+    before_each_step(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path, chain())
     resumed, resumed_run = run_in(tmp_path, chain())
@@ -321,8 +334,8 @@ def test_weights_of_another_architecture_are_transferred(tmp_path):
 def test_a_cached_teacher_answers_once_for_all_that_it_teaches_alike(tmp_path, monkeypatch):
     asked, make_predict = [], distill.make_predict
 
-    def counting(model):
-        predict = make_predict(model)
+    def counting(model, **more):
+        predict = make_predict(model, **more)
         return lambda variables, inputs: asked.append(len(inputs)) or predict(variables, inputs)
 
     monkeypatch.setattr(distill, "make_predict", counting)

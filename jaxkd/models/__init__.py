@@ -29,7 +29,7 @@ from jaxkd.models.efficientnet import (
     efficientnet_lite0,
 )
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
-from jaxkd.models.model import Model, Outputs, from_linen, from_nnx, frozen_statistics, standardized
+from jaxkd.models.model import Model, Outputs, computing_in, from_linen, from_nnx, frozen_statistics, standardized
 from jaxkd.models.plain import PlainCNN, plain2, plain4, plain6, plain8, plain10
 from jaxkd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from jaxkd.models.vgg import VGG, vgg8, vgg13
@@ -47,6 +47,7 @@ __all__ = [
     "PlainCNN",
     "ResNet",
     "WideResNet",
+    "computing_in",
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_b2",

@@ -5,16 +5,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxkd import layout
+from jaxkd.models.model import mapped_axis
 from jaxkd.transfer import Rule
 
 
 class BatchNorm(nn.BatchNorm):
     """Batch normalisation whose running variance is PyTorch's: that of a sample, divided by n − 1 instead of n.
 
-    Flax and TensorFlow store the variance of the batch itself. Momentum 0.9 is PyTorch's 0.1, and 0.99 its 0.01.
+    Flax and TensorFlow store the variance of the batch itself. Momentum 0.9 is PyTorch's 0.1, and 0.99 its 0.01. Within
+    `synchronized` the batch is that of all devices.
     """
 
     momentum: float = 0.9
@@ -26,7 +28,10 @@ class BatchNorm(nn.BatchNorm):
         trains = not nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         if not trains or self.is_initializing() or not self.is_mutable_collection("batch_stats"):
             return super().__call__(x, use_running_average, **keywords)
-        kept, count = self.momentum * self.get_variable("batch_stats", "var"), x.size // x.shape[-1]
+        if axis_name := mapped_axis():
+            object.__setattr__(self, "axis_name", axis_name)  # a bound module is frozen, and its parent knows no axis
+        kept = self.momentum * self.get_variable("batch_stats", "var")
+        count = x.size // x.shape[-1] * (lax.psum(1, axis_name) if axis_name else 1)
         result = super().__call__(x, use_running_average, **keywords)
         fresh = self.get_variable("batch_stats", "var") - kept
         self.put_variable("batch_stats", "var", kept + fresh * (count / max(count - 1, 1)))

@@ -1,13 +1,15 @@
 """A model is a pair of pure functions, so that Flax Linen, Flax NNX or anything else can stand behind it."""
 
+import contextlib
+import contextvars
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 if TYPE_CHECKING:
     from flax import linen, nnx
@@ -178,6 +180,63 @@ def standardized(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
         return model.apply(variables, prepare(inputs), train=train, key=key)
 
     return Model(lambda key, inputs: model.init(key, prepare(inputs)), apply)
+
+
+@contextlib.contextmanager
+def synchronized(axis_name: str | None) -> Iterator[None]:
+    """Lets the `BatchNorm` of this package, while a model is traced, take the statistics of all devices' batches.
+
+    Args:
+        axis_name: Of the mapped axis over whose devices the batch is divided; `None`: of this device's batch.
+    """
+    token = _MAPPED_AXIS.set(axis_name)
+    try:
+        yield
+    finally:
+        _MAPPED_AXIS.reset(token)
+
+
+def mapped_axis() -> str | None:
+    """The axis over which statistics are to be taken, as `synchronized` set it."""
+    return _MAPPED_AXIS.get()
+
+
+_MAPPED_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar("mapped_axis", default=None)
+
+
+def computing_in(model: Model, dtype: DTypeLike) -> Model:
+    """Lets a model compute in another precision, such as bfloat16, with its weights and logits in float32.
+
+    Weights and inputs are rounded on the way in, so that gradients and optimizer stay in float32. Running statistics
+    are not rounded. Put `standardized` around it, whose arithmetic on pixels then is in float32.
+
+    Args:
+        model: A model whose layers take the precision of what they get, as Flax's do by default.
+        dtype: A floating-point dtype.
+
+    Returns:
+        The model, with the same variables.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.models import CNN, from_linen
+        >>> model = computing_in(from_linen(CNN(features=(4,), hidden=8)), jnp.bfloat16)
+        >>> images = jnp.zeros((2, 8, 8, 3))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> outputs, _ = model.apply(variables, images, train=False)
+        >>> variables["params"]["conv1"]["kernel"].dtype, outputs.features["stage1"].dtype, outputs.logits.dtype
+        (dtype('float32'), dtype(bfloat16), dtype('float32'))
+    """
+
+    def rounded(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
+        rough = {**variables, "params": rounded(variables["params"])}
+        outputs, batch_stats = model.apply(rough, rounded(inputs), train=train, key=key)
+        return outputs._replace(logits=outputs.logits.astype(jnp.float32)), batch_stats
+
+    return Model(model.init, apply)
 
 
 def frozen_statistics(model: Model) -> Model:

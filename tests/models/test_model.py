@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxkd.models import CNN, Outputs, from_linen, from_nnx, standardized
+from jaxkd.models import CNN, Outputs, computing_in, from_linen, from_nnx, standardized
 from jaxkd.models.model import frozen_statistics
 from jaxkd.train import make_state, make_train_step
 
@@ -146,6 +146,24 @@ def test_standardized_takes_images_as_they_are_stored():
     got, _ = model.apply(variables, images, train=False)
     expected, _ = plain.apply(variables, jnp.asarray(prepared), train=False)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_computes_roughly_and_trains_in_full():
+    """Weights, statistics, gradients and logits are float32; what lies between them is not."""
+    plain, tx = from_linen(CNN(features=(4, 8), hidden=8)), optax.sgd(1.0)
+    half, images = computing_in(plain, jnp.bfloat16), jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    variables = half.init(jax.random.key(1), images)
+    chex.assert_trees_all_equal(variables, plain.init(jax.random.key(1), images))
+    with jax.numpy_dtype_promotion("standard"):
+        (rough, _), (exact, _) = (one.apply(variables, images, train=False) for one in (half, plain))
+        step = make_train_step(half, tx, lambda student, teachers, batch: jnp.square(student.logits - 1).sum(-1))
+        state, metrics = step(make_state(variables, tx), {"inputs": images}, (), jax.random.key(2))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in rough.features.values())
+    assert rough.logits.dtype == metrics["loss"].dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert 1e-4 < np.abs(rough.logits - exact.logits).max() < 0.05
+    moved = jax.tree.map(lambda before, after: np.abs(after - before).max(), variables["params"], state.params)
+    assert all(change > 0 for change in jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("maker", MAKERS)
