@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jaxkd", description="Knowledge distillation for JAX.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_convert(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -149,6 +151,44 @@ def _convert(options: argparse.Namespace) -> None:
         print(error.report, file=sys.stderr)
         raise ValueError(f"{options.weights} does not fit {options.model}: {_advice(error.report, module)}") from error
     print(f"wrote {options.output}")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="whether a finished run repeats, bit for bit",
+        description="Runs an experiment again, by the options that a finished run recorded, and compares metrics,\n"
+        "checkpoints, results and the exported student: bit for bit, times apart. Exit status 0 if all is\n"
+        "identical. It takes as long as the run did.",
+        epilog="examples:\n"
+        "  python -m jaxkd verify runs/teacher_assistant/fashion_mnist_mini-0123abcd\n"
+        "  python -m jaxkd verify RUN --keep runs/again\n"
+        "\n"
+        "The second leaves the new run to look at; stopped and given again, it goes on there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_verify)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="where the new run goes and stays, if not to a temporary folder"
+    )
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from jaxkd.verify import verify
+
+    with tempfile.TemporaryDirectory(prefix="jaxkd-verify-") as temporary:
+        verdicts = verify(options.folder, options.keep or temporary)
+    for folder, verdict in verdicts.items():
+        print(f"{folder}: " + ("differs" if verdict.differences else f"identical ({verdict.compared})"))
+        for line in verdict.differences:
+            print(f"  {line}")
+        for line in verdict.conditions:
+            print(f"  recorded: {line}")
+        if verdict.differences and not verdict.conditions:
+            print("  recorded alike; a GPU repeats bits only where both ran with --deterministic")
+    if any(verdict.differences for verdict in verdicts.values()):
+        sys.exit(1)
 
 
 def _made(found: Mapping[str, Callable[..., Any]], name: str, num_classes: int | None) -> Any:

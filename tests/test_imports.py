@@ -20,6 +20,7 @@ ARROWS = {
     "models": {"layout", "transfer"},
     "data": set(),
     "checkpoints": {"transfer"},
+    "parallel": set(),
     "evaluate": {"models"},
     "train": {"models"},
     "plan": {"models", "train"},
@@ -28,8 +29,9 @@ ARROWS = {
     "export": {"checkpoints", "models"},
     "figures": {"checkpoints"},
     "report": {"checkpoints", "figures"},
-    "__main__": {"checkpoints", "export", "models", "transfer"},
-    "distill": {"batches", "checkpoints", "evaluate", "losses", "models", "plan", "runs", "train"},
+    "verify": {"checkpoints", "evaluate", "runs"},
+    "__main__": {"checkpoints", "export", "models", "transfer", "verify"},
+    "distill": {"batches", "checkpoints", "evaluate", "losses", "models", "parallel", "plan", "runs", "train"},
 }
 
 # Heavy packages, and the only parts of the library that may touch them.

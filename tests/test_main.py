@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxkd import export, layout, models
+from jaxkd import export, layout, models, verify
 from jaxkd.__main__ import constructors, convert, main
 from jaxkd.checkpoints.weights import load_weights, save_torch, to_torch
 from jaxkd.models import Outputs, from_linen
+from jaxkd.runs import RunError
 from jaxkd.transfer import Rule
 
 PRETRAINED = Path(__file__).parents[1].parent / "shared" / "data" / "pretrained" / "resnet20-12fca82f.th"
@@ -172,11 +173,57 @@ def test_models_that_can_be_named():
 
 def test_help_teaches():
     told = subprocess.run([sys.executable, "-m", "jaxkd"], capture_output=True, text=True, check=True)
-    assert "convert" in told.stdout and not told.stderr
+    assert "convert" in told.stdout and "verify" in told.stdout and not told.stderr
     told = subprocess.run(
         [sys.executable, "-m", "jaxkd", "convert", "--help"], capture_output=True, text=True, check=True
     )
     assert "python -m jaxkd convert resnet20.th --model resnet20 -o" in told.stdout
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Makes the outcome of a rerun, instead of one; returns where the reruns went."""
+
+    def make(*verdicts):
+        def verify_(folder, scratch):
+            places.append((folder, Path(scratch), Path(scratch).exists()))
+            return {folder / str(i): verdict for i, verdict in enumerate(verdicts)}
+
+        monkeypatch.setattr(verify, "verify", verify_)
+        return places
+
+    places = []
+    return make
+
+
+def test_identical_rerun_is_a_success(found, capsys):
+    places = found(verify.Verdict([], [], "8 records"), verify.Verdict([], ["cores 1 there and 2 here"], "9 records"))
+    main(["verify", "run"])
+    told = "run/0: identical (8 records)\nrun/1: identical (9 records)\n  recorded: cores 1 there and 2 here\n"
+    assert capsys.readouterr().out == told
+    ((folder, scratch, was_there),) = places
+    assert folder == Path("run") and was_there and not scratch.exists()
+
+
+def test_rerun_that_differs_is_told_and_no_success(found, capsys):
+    places = found(verify.Verdict(["metrics: loss", "results: accuracy"], [], ""), verify.Verdict([], [], "1 record"))
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "run", "--keep", "again"])
+    assert stop.value.code == 1 and places == [(Path("run"), Path("again"), False)]
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["run/0: differs", "  metrics: loss", "  results: accuracy"]
+    assert told[3].startswith("  recorded alike; a GPU") and told[4:] == ["run/1: identical (1 record)"]
+
+
+def test_run_that_cannot_be_verified_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(["verify", "absent"], capsys)[1] == "error: absent holds no run: there is no config.json in it"
+
+    def fail(*arguments):
+        raise RunError("the run\nis not finished")
+
+    monkeypatch.setattr(verify, "verify", fail)
+    assert refusal(["verify", "run"], capsys)[1] == "error: the run is not finished"
 
 
 @pytest.mark.skipif(not PRETRAINED.exists(), reason="the ResNet-20 checkpoint is not beside this")

@@ -1,12 +1,16 @@
 """Checkpoints are sound or not there."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -68,6 +72,9 @@ DAMAGES = {
     "a changed note": lambda folder: (folder / "2.json").write_text(
         (folder / "2.json").read_text().replace('"notes": {}', '"notes": {"seconds": 1}')
     ),
+    "a manifest that reads alike": lambda folder: (folder / "2.json").write_text(
+        (folder / "2.json").read_text().replace('"notes": {}', '"notes":  {}')
+    ),
 }
 
 
@@ -80,6 +87,20 @@ def test_damaged_one_falls_back_and_says_so(tmp_path, damage):
         found = checkpoints.restore(tmp_path, state(0))
     assert found.step == 1
     chex.assert_trees_all_equal(found.tree, state(1))
+
+
+def test_loads_whatever_was_saved_onto_the_host(tmp_path):
+    assert store.load(tmp_path) is None
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"state": state(step), "half": [jnp.ones(2, jnp.bfloat16)]}, notes={"a": 1.5})
+    found = store.load(tmp_path)
+    assert (found.step, found.notes) == (2, {"a": 1.5})
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(found.tree))
+    np.testing.assert_array_equal(found.tree["state"]["params"]["kernel"], state(2).params["kernel"])
+    assert found.tree["half"][0].dtype == jnp.bfloat16 and found.tree["state"]["opt_state"][0]["count"] == 0
+    DAMAGES["a flipped bit"](tmp_path)
+    with pytest.warns(UserWarning, match=r"2 is damaged and passed over"):
+        assert store.load(tmp_path).step == 1
 
 
 @pytest.mark.parametrize(
@@ -134,7 +155,29 @@ def test_control_c_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
+FULL = """
+import resource, sys
+import jax.numpy as jnp
+from jaxkd import checkpoints
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoints.save(sys.argv[1], 2, {"x": jnp.arange(10_000.0) ** 0.5})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_file_that_cannot_be_written_is_one_line(tmp_path):
+    # A limit on a file's size stands for a full disk, which orbax meets in the same way.
+    pytest.importorskip("resource", reason="this system has no limit on a file's size")
+    checkpoints.save(tmp_path, 1, {"x": jnp.ones(10_000)})
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{tmp_path / '2'}'\n"
+    assert not done.stderr
+    assert checkpoints.restore(tmp_path, {"x": jnp.zeros(10_000)}).step == 1
+
+
+def test_error_without_a_number_is_an_os_error(tmp_path, monkeypatch):
     class Full:
         def __enter__(self):
             return self
@@ -150,15 +193,16 @@ def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
         checkpoints.save(tmp_path, 1, state(1))
 
 
-def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch, call):
     path = tmp_path / "file"
     checkpoints.write_atomically(path, b"old")
 
     def fail(*arguments):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
         checkpoints.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
