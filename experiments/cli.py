@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jaxkd import parallel
 from jaxkd.data import DataError
-from jaxkd.runs import RunError
+from jaxkd.runs import RunError, make_deterministic
 
 Config = TypeVar("Config")
 
@@ -38,6 +39,9 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
     options = tyro.cli(config, prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=description)
     warnings.showwarning = _show_warning
     try:
+        if getattr(options, "deterministic", False):
+            make_deterministic()
+        _join_hosts(options)
         main(options)
     except (OptionError, DataError, RunError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -45,6 +49,15 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
         told = "stopped; the same command goes on from the newest checkpoint" if resumes else "stopped"
         print(f"\n{told}", file=sys.stderr)
         sys.exit(130)
+
+
+def _join_hosts(options: Any) -> None:
+    """Joins the hosts that the options name, if they name any."""
+    coordinator = getattr(options, "coordinator", "")
+    known = coordinator in ("", "auto") or (options.num_hosts is not None and options.host is not None)
+    require(known, f"--coordinator {coordinator}: --num-hosts and --host are needed with it")
+    if coordinator:
+        parallel.join_hosts(coordinator, num_hosts=options.num_hosts, host=options.host)
 
 
 def _show_warning(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, vision
@@ -62,7 +64,7 @@ class Config(vision.Options):
     frozen: tuple[str, ...] = ("stem/{rest...}", "stage{i}_block{j}/{rest...}")
     """Which of the teacher's parameters stay as they are, by patterns of their paths; by default all but the last
     convolution and the last layer."""
-    image_size: int = 128
+    image_size: int = 96
     """Side in pixels to which the images are fitted."""
     epochs: int = 60
     """Passes of the students over the training images."""
@@ -100,14 +102,19 @@ def find_weights(config: Config) -> Path:
     return found[0]
 
 
+def with_zero_head(source: dict, fresh: dict) -> dict:
+    """ImageNet's weights, and a last layer of zeros: where it starts at random, it takes longer than these epochs."""
+    head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
+    return vision.with_new_head(source, {**fresh, "params": {**fresh["params"], "logits": head}})
+
+
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """Who learns what from whom."""
     network, images, classes = NETWORKS[config.network], dataset.train.images, len(dataset.class_names)
     mean, std = network.mean, network.std
-    given = vision.pretrained("imagenet", network.make(), find_weights(config), images, mean=mean, std=std)
-    module = network.make(num_classes=classes)
-    large = models.standardized(models.from_linen(module), np.array(mean), np.array(std))
-    small = vision.cnn((16, 32, 64, 64), 64, dataset)
+    given = vision.pretrained("imagenet", network.make(), find_weights(config), images, config, mean=mean, std=std)
+    large = vision.network(network.make(num_classes=classes), mean, std, config)
+    small = vision.cnn((16, 32, 64, 64), 64, dataset, config)
     examples = {"inputs": images, "labels": dataset.train.labels}
 
     # Batches are too small to tell how all images are distributed: what ImageNet's were stays.
@@ -119,7 +126,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
         config,
         steps=vision.steps(config, dataset, epochs=config.teacher_epochs),
         start="imagenet",
-        transfer=vision.with_new_head,
+        transfer=with_zero_head,
     )
     teacher = dataclasses.replace(teacher, tx=transfer.freeze(teacher.tx, *config.frozen))
     steps = vision.steps(config, dataset)

@@ -184,7 +184,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Who learns what from whom."""
     images, labels = dataset.train
     few, _ = vision.few_labels(dataset, config.num_images)
-    teacher, student = (vision.cnn(*shape, dataset) for shape in (TEACHER, STUDENT))
+    teacher, student = (vision.cnn(*shape, dataset, config) for shape in (TEACHER, STUDENT))
     steps = vision.steps(config, dataset)
     common = {"options": config, "steps": steps}
     stages = [

@@ -49,14 +49,15 @@ class Config(vision.Options):
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """Who learns what from whom."""
-    everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
+    images, labels = dataset.train
+    everything = {"inputs": images, "labels": labels}
     few, partly = vision.few_labels(dataset, config.num_labels)
-    student = vision.cnn((32, 64), 64, dataset)
+    student = vision.cnn((32, 64), 64, dataset, config)
     steps = vision.steps(config, dataset)
     alone = {"loss": vision.supervised, "options": config, "steps": steps}
     taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}
     return (
-        vision.pretrained("teacher", models.resnet20(), config.weights, dataset.train.images, mean=MEAN, std=DEVIATION),
+        vision.pretrained("teacher", models.resnet20(), config.weights, images, config, mean=MEAN, std=DEVIATION),
         vision.stage("all_alone", student, everything, **alone),
         vision.stage("all_distilled", student, everything, teachers=("teacher",), **taught),
         vision.stage("few_alone", student, few, **alone),

@@ -38,9 +38,9 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Who learns what from whom."""
     everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
     few, partly = vision.few_labels(dataset, config.num_labels)
-    teacher = vision.cnn((64, 128), 128, dataset)
-    assistant = vision.cnn((32, 64), 64, dataset)
-    student = vision.cnn((16,), 32, dataset)
+    teacher = vision.cnn((64, 128), 128, dataset, config)
+    assistant = vision.cnn((32, 64), 64, dataset, config)
+    student = vision.cnn((16,), 32, dataset, config)
     steps = vision.steps(config, dataset)
     alone = {"loss": vision.supervised, "options": config, "steps": steps}
     taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}

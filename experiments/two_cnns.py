@@ -40,7 +40,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Who learns what from whom."""
     examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
 
-    small, large = vision.cnn((32, 64), 64, dataset), vision.cnn((64, 128), 128, dataset)
+    small, large = vision.cnn((32, 64), 64, dataset, config), vision.cnn((64, 128), 128, dataset, config)
     steps = vision.steps(config, dataset)
     teacher_steps = vision.steps(config, dataset, epochs=config.teacher_epochs)
     teacher = vision.stage("teacher", large, examples, vision.supervised, config, steps=teacher_steps)

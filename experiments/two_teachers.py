@@ -94,7 +94,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Who learns what from whom."""
     everything: Examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
     few, partly = vision.few_labels(dataset, config.num_labels)
-    large, medium, small = (vision.cnn(*shape, dataset) for shape in (LARGE, MEDIUM, SMALL))
+    large, medium, small = (vision.cnn(*shape, dataset, config) for shape in (LARGE, MEDIUM, SMALL))
     steps = vision.steps(config, dataset)
     short: dict[str, Any] = {"options": config, "steps": math.ceil(steps / 4)}
     common: dict[str, Any] = {"options": config, "steps": steps}

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from experiments.cli import OptionError, require
-from jaxkd import checkpoints, data, distill, export, losses, models, report, runs
+from jaxkd import checkpoints, data, distill, export, losses, models, parallel, report, runs
 from jaxkd.models import Outputs
 from jaxkd.plan import Examples
 from jaxkd.train import Batch, Loss
@@ -48,6 +48,21 @@ class Options:
     """Weight of the soft targets, from 0 to 1; the labels have the rest."""
     augment: bool = False
     """Crop and flip the images at random."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits at every run, more slowly; a CPU does so anyway, a TPU has no such switch."""
+    bf16: bool = False
+    """Compute in bfloat16, with float32 weights and losses: faster on GPUs and TPUs."""
+    parallel: Literal["jit", "pmap", "none"] = "jit"
+    """How a step runs on several devices: one program over all of them (jit), the same by pmap, or on the first device
+    alone."""
+    model_devices: int = 1
+    """Devices over which each teacher's weights are divided, where it does not fit on one; with jit."""
+    coordinator: str = ""
+    """On several hosts, each of which runs the same command: address:port of the first, or auto where JAX finds out."""
+    num_hosts: int | None = None
+    """How many hosts there are, unless auto."""
+    host: int | None = None
+    """Which of them this is, from 0, unless auto."""
     save_every: float = 15.0
     """Seconds between checkpoints; at the end of a stage and on Ctrl-C there is one in any case."""
     workdir: str | None = None
@@ -69,16 +84,50 @@ class Options:
         )
         require(self.save_every >= 0, f"--save-every {self.save_every}: at least 0 seconds")
         require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: the weight of the soft targets lies from 0 to 1")
+        require(
+            self.model_devices >= 1 and jax.device_count() % self.model_devices == 0,
+            f"--model-devices {self.model_devices}: must divide the {jax.device_count()} devices",
+        )
+        require(
+            self.parallel == "jit" or self.model_devices == 1,
+            f"--model-devices {self.model_devices}: weights are divided by --parallel jit alone",
+        )
+        require(
+            self.parallel != "pmap" or self.batch_size % jax.device_count() == 0,
+            f"--batch-size {self.batch_size}: pmap needs a multiple of the {jax.device_count()} devices; jit does not",
+        )
 
 
-def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.Model:
+def devices(options: Options) -> parallel.Sharded | parallel.Mapped:
+    """The devices that the options name."""
+    if options.parallel == "pmap":
+        return parallel.Mapped()
+    alone = jax.local_devices()[:1] if options.parallel == "none" else None
+    return parallel.Sharded(parallel.make_mesh(model=options.model_devices, devices=alone))
+
+
+def network(module: Any, mean: Any, std: Any, options: Options) -> models.Model:
+    """A Flax module for uint8 images, which are standardised, in the precision that the options name.
+
+    Args:
+        module: One of `jaxkd.models`.
+        mean: Of each channel, in units of full brightness.
+        std: Standard deviation, likewise.
+        options: The options.
+    """
+    model = models.from_linen(module)
+    model = models.computing_in(model, jnp.bfloat16) if options.bf16 else model
+    return models.standardized(model, np.asarray(mean), np.asarray(std))
+
+
+def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset, options: Options) -> models.Model:
     """A CNN for a data set's uint8 images, standardised by the training images' mean and deviation.
 
     Raises:
         OptionError: If the images are too small for it.
     """
-    network = models.from_linen(models.CNN(tuple(features), hidden, len(dataset.class_names)))
-    model = models.standardized(network, *data.channel_statistics(dataset.train.images))
+    module = models.CNN(tuple(features), hidden, len(dataset.class_names))
+    model = network(module, *data.channel_statistics(dataset.train.images), options)
     try:
         jax.eval_shape(model.init, jax.random.key(0), dataset.train.images[:1])
     except ValueError as error:
@@ -87,7 +136,14 @@ def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset) -> models.M
 
 
 def pretrained(
-    name: str, module: Any, weights: str | Path, images: Any, *, mean: Sequence[float], std: Sequence[float]
+    name: str,
+    module: Any,
+    weights: str | Path,
+    images: Any,
+    options: Options,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> distill.Pretrained:
     """A network with the weights of a PyTorch or safetensors file, for uint8 images.
 
@@ -96,6 +152,7 @@ def pretrained(
         module: One of `jaxkd.models` that knows PyTorch's names.
         weights: The file.
         images: Some of the images.
+        options: The options.
         mean: Of each channel, by which its images are standardised, in units of full brightness.
         std: Standard deviation, likewise.
 
@@ -103,7 +160,7 @@ def pretrained(
         OptionError: If the images are grey, or the file does not hold these weights.
     """
     require(images.shape[-1] == 3, f"the images are grey, and {type(module).__name__} was trained on colours")
-    model = models.standardized(models.from_linen(module), np.array(mean), np.array(std))
+    model = network(module, mean, std, options)
     fresh = jax.eval_shape(model.init, jax.random.key(0), images[:1])
     try:
         variables, _ = checkpoints.from_torch(checkpoints.load_weights(weights), fresh, module.torch_rules())
@@ -244,10 +301,17 @@ def run(
     opened = runs.open_run(folder, {"experiment": experiment} | config, arrays=_arrays(dataset))
     seeds = range(options.seed, options.seed + options.seeds)
     trained = distill.run_plan(
-        plan, seeds, opened, validation=_batch(dataset.validation), save_every=options.save_every
+        plan,
+        seeds,
+        opened,
+        validation=_batch(dataset.validation),
+        save_every=options.save_every,
+        devices=devices(options),
     )
     listed = [one for one in plan if one.name not in unlisted]
     rows = distill.results(listed, trained, _batch(dataset.test), reference=reference)
+    if not parallel.is_first_host():
+        return Done(folder, rows, trained)
     opened.write_results(rows)
     report.write_report(
         folder,

@@ -85,7 +85,7 @@ def make_plan(
 ) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """The target task, learnt in every way from every number of labels."""
     total = len(target.train.labels)
-    network = vision.cnn(FEATURES, HIDDEN, target)
+    network = vision.cnn(FEATURES, HIDDEN, target, config)
     steps = vision.steps(config, target)
     stages: list[distill.Stage] = []
     for count in (*config.num_labels, total):
@@ -99,7 +99,7 @@ def make_plan(
 
 def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill.Pretrained:
     """The source task's network, in a run of its own."""
-    model = vision.cnn(FEATURES, HIDDEN, dataset)
+    model = vision.cnn(FEATURES, HIDDEN, dataset, config)
     examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
     steps = vision.steps(config, dataset)
     options = dataclasses.replace(config, seeds=1, workdir=str(folder / "source"))

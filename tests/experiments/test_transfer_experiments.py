@@ -94,7 +94,7 @@ def test_tasks_share_no_class(dataset):
 
 
 def test_a_new_head_is_the_fresh_networks(dataset):
-    model = vision.cnn((4, 8), 8, dataset)
+    model = vision.cnn((4, 8), 8, dataset, vision.Options())
     theirs, fresh = (model.init(jax.random.key(seed), dataset.train.images[:1]) for seed in (0, 1))
     moved = vision.with_new_head(theirs, fresh)["params"]
     np.testing.assert_array_equal(moved["logits"]["kernel"], fresh["params"]["logits"]["kernel"])
@@ -123,16 +123,16 @@ def test_missing_weights_are_told_in_a_line(options, expected, tmp_path, environ
 
 
 def test_wrong_weights_are_told_in_a_line(dataset, weights, tmp_path):
-    images, statistics = dataset.train.images, {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    images, options, statistics = dataset.train.images, vision.Options(), {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     with pytest.raises(OptionError, match="97 transferred, 60 missing") as stop:
-        vision.pretrained("teacher", models.resnet32(), weights, images, **statistics)
+        vision.pretrained("teacher", models.resnet32(), weights, images, options, **statistics)
     assert "\n" not in str(stop.value) and len(str(stop.value)) < 400
     page = tmp_path / "page.th"
     page.write_text("<html>not found</html>")
     with pytest.raises(OptionError, match="--weights .*page.th"):
-        vision.pretrained("teacher", models.resnet20(), page, images, **statistics)
+        vision.pretrained("teacher", models.resnet20(), page, images, options, **statistics)
     with pytest.raises(OptionError, match="the images are grey"):
-        vision.pretrained("teacher", models.resnet20(), weights, images[..., :1], **statistics)
+        vision.pretrained("teacher", models.resnet20(), weights, images[..., :1], options, **statistics)
 
 
 def test_figures_of_answers(tmp_path, dataset):
