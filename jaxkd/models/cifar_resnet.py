@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxkd import layout
+from jaxkd.models.convolution import Conv
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
@@ -59,7 +60,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"widths {tuple(self.widths)} must not shrink, unless the shortcuts have projection=True")
         check_images(inputs, self.get_variable("params", "stem_conv"), least=4)
         init = nn.initializers.variance_scaling(2.0, "fan_out" if self.projection else "fan_in", "normal")
-        x = nn.Conv(self.widths[0], (3, 3), padding=1, use_bias=False, kernel_init=init, name="stem_conv")(inputs)
+        x = Conv(self.widths[0], (3, 3), padding=1, use_bias=False, kernel_init=init, name="stem_conv")(inputs)
         x = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
         named = {"stem": x}
         for i, width in enumerate(self.widths[1:], start=1):
@@ -160,7 +161,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        conv = functools.partial(nn.Conv, self.width, use_bias=False, kernel_init=self.kernel_init)
+        conv = functools.partial(Conv, self.width, use_bias=False, kernel_init=self.kernel_init)
         norm = functools.partial(BatchNorm, use_running_average=not train)
         y = conv((3, 3), self.stride, padding=1, name="conv1")(x)
         y = conv((3, 3), padding=1, name="conv2")(nn.relu(norm(name="bn1")(y)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkd.models.convolution import Conv
 from jaxkd.models.model import Outputs
 
 
@@ -48,7 +49,7 @@ class CNN(nn.Module):
                     f"a {inputs.shape[1]}×{inputs.shape[2]} image is too small for {len(self.features)} convolutions: "
                     f"{x.shape[1]}×{x.shape[2]} is left before convolution {i}, which needs 4×4; use fewer or resize"
                 )
-            x = max_pool(nn.relu(nn.Conv(channels, (3, 3), padding="VALID", name=f"conv{i}")(x)))
+            x = max_pool(nn.relu(Conv(channels, (3, 3), padding="VALID", name=f"conv{i}")(x)))
             named[f"stage{i}"] = x
         x = x.reshape(x.shape[0], -1)
         x = named["pre_logits"] = nn.relu(nn.Dense(self.hidden, name="hidden")(x))

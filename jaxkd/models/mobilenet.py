@@ -7,7 +7,7 @@ import flax.linen as nn
 from jax import Array
 
 from jaxkd import layout
-from jaxkd.models.convolution import depthwise
+from jaxkd.models.convolution import Conv, convolve, depthwise
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.models.resnet import HE
@@ -246,7 +246,7 @@ class ConvNorm(nn.Module):
             self.stride,
             padding="SAME" if self.style.same else self.kernel // 2,
             feature_group_count=self.channels if self.depthwise else 1,
-            conv_general_dilated=depthwise if self.depthwise else None,
+            conv_general_dilated=depthwise if self.depthwise else convolve,
             use_bias=False,
             kernel_init=HE_DEPTHWISE if self.depthwise else HE,
             name="conv",
@@ -277,8 +277,8 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: Array) -> Array:
         """`[B, H, W, C]` to the same."""
         y = x.mean((1, 2), keepdims=True)
-        y = self.activation(nn.Conv(self.channels, (1, 1), kernel_init=HE, name="squeeze")(y))
-        return x * nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), kernel_init=HE, name="excite")(y))
+        y = self.activation(Conv(self.channels, (1, 1), kernel_init=HE, name="squeeze")(y))
+        return x * nn.sigmoid(Conv(x.shape[-1], (1, 1), kernel_init=HE, name="excite")(y))
 
 
 def conv_norm_rules(conv: str, norm: str, target: str) -> tuple[Rule, ...]:

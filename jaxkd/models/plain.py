@@ -7,6 +7,7 @@ from jax import Array
 
 from jaxkd import layout
 from jaxkd.models.cnn import max_pool
+from jaxkd.models.convolution import Conv
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
@@ -51,7 +52,7 @@ class PlainCNN(nn.Module):
         x, named = inputs, {}
         for i, widths in enumerate(self.stages, start=1):
             for j, width in enumerate(widths):
-                x = nn.Conv(width, (3, 3), padding=1, kernel_init=init, name=f"stage{i}_conv{j}")(x)
+                x = Conv(width, (3, 3), padding=1, kernel_init=init, name=f"stage{i}_conv{j}")(x)
                 x = nn.relu(BatchNorm(use_running_average=not train, name=f"stage{i}_bn{j}")(x))
             x = named[f"stage{i}"] = max_pool(x)
         x = x.reshape(x.shape[0], -1)

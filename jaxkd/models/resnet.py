@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkd import layout
+from jaxkd.models.convolution import Conv
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
@@ -84,7 +85,7 @@ class ResNet(nn.Module):
             TypeError: If they are not floating-point.
         """
         check_images(inputs, self.get_variable("params", "stem_conv"), least=1)
-        x = nn.Conv(self.width, (7, 7), 2, padding=3, use_bias=False, kernel_init=HE, name="stem_conv")(inputs)
+        x = Conv(self.width, (7, 7), 2, padding=3, use_bias=False, kernel_init=HE, name="stem_conv")(inputs)
         x = nn.relu(BatchNorm(use_running_average=not train, name="stem_bn")(x))
         x = overlapping_max_pool(x)
         named = {"stem": x}
@@ -148,7 +149,7 @@ class ResidualBlock(nn.Module):
         return (self.channels, 3, self.stride), (self.channels, 3, 1)
 
     def _convolve(self, x: Array, channels: int, size: int, stride: int, conv: str, norm: str, train: bool) -> Array:
-        x = nn.Conv(channels, (size,) * 2, stride, padding=size // 2, use_bias=False, kernel_init=HE, name=conv)(x)
+        x = Conv(channels, (size,) * 2, stride, padding=size // 2, use_bias=False, kernel_init=HE, name=conv)(x)
         return BatchNorm(use_running_average=not train, name=norm)(x)
 
 

@@ -7,6 +7,7 @@ from jax import Array
 
 from jaxkd import layout
 from jaxkd.models.cnn import max_pool
+from jaxkd.models.convolution import Conv
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
@@ -57,7 +58,7 @@ class VGG(nn.Module):
         for i, widths in enumerate(self.widths):
             x = max_pool(x) if 0 < i <= pooled else x
             for j, width in enumerate(widths):
-                x = nn.Conv(width, (3, 3), padding=1, kernel_init=init, name=f"block{i}_conv{j}")(x)
+                x = Conv(width, (3, 3), padding=1, kernel_init=init, name=f"block{i}_conv{j}")(x)
                 x = nn.relu(BatchNorm(use_running_average=not train, name=f"block{i}_bn{j}")(x))
             named[f"stage{i}" if i else "stem"] = x
         x = named["pre_logits"] = x.mean(axis=(1, 2))

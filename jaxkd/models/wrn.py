@@ -6,13 +6,12 @@ import flax.linen as nn
 from jax import Array
 
 from jaxkd import layout
+from jaxkd.models.convolution import Conv
 from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
-_conv = functools.partial(
-    nn.Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-)
+_conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
 
 class WideResNet(nn.Module):

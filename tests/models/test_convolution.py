@@ -5,11 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
-from jaxkd.models.convolution import depthwise
+from jaxkd.models.convolution import convolve, depthwise
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+CASES = {"first_layer": (3, (3, 3)), "pointwise": (6, (1, 1)), "inner": (6, (3, 3)), "wide": (3, (7, 7))}
+BY_PRODUCT = {"first_layer", "pointwise"}
 
 
 def plain(inputs, kernel, strides, padding):
@@ -71,3 +75,97 @@ def test_maps_over_a_population():
     found = jax.vmap(lambda x, k: ours(x, k, (1, 1), "SAME"))(inputs, kernels)
     wanted = jnp.stack([plain(x, k, (1, 1), "SAME") for x, k in zip(inputs, kernels, strict=True)])
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def dense(inputs, kernel, strides, padding):
+    return lax.conv_general_dilated(inputs, kernel, strides, padding, dimension_numbers=LAYOUT)
+
+
+def convolved(inputs, kernel, strides, padding):
+    more = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "precision": None, "feature_group_count": 1}
+    return convolve(inputs, kernel, strides, padding, dimension_numbers=LAYOUT, **more)
+
+
+def draw_case(name, dtype=np.float32):
+    rng, (channels, size) = np.random.default_rng(0), CASES[name]
+    return rng.normal(size=(2, 9, 8, channels)).astype(dtype), rng.normal(size=(*size, channels, 5)).astype(dtype)
+
+
+def squares(function, strides=(1, 1), padding="SAME"):
+    return lambda x, k: (function(x, k, strides, padding) ** 2).sum()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "VALID"), ((2, 2), "SAME"), ((2, 1), [(2, 1), (0, 2)])])
+def test_convolve_equals_the_plain_convolution_and_its_gradients(name, strides, padding):
+    arrays = draw_case(name)
+
+    def both(function):
+        gradient = jax.grad(squares(function, strides, padding), argnums=(0, 1))
+        return jax.jit(lambda *arrays: (function(*arrays, strides, padding), gradient(*arrays)))(*arrays)
+
+    chex.assert_trees_all_close(both(convolved), both(dense), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_convolve_has_derivatives_forward_and_of_second_order(name):
+    arrays = draw_case(name)
+
+    def derivatives(function):
+        _, forward = jax.jvp(squares(function), arrays, arrays)
+        second = jax.grad(lambda x, k: (jax.grad(squares(function))(x, k) ** 2).sum(), argnums=1)(*arrays)
+        return forward, second
+
+    chex.assert_trees_all_close(derivatives(convolved), derivatives(dense), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_convolve_maps_over_a_population(name):
+    inputs, kernel = draw_case(name)
+    inputs, kernels = np.stack([inputs, inputs[::-1]]), np.stack([kernel, 2 * kernel])
+    found = jax.vmap(jax.grad(squares(convolved), argnums=(0, 1)))(inputs, kernels)
+    wanted = [jax.grad(squares(dense), argnums=(0, 1))(x, k) for x, k in zip(inputs, kernels, strict=True)]
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *each: jnp.stack(each), *wanted), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_convolve_keeps_16_bits(name):
+    arrays = tuple(jnp.asarray(array, jnp.bfloat16) for array in draw_case(name))
+    exact = dense(*(array.astype(jnp.float32) for array in arrays), (1, 1), "SAME")
+    found = convolved(*arrays, (1, 1), "SAME")
+    gradients = jax.grad(lambda x, k: convolved(x, k, (1, 1), "SAME").sum(), argnums=(0, 1))(*arrays)
+    assert {found.dtype, *(gradient.dtype for gradient in gradients)} == {jnp.dtype(jnp.bfloat16)}
+    chex.assert_trees_all_close(found.astype(jnp.float32), exact, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the formulations are for CPUs")
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_by_the_kernel_is_a_product_where_patches_are_short(name):
+    arrays = draw_case(name)
+    _, pull = jax.vjp(lambda k: convolved(arrays[0], k, (1, 1), "SAME"), arrays[1])
+    program = jax.jit(pull).lower(np.ones((2, 9, 8, 5), np.float32)).compile().as_text()
+    assert "conditional(" not in program
+    assert ("convolution(" not in program) == (name in BY_PRODUCT)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the formulations are for CPUs")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA of older versions computes it again all the same")
+def test_what_is_before_a_convolution_is_computed_once_on_a_cpu():
+    def block(function):
+        return jax.jit(jax.grad(lambda x, k: (function(jnp.maximum(x, 0), k, (1, 1), "SAME") ** 2).sum(), argnums=1))
+
+    counts = []
+    for function in (convolved, dense):
+        program = block(function).lower(*draw_case("inner")).compile().as_text()
+        counts.append(program.count(" maximum("))
+    assert counts == [1, 2]
+
+
+def test_one_exported_program_holds_the_formulation_of_each_platform():
+    inputs, kernel = draw_case("pointwise")
+    exported = export.export(jax.jit(lambda x, k: convolved(x, k, (1, 1), "SAME")), platforms=("cpu", "cuda", "tpu"))
+    program = exported(inputs, kernel)
+    assert "stablehlo.convolution" in program.mlir_module() and "stablehlo.dot_general" in program.mlir_module()
+    chex.assert_trees_all_close(
+        program.call(inputs, kernel), dense(inputs, kernel, (1, 1), "SAME"), rtol=1e-5, atol=1e-5
+    )
