@@ -53,8 +53,8 @@ class Options:
     bf16: bool = False
     """Compute in bfloat16, with float32 weights and losses: faster on GPUs and TPUs."""
     parallel: Literal["jit", "pmap", "none"] = "jit"
-    """How a step runs on several devices: one program over all of them (jit), the same by pmap, or on the first device
-    alone."""
+    """How a step runs on several devices: with jit as one program over all of them, with pmap likewise, with none on
+    the first device alone."""
     model_devices: int = 1
     """Devices over which each teacher's weights are divided, where it does not fit on one; with jit."""
     coordinator: str = ""
