@@ -7,8 +7,9 @@ import json
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+if __name__ == "__main__":  # and not where doctests are looked for, whose process has devices of its own
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import flax.linen as nn
 import jax
@@ -17,11 +18,6 @@ import optax
 
 from jaxkd import distill, losses, models, parallel, runs
 from jaxkd.models.layers import BatchNorm
-
-address, hosts, host, folder, steps = sys.argv[1:]
-if int(hosts) > 1:
-    parallel.join_hosts(address, num_hosts=int(hosts), host=int(host))
-    assert jax.device_count() == 2 * jax.local_device_count() == 4
 
 
 class Net(nn.Module):
@@ -52,26 +48,36 @@ class Stopped(Exception):
     pass
 
 
-def stop(self, record):
-    append(self, record)
-    if record["step"] >= -int(steps) and record["stage"] == "cached":
-        raise Stopped
+def stopping_behind(step, append):
+    def stop(run, record):
+        append(run, record)
+        if record["step"] >= step and record["stage"] == "cached":
+            raise Stopped
+
+    return stop
 
 
-append = runs.Run.append_metrics
-if int(steps) < 0:
-    runs.Run.append_metrics = stop
-plan = [
-    stage("teacher"),
-    stage("live", teachers=("teacher",), loss=soft),
-    stage("cached", teachers=("teacher",), loss=soft, cache_teachers=True),
-]
-run = runs.open_run(folder, {})
-devices = parallel.Sharded(parallel.make_mesh())
-try:
-    trained = distill.run_plan(plan, [0], run, validation=examples(1, 20), save_every=0, devices=devices)
-except Stopped:
-    trained = {}
-leaves = {name: jax.tree.leaves(one.variables) for name, (one,) in trained.items()}
-sums = {name: [float(np.abs(leaf).sum()) for leaf in found] for name, found in leaves.items()}
-print(json.dumps(sums | {name: [one.validation_accuracy] for name, (one,) in trained.items()} if trained else {}))
+def main(address, hosts, host, folder, steps):
+    if int(hosts) > 1:
+        parallel.join_hosts(address, num_hosts=int(hosts), host=int(host))
+        assert jax.device_count() == 2 * jax.local_device_count() == 4
+    if int(steps) < 0:
+        runs.Run.append_metrics = stopping_behind(-int(steps), runs.Run.append_metrics)
+    plan = [
+        stage("teacher"),
+        stage("live", teachers=("teacher",), loss=soft),
+        stage("cached", teachers=("teacher",), loss=soft, cache_teachers=True),
+    ]
+    run = runs.open_run(folder, {})
+    devices = parallel.Sharded(parallel.make_mesh())
+    try:
+        trained = distill.run_plan(plan, [0], run, validation=examples(1, 20), save_every=0, devices=devices)
+    except Stopped:
+        trained = {}
+    leaves = {name: jax.tree.leaves(one.variables) for name, (one,) in trained.items()}
+    sums = {name: [float(np.abs(leaf).sum()) for leaf in found] for name, found in leaves.items()}
+    print(json.dumps(sums | {name: [one.validation_accuracy] for name, (one,) in trained.items()} if trained else {}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
