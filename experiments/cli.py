@@ -1,11 +1,13 @@
 """What the experiments' command lines share: options that check themselves, errors of one line."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 from jaxkd import parallel
@@ -41,6 +43,7 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
     try:
         if getattr(options, "deterministic", False):
             make_deterministic()
+        _keep_compiled()
         _join_hosts(options)
         main(options)
     except (OptionError, DataError, RunError, OSError) as error:
@@ -49,6 +52,13 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
         told = "stopped; the same command goes on from the newest checkpoint" if resumes else "stopped"
         print(f"\n{told}", file=sys.stderr)
         sys.exit(130)
+
+
+def _keep_compiled() -> None:
+    """Has JAX keep what takes it long to compile, so that it compiles once; JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches).expanduser() / "jaxkd" / "compiled"))
 
 
 def _join_hosts(options: Any) -> None:

@@ -89,7 +89,8 @@ def run_plan(
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
         remembering = {name: _remember_last(predict) for name, predict in predicts.items()}
-        ready = [_prepare(stage, models, predicts, remembering, given, validation, devices) for stage in stages]
+        inits = {model: jax.jit(model.init) for model in models.values()}
+        ready = [_prepare(stage, models, inits, predicts, remembering, given, validation, devices) for stage in stages]
         for seed in seeds:
             place = make_placer(devices.place_examples)
             for one in ready:
@@ -163,6 +164,7 @@ class _Ready(NamedTuple):
 def _prepare(
     stage: Stage,
     models: Mapping[str, Model],
+    inits: Mapping[Model, Callable[..., dict]],
     predicts: Mapping[str, Callable[..., np.ndarray]],
     remembering: Mapping[str, Callable[..., Array]],
     given: Mapping[str, Any],
@@ -178,7 +180,7 @@ def _prepare(
         stage,
         devices,
         devices.make_advance(make_step),
-        jax.jit(stage.model.init),
+        inits[stage.model],
         predicts[stage.name],
         [remembering[name] for name in stage.teachers] if stage.cache_teachers else [],
         validation,
