@@ -42,7 +42,7 @@ STAGES = "stage1", "stage2", "stage3"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     depths: tuple[int, ...] = (8, 14, 20)

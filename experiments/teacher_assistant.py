@@ -14,13 +14,14 @@ Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses
+from typing import Any
 
 from experiments import cli, vision
 from jaxkd import data, distill
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     epochs: int = 4
@@ -42,8 +43,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     assistant = vision.cnn((32, 64), 64, dataset, config)
     student = vision.cnn((16,), 32, dataset, config)
     steps = vision.steps(config, dataset)
-    alone = {"loss": vision.supervised, "options": config, "steps": steps}
-    taught = {"loss": vision.taught(config), "options": config, "steps": steps, "cache_teachers": not config.augment}
+    alone: dict[str, Any] = {"loss": vision.supervised, "options": config, "steps": steps}
+    taught = alone | {"loss": vision.taught(config), "cache_teachers": config.caches_teachers}
     return (
         vision.stage("teacher", teacher, everything, **alone),
         vision.stage("assistant", assistant, partly, teachers=("teacher",), **taught),

@@ -20,7 +20,7 @@ from jaxkd import data, distill
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     dataset: str = "cifar10"
@@ -54,7 +54,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
             name="model_b",
             loss=vision.taught(config),
             teachers=("teacher",),
-            cache_teachers=not config.augment,
+            cache_teachers=config.caches_teachers,
         ),
     )
 

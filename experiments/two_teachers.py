@@ -42,7 +42,7 @@ CHANNELS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(vision.SoftOptions):
     """Options of the experiment."""
 
     epochs: int = 4
@@ -98,7 +98,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     steps = vision.steps(config, dataset)
     short: dict[str, Any] = {"options": config, "steps": math.ceil(steps / 4)}
     common: dict[str, Any] = {"options": config, "steps": steps}
-    taught = common | {"cache_teachers": not config.augment}
+    taught = common | {"cache_teachers": config.caches_teachers}
     from_scratch = vision.stage("medium_scratch", medium, everything, vision.supervised, **short)
     pair = ("large", "medium")
     return (

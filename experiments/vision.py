@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,11 @@ from jaxkd.models import Outputs
 from jaxkd.plan import Examples
 from jaxkd.train import Batch, Loss
 from jaxkd.transfer import Rule, transfer
+
+OfSeed = Callable[[int], dict[str, Any]]
+"""What a seed learns from."""
+AT_ONCE = 64
+"""The most students that train at once unless the user asks for more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +47,13 @@ class Options:
     """Images a step."""
     learning_rate: float = 1e-3
     """Adam's, at the start; it falls to 0 along a cosine."""
-    temperature: float = 4.0
-    """Softens the targets; above 0."""
-    alpha: float = 0.9
-    """Weight of the soft targets, from 0 to 1; the labels have the rest."""
     augment: bool = False
     """Crop and flip the images at random."""
+    views: int | None = None
+    """With --augment: how many pictures of each image there are, which the epochs show in turn, so that a teacher sees
+    each once alone; None: a new one at every step."""
+    teacher_cache: str | None = None
+    """Folder in which the answers of teachers are kept for other runs as well; if not named, in the run's directory."""
     deterministic: bool = False
     """Have a GPU compute the same bits at every run, more slowly; a CPU does so anyway, a TPU has no such switch."""
     bf16: bool = False
@@ -57,6 +63,9 @@ class Options:
     the first device alone."""
     model_devices: int = 1
     """Devices over which each teacher's weights are divided, where it does not fit on one; with jit."""
+    at_once: int = 0
+    """Students that train at once as one program: seeds, and stages that differ in numbers alone. 0 is one on a CPU,
+    which convolves many networks slowly, and elsewhere all of them if there is one for each device."""
     coordinator: str = ""
     """On several hosts, each of which runs the same command: address:port of the first, or auto where JAX finds out."""
     num_hosts: int | None = None
@@ -67,6 +76,11 @@ class Options:
     """Seconds between checkpoints; at the end of a stage and on Ctrl-C there is one in any case."""
     workdir: str | None = None
     """The run's directory; if not named, one below runs/ after the options. The same command again resumes there."""
+
+    @property
+    def caches_teachers(self) -> bool:
+        """Whether all that a student is shown is known before, so that its teachers can answer once."""
+        return not self.augment or self.views is not None
 
     def check(self) -> None:
         """Raises `OptionError` for a value that makes no sense."""
@@ -79,11 +93,10 @@ class Options:
             f"--learning-rate {self.learning_rate}: must be above 0",
         )
         require(
-            self.temperature > 0 and math.isfinite(self.temperature),
-            f"--temperature {self.temperature}: must be above 0, which leaves the logits as they are at 1",
+            self.views is None or (self.augment and self.views >= 1),
+            f"--views {self.views}: at least one, and of images that --augment crops and flips",
         )
         require(self.save_every >= 0, f"--save-every {self.save_every}: at least 0 seconds")
-        require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: the weight of the soft targets lies from 0 to 1")
         require(
             self.model_devices >= 1 and jax.device_count() % self.model_devices == 0,
             f"--model-devices {self.model_devices}: must divide the {jax.device_count()} devices",
@@ -92,18 +105,57 @@ class Options:
             self.parallel == "jit" or self.model_devices == 1,
             f"--model-devices {self.model_devices}: weights are divided by --parallel jit alone",
         )
+        require(self.at_once >= 0, f"--at-once {self.at_once}: one student or more, or 0 for what suits the device")
+        require(
+            self.at_once <= 1 or (self.parallel != "pmap" and self.model_devices == 1 and not self.coordinator),
+            f"--at-once {self.at_once}: students that train at once are divided over one host's devices as jit does it",
+        )
         require(
             self.parallel != "pmap" or self.batch_size % jax.device_count() == 0,
             f"--batch-size {self.batch_size}: pmap needs a multiple of the {jax.device_count()} devices; jit does not",
         )
 
 
-def devices(options: Options) -> parallel.Sharded | parallel.Mapped:
-    """The devices that the options name."""
+@dataclasses.dataclass(frozen=True)
+class SoftOptions(Options):
+    """Options of an image experiment in which soft targets teach."""
+
+    temperature: float = 4.0
+    """Softens the targets; above 0."""
+    alpha: float = 0.9
+    """Weight of the soft targets, from 0 to 1; the labels have the rest."""
+
+    def check(self) -> None:
+        """Raises `OptionError` for a value that makes no sense."""
+        super().check()
+        require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            f"--temperature {self.temperature}: must be above 0, which leaves the logits as they are at 1",
+        )
+        require(0 <= self.alpha <= 1, f"--alpha {self.alpha}: the weight of the soft targets lies from 0 to 1")
+
+
+def devices(options: Options, *, alike: int = 1) -> parallel.Sharded | parallel.Mapped | parallel.Population:
+    """The devices that the options name, and how many students train on them at once.
+
+    Args:
+        options: The options.
+        alike: How many stages differ in numbers alone.
+    """
     if options.parallel == "pmap":
         return parallel.Mapped()
     alone = jax.local_devices()[:1] if options.parallel == "none" else None
-    return parallel.Sharded(parallel.make_mesh(model=options.model_devices, devices=alone))
+    mesh = parallel.make_mesh(model=options.model_devices, devices=alone)
+    at_once = options.at_once or _suitable(options, mesh, options.seeds * alike)
+    return parallel.Population(mesh, at_once) if at_once > 1 else parallel.Sharded(mesh)
+
+
+def _suitable(options: Options, mesh: Any, students: int) -> int:
+    """How many students to train at once where the user leaves it open."""
+    divided = options.model_devices > 1 or jax.process_count() > 1
+    if divided or mesh.devices.flat[0].platform == "cpu" or students < mesh.size:
+        return 1
+    return min(students, AT_ONCE)
 
 
 def network(module: Any, mean: Any, std: Any, options: Options) -> models.Model:
@@ -170,7 +222,7 @@ def pretrained(
     return distill.Pretrained(name, model, jax.device_put(variables))
 
 
-def few_labels(dataset: data.Dataset, count: int) -> tuple[Examples, Examples]:
+def few_labels(dataset: data.Dataset, count: int) -> tuple[OfSeed, OfSeed]:
     """The training images of which `count` keep their label, as many of each class; each seed draws its own.
 
     Returns:
@@ -214,8 +266,8 @@ def stage(
 ) -> distill.Stage:
     """A stage with the options' optimizer, batch size and augmentation."""
     tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps))
-    augment = data.crop_and_flip if options.augment else None
-    return distill.Stage(name, model, examples, loss, tx, steps, batch_size=options.batch_size, augment=augment, **more)
+    shown: dict[str, Any] = {"augment": data.crop_and_flip, "views": options.views} if options.augment else {}
+    return distill.Stage(name, model, examples, loss, tx, steps, batch_size=options.batch_size, **shown | more)
 
 
 def with_new_head(source: dict, fresh: dict) -> dict:
@@ -229,7 +281,7 @@ def supervised(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) ->
     return losses.hard_cross_entropy(student.logits, batch["labels"])
 
 
-def taught(options: Options) -> Loss:
+def taught(options: SoftOptions) -> Loss:
     """The loss of a network that learns from one teacher's soft targets, and from labels where there are any.
 
     Where the batch has `labelled`, an example without a label gives all weight to the soft targets.
@@ -279,6 +331,7 @@ def run(
     comparisons: Sequence[tuple[str, str]],
     reference: str = "teacher",
     unlisted: Sequence[str] = (),
+    alike: int = 1,
 ) -> Done:
     """Runs a plan and leaves results, report, figures and the best student.
 
@@ -292,6 +345,7 @@ def run(
         comparisons: Pairs of stages that the report compares.
         reference: The one with which agreement is measured.
         unlisted: Those that the tables leave out.
+        alike: How many stages differ in numbers alone, and so may train at once.
 
     Returns:
         What is left.
@@ -306,7 +360,8 @@ def run(
         opened,
         validation=_batch(dataset.validation),
         save_every=options.save_every,
-        devices=devices(options),
+        devices=devices(options, alike=alike),
+        teacher_cache=options.teacher_cache,
     )
     listed = [one for one in plan if one.name not in unlisted]
     rows = distill.results(listed, trained, _batch(dataset.test), reference=reference)

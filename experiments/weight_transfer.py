@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cli, timing, vision
-from jaxkd import data, distill, transfer
+from jaxkd import data, distill, parallel, transfer
 from jaxkd.figures import COLOURS, draw
 
 FEATURES, HIDDEN = (32, 64), 64
@@ -152,8 +152,9 @@ def main(config: Config) -> None:
         reference=f"scratch_{total}",
         unlisted=("source",),
     )
-    plot(done.rows, folder / "labels.png", total=total)
-    print(f"Accuracy against the number of labels: {folder / 'labels.png'}")
+    if parallel.is_first_host():
+        plot(done.rows, folder / "labels.png", total=total)
+        print(f"Accuracy against the number of labels: {folder / 'labels.png'}")
 
 
 if __name__ == "__main__":

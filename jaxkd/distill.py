@@ -4,8 +4,11 @@ A stage that is done is on disk and is not trained again; one that was cut off g
 with the bits that an unbroken run would have had.
 """
 
+import dataclasses
 import functools
+import hashlib
 import itertools
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +22,11 @@ from jax import Array
 
 from jaxkd import checkpoints
 from jaxkd.batches import make_order, make_placer
+from jaxkd.cache import TopK, Views, expand, teacher_logits
 from jaxkd.evaluate import accuracy, make_predict, summarize
 from jaxkd.losses import hard_cross_entropy
 from jaxkd.models.model import Model, Outputs
-from jaxkd.parallel import Advance, Mapped, Sharded, is_first_host, local, make_mesh, tell_all
+from jaxkd.parallel import Advance, Mapped, Population, Sharded, is_first_host, local, make_mesh, tell_all
 from jaxkd.plan import Pretrained, Stage, order
 from jaxkd.runs import Run, RunError, fingerprint
 from jaxkd.train import Batch, Loss, Purpose, TrainState, make_state, make_train_step
@@ -38,7 +42,7 @@ class Trained(NamedTuple):
 
     Attributes:
         variables: The final weights and statistics.
-        seconds: Time it took to train, over all restarts.
+        seconds: Time it took to train, over all restarts; where several trained at once, its part of theirs.
         validation_accuracy: At the end, in [0, 1].
     """
 
@@ -54,7 +58,8 @@ def run_plan(
     *,
     validation: Mapping[str, Any],
     save_every: float = 15.0,
-    devices: Sharded | Mapped | None = None,
+    devices: Sharded | Mapped | Population | None = None,
+    teacher_cache: str | os.PathLike | None = None,
 ) -> dict[str, list[Trained]]:
     """Trains every stage of a plan for every seed, from where an earlier call on the same run left off.
 
@@ -67,7 +72,11 @@ def run_plan(
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
         save_every: Seconds between checkpoints within a stage. One is also saved at its end and on Ctrl-C.
-        devices: Where it runs; by default on the first device alone. A run may go on on others.
+        devices: Where it runs, and how many at once; by default one student after another on the first device. A run
+            may go on on others. A `Population` takes together the seeds, and the stages that differ in name and data
+            alone.
+        teacher_cache: Folder in which the logits of cached teachers are kept, for other runs as well; by default the
+            run's own.
 
     Returns:
         For each name, in the plan's order, what it left, a pretrained model what it came with: one entry a seed.
@@ -79,36 +88,33 @@ def run_plan(
     """
     stages = [one for one in order(plan) if isinstance(one, Stage)]
     seeds, devices = list(seeds), devices or Sharded(make_mesh(devices=jax.local_devices()[:1]))
-    models = {one.name: one.model for one in plan}
     given = {one.name: one.variables for one in plan if isinstance(one, Pretrained)}
     predicts = _make_predicts(plan, devices)
-    trained: dict[str, list[Trained]] = {one.name: [] for one in plan}
+    trained: dict[str, dict[int, Trained]] = {one.name: {} for one in plan}
     for one in plan:
         if isinstance(one, Pretrained):
-            trained[one.name] = [_as_given(one, predicts[one.name], validation)] * len(seeds)
+            trained[one.name] = dict.fromkeys(seeds, _as_given(one, predicts[one.name], validation))
+    models = {one.name: one.model for one in plan}
+    answers = _Answers(models, predicts, run.folder / "teachers" if teacher_cache is None else Path(teacher_cache))
+    ready = _prepare(stages, models, predicts, answers, given, validation, devices)
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
-        remembering = {name: _remember_last(predict) for name, predict in predicts.items()}
-        inits = {model: jax.jit(model.init) for model in models.values()}
-        ready = [_prepare(stage, models, inits, predicts, remembering, given, validation, devices) for stage in stages]
-        for seed in seeds:
-            place = make_placer(devices.place_examples)
-            for one in ready:
-                name = f"{one.stage.name}, seed {seed}"
-                task = progress.add_task(name, total=one.stage.steps)
+        for turn in _turns(ready, seeds, devices):
+            place = make_placer(_putting(devices))
+            for students in turn:
+                for together in _level([_begin(one, seed, trained, run) for one, seed in students]):
+                    task = progress.add_task(_names(together), total=together[0].ready.stage.steps)
 
-                def advance(steps: int, task: Any = task) -> None:
-                    progress.advance(task, steps)
-                    progress.advance(whole, steps)
+                    def advance(steps: int, task: Any = task, count: int = len(together)) -> None:
+                        progress.advance(task, steps)
+                        progress.advance(whole, count * steps)
 
-                latest = {name: trained[name][-1].variables for name in one.stage.needs}
-                teachers = tuple(latest[teacher] for teacher in one.stage.teachers)
-                start = latest[one.stage.start] if one.stage.start else None
-                result, told = _train(one, seed, teachers, start, run, place, save_every, advance)
-                trained[one.stage.name].append(result)
-                progress.remove_task(task)
-                progress.console.print(f"{name}: {told}", highlight=False, markup=False)
-    return trained
+                    for one, result in zip(together, _train(together, run, place, save_every, advance), strict=True):
+                        trained[one.ready.stage.name][one.seed] = result
+                        told = f"{_names([one])}: {_outcome(one, result)}"
+                        progress.console.print(told, highlight=False, markup=False)
+                    progress.remove_task(task)
+    return {name: [results[seed] for seed in seeds] for name, results in trained.items()}
 
 
 def results(
@@ -152,44 +158,117 @@ class _Ready(NamedTuple):
     """A stage with its compiled functions, for all seeds."""
 
     stage: Stage
-    devices: Sharded | Mapped
+    devices: Sharded | Mapped | Population
     advance: Advance
     init: Callable[..., dict]
     predict: Callable[..., np.ndarray]
-    teacher_predicts: list[Callable[..., Array]]
+    answers: "_Answers"
     validation: Mapping[str, Any]
     fingerprint: dict[str, Any]
 
 
+class _Training(NamedTuple):
+    """One stage for one seed, as it stands before its next step."""
+
+    ready: _Ready
+    seed: int
+    key: Array
+    view_key: Array
+    examples: Mapping[str, Any]
+    teachers: tuple[dict, ...]
+    state: TrainState
+    notes: dict[str, Any]
+    folder: Path
+
+
 def _prepare(
-    stage: Stage,
+    stages: Sequence[Stage],
     models: Mapping[str, Model],
-    inits: Mapping[Model, Callable[..., dict]],
     predicts: Mapping[str, Callable[..., np.ndarray]],
-    remembering: Mapping[str, Callable[..., Array]],
+    answers: "_Answers",
     given: Mapping[str, Any],
     validation: Mapping[str, Any],
-    devices: Sharded | Mapped,
-) -> _Ready:
-    teachers = [models[name] for name in stage.teachers]
-    live, loss = (tuple(teachers), stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
-    make_step = functools.partial(
-        make_train_step, stage.model, stage.tx, loss, teachers=live, augment=stage.augment, loss_tx=stage.loss_tx
+    devices: Sharded | Mapped | Population,
+) -> list[_Ready]:
+    """The stages with their compiled functions, the same ones for all that differ in name and data alone."""
+    inits = {model: jax.jit(model.init) for model in models.values()}
+    prepared: list[_Ready] = []
+    for stage in stages:
+        told = _describe(stage, {name: given[name] for name in stage.needs if name in given})
+        alike = next((one for one in prepared if _alike(one.stage, stage)), None)
+        if alike is not None:
+            prepared.append(alike._replace(stage=stage, predict=predicts[stage.name], fingerprint=told))
+            continue
+        advance = devices.make_advance(_step_maker(stage, tuple(models[name] for name in stage.teachers)))
+        predict, init = predicts[stage.name], inits[stage.model]
+        prepared.append(_Ready(stage, devices, advance, init, predict, answers, validation, told))
+    return prepared
+
+
+def _alike(stage: Stage, other: Stage) -> bool:
+    names = {field.name for field in dataclasses.fields(Stage)} - {"name", "data"}
+    return all(getattr(stage, name) == getattr(other, name) for name in names)
+
+
+def _step_maker(stage: Stage, teachers: tuple[Model, ...]) -> Callable[..., Any]:
+    live, loss = (teachers, stage.loss) if not stage.cache_teachers else ((), _from_cache(stage.loss))
+    return functools.partial(
+        make_train_step,
+        stage.model,
+        stage.tx,
+        loss,
+        teachers=live,
+        augment=stage.augment,
+        views=stage.views,
+        loss_tx=stage.loss_tx,
     )
-    return _Ready(
-        stage,
-        devices,
-        devices.make_advance(make_step),
-        inits[stage.model],
-        predicts[stage.name],
-        [remembering[name] for name in stage.teachers] if stage.cache_teachers else [],
-        validation,
-        _describe(stage, {name: given[name] for name in stage.needs if name in given}),
-    )
+
+
+def _turns(
+    ready: Sequence[_Ready], seeds: Sequence[int], devices: Sharded | Mapped | Population
+) -> list[list[list[tuple[_Ready, int]]]]:
+    """Who trains when: turns, within which arrays stay on the devices, of students that train at once."""
+    if not isinstance(devices, Population):
+        return [[[(one, seed)] for one in ready] for seed in seeds]
+    groups: list[list[_Ready]] = []
+    for one in ready:
+        alike = (group for group in groups if group[0].advance is one.advance)
+        group = next((group for group in alike if _shapes(group[0], seeds) == _shapes(one, seeds)), None)
+        groups.append([one]) if group is None else group.append(one)
+    # Seeds first: what a seed's teacher says is remembered from one of its students to the next.
+    students = [[(one, seed) for seed in seeds for one in group] for group in groups]
+    return [[each[i : i + devices.size] for i in range(0, len(each), devices.size)] for each in students]
+
+
+def _shapes(ready: _Ready, seeds: Sequence[int]) -> dict[str, Any]:
+    return {name: (np.shape(array), np.asarray(array).dtype) for name, array in ready.stage.examples(seeds[0]).items()}
+
+
+def _level(begun: Sequence[_Training]) -> list[list[_Training]]:
+    """Those that stand at one step together: a kill between two saves leaves some behind."""
+    steps = sorted({one.notes["step"] for one in begun})
+    return [[one for one in begun if one.notes["step"] == step] for step in steps]
+
+
+def _names(together: Sequence[_Training]) -> str:
+    first = f"{together[0].ready.stage.name}, seed {together[0].seed}"
+    return first if len(together) == 1 else f"{first}, and {len(together) - 1} more at once"
+
+
+def _outcome(one: _Training, result: Trained) -> str:
+    stage, first = one.ready.stage, one.notes["step"]
+    if first == stage.steps:
+        return "already trained"
+    told = f"{result.validation_accuracy:.1%} on validation after {stage.steps} steps and {result.seconds:.1f} s"
+    return told + (f", resumed at step {first}" if first else "")
+
+
+def _putting(devices: Sharded | Mapped | Population) -> Callable[[Any], Array]:
+    return jnp.asarray if isinstance(devices, Population) else devices.place_examples
 
 
 def _make_predicts(
-    plan: Sequence[Stage | Pretrained], devices: Sharded | Mapped | None
+    plan: Sequence[Stage | Pretrained], devices: Sharded | Mapped | Population | None
 ) -> dict[str, Callable[..., np.ndarray]]:
     """A predict for each, one and the same for those of one model, which compile once."""
 
@@ -204,7 +283,7 @@ def _make_predicts(
 
 
 def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
-    """Predicts anew only for other weights or inputs: stages and seeds that share both share the answer."""
+    """Predicts anew only for other weights or inputs: rows that share both share the answer."""
     last: list[Any] = [None, None, None]
 
     def remembered(variables: dict, inputs: Any) -> Array:
@@ -215,6 +294,37 @@ def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
     return remembered
 
 
+class _Answers:
+    """What cached teachers say: on disk, and the last of each teacher in memory, for stages and seeds that share it."""
+
+    def __init__(
+        self, models: Mapping[str, Model], predicts: Mapping[str, Callable[..., np.ndarray]], folder: Path
+    ) -> None:
+        self.models, self.predicts = models, predicts
+        # Several hosts predict together, which those could not that found an answer on a disk of their own.
+        self.folder = folder if jax.process_count() == 1 else None
+        self.last: dict[str, tuple[Any, Any]] = {}
+
+    def of(self, teacher: str, variables: dict, stage: Stage, inputs: Any, key: Array) -> Any:
+        """The logits of a stage's teacher."""
+        views = None if stage.views is None or stage.augment is None else Views(stage.augment, key, stage.views)
+        asked = (variables, inputs, stage.augment, stage.views, stage.cache_top_k, None if views is None else key)
+        known, answer = self.last.get(teacher, (None, None))
+        if known is None or any(one is not other for one, other in zip(known, asked, strict=True)):
+            notes = {"program": _program(self.models[teacher], variables, inputs)}
+            more = {"views": views, "top_k": stage.cache_top_k, "folder": self.folder, "notes": notes}
+            answer = teacher_logits(self.predicts[teacher], variables, inputs, **more)
+            self.last[teacher] = (asked, answer)
+        return answer
+
+
+def _program(model: Model, variables: dict, inputs: Any) -> str:
+    """A digest of what a model computes, which its weights do not say."""
+    shapes = jax.eval_shape(lambda: variables), jax.ShapeDtypeStruct((1, *np.shape(inputs)[1:]), inputs.dtype)
+    forward = jax.jit(lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits)
+    return hashlib.sha256(forward.lower(*shapes).as_text().encode()).hexdigest()
+
+
 def _as_given(one: Pretrained, predict: Callable[..., np.ndarray], validation: Mapping[str, Any]) -> Trained:
     variables = dict(one.variables)
     logits = predict(variables, validation["inputs"])
@@ -222,72 +332,153 @@ def _as_given(one: Pretrained, predict: Callable[..., np.ndarray], validation: M
 
 
 def _train(
-    ready: _Ready,
-    seed: int,
-    teachers: tuple[dict, ...],
-    start: dict | None,
+    together: Sequence[_Training],
     run: Run,
     place: Callable[[Any], Array],
     save_every: float,
     advance: Callable[[int], None],
-) -> tuple[Trained, str]:
-    """Trains one stage for one seed; returns what it left and a word on it."""
-    stage, folder, began = ready.stage, run.checkpoints(seed, ready.stage.name), time.monotonic()
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
-    examples = stage.examples(seed)
-    state, first, notes = _begin(ready, key, start, examples["inputs"], folder)
+) -> list[Trained]:
+    """Trains students that stand at one step to their end, all at once."""
+    ready, first = together[0].ready, together[0].notes["step"]
+    stage = ready.stage
     advance(first)
-    run.rewind_metrics(seed, stage.name, first)
+    for one in together:
+        run.rewind_metrics(one.seed, one.ready.stage.name, first)
     if first == stage.steps:
-        return _finished(stage, seed, state, notes, run), "already trained"
-
-    data: dict[str, Any] = {name: place(array) for name, array in examples.items()}
-    if stage.cache_teachers:
-        predicted = zip(ready.teacher_predicts, teachers, strict=True)
-        cache = tuple(place(predict(variables, examples["inputs"])) for predict, variables in predicted)
-        data, teachers = data | {"teacher_logits": cache}, ()
-    state, teachers = ready.devices.place(state), ready.devices.place_teacher(teachers)
-    select = make_order(key, len(examples["inputs"]), stage.batch_size)
+        return [_finished(one, one.state, one.notes, run) for one in together]
+    course = _Course(together, run, place)
+    examples = len(together[0].examples["inputs"])
+    selects = [make_order(one.key, examples, stage.batch_size) for one in together]
     evaluated = {-(-stage.steps * (i + 1) // EVALUATIONS) for i in range(EVALUATIONS)}
     stops = sorted({*evaluated, *range(0, stage.steps, ready.devices.chunk)})
-    before, saved, reached = notes["seconds"], began, notes["validation_accuracy"]
-    losses: list[Any] = [np.array(notes["losses"], np.float32)]
-
-    def save(number: int) -> float:
-        seconds = before + time.monotonic() - began
-        # The losses since the last evaluation go along, so that the next record is that of an unbroken run.
-        so_far = np.concatenate(jax.device_get(losses)).tolist()
-        noted = {"seconds": seconds, "losses": so_far, "stage": ready.fingerprint, "validation_accuracy": reached}
-        if is_first_host():
-            checkpoints.save(folder, number, jax.device_get(local(state)), notes=noted)
-        return seconds
-
+    saved = time.monotonic()
     try:
         for begin, number in itertools.pairwise([first, *(stop for stop in stops if stop > first)]):
-            indices = np.stack([select(step) for step in range(begin, number)])
-            state, values = ready.advance(state, data, indices, teachers, key)
-            losses.append(values)
+            course.advance(np.stack([[select(step) for select in selects] for step in range(begin, number)]))
             advance(number - begin)
             if number in evaluated:
                 # Before the checkpoint: a record ahead of the newest one is rewound, a missing one would be lost.
-                record = _evaluate(ready, seed, state, losses, len(examples["inputs"]))
-                run.append_metrics(record)
-                reached = record["validation_accuracy"]
-                losses = [np.empty(0, np.float32)]
+                course.evaluate(number)
             if number == stage.steps or time.monotonic() - saved > save_every:
-                notes, saved = notes | {"seconds": save(number), "validation_accuracy": reached}, time.monotonic()
+                course.save(number)
+                saved = time.monotonic()
     except KeyboardInterrupt:
-        _save_if_whole(state, losses, evaluated, save)
+        course.save_if_whole(evaluated)
         raise
-    trained = _finished(stage, seed, state, notes, run)
-    told = f"{trained.validation_accuracy:.1%} on validation after {stage.steps} steps and {trained.seconds:.1f} s"
-    return trained, told + (f", resumed at step {first}" if first else "")
+    return course.finished()
 
 
-def _begin(
-    ready: _Ready, key: Array, start: dict | None, inputs: Array, folder: Path
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """The state to go on from, its step, and the notes that were saved with it."""
+class _Course:
+    """The training of one student, or of several at once, from one step to the next."""
+
+    def __init__(self, together: Sequence[_Training], run: Run, place: Callable[[Any], Array]) -> None:
+        self.together, self.run, self.began = together, run, time.monotonic()
+        self.devices, self.step = together[0].ready.devices, together[0].ready.advance
+        self.state, *self.given = _place(together, place)
+        self.reached = [one.notes["validation_accuracy"] for one in together]
+        self.seconds = [one.notes["seconds"] for one in together]
+        self._forget([one.notes["losses"] for one in together])
+
+    def advance(self, indices: np.ndarray) -> None:
+        """Takes steps on the examples `[K, P, B]`."""
+        data, teachers, key = self.given
+        chosen = indices if isinstance(self.devices, Population) else indices[:, 0]
+        self.state, values = self.step(self.state, data, chosen, teachers, key)
+        self.losses.append(values.reshape(len(values), -1))
+
+    def evaluate(self, number: int) -> None:
+        """Meets the validation split, and writes down how it went."""
+        losses = self._losses()
+        for i, (one, state) in enumerate(zip(self.together, self._states(), strict=True)):
+            record = _evaluate(one, state, number, losses[i])
+            self.run.append_metrics(record)
+            self.reached[i] = record["validation_accuracy"]
+        self._forget([[] for _ in self.together])
+
+    def save(self, number: int) -> None:
+        """Saves a checkpoint of each student, as if it trained alone."""
+        # The losses since the last evaluation go along, so that the next record is that of an unbroken run.
+        losses, share = self._losses(), (time.monotonic() - self.began) / len(self.together)
+        self.seconds = [one.notes["seconds"] + share for one in self.together]
+        states = self._states()
+        if not is_first_host():
+            return
+        for i, one in enumerate(self.together):
+            noted = {"seconds": self.seconds[i], "losses": losses[i].tolist(), "stage": one.ready.fingerprint}
+            noted |= {"validation_accuracy": self.reached[i]}
+            checkpoints.save(one.folder, number, jax.device_get(states[i]), notes=noted)
+
+    def save_if_whole(self, evaluated: set[int]) -> None:
+        """Saves where Ctrl-C left a training, unless it fell into a step, whose state is then gone."""
+        if self.state.step.is_deleted():
+            return
+        number = int(self.state.step.ravel()[0])
+        if number and sum(map(len, self.losses)) == number - max(
+            (one for one in evaluated if one <= number), default=0
+        ):
+            self.save(number)
+
+    def finished(self) -> list[Trained]:
+        """What the students left."""
+        told = [{"seconds": s, "validation_accuracy": r} for s, r in zip(self.seconds, self.reached, strict=True)]
+        states = self._states()
+        return [_finished(*each, self.run) for each in zip(self.together, states, told, strict=True)]
+
+    def _states(self) -> list[TrainState]:
+        if isinstance(self.devices, Population):
+            return self.devices.unstack(self.state, len(self.together))
+        return [local(self.state)]
+
+    def _losses(self) -> np.ndarray:
+        """Of each student since the last evaluation, `[P, K]`."""
+        return np.ascontiguousarray(np.concatenate(jax.device_get(self.losses)).T)
+
+    def _forget(self, losses: Sequence[Sequence[float]]) -> None:
+        self.losses: list[Any] = [np.array(losses, np.float32).T]
+
+
+def _place(together: Sequence[_Training], place: Callable[[Any], Array]) -> tuple[TrainState, Any, Any, Array]:
+    """State, examples, teachers and keys, where they are needed."""
+    devices, states, keys = together[0].ready.devices, [one.state for one in together], [one.key for one in together]
+    data = [jax.tree.map(place, _given(one)) for one in together]
+    teachers = [() if one.ready.stage.cache_teachers else one.teachers for one in together]
+    if isinstance(devices, Population):
+        return devices.stack(states), devices.gather(data), devices.gather(teachers), devices.stack(keys)
+    return devices.place(states[0]), data[0], devices.place_teacher(teachers[0]), keys[0]
+
+
+def _given(one: _Training) -> dict[str, Any]:
+    """A stage's data, and what else its steps find in a batch."""
+    stage, given = one.ready.stage, dict(one.examples)
+    if stage.views is not None:
+        count = len(one.examples["inputs"])
+        given |= {"index": np.arange(count, dtype=np.int32), "examples": np.int32(count), "view_key": one.view_key}
+    if stage.cache_teachers:
+        named = zip(stage.teachers, one.teachers, strict=True)
+        inputs, ask = one.examples["inputs"], one.ready.answers.of
+        given["teacher_logits"] = tuple(ask(name, variables, stage, inputs, one.view_key) for name, variables in named)
+    return given
+
+
+def _begin(ready: _Ready, seed: int, trained: Mapping[str, Mapping[int, Trained]], run: Run) -> _Training:
+    """The training of a stage for a seed, at the newest checkpoint or at its beginning."""
+    stage, folder = ready.stage, run.checkpoints(seed, ready.stage.name)
+    latest = {name: trained[name][seed].variables for name in stage.needs}
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
+    examples = stage.examples(seed)
+    state = _fresh(ready, key, latest[stage.start] if stage.start else None, examples["inputs"])
+    state, notes = _restored(ready, state, folder)
+    teachers = tuple(latest[name] for name in stage.teachers)
+    return _Training(ready, seed, key, _view_key(seed), examples, teachers, state, notes, folder)
+
+
+@functools.cache
+def _view_key(seed: int) -> Array:
+    """The key of a seed's views, which is that of all its stages."""
+    return jax.random.fold_in(jax.random.key(seed), Purpose.VIEW)
+
+
+def _fresh(ready: _Ready, key: Array, start: dict | None, inputs: Array) -> TrainState:
     stage = ready.stage
     variables = ready.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
     if start is not None:
@@ -295,7 +486,11 @@ def _begin(
         _check_same_tree(stage, start, variables)
         variables = start
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.fold_in(key, Purpose.LOSS))
-    state = make_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+    return make_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+
+
+def _restored(ready: _Ready, state: TrainState, folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from and the notes that were saved with it, its step among them."""
     try:
         found = checkpoints.restore(folder, state) if is_first_host() else None
     except ValueError as error:
@@ -309,7 +504,7 @@ def _begin(
             f"{folder} holds another training ({notes['stage']} there, {ready.fingerprint} here): "
             "name another folder for the run"
         )
-    return jax.tree.map(jnp.asarray, state), notes["step"], notes
+    return jax.tree.map(jnp.asarray, state), notes
 
 
 def _describe(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,47 +516,37 @@ def _describe(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
         "start": stage.start,
         "augment": stage.augment is not None,
         "cache_teachers": stage.cache_teachers,
-    }
+    } | {name: value for name in ("views", "cache_top_k") if (value := getattr(stage, name)) is not None}
     weights = {name: fingerprint(jax.tree.leaves(jax.device_get(variables))) for name, variables in given.items()}
     return told | ({"pretrained": weights} if given else {})
 
 
-def _finished(stage: Stage, seed: int, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:
-    records = {(record["seed"], record["stage"], record["step"]) for record in run.metrics()}
-    if is_first_host() and (seed, stage.name, stage.steps) not in records:
+def _finished(one: _Training, state: TrainState, notes: Mapping[str, Any], run: Run) -> Trained:
+    stage, records = one.ready.stage, {(each["seed"], each["stage"], each["step"]) for each in run.metrics()}
+    if is_first_host() and (one.seed, stage.name, stage.steps) not in records:
         raise RunError(
-            f"{run.folder}/metrics.jsonl has lost the records of {stage.name}, seed {seed}: "
-            f"delete {run.checkpoints(seed, stage.name)} to train it anew"
+            f"{run.folder}/metrics.jsonl has lost the records of {stage.name}, seed {one.seed}: "
+            f"delete {one.folder} to train it anew"
         )
-    return Trained(local(state.variables), notes["seconds"], notes["validation_accuracy"])
+    return Trained(jax.tree.map(jnp.asarray, state.variables), notes["seconds"], notes["validation_accuracy"])
 
 
-def _save_if_whole(state: TrainState, losses: Sequence[Any], evaluated: set[int], save: Callable[[int], Any]) -> None:
-    """Saves where Ctrl-C left a training, unless it fell into a step, whose state is then gone."""
-    if state.step.is_deleted():
-        return
-    number = int(state.step)
-    if number and sum(map(len, losses)) == number - max((one for one in evaluated if one <= number), default=0):
-        save(number)
-
-
-def _evaluate(ready: _Ready, seed: int, state: TrainState, losses: Sequence[Any], examples: int) -> dict[str, Any]:
-    stage, number = ready.stage, int(state.step)
-    loss = float(np.mean(np.concatenate(jax.device_get(losses))))
-    logits = ready.predict(local(state.variables), ready.validation["inputs"])
+def _evaluate(one: _Training, state: TrainState, number: int, losses: np.ndarray) -> dict[str, Any]:
+    stage, validation, loss = one.ready.stage, one.ready.validation, float(np.mean(losses))
+    logits = one.ready.predict(jax.tree.map(jnp.asarray, state.variables), validation["inputs"])
     if not np.isfinite(loss) or not np.isfinite(logits).all():
         raise RunError(
-            f"{stage.name}, seed {seed}: the loss is {loss} by step {number}, and training has diverged; "
+            f"{stage.name}, seed {one.seed}: the loss is {loss} by step {number}, and training has diverged; "
             "try a smaller learning rate"
         )
     return {
-        "seed": seed,
+        "seed": one.seed,
         "stage": stage.name,
         "step": number,
-        "epoch": number * stage.batch_size / examples,
+        "epoch": number * stage.batch_size / len(one.examples["inputs"]),
         "loss": loss,
-        "validation_loss": float(np.mean(hard_cross_entropy(logits, ready.validation["labels"]))),
-        "validation_accuracy": accuracy(logits, ready.validation["labels"]),
+        "validation_loss": float(np.mean(hard_cross_entropy(logits, validation["labels"]))),
+        "validation_accuracy": accuracy(logits, validation["labels"]),
     }
 
 
@@ -369,7 +554,11 @@ def _from_cache(loss: Loss) -> Loss:
     """The loss, given the teachers' outputs out of the batch."""
 
     def cached(student: Outputs, _: tuple[Outputs, ...], batch: Batch, *loss_params: Any) -> Array:
-        return loss(student, tuple(Outputs(one, {}) for one in batch["teacher_logits"]), batch, *loss_params)
+        answers = batch["teacher_logits"]
+        if "view" in batch:
+            answers = jax.tree.map(lambda one: one[jnp.arange(len(one)), batch["view"]], answers)
+        whole = (expand(one, num_classes=student.logits.shape[-1]) if isinstance(one, TopK) else one for one in answers)
+        return loss(student, tuple(Outputs(one, {}) for one in whole), batch, *loss_params)
 
     return cached
 

@@ -2,14 +2,14 @@
 
 `Sharded` runs it as one program over a mesh: each device computes its part of the batch, and batch statistics, losses
 that compare examples and gradients are those of the whole batch, as on one device. `Mapped` is the same by `jax.pmap`.
-Either says where arrays lie and how steps run; who trains need not know which it is.
+`Population` trains many students at once, each as if it were alone. Each says where arrays lie and how steps run.
 """
 
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
 """Names of the mesh's axes."""
+STUDENTS = ((DATA, MODEL),)
+"""How a population lies on them."""
 CHUNK = 32
 """Steps that an accelerator takes at once."""
 IN_FLIGHT = 8
@@ -28,7 +30,11 @@ MakeStep = Callable[..., Callable[..., Any]]
 """`jaxkd.train.make_train_step` with all but its `axis_name`."""
 
 Advance = Callable[[Any, Any, np.ndarray, Any, Array], tuple[Any, Array]]
-"""`(state, examples, indices [K, B], teacher_variables, key) -> (state, losses [K])`: takes K steps."""
+"""`(state, examples, indices [K, B], teacher_variables, key) -> (state, losses [K])`: takes K steps.
+
+Examples are arrays of which a batch is a selection; those without an axis are the same for every batch. A population
+has one more axis for its students, P: behind K, and before all others.
+"""
 
 
 def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -72,7 +78,7 @@ class Sharded:
     @property
     def chunk(self) -> int:
         """How many steps to take at once: one on a CPU, where XLA runs convolutions slower inside a loop."""
-        return 1 if self.mesh.devices.flat[0].platform == "cpu" else CHUNK
+        return _chunk(self.mesh)
 
     def place(self, tree: Any) -> Any:
         """Puts arrays on every device, whole, such as a student's state."""
@@ -80,6 +86,8 @@ class Sharded:
 
     def place_examples(self, array: Any) -> Array:
         """Divides examples `[N, ...]` over all devices; where they do not divide N, the last one is repeated."""
+        if not np.ndim(array):
+            return _put(jnp.asarray(array), self._sharding(), ())
         count = -(-len(array) // self.mesh.size) * self.mesh.size
         return _put(array, self._sharding((DATA, MODEL)), (count, *array.shape[1:]))
 
@@ -103,32 +111,15 @@ class Sharded:
         """
         step = make_step()
 
+        def constrained(array: Array) -> Array:
+            return lax.with_sharding_constraint(array, self._sharding((DATA, MODEL))) if array.ndim else array
+
         def one(state: Any, examples: Any, indices: Array, teachers: Any, key: Array) -> tuple[Any, Array]:
-            batch = lax.with_sharding_constraint(_take(examples, indices), self._sharding((DATA, MODEL)))
+            batch = jax.tree.map(constrained, _take(examples, indices))
             state, metrics = step(state, batch, teachers, key)
             return lax.with_sharding_constraint(state, self._sharding()), metrics["loss"]
 
-        if self.chunk == 1:
-            return _one_by_one(jax.jit(one, donate_argnums=0), self.mesh.size)
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def many(
-            state: Any, examples: Any, indices: Array, count: Array, teachers: Any, key: Array
-        ) -> tuple[Any, Array]:
-            def turn(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
-                state, losses = carry
-                state, loss = one(state, examples, indices[i], teachers, key)
-                return state, losses.at[i].set(loss)
-
-            return lax.fori_loop(0, count, turn, (state, jnp.zeros(len(indices), jnp.float32)))
-
-        def advance(state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array) -> tuple[Any, Array]:
-            count, room = len(indices), -(-len(indices) // CHUNK) * CHUNK
-            padded = np.concatenate([indices, np.zeros((room - count, *indices.shape[1:]), indices.dtype)])
-            state, losses = many(state, examples, padded, np.int32(count), teachers, key)
-            return state, losses[:count]
-
-        return advance
+        return _make_advance(one, self.mesh.size, self.chunk)
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -188,6 +179,104 @@ class Mapped:
         return _one_by_one(taken, jax.device_count())
 
 
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """Trains many students at once, as one program that is vectorised over them, each as it would train alone.
+
+    They are divided over the devices, which do not talk to each other; where the devices do not divide their number,
+    the last one is trained more than once. What several of them learn from is held once on every device. A student's
+    numbers are those of its training alone, to rounding.
+
+    Attributes:
+        mesh: From `make_mesh`, of this host's devices.
+        size: How many students train at once, at most.
+    """
+
+    mesh: Mesh
+    size: int
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` if there is nobody to train, or if devices are another host's."""
+        if self.size < 1:
+            raise ValueError(f"a population needs at least one student, not {self.size}")
+        if jax.process_count() > 1:
+            raise ValueError("a population trains on one host's devices: start a run on each host, with its own seeds")
+
+    @property
+    def chunk(self) -> int:
+        """How many steps to take at once, as for `Sharded`."""
+        return _chunk(self.mesh)
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Puts trees of one structure, one a student, onto the devices, along a new first axis."""
+        filled = [trees[i] for i in self._filled(len(trees))]
+        return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), self._sharding(*STUDENTS)), *filled)
+
+    def unstack(self, tree: Any, count: int) -> list[Any]:
+        """The first `count` students' trees, on the host."""
+        tree = jax.device_get(tree)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+
+    def gather(self, trees: Sequence[Any]) -> Any:
+        """Puts what students learn from onto the devices; an array that several of them share is put there once."""
+
+        def stacked(*leaves: Any) -> Array:
+            different = {id(leaf): jnp.asarray(leaf) for leaf in leaves}
+            return jax.device_put(jnp.stack(list(different.values())), self._sharding())
+
+        def which(*leaves: Any) -> Array:
+            places = {identity: i for i, identity in enumerate(dict.fromkeys(map(id, leaves)))}
+            chosen = np.array([places[id(leaf)] for leaf in leaves], np.int32)[self._filled(len(leaves))]
+            return jax.device_put(chosen, self._sharding(*STUDENTS))
+
+        return _Chosen(jax.tree.map(stacked, *trees), jax.tree.map(which, *trees))
+
+    def make_advance(self, make_step: MakeStep) -> Advance:
+        """Makes the function that takes steps of all students, in a loop on the device where that is faster.
+
+        States and keys are from `stack`, examples and teachers from `gather`.
+        """
+        step = make_step()
+
+        def one(state: Any, examples: Any, indices: Array, teachers: Any, key: Array) -> tuple[Any, Array]:
+            state, metrics = step(state, _take(_choose(examples), indices), _choose(teachers), key)
+            return state, metrics["loss"]
+
+        chosen = _Chosen(None, 0)
+        each = jax.vmap(one, in_axes=(0, chosen, 0, chosen, 0))
+        students, everywhere = PartitionSpec(*STUDENTS), PartitionSpec()
+        divided = _Chosen(everywhere, students)
+        parts: Any = jax.shard_map(
+            each,
+            mesh=self.mesh,
+            in_specs=(students, divided, students, divided, students),
+            out_specs=students,
+            check_vma=False,
+        )
+        taken = _make_advance(parts, self.mesh.size, self.chunk)
+
+        def advance(state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array) -> tuple[Any, Array]:
+            count = indices.shape[1]
+            state, losses = taken(state, examples, indices[:, self._filled(count)], teachers, key)
+            return state, losses[:, :count]
+
+        return advance
+
+    def _filled(self, count: int) -> np.ndarray:
+        """Students' numbers, filled up by the last to a multiple of the devices."""
+        return np.minimum(np.arange(-(-count // self.mesh.size) * self.mesh.size), count - 1)
+
+    def _sharding(self, *spec: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+class _Chosen(NamedTuple):
+    """For each array the different ones among students, `[U, ...]`, and which of them is whose, `[P]`."""
+
+    different: Any
+    which: Any
+
+
 def join_hosts(coordinator: str, *, num_hosts: int | None = None, host: int | None = None) -> None:
     """Makes the devices of several hosts those of one program, in which every host runs the same command.
 
@@ -241,13 +330,50 @@ def local(tree: Any) -> Any:
 
 
 def _take(examples: Any, indices: Array) -> Any:
-    return jax.tree.map(lambda array: array[indices], examples)
+    return jax.tree.map(lambda array: array[indices] if array.ndim else array, examples)
+
+
+def _choose(chosen: _Chosen) -> Any:
+    """A student's own of what `Population.gather` put together; what all share stays without an axis for them."""
+    return jax.tree.map(lambda different, which: different[0] if len(different) == 1 else different[which], *chosen)
+
+
+def _chunk(mesh: Mesh) -> int:
+    return 1 if mesh.devices.flat[0].platform == "cpu" else CHUNK
+
+
+def _make_advance(one: Callable[..., tuple[Any, Array]], devices: int, chunk: int) -> Advance:
+    """Steps on a CPU one after the other, elsewhere in one loop on the device.
+
+    The loop's number of turns is an argument, so that it compiles once for all numbers of steps.
+    """
+    if chunk == 1:
+        return _one_by_one(jax.jit(one, donate_argnums=0), devices)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def many(state: Any, examples: Any, indices: Array, count: Array, teachers: Any, key: Array) -> tuple[Any, Array]:
+        def turn(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            state, losses = carry
+            state, loss = one(state, examples, indices[i], teachers, key)
+            return state, losses.at[i].set(loss)
+
+        return lax.fori_loop(0, count, turn, (state, jnp.zeros(indices.shape[:-1], jnp.float32)))
+
+    def advance(state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array) -> tuple[Any, Array]:
+        count, room = len(indices), -(-len(indices) // CHUNK) * CHUNK
+        padded = np.concatenate([indices, np.zeros((room - count, *indices.shape[1:]), indices.dtype)])
+        state, losses = many(state, examples, padded, np.int32(count), teachers, key)
+        return state, losses[:count]
+
+    return advance
 
 
 def _put(array: Any, sharding: NamedSharding, shape: Sequence[int]) -> Array:
     """An array where a sharding wants it, of a longer first axis by its last entry; each host reads its part alone."""
     if sharding.is_fully_addressable and array.shape == tuple(shape):
         return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(array), sharding, (2,)))
 
     def read(index: Any) -> np.ndarray:
         if not shape:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 from jax import Array
 
 from jaxkd.models.model import Model
-from jaxkd.train import Augment, Loss
+from jaxkd.train import Loss
+from jaxkd.views import Augment
 
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
-"""Arrays by name, or a function of the seed that returns them."""
+"""Arrays and numbers by name, or a function of the seed that returns them."""
 
 
 class Pretrained(NamedTuple):
@@ -40,9 +42,10 @@ class Stage:
     Attributes:
         name: Unique in the plan; it names the stage's folder and seeds its random draws.
         model: The student of this stage.
-        data: Arrays of one length, `inputs` among them, of which each batch is a selection; the loss reads them by
-            name. Teacher and student may learn from different ones. Or a function of the seed that returns them, where
-            seeds are to learn from different ones, in equal number.
+        data: Arrays of one length, `inputs` among them, of which each batch is a selection, and numbers, which every
+            batch has; the loss reads them by name. Teacher and student may learn from different ones. Or a function of
+            the seed that returns them, where seeds are to learn from different ones, in equal number. Stages that
+            differ in their name and in this alone, such as in a temperature, are compiled once.
         loss: `(student, teachers, batch) -> [B]`, or with `init_loss` `(student, teachers, batch, loss_params) -> [B]`.
         tx: The optimizer.
         steps: How many steps to take.
@@ -52,8 +55,12 @@ class Stage:
             `lambda theirs, fresh: transfer.transfer(theirs, fresh, strict=False)[0]`; `None`: as they are.
         batch_size: Examples a step.
         augment: `(key, inputs) -> inputs`, run inside the step.
-        cache_teachers: Compute the teachers' logits once for all of `data` instead of at every step. The outputs
-            that the loss then gets hold no features.
+        views: How many pictures `augment` makes of each example; the epochs show them in turn, to student and teachers
+            alike, and all stages of a seed have the same ones. `None`: a new one at every step.
+        cache_teachers: Compute the teachers' logits once for all of `data`, in all `views`, instead of at every step,
+            and keep them on disk. The outputs that the loss then gets hold no features.
+        cache_top_k: How many of the largest logits to keep of each output, where there are many classes; the others
+            then weigh together what they did, each the same. `None`: all.
         init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector: it gets them as a
             fourth argument, they are trained beside the student, and the student goes without them.
         loss_tx: The optimizer of these parameters; `None`: `tx`, with a state of its own.
@@ -70,7 +77,9 @@ class Stage:
     transfer: Callable[[dict, dict], dict] | None = None
     batch_size: int = 128
     augment: Augment | None = None
+    views: int | None = None
     cache_teachers: bool = False
+    cache_top_k: int | None = None
     init_loss: Callable[[Array], Any] | None = None
     loss_tx: optax.GradientTransformation | None = None
 
@@ -84,10 +93,16 @@ class Stage:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
         if self.transfer is not None and self.start is None:
             raise ValueError(f"stage {self.name!r} has a transfer but no start: name the stage whose weights it takes")
-        if self.cache_teachers and self.augment is not None:
+        if self.views is not None and (self.augment is None or self.views < 1):
+            raise ValueError(f"stage {self.name!r} has views={self.views}: it needs an augment, and at least one view")
+        if self.cache_teachers and self.augment is not None and self.views is None:
             raise ValueError(
-                f"stage {self.name!r} would learn from logits of images that it does not see: "
-                "drop either augment or cache_teachers"
+                f"stage {self.name!r} would learn from logits of images that it does not see: drop either augment or "
+                "cache_teachers, or give the number of views that augment makes of each example"
+            )
+        if self.cache_top_k is not None and (not self.cache_teachers or self.cache_top_k < 1):
+            raise ValueError(
+                f"stage {self.name!r} has cache_top_k={self.cache_top_k}: it needs cache_teachers, and at least one"
             )
 
     @property
@@ -102,7 +117,7 @@ class Stage:
             ValueError: If there are no `inputs` or the arrays' lengths differ.
         """
         data = self.data(seed) if callable(self.data) else self.data
-        lengths = {name: len(array) for name, array in data.items()}
+        lengths = {name: len(array) for name, array in data.items() if np.ndim(array)}
         if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
             raise ValueError(
                 f"stage {self.name!r} needs `inputs` and arrays of their length, at least 1, got {lengths}"

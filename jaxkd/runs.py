@@ -32,7 +32,7 @@ except ImportError:  # there is none on Windows
     fcntl = None
 
 INCIDENTAL = (
-    *("workdir", "data_dir", "save_every"),
+    *("workdir", "data_dir", "save_every", "teacher_cache"),
     *("parallel", "model_devices", "coordinator", "num_hosts", "host"),
 )
 """Options that say where a run takes place, not what it computes; they may differ between it and its continuation."""

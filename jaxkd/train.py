@@ -10,6 +10,7 @@ import optax
 from jax import Array, lax
 
 from jaxkd.models.model import Model, synchronized
+from jaxkd.views import Augment, augment_views
 
 Batch = Mapping[str, Any]
 """What a step learns from: `inputs` [B, ...] and whatever the loss reads, such as `labels` [B]."""
@@ -21,9 +22,6 @@ Loss = Callable[..., Array]
 projector, takes them as a fourth argument.
 """
 
-Augment = Callable[[Array, Array], Array]
-"""`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`."""
-
 
 class Purpose(enum.IntEnum):
     """What a random draw is for; folded into a stage's key, so that no two purposes share their bits."""
@@ -33,6 +31,7 @@ class Purpose(enum.IntEnum):
     AUGMENT = 2
     MODEL = 3
     LOSS = 4
+    VIEW = 5
 
 
 class LossState(NamedTuple):
@@ -103,6 +102,7 @@ def make_train_step(
     *,
     teachers: Sequence[Model] = (),
     augment: Augment | None = None,
+    views: int | None = None,
     loss_tx: optax.GradientTransformation | None = None,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -118,6 +118,9 @@ def make_train_step(
             loss, it gets them as a fourth argument.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
         augment: `(key, inputs) -> inputs`, run inside the step.
+        views: How many pictures `augment` makes of each example, which the epochs show in turn; `None`: a new one at
+            every step. The batch then holds `index` [B], the examples' numbers, `examples`, how many there are, and
+            `view_key`, which makes the draws; the loss also finds `view` [B] in it.
         loss_tx: The optimizer of the loss's own parameters; by default `tx`, as in `make_state`.
         axis_name: Of the mapped axis, for a step that runs under `jax.pmap` or `jax.shard_map`. All its devices get the
             whole batch and augment it; each runs the networks on its part, and the loss sees the outputs of all. The
@@ -155,8 +158,12 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         if len(teacher_variables) != len(teachers):
             raise ValueError(f"{len(teachers)} teachers, but variables for {len(teacher_variables)}")
+        if views is not None:
+            batch = {**batch, "view": _views(batch, state.step, views)}
         inputs = batch["inputs"]
-        if augment is not None:
+        if augment is not None and views is not None:
+            inputs = augment_views(augment, batch["view_key"], inputs, batch["index"], batch["view"])
+        elif augment is not None:
             inputs = augment(_draw(key, Purpose.AUGMENT, state.step), inputs)
         mine = _part(inputs, axis_name)
         taught = tuple(
@@ -186,6 +193,12 @@ def make_train_step(
         return TrainState(params, batch_stats, opt_state, state.step + 1, own), {"loss": value}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _views(batch: Batch, step: Array, count: int) -> Array:
+    """The view of each example: that of the epoch to which its place in this batch belongs."""
+    places = step * len(batch["index"]) + jnp.arange(len(batch["index"]), dtype=jnp.int32)
+    return places // batch["examples"] % count
 
 
 def _descend(tx: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from jaxkd.checkpoints.store import Restored, load
 from jaxkd.evaluate import TIMINGS
 from jaxkd.runs import INCIDENTAL, Run, RunError, read_run, tell_differing
 
-HERE = ("experiment", "workdir", "coordinator", "num_hosts", "host")
+HERE = ("experiment", "workdir", "teacher_cache", "coordinator", "num_hosts", "host")
 """What a rerun does not take over: it is one process, which writes elsewhere."""
 
 

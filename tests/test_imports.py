@@ -22,8 +22,10 @@ ARROWS = {
     "checkpoints": {"transfer"},
     "parallel": set(),
     "evaluate": {"models"},
-    "train": {"models"},
-    "plan": {"models", "train"},
+    "views": set(),
+    "train": {"models", "views"},
+    "plan": {"models", "train", "views"},
+    "cache": {"checkpoints", "runs", "views"},
     "batches": {"train"},
     "runs": {"checkpoints"},
     "export": {"checkpoints", "models"},
@@ -31,7 +33,7 @@ ARROWS = {
     "report": {"checkpoints", "figures"},
     "verify": {"checkpoints", "evaluate", "runs"},
     "__main__": {"checkpoints", "export", "models", "transfer", "verify"},
-    "distill": {"batches", "checkpoints", "evaluate", "losses", "models", "parallel", "plan", "runs", "train"},
+    "distill": {"batches", "cache", "checkpoints", "evaluate", "losses", "models", "parallel", "plan", "runs", "train"},
 }
 
 # Heavy packages, and the only parts of the library that may touch them.
