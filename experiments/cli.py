@@ -56,9 +56,10 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
 
 def _keep_compiled() -> None:
     """Has JAX keep what takes it long to compile, so that it compiles once; JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config  # whose attributes older versions do not declare
+    if settings.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches).expanduser() / "jaxkd" / "compiled"))
+        settings.update("jax_compilation_cache_dir", str(Path(caches).expanduser() / "jaxkd" / "compiled"))
 
 
 def _join_hosts(options: Any) -> None:
