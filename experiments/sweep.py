@@ -11,9 +11,10 @@ Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxi
 Command: python -m experiments.sweep
 On an accelerator: python -m experiments.sweep --dataset cifar10 --num-images 5000 --epochs 40 --seeds 10
 
-Result: not measured yet
+Result: T = 2 with alpha = 0.5 is best by validation, 83.7 %; on the test images it reaches 84.0 ± 0.5 %, and the labels
+alone 82.0 ± 1.3 % (fashion_mnist_mini, 1,000 images, 3 seeds)
 
-Time: not measured yet
+Time: 6 minutes on 2 CPU cores
 """
 
 import dataclasses
