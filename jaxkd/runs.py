@@ -31,9 +31,11 @@ try:
 except ImportError:  # there is none on Windows
     fcntl = None
 
+DIVISION = ("parallel", "model_devices")
+"""Options that say how the work is divided over devices, on which rounding depends."""
 INCIDENTAL = (
     *("workdir", "data_dir", "save_every", "teacher_cache"),
-    *("parallel", "model_devices", "coordinator", "num_hosts", "host"),
+    *("coordinator", "num_hosts", "host", *DIVISION),
 )
 """Options that say where a run takes place, not what it computes; they may differ between it and its continuation."""
 
@@ -263,7 +265,9 @@ def _continue(before: Run, wanted: dict, lock: object) -> Run:
         raise RunError(f"{folder} holds another configuration's run ({differing}): name another --workdir")
     if before.data != wanted["data"]:
         raise RunError(f"{folder} holds a run on other data, though of the same name: name another --workdir")
-    if changed := tell_differing(before.environment, environment()):
+    before_and_now = ((before.environment, before.config), (environment(), wanted["config"]))
+    told = [where | {name: config[name] for name in DIVISION if name in config} for where, config in before_and_now]
+    if changed := tell_differing(*told):
         warnings.warn(f"{folder} was started elsewhere, so that bits may differ ({changed})", stacklevel=3)
     return dataclasses.replace(before, config=wanted["config"], lock=lock)
 

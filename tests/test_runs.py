@@ -107,6 +107,12 @@ def test_continuing_elsewhere_is_told(tmp_path):
         assert runs.open_run(tmp_path, CONFIG).environment["jax"] == "0.0.1"
 
 
+def test_continuing_on_devices_divided_otherwise_is_told(tmp_path):
+    runs.open_run(tmp_path, {"parallel": "jit", "workdir": "a"})
+    with pytest.warns(UserWarning, match=r"bits may differ \(parallel 'jit' there and 'pmap' here\)"):
+        runs.open_run(tmp_path, {"parallel": "pmap", "workdir": "b"})
+
+
 def test_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_git", lambda folder, *arguments: str(tmp_path))
     assert runs.environment()["commit"] is None
