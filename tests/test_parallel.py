@@ -45,9 +45,9 @@ def noisy(key, inputs):
     return inputs + 0.1 * jax.random.normal(key, inputs.shape)
 
 
-def trained(devices, batch_size, steps=5):
-    """The losses, and what a training leaves."""
-    model, tx, key = models.from_linen(Net()), optax.sgd(0.1, momentum=0.9), jax.random.key(0)
+def stepped(devices, batch_size, steps, tx):
+    """The losses, and the state that a training leaves."""
+    model, key = models.from_linen(Net()), jax.random.key(0)
     student, teacher = (model.init(jax.random.key(seed), examples()["inputs"][:1]) for seed in (1, 2))
     make_step = functools.partial(train.make_train_step, model, tx, whole_batch, teachers=[model], augment=noisy)
     state = devices.place(train.make_state(student, tx))
@@ -55,7 +55,29 @@ def trained(devices, batch_size, steps=5):
     indices = np.random.default_rng(1).integers(0, EXAMPLES, (steps, batch_size))
     advance = devices.make_advance(make_step)
     state, values = advance(state, given, indices, (devices.place_teacher(teacher),), key)
-    return values, parallel.local(state).variables
+    return values, parallel.local(state)
+
+
+def trained(devices, batch_size, steps=5):
+    """The losses, and what a training leaves."""
+    values, state = stepped(devices, batch_size, steps, optax.sgd(0.1, momentum=0.9))
+    return values, state.variables
+
+
+def gradient(devices, batch_size):
+    """The first step's, as one float64 vector.
+
+    The optimizer keeps it as its state: the difference of the weights would hold the rounding of the weights as well.
+    """
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    keeping = optax.GradientTransformation(zeros, lambda found, *_: (found, found))
+    _, state = stepped(devices, batch_size, 1, keeping)
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state)]).astype(np.float64)
+
+
+@functools.cache
+def gradient_of_one_device(batch_size):
+    return gradient(one_device(), batch_size)
 
 
 def one_device():
@@ -78,6 +100,14 @@ def test_many_devices_train_as_one_does(way):
 @pytest.mark.parametrize("way", ["eight", "four by two"])
 def test_a_batch_that_the_devices_do_not_divide_is_that_of_one_device(way):
     chex.assert_trees_all_close(trained(WAYS[way](), 13), trained(one_device(), 13), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("way", "batch_size"), [("eight", 16), ("eight", 13), ("four by two", 16), ("four by two", 13), ("pmap", 16)]
+)
+def test_gradient_over_many_devices_is_that_of_one(way, batch_size):
+    found, wanted = gradient(WAYS[way](), batch_size), gradient_of_one_device(batch_size)
+    assert np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
 
 
 def test_pmap_refuses_a_batch_that_it_cannot_divide():
