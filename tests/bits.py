@@ -43,6 +43,7 @@ DEVICES = {
     "none": lambda rows: None,
     "jit": lambda rows: parallel.Sharded(parallel.make_mesh(model=rows)),
     "pmap": lambda rows: parallel.Mapped(),
+    "population": lambda rows: parallel.Population(parallel.make_mesh(), 2),
 }
 
 
@@ -202,6 +203,8 @@ CONDITIONS = {
     "jit on 4 × 2 devices, the teacher divided": functools.partial(start, devices=8, way="jit", rows=2),
     "pmap on 2 devices": functools.partial(start, devices=2, way="pmap"),
     "pmap on 8 devices": functools.partial(start, devices=8, way="pmap"),
+    "both seeds at once, on one device": functools.partial(start, way="population"),
+    "both seeds at once, on 2 devices": functools.partial(start, devices=2, way="population"),
     "bfloat16": functools.partial(start, bf16=True),
 }
 
