@@ -16,9 +16,11 @@ Command: python -m experiments.training_profile
 
 On Linux it was started with the allocator's settings of `experiments.training_benchmark`.
 
-Result: RESULT
+Result: in ResNet-20 the kernel gradients of the convolutions are behind by 62 ms a step, their input gradients by 27,
+their forward passes by 24 and the normalisations by 19; the whole step takes 252 ms beside 156 (two x86-64 cores shared
+with other work, jax 0.12, PyTorch 2.15). The table and what was tried: experiments/results/training_profile.md
 
-Time: TIME
+Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses
