@@ -8,11 +8,11 @@ round of calls with their quartiles.
 Command: python -m experiments.saving_benchmark
 On an accelerator: python -m experiments.saving_benchmark --students 2 8 32
 
-Result: at once 8 students of a dense network take 0.9 of the time that they take one after another, and 8 CNNs 1.8 of
-it; without the teacher's forward pass a step of the CNN is 1.2 times as fast, of ResNet-20 beside ResNet-56 1.6 times
-and of WRN-16-2 beside WRN-40-2 1.4 times (two x86-64 cores shared with other work, jax 0.12)
+Result: at once 8 students of a dense network take 0.8 of the time that they take one after another, and 8 CNNs 1.9 of
+it; without the teacher's forward pass a step of the CNN is 1.25 times as fast, of ResNet-20 beside ResNet-56 and of
+WRN-16-2 beside WRN-40-2 1.6 times (two x86-64 cores, jax 0.12)
 
-Time: 4 minutes on 2 CPU cores
+Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ from experiments.sweep import Config
 from jaxkd import data
 from jaxkd.distill import Trained
 
-GRID = ("--temperatures", 1, 4, "--alphas", 0.5, 1, "--num-images", 45, "--epochs", 1, "--batch-size", 32)
-CELLS = ["T1_alpha0.5", "T1_alpha1", "T4_alpha0.5", "T4_alpha1"]
+GRID = ("--temperatures", 1, 4, "--alphas", 0.5, "--num-images", 45, "--epochs", 1, "--batch-size", 32)
+CELLS = ["T1_alpha0.5", "T4_alpha0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +66,18 @@ def test_students_at_once_are_those_one_after_another(runs):
 
 
 def test_heat_map_frames_the_best(tmp_path):
-    config = Config(temperatures=(1.0, 4.0), alphas=(0.5, 1.0), seeds=2)
+    config = Config(temperatures=(1.0, 4.0), alphas=(0.5,), seeds=2)
     trained = {
         name: [Trained({}, 1.0, 0.5 + 0.1 * i + 0.01 * s) for s in (0, 1)] for i, name in enumerate(["labels", *CELLS])
     }
     sweep.plot(trained, tmp_path / "first.png", config, CELLS[0])
-    sweep.plot(trained, tmp_path / "last.png", config, CELLS[3])
+    sweep.plot(trained, tmp_path / "last.png", config, CELLS[1])
     first, last = (
         np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int) for name in ("first.png", "last.png")
     )
     frame = (np.abs(first - [0xD5, 0x5E, 0x00]).sum(-1) < 30).nonzero()
     other = (np.abs(last - [0xD5, 0x5E, 0x00]).sum(-1) < 30).nonzero()
-    assert frame[1].mean() < other[1].mean() and frame[0].mean() < other[0].mean()
+    assert frame[1].mean() < other[1].mean()
     one = Config(temperatures=(2.0,), alphas=(0.5,), seeds=1)
     sweep.plot(
         {"labels": [Trained({}, 1.0, 0.5)], "T2_alpha0.5": [Trained({}, 1.0, 0.6)]}, tmp_path / "one.png", one, ""
