@@ -36,12 +36,11 @@ def colours(path):
 def test_leaves_a_row_each_and_a_figure(tmp_path, execute):
     folder = tmp_path / "run"
     short = ("--width", 2, "--num-images", 45, "--student-epochs", 1, "--epochs", 1, "--seeds", 1, "--workdir", folder)
-    printed = execute("compare_teachers", "--depths", 8, 14, "--only", "hint", *short).stdout
+    printed = execute("compare_teachers", "--depths", 8, "--only", "hint", *short).stdout
     rows = json.loads((folder / "results.json").read_text())
-    assert [row["name"] for row in rows] == ["resnet8", "resnet14", "alone", "hint_resnet8", "hint_resnet14"]
-    sizes = [row["parameters"] for row in rows]
-    assert sizes[1] > sizes[0] == sizes[2] == sizes[3] == sizes[4], "a projector is no part of the student"
-    assert "hint_resnet14 is" in printed and "alone (" in printed and "hint_resnet8 (" in printed
+    assert [row["name"] for row in rows] == ["resnet8", "alone", "hint_resnet8"]
+    assert len({row["parameters"] for row in rows}) == 1, "a projector is no part of the student"
+    assert "hint_resnet8 is" in printed and "alone (" in printed
     assert colours(folder / "depths.png") > 50
     assert str(folder / "depths.png") in printed.replace("\n", "")
 
