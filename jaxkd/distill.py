@@ -95,7 +95,8 @@ def run_plan(
         if isinstance(one, Pretrained):
             trained[one.name] = dict.fromkeys(seeds, _as_given(one, predicts[one.name], validation))
     models = {one.name: one.model for one in plan}
-    answers = _Answers(models, predicts, run.folder / "teachers" if teacher_cache is None else Path(teacher_cache))
+    kept = run.folder / "teachers" if teacher_cache is None else Path(teacher_cache)
+    answers = _make_answers(models, predicts, kept)
     ready = _prepare(stages, models, predicts, answers, given, validation, devices)
     with _progress() as progress:
         whole = progress.add_task("all stages", total=len(seeds) * sum(stage.steps for stage in stages))
@@ -138,7 +139,7 @@ def results(
     logits = {}
     for name, predict in _make_predicts(plan, None).items():
         remembering = _remember_last(predict)
-        logits[name] = [np.asarray(remembering(one.variables, test["inputs"])) for one in trained[name]]
+        logits[name] = [remembering(one.variables, test["inputs"]) for one in trained[name]]
     return [
         summarize(
             stage.name,
@@ -162,7 +163,7 @@ class _Ready(NamedTuple):
     advance: Advance
     init: Callable[..., dict]
     predict: Callable[..., np.ndarray]
-    answers: "_Answers"
+    answers: Mapping[str, Callable[..., Any]]
     validation: Mapping[str, Any]
     fingerprint: dict[str, Any]
 
@@ -185,7 +186,7 @@ def _prepare(
     stages: Sequence[Stage],
     models: Mapping[str, Model],
     predicts: Mapping[str, Callable[..., np.ndarray]],
-    answers: "_Answers",
+    answers: Mapping[str, Callable[..., Any]],
     given: Mapping[str, Any],
     validation: Mapping[str, Any],
     devices: Sharded | Mapped | Population,
@@ -230,18 +231,16 @@ def _turns(
     """Who trains when: turns, within which arrays stay on the devices, of students that train at once."""
     if not isinstance(devices, Population):
         return [[[(one, seed)] for one in ready] for seed in seeds]
-    groups: list[list[_Ready]] = []
+    groups: dict[Any, list[_Ready]] = {}
     for one in ready:
-        alike = (group for group in groups if group[0].advance is one.advance)
-        group = next((group for group in alike if _shapes(group[0], seeds) == _shapes(one, seeds)), None)
-        groups.append([one]) if group is None else group.append(one)
+        groups.setdefault((one.advance, _shapes(one.stage.examples(seeds[0]))), []).append(one)
     # Seeds first: what a seed's teacher says is remembered from one of its students to the next.
-    students = [[(one, seed) for seed in seeds for one in group] for group in groups]
+    students = [[(one, seed) for seed in seeds for one in group] for group in groups.values()]
     return [[each[i : i + devices.size] for i in range(0, len(each), devices.size)] for each in students]
 
 
-def _shapes(ready: _Ready, seeds: Sequence[int]) -> dict[str, Any]:
-    return {name: (np.shape(array), np.asarray(array).dtype) for name, array in ready.stage.examples(seeds[0]).items()}
+def _shapes(examples: Mapping[str, Any]) -> frozenset[tuple]:
+    return frozenset((name, jnp.shape(array), jnp.result_type(array)) for name, array in examples.items())
 
 
 def _level(begun: Sequence[_Training]) -> list[list[_Training]]:
@@ -282,40 +281,34 @@ def _make_predicts(
     return {one.name: make(one.model) for one in plan}
 
 
-def _remember_last(predict: Callable[..., np.ndarray]) -> Callable[..., Array]:
-    """Predicts anew only for other weights or inputs: rows that share both share the answer."""
-    last: list[Any] = [None, None, None]
+def _remember_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls a function anew only for other arguments: who shares them shares the answer."""
+    last: list[Any] = []
 
-    def remembered(variables: dict, inputs: Any) -> Array:
-        if last[0] is not variables or last[1] is not inputs:
-            last[:] = variables, inputs, jnp.asarray(predict(variables, inputs))
-        return last[2]
+    def remembered(*arguments: Any) -> Any:
+        if not last or any(one is not other for one, other in zip(last[0], arguments, strict=True)):
+            last[:] = arguments, function(*arguments)
+        return last[1]
 
     return remembered
 
 
-class _Answers:
-    """What cached teachers say: on disk, and the last of each teacher in memory, for stages and seeds that share it."""
+def _make_answers(
+    models: Mapping[str, Model], predicts: Mapping[str, Callable[..., np.ndarray]], folder: Path
+) -> dict[str, Callable[..., Any]]:
+    """What says a teacher's logits, kept on disk, and the last in memory, for stages and seeds that share them."""
+    # Several hosts predict together, which those could not that found an answer on a disk of their own.
+    kept = {"folder": folder if jax.process_count() == 1 else None}
 
-    def __init__(
-        self, models: Mapping[str, Model], predicts: Mapping[str, Callable[..., np.ndarray]], folder: Path
-    ) -> None:
-        self.models, self.predicts = models, predicts
-        # Several hosts predict together, which those could not that found an answer on a disk of their own.
-        self.folder = folder if jax.process_count() == 1 else None
-        self.last: dict[str, tuple[Any, Any]] = {}
+    def make(name: str) -> Callable[..., Any]:
+        def answer(variables: dict, inputs: Any, augment: Any, count: int | None, key: Any, top_k: int | None) -> Any:
+            views = None if count is None else Views(augment, key, count)
+            notes = {"program": _program(models[name], variables, inputs)}
+            return teacher_logits(predicts[name], variables, inputs, views=views, top_k=top_k, notes=notes, **kept)
 
-    def of(self, teacher: str, variables: dict, stage: Stage, inputs: Any, key: Array) -> Any:
-        """The logits of a stage's teacher."""
-        views = None if stage.views is None or stage.augment is None else Views(stage.augment, key, stage.views)
-        asked = (variables, inputs, stage.augment, stage.views, stage.cache_top_k, None if views is None else key)
-        known, answer = self.last.get(teacher, (None, None))
-        if known is None or any(one is not other for one, other in zip(known, asked, strict=True)):
-            notes = {"program": _program(self.models[teacher], variables, inputs)}
-            more = {"views": views, "top_k": stage.cache_top_k, "folder": self.folder, "notes": notes}
-            answer = teacher_logits(self.predicts[teacher], variables, inputs, **more)
-            self.last[teacher] = (asked, answer)
-        return answer
+        return _remember_last(answer)
+
+    return {name: make(name) for name in predicts}
 
 
 def _program(model: Model, variables: dict, inputs: Any) -> str:
@@ -454,9 +447,10 @@ def _given(one: _Training) -> dict[str, Any]:
         count = len(one.examples["inputs"])
         given |= {"index": np.arange(count, dtype=np.int32), "examples": np.int32(count), "view_key": one.view_key}
     if stage.cache_teachers:
+        key = None if stage.views is None else one.view_key  # what all seeds see, they may share
+        asked = one.examples["inputs"], stage.augment, stage.views, key, stage.cache_top_k
         named = zip(stage.teachers, one.teachers, strict=True)
-        inputs, ask = one.examples["inputs"], one.ready.answers.of
-        given["teacher_logits"] = tuple(ask(name, variables, stage, inputs, one.view_key) for name, variables in named)
+        given["teacher_logits"] = tuple(one.ready.answers[name](variables, *asked) for name, variables in named)
     return given
 
 
