@@ -4,7 +4,7 @@ Numbers about predictions are computed on the host in NumPy, from logits that `m
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +15,26 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxkd.buckets import narrowest, token_lengths
+from jaxkd.losses import hard_cross_entropy
+
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
 
 TIMINGS = ("latency_ms", "latency_p95_ms", "throughput_latency_ms", "throughput_latency_p95_ms", "seconds")
 """Keys of a row that differ from one run to the next; a comparison of reruns drops them."""
+
+
+class Score(NamedTuple):
+    """How a model in training does on the validation split.
+
+    Attributes:
+        loss: Mean cross-entropy with the labels.
+        accuracy: Share of the labels that it gets right.
+    """
+
+    loss: float
+    accuracy: float
 
 
 class Latency(NamedTuple):
@@ -35,7 +50,7 @@ class Latency(NamedTuple):
 
 
 def make_predict(
-    model: "Model", *, batch_size: int = 512, mesh: Mesh | None = None
+    model: "Model", *, batch_size: int = 512, mesh: Mesh | None = None, widths: Sequence[int] | None = None
 ) -> Callable[[dict, ArrayLike], np.ndarray]:
     """Makes a function that predicts any number of examples and compiles once.
 
@@ -45,6 +60,8 @@ def make_predict(
         model: The model.
         batch_size: Number of examples in a batch.
         mesh: Devices that hold the variables, over which each batch is divided; `None`: one device computes.
+        widths: For inputs that are tokens `[N, ..., S]`, in rising order: sentences of like length are predicted
+            together, cut to the narrowest of these that holds them, each of which is compiled.
 
     Returns:
         `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array; it raises `ValueError` if N is 0.
@@ -69,12 +86,40 @@ def make_predict(
         inputs = np.asarray(inputs)
         if not len(inputs):
             raise ValueError(f"there is nothing to predict: inputs have the shape {inputs.shape}")
-        starts = range(0, len(inputs), batch_size)
-        batches = (np.minimum(np.arange(start, start + batch_size), len(inputs) - 1) for start in starts)
-        # One batch at a time: batches that are sent ahead of the computation would fill the device's memory.
-        return np.concatenate([np.asarray(forward(variables, inputs[rows])) for rows in batches])[: len(inputs)]
+        lengths = None if widths is None else token_lengths(inputs)
+        order = np.arange(len(inputs)) if lengths is None else np.argsort(lengths, kind="stable")
+        predicted = []
+        for start in range(0, len(inputs), batch_size):
+            rows = order[np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)]
+            batch = inputs[rows]
+            if widths is not None and lengths is not None:
+                batch = batch[..., : narrowest(widths, lengths[rows].max())]
+            # One batch at a time: batches that are sent ahead of the computation would fill the device's memory.
+            predicted.append(np.asarray(forward(variables, batch)))
+        return np.concatenate(predicted)[: len(inputs)][np.argsort(order)]
 
     return predict
+
+
+def classifier_score(predict: Callable[[dict, ArrayLike], np.ndarray]) -> Callable[[dict, Mapping[str, Any]], Score]:
+    """Makes a function that scores a classifier.
+
+    Args:
+        predict: `(variables, inputs [N, ...]) -> logits [N, C]`, as `make_predict` makes it.
+
+    Returns:
+        `(variables, examples) -> Score`; the examples are `inputs` `[N, ...]` and `labels` `[N]`. Where a logit is NaN,
+        both numbers are.
+    """
+
+    def score(variables: dict, examples: Mapping[str, Any]) -> Score:
+        logits = predict(variables, examples["inputs"])
+        if np.isnan(logits).any():
+            return Score(float("nan"), float("nan"))
+        loss = hard_cross_entropy(logits, examples["labels"])
+        return Score(float(np.mean(loss)), accuracy(logits, examples["labels"]))
+
+    return score
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     MODEL = 3
     LOSS = 4
     VIEW = 5
+    BUCKET = 6
 
 
 class LossState(NamedTuple):

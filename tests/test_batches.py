@@ -34,3 +34,10 @@ def test_placer_puts_an_array_on_the_device_once():
     place, array = batches.make_placer(jnp.asarray), np.arange(3)
     assert place(array) is place(array)
     np.testing.assert_array_equal(place(array), array)
+
+
+def test_placer_cuts_the_last_axis_and_keeps_each_width():
+    place, array = batches.make_placer(jnp.asarray), np.arange(12).reshape(2, 6)
+    assert place(array, 4) is place(array, 4)
+    np.testing.assert_array_equal(place(array, 4), array[:, :4])
+    np.testing.assert_array_equal(place(array), array)

@@ -17,11 +17,12 @@ ARROWS = {
     "layout": set(),
     "losses": {"attention"},
     "transfer": {"layout"},
-    "models": {"layout", "transfer"},
+    "models": {"attention", "layout", "transfer"},
     "data": set(),
     "checkpoints": {"transfer"},
     "parallel": set(),
-    "evaluate": {"models"},
+    "buckets": set(),
+    "evaluate": {"buckets", "losses", "models"},
     "views": set(),
     "train": {"models", "views"},
     "plan": {"models", "train", "views"},
@@ -33,7 +34,8 @@ ARROWS = {
     "report": {"checkpoints", "figures"},
     "verify": {"checkpoints", "evaluate", "runs"},
     "__main__": {"checkpoints", "export", "models", "transfer", "verify"},
-    "distill": {"batches", "cache", "checkpoints", "evaluate", "losses", "models", "parallel", "plan", "runs", "train"},
+    "course": {"batches", "buckets", "checkpoints", "evaluate", "parallel", "plan", "runs", "train"},
+    "distill": {"batches", "cache", "course", "evaluate", "models", "parallel", "plan", "runs", "train"},
 }
 
 # Heavy packages, and the only parts of the library that may touch them.

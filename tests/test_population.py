@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import distill, losses, models, parallel, runs
+from jaxkd import course, distill, losses, models, parallel, runs
 from jaxkd.distill import Stage
 from jaxkd.models.layers import BatchNorm
 
@@ -136,7 +136,7 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("dies_at", [5, 17])
 def test_killed_population_ends_with_the_same_numbers(unbroken, tmp_path, monkeypatch, dies_at):
     expected, run = unbroken
-    saved, save = [], distill.checkpoints.save
+    saved, save = [], course.checkpoints.save
 
     def dying(folder, step, *arguments, **keywords):
         save(folder, step, *arguments, **keywords)
@@ -144,7 +144,7 @@ def test_killed_population_ends_with_the_same_numbers(unbroken, tmp_path, monkey
         if len(saved) == dies_at:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(distill.checkpoints, "save", dying)
+    monkeypatch.setattr(course.checkpoints, "save", dying)
     with pytest.raises(SystemExit):
         train(tmp_path, population(9), plan(steps=4), save_every=0)
     resumed, resumed_run = train(tmp_path, population(9), plan(steps=4), save_every=0)
