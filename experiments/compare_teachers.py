@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import cli, methods, vision
+from experiments import cli, methods, plans, vision
 from experiments.methods import Method
 from jaxkd import data, distill, losses, models, parallel
 from jaxkd.figures import COLOURS, draw
@@ -137,10 +137,9 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     long: dict[str, Any] = {"options": config, "steps": vision.steps(config, dataset)}
     short: dict[str, Any] = {"options": config, "steps": math.ceil(config.student_epochs * count / config.batch_size)}
     stages = [
-        vision.stage(f"resnet{depth}", networks[depth], everything, vision.supervised, **long)
-        for depth in config.depths
+        vision.stage(f"resnet{depth}", networks[depth], everything, plans.supervised, **long) for depth in config.depths
     ]
-    stages.append(vision.stage("alone", student, few, vision.supervised, **short))
+    stages.append(vision.stage("alone", student, few, plans.supervised, **short))
     for name, method in compared(config).items():
         for depth in config.depths:
             loss, taught = methods.with_labels(method), {"teachers": (f"resnet{depth}",), "init_loss": method.init}

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill, evaluate, models, parallel, transfer
 from jaxkd.figures import draw
 
@@ -106,7 +106,7 @@ def find_weights(config: Config) -> Path:
 def with_zero_head(source: dict, fresh: dict) -> dict:
     """ImageNet's weights, and a last layer of zeros: where it starts at random, it takes longer than these epochs."""
     head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
-    return vision.with_new_head(source, {**fresh, "params": {**fresh["params"], "logits": head}})
+    return plans.with_new_head(source, {**fresh, "params": {**fresh["params"], "logits": head}})
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
@@ -123,7 +123,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
         "teacher",
         models.frozen_statistics(large),
         examples,
-        vision.supervised,
+        plans.supervised,
         config,
         steps=vision.steps(config, dataset, epochs=config.teacher_epochs),
         start="imagenet",
@@ -131,8 +131,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
     )
     teacher = dataclasses.replace(teacher, tx=transfer.freeze(teacher.tx, *config.frozen))
     steps = vision.steps(config, dataset)
-    alone = vision.stage("student_alone", small, examples, vision.supervised, config, steps=steps)
-    taught = {"loss": vision.taught(config), "teachers": ("teacher",), "cache_teachers": config.caches_teachers}
+    alone = vision.stage("student_alone", small, examples, plans.supervised, config, steps=steps)
+    taught = {"loss": plans.taught(config), "teachers": ("teacher",), "cache_teachers": config.caches_teachers}
     return given, teacher, alone, dataclasses.replace(alone, name="student_distilled", **taught)
 
 

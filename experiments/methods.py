@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill, losses
 from jaxkd.models import Outputs
 from jaxkd.train import Batch, Loss
@@ -188,8 +188,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     steps = vision.steps(config, dataset)
     common = {"options": config, "steps": steps}
     stages = [
-        vision.stage("teacher", teacher, {"inputs": images, "labels": labels}, vision.supervised, **common),
-        vision.stage("labels", student, few, vision.supervised, **common),
+        vision.stage("teacher", teacher, {"inputs": images, "labels": labels}, plans.supervised, **common),
+        vision.stage("labels", student, few, plans.supervised, **common),
     ]
     for name, method in methods(config).items():
         if not config.only or name in config.only:

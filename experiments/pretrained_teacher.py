@@ -20,7 +20,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill, models
 
 WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"
@@ -55,8 +55,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | di
     few, partly = vision.few_labels(dataset, config.num_labels)
     student = vision.cnn((32, 64), 64, dataset, config)
     steps = vision.steps(config, dataset)
-    alone: dict[str, Any] = {"loss": vision.supervised, "options": config, "steps": steps}
-    taught = alone | {"loss": vision.taught(config), "cache_teachers": config.caches_teachers}
+    alone: dict[str, Any] = {"loss": plans.supervised, "options": config, "steps": steps}
+    taught = alone | {"loss": plans.taught(config), "cache_teachers": config.caches_teachers}
     return (
         vision.pretrained("teacher", models.resnet20(), config.weights, images, config, mean=MEAN, std=DEVIATION),
         vision.stage("all_alone", student, everything, **alone),

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill, losses, parallel, report
 from jaxkd.distill import Trained
 from jaxkd.figures import draw
@@ -92,8 +92,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         return dataclasses.replace(first, name=cell(temperature, alpha), data=lambda seed: {**few(seed), **numbers})
 
     return (
-        vision.stage("teacher", teacher, everything, vision.supervised, **common),
-        vision.stage("labels", student, few, vision.supervised, **common),
+        vision.stage("teacher", teacher, everything, plans.supervised, **common),
+        vision.stage("labels", student, few, plans.supervised, **common),
         *(under(temperature, alpha) for temperature in config.temperatures for alpha in config.alphas),
     )
 

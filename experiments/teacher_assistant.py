@@ -16,7 +16,7 @@ Time: 2 minutes on 2 CPU cores
 import dataclasses
 from typing import Any
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill
 
 
@@ -43,8 +43,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     assistant = vision.cnn((32, 64), 64, dataset, config)
     student = vision.cnn((16,), 32, dataset, config)
     steps = vision.steps(config, dataset)
-    alone: dict[str, Any] = {"loss": vision.supervised, "options": config, "steps": steps}
-    taught = alone | {"loss": vision.taught(config), "cache_teachers": config.caches_teachers}
+    alone: dict[str, Any] = {"loss": plans.supervised, "options": config, "steps": steps}
+    taught = alone | {"loss": plans.taught(config), "cache_teachers": config.caches_teachers}
     return (
         vision.stage("teacher", teacher, everything, **alone),
         vision.stage("assistant", assistant, partly, teachers=("teacher",), **taught),

@@ -15,7 +15,7 @@ Time: 35 minutes on 2 CPU cores
 
 import dataclasses
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill
 
 
@@ -43,8 +43,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     small, large = vision.cnn((32, 64), 64, dataset, config), vision.cnn((64, 128), 128, dataset, config)
     steps = vision.steps(config, dataset)
     teacher_steps = vision.steps(config, dataset, epochs=config.teacher_epochs)
-    teacher = vision.stage("teacher", large, examples, vision.supervised, config, steps=teacher_steps)
-    model_a = vision.stage("model_a", small, examples, vision.supervised, config, steps=steps)
+    teacher = vision.stage("teacher", large, examples, plans.supervised, config, steps=teacher_steps)
+    model_a = vision.stage("model_a", small, examples, plans.supervised, config, steps=steps)
     return (
         # Mirrored only: shifted images would need many more passes of a network whose dense layer sees positions.
         dataclasses.replace(teacher, augment=data.random_flip),
@@ -52,7 +52,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         dataclasses.replace(
             model_a,
             name="model_b",
-            loss=vision.taught(config),
+            loss=plans.taught(config),
             teachers=("teacher",),
             cache_teachers=config.caches_teachers,
         ),

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments import cli, vision
+from experiments import cli, plans, vision
 from jaxkd import data, distill, losses, transfer
 from jaxkd.plan import Examples
 from jaxkd.train import Loss
@@ -73,7 +73,7 @@ def by_both(config: Config) -> Loss:
     """Two distillation losses, weighted."""
 
     def loss(student, teachers, batch):
-        terms = [vision.taught(config)(student, (teacher,), batch) for teacher in teachers]
+        terms = [plans.taught(config)(student, (teacher,), batch) for teacher in teachers]
         return losses.weighted_sum(terms, weights=config.weights)
 
     return loss
@@ -85,7 +85,7 @@ def by_average(config: Config) -> Loss:
     def loss(student, teachers, batch):
         logits = jnp.stack([teacher.logits for teacher in teachers])
         average = teachers[0]._replace(logits=losses.ensemble_logits(logits, temperature=config.temperature))
-        return vision.taught(config)(student, (average,), batch)
+        return plans.taught(config)(student, (average,), batch)
 
     return loss
 
@@ -99,15 +99,15 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     short: dict[str, Any] = {"options": config, "steps": math.ceil(steps / 4)}
     common: dict[str, Any] = {"options": config, "steps": steps}
     taught = common | {"cache_teachers": config.caches_teachers}
-    from_scratch = vision.stage("medium_scratch", medium, everything, vision.supervised, **short)
+    from_scratch = vision.stage("medium_scratch", medium, everything, plans.supervised, **short)
     pair = ("large", "medium")
     return (
-        vision.stage("large", large, everything, vision.supervised, **common),
+        vision.stage("large", large, everything, plans.supervised, **common),
         from_scratch,
         dataclasses.replace(from_scratch, name="medium", start="large", transfer=narrowed),
-        vision.stage("alone", small, few, vision.supervised, **common),
-        vision.stage("by_large", small, partly, vision.taught(config), teachers=("large",), **taught),
-        vision.stage("by_medium", small, partly, vision.taught(config), teachers=("medium",), **taught),
+        vision.stage("alone", small, few, plans.supervised, **common),
+        vision.stage("by_large", small, partly, plans.taught(config), teachers=("large",), **taught),
+        vision.stage("by_medium", small, partly, plans.taught(config), teachers=("medium",), **taught),
         vision.stage("by_both", small, partly, by_both(config), teachers=pair, **taught),
         vision.stage("by_average", small, partly, by_average(config), teachers=pair, **taught),
     )

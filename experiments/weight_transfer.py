@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, timing, vision
+from experiments import cli, plans, timing, vision
 from jaxkd import data, distill, parallel, transfer
 from jaxkd.figures import COLOURS, draw
 
@@ -90,8 +90,8 @@ def make_plan(
     stages: list[distill.Stage] = []
     for count in (*config.num_labels, total):
         few, _ = vision.few_labels(target, count)
-        scratch = vision.stage(f"scratch_{count}", network, few, vision.supervised, config, steps=steps)
-        moved = dataclasses.replace(scratch, name=f"transferred_{count}", start="source", transfer=vision.with_new_head)
+        scratch = vision.stage(f"scratch_{count}", network, few, plans.supervised, config, steps=steps)
+        moved = dataclasses.replace(scratch, name=f"transferred_{count}", start="source", transfer=plans.with_new_head)
         frozen = dataclasses.replace(moved, name=f"frozen_{count}", tx=transfer.freeze(moved.tx, "conv{i}/{rest...}"))
         stages += [scratch, moved, frozen]
     return (source, *stages)
@@ -107,7 +107,7 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
         "weight_transfer",
         options,
         dataset,
-        [vision.stage("source", model, examples, vision.supervised, config, steps=steps)],
+        [vision.stage("source", model, examples, plans.supervised, config, steps=steps)],
         title="The source task",
         students=("source",),
         comparisons=(),
@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     config.check()
     dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
     source, target = split_classes(config, dataset)
-    folder, total = vision.workdir("weight_transfer", config), len(target.train.labels)
+    folder, total = plans.workdir("weight_transfer", config, config.dataset), len(target.train.labels)
     for count in config.num_labels:
         cli.require(1 <= count < total, f"--num-labels {count}: choose from 1 to {total - 1}, which is all but one")
     given = train_source(config, source, folder)

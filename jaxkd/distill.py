@@ -130,27 +130,37 @@ def results(
         repeats: Number of calls that are timed.
 
     Returns:
-        A row for each of them, in the plan's order, as `evaluate.summarize` makes them.
+        A row for each of them, in the plan's order, as `evaluate.summarize` makes them; what all seeds share, such as a
+        pretrained model, is measured once.
     """
-    logits = {}
-    for name, predict in _make_predicts(plan, None, None if widths is None else tuple(widths)).items():
-        remembering = _remember_last(predict)
-        logits[name] = [remembering(one.variables, test["inputs"]) for one in trained[name]]
+    predicts = _make_predicts(plan, None, None if widths is None else tuple(widths))
+    left = {one.name: _different(trained[one.name]) for one in plan}
+    logits = {name: [predicts[name](one.variables, test["inputs"]) for one in left[name]] for name in left}
     return [
         summarize(
-            stage.name,
-            stage.model,
-            [one.variables for one in trained[stage.name]],
-            logits[stage.name],
+            one.name,
+            one.model,
+            [each.variables for each in left[one.name]],
+            logits[one.name],
             test["inputs"],
             test["labels"],
-            reference_logits=None if stage.name == reference else logits[reference],
-            seconds=[one.seconds for one in trained[stage.name]],
+            reference_logits=None if one.name == reference else _for_each(logits[reference], len(left[one.name])),
+            seconds=[each.seconds for each in left[one.name]],
             throughput_batch=throughput_batch,
             repeats=repeats,
         )
-        for stage in plan
+        for one in plan
     ]
+
+
+def _different(trained: Sequence[Trained]) -> Sequence[Trained]:
+    """What was left, once if all seeds have the same."""
+    return trained[:1] if all(one is trained[0] for one in trained) else trained
+
+
+def _for_each(logits: Sequence[np.ndarray], seeds: int) -> Sequence[np.ndarray]:
+    """One for each seed, of which all may share one; and one alone for a model that all seeds share."""
+    return list(logits[:1]) * seeds if len(logits) == 1 else logits[:seeds]
 
 
 def _prepare(

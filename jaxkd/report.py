@@ -96,7 +96,8 @@ def compare(rows: Sequence[Row], name: str, baseline: str) -> str:
     mean ± sample standard deviation of the differences accuracy_i(name) − accuracy_i(baseline)
 
     Differences of the same seed are compared, as students of one seed share their teacher and their labelled images. A
-    difference that is no larger than its own spread is said to be so, and so is one that comes from a single seed.
+    difference that is no larger than its own spread is said to be so, and so is one that comes from a single seed. A
+    row with one accuracy, such as a pretrained teacher's, stands for all seeds.
 
     Args:
         rows: From `evaluate.summarize`.
@@ -107,7 +108,7 @@ def compare(rows: Sequence[Row], name: str, baseline: str) -> str:
         One or two plain sentences.
 
     Raises:
-        ValueError: If there is no row of that name, or the two have different numbers of seeds.
+        ValueError: If there is no row of that name, or the two have different numbers of seeds, of which none is one.
 
     Example:
         >>> from jaxkd import report
@@ -116,18 +117,20 @@ def compare(rows: Sequence[Row], name: str, baseline: str) -> str:
         Over 2 seeds, distilled is 4.5 ± 0.7 points above alone (82.5 % → 87.0 %).
     """
     after, before = _accuracies(rows, name), _accuracies(rows, baseline)
-    if len(after) != len(before):
+    if len(after) != len(before) and 1 not in (len(after), len(before)):
         raise ValueError(f"{name} has {len(after)} seeds and {baseline} {len(before)}: pairs need the same seeds")
     differences = 100 * (after - before)
     mean, change = differences.mean(), f"({100 * before.mean():.1f} % → {100 * after.mean():.1f} %)"
     side = {1: "above", 0: "from", -1: "below"}[int(np.sign(mean.round(1)))]
-    if len(after) == 1:
+    if len(differences) == 1:
         return (
             f"With one seed, {name} is {abs(mean):.1f} points {side} {baseline} {change}. "
             "One seed cannot tell such a difference from chance."
         )
     spread = differences.std(ddof=1)
-    sentence = f"Over {len(after)} seeds, {name} is {abs(mean):.1f} ± {spread:.1f} points {side} {baseline} {change}."
+    sentence = (
+        f"Over {len(differences)} seeds, {name} is {abs(mean):.1f} ± {spread:.1f} points {side} {baseline} {change}."
+    )
     return sentence if abs(mean) > spread else f"{sentence} That is within the spread over seeds."
 
 

@@ -183,12 +183,13 @@ def load_pairs(folder: str | os.PathLike[str], *, source: str, target: str) -> P
     found = {}
     for split, names in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
         files = [_of_language(root, names, language) for language in (source, target)]
-        if all(files):
-            found[split] = pair_files(*files)
-        elif any(files) or split == "train":
-            there = ", ".join(sorted(path.name for path in root.iterdir())[:8])
+        there = [path for path in files if path]
+        if len(there) == 2:
+            found[split] = pair_files(*there)
+        elif there or split == "train":
+            holds = ", ".join(sorted(path.name for path in root.iterdir())[:8])
             raise DataError(
-                f"{root} has no pair {names[0]}.{source} and {names[0]}.{target}: it has {there or 'nothing'}"
+                f"{root} has no pair {names[0]}.{source} and {names[0]}.{target}: it has {holds or 'nothing'}"
             )
     return cut_pairs(found["train"], found.get("validation"), found.get("test"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import image_folder, pretrained_teacher, two_teachers, vision, weight_transfer
+from experiments import image_folder, plans, pretrained_teacher, two_teachers, vision, weight_transfer
 from experiments.cli import OptionError
 from jaxkd import checkpoints, data, models
 
@@ -96,7 +96,7 @@ def test_tasks_share_no_class(dataset):
 def test_a_new_head_is_the_fresh_networks(dataset):
     model = vision.cnn((4, 8), 8, dataset, vision.Options())
     theirs, fresh = (model.init(jax.random.key(seed), dataset.train.images[:1]) for seed in (0, 1))
-    moved = vision.with_new_head(theirs, fresh)["params"]
+    moved = plans.with_new_head(theirs, fresh)["params"]
     np.testing.assert_array_equal(moved["logits"]["kernel"], fresh["params"]["logits"]["kernel"])
     for layer in ("conv1", "conv2", "hidden"):
         np.testing.assert_array_equal(moved[layer]["kernel"], theirs["params"][layer]["kernel"])

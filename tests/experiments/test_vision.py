@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments import vision
+from experiments import plans, vision
 from experiments.cli import OptionError
 from experiments.vision import Options
 from jaxkd import data, losses, models, parallel
@@ -19,21 +19,21 @@ def tpu(monkeypatch):
 
 
 def test_a_cpu_trains_one_student_after_another_unless_told():
-    assert isinstance(vision.devices(Options(seeds=32)), parallel.Sharded)
-    asked = vision.devices(Options(seeds=32, at_once=4))
+    assert isinstance(plans.devices(Options(seeds=32)), parallel.Sharded)
+    asked = plans.devices(Options(seeds=32, at_once=4))
     assert isinstance(asked, parallel.Population) and asked.size == 4 and asked.mesh.size == 8
-    assert vision.devices(Options(at_once=2, parallel="none")).mesh.size == 1
+    assert plans.devices(Options(at_once=2, parallel="none")).mesh.size == 1
 
 
-@pytest.mark.parametrize(("seeds", "alike", "size"), [(8, 1, 8), (3, 20, 60), (32, 20, vision.AT_ONCE)])
+@pytest.mark.parametrize(("seeds", "alike", "size"), [(8, 1, 8), (3, 20, 60), (32, 20, plans.AT_ONCE)])
 def test_an_accelerator_trains_all_at_once(tpu, seeds, alike, size):
-    devices = vision.devices(Options(seeds=seeds), alike=alike)
+    devices = plans.devices(Options(seeds=seeds), alike=alike)
     assert isinstance(devices, parallel.Population) and devices.size == size
 
 
 @pytest.mark.parametrize("options", [{"seeds": 3}, {"seeds": 32, "at_once": 1}, {"seeds": 32, "model_devices": 2}])
 def test_an_accelerator_divides_the_batch_where_devices_would_idle(tpu, options):
-    assert isinstance(vision.devices(Options(**options)), parallel.Sharded)
+    assert isinstance(plans.devices(Options(**options)), parallel.Sharded)
 
 
 def test_teachers_answer_once_where_all_pictures_are_known():
