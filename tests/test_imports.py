@@ -28,6 +28,7 @@ ARROWS = {
     "plan": {"models", "train", "views"},
     "cache": {"checkpoints", "runs", "views"},
     "batches": {"train"},
+    "hub": {"checkpoints", "data", "models", "transfer"},
     "runs": {"checkpoints"},
     "export": {"checkpoints", "models"},
     "figures": {"checkpoints"},
@@ -35,6 +36,7 @@ ARROWS = {
     "verify": {"checkpoints", "evaluate", "runs"},
     "__main__": {"checkpoints", "export", "models", "transfer", "verify"},
     "course": {"batches", "buckets", "checkpoints", "evaluate", "parallel", "plan", "runs", "train"},
+    "decode": set(),
     "distill": {"batches", "cache", "course", "evaluate", "models", "parallel", "plan", "runs", "train"},
 }
 
@@ -44,6 +46,7 @@ HOMES = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "PIL": {"data"},
+    "tokenizers": {"data", "hub"},
     "orbax": {"checkpoints"},
     "safetensors": {"checkpoints", "export"},
     "matplotlib": {"figures"},

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
+_TEXT = ("tokenizers", "sacrebleu")
+
+
 class DataError(ValueError):
     """A dataset cannot be loaded; the one-line message names the cause and the remedy."""
 
@@ -42,8 +45,9 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 def not_installed(error: ImportError) -> DataError:
     """Says which package is missing and how to get it."""
-    remedy = "pip install 'jaxkd-distill[experiments]'"
-    return DataError(f"this dataset needs {error.name}, which cannot be imported ({one_line(error)}): {remedy}")
+    extra = "text" if error.name in _TEXT else "experiments"
+    remedy = f"pip install 'jaxkd-distill[{extra}]'"
+    return DataError(f"this needs {error.name}, which cannot be imported ({one_line(error)}): {remedy}")
 
 
 def one_line(error: Exception) -> str:
