@@ -296,7 +296,8 @@ def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
         inputs: `[B, ...]`, likewise.
 
     Returns:
-        The count, or `None` where JAX runs without its CPU backend or the backend does not count.
+        The count, or `None` where JAX runs without its CPU backend, the backend does not count, or the program loops,
+        as a recurrent network does.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -313,7 +314,10 @@ def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
     except RuntimeError:
         return None
     with jax.default_device(cpu):
-        counted = jax.jit(_forward(model)).lower(shapes, example).cost_analysis()
+        lowered = jax.jit(_forward(model)).lower(shapes, example)
+        counted = lowered.cost_analysis()
+    if "stablehlo.while" in lowered.as_text():  # XLA counts one turn of a loop, however many there are
+        return None
     return float(counted["flops"]) if counted and "flops" in counted else None
 
 
@@ -344,16 +348,34 @@ def latency(model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int 
         >>> 0 < time.median_ms <= time.p95_ms
         True
     """
-    if repeats < 1 or warmup < 1:
-        raise ValueError(f"repeats and warmup must be positive, got {repeats} and {warmup}")
     forward = jax.jit(_forward(model))
     variables, inputs = jax.device_put((variables, inputs))
+    times = time_calls(lambda: forward(variables, inputs), repeats=repeats, warmup=warmup)
+    return Latency(*(float(quantile) for quantile in np.percentile(times, [50, 95])))
+
+
+def time_calls(call: Callable[[], Any], *, repeats: int, warmup: int = 1) -> np.ndarray:
+    """Wall time of a call, each of which is waited for before the next one starts.
+
+    Args:
+        call: What to time.
+        repeats: Number of calls that are timed.
+        warmup: Number of calls before them; the first one compiles.
+
+    Returns:
+        Milliseconds `[repeats]`.
+
+    Raises:
+        ValueError: If `repeats` or `warmup` is not positive.
+    """
+    if repeats < 1 or warmup < 1:
+        raise ValueError(f"repeats and warmup must be positive, got {repeats} and {warmup}")
     times = []
     for _ in range(warmup + repeats):
         start = time.perf_counter()
-        jax.block_until_ready(forward(variables, inputs))
+        jax.block_until_ready(call())
         times.append(1000 * (time.perf_counter() - start))
-    return Latency(*(float(quantile) for quantile in np.percentile(times[warmup:], [50, 95])))
+    return np.array(times[warmup:])
 
 
 def measure(logits: ArrayLike, labels: ArrayLike, *, reference_logits: ArrayLike | None = None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def results_table(rows: Sequence[Row]) -> str:
     if not rows:
         raise ValueError("a table of results needs at least one row")
     cells = [_cells(row) for row in rows]
-    return _markdown(list(cells[0]), [list(row.values()) for row in cells])
+    return markdown_table(list(cells[0]), [list(row.values()) for row in cells])
 
 
 def print_table(rows: Sequence[Row], *, console: "Console | None" = None) -> None:
@@ -143,6 +143,7 @@ def write_report(
     comparisons: Sequence[tuple[str, str]],
     settings: Mapping[str, object],
     environment: Mapping[str, object],
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
 
@@ -154,6 +155,7 @@ def write_report(
         comparisons: Pairs of a row's name and its baseline's, each of which `compare` puts in words.
         settings: What was asked for, such as epochs and temperature.
         environment: What it ran on, such as versions and device.
+        remarks: Further paragraphs in Markdown, before the settings.
 
     Returns:
         The path of `report.md`.
@@ -183,10 +185,11 @@ def write_report(
         "![Test accuracy of each model](accuracy.png)",
         "![Test accuracy against number of parameters](size.png)",
         "![Validation loss and accuracy in training](curves.png)",
+        *remarks,
         "## Settings",
-        _markdown(["setting", "value"], [[str(key), str(value)] for key, value in settings.items()]),
+        markdown_table(["setting", "value"], [[str(key), str(value)] for key, value in settings.items()]),
         "## Environment",
-        _markdown(["item", "value"], [[str(key), str(value)] for key, value in environment.items()]),
+        markdown_table(["item", "value"], [[str(key), str(value)] for key, value in environment.items()]),
     ]
     plot_curves(metrics, folder / "curves.png", names=[row["name"] for row in rows])
     plot_accuracy(rows, folder / "accuracy.png")
@@ -194,6 +197,29 @@ def write_report(
     # The text last: where it stands, the figures that it shows stand too.
     write_atomically(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     return folder / "report.md"
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown; of more than two columns all but the first are aligned to the right.
+
+    Args:
+        headers: The first line.
+        rows: The cells of the others.
+
+    Returns:
+        The table, without a line's end behind it.
+
+    Example:
+        >>> from jaxkd import report
+        >>> print(report.markdown_table(["name", "BLEU", "chrF"], [["student", "30.1", "55.2"]]))
+        | name | BLEU | chrF |
+        |:--|--:|--:|
+        | student | 30.1 | 55.2 |
+    """
+    align = ["--:" if len(headers) > 2 and i else ":--" for i in range(len(headers))]
+    lines = [f"| {' | '.join(headers)} |", f"|{'|'.join(align)}|"]
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in escaped])
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -222,13 +248,6 @@ def _size(count: int | None) -> str:
     if count is None:
         return ""
     return f"{count / 1e3:,.0f} kB" if count < 1e6 else f"{count / 1e6:,.1f} MB"
-
-
-def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["--:" if len(headers) > 2 and i else ":--" for i in range(len(headers))]
-    lines = [f"| {' | '.join(headers)} |", f"|{'|'.join(align)}|"]
-    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in escaped])
 
 
 def _console_table(rows: Sequence[Row], columns: Sequence[str]) -> "Table":

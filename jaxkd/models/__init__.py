@@ -4,6 +4,7 @@ A constructor such as `resnet20` makes a Flax module, which `from_linen` turns i
 package imports Flax.
 """
 
+from jaxkd.models.bert import BERT, bert_pooling, distilbert_pooling, mean_pooling
 from jaxkd.models.cifar_resnet import (
     CifarResNet,
     resnet8x4,
@@ -28,26 +29,35 @@ from jaxkd.models.efficientnet import (
     efficientnet_b7,
     efficientnet_lite0,
 )
+from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
 from jaxkd.models.model import Model, Outputs, computing_in, from_linen, from_nnx, frozen_statistics, standardized
 from jaxkd.models.plain import PlainCNN, plain2, plain4, plain6, plain8, plain10
 from jaxkd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from jaxkd.models.seq2seq import Seq2Seq
+from jaxkd.models.transformer import Transformer
 from jaxkd.models.vgg import VGG, vgg8, vgg13
 from jaxkd.models.wrn import WideResNet, wrn16_2, wrn40_2
 
 __all__ = [
+    "BERT",
     "CNN",
     "VGG",
     "CifarResNet",
     "EfficientNet",
     "EfficientNetLite",
+    "LSTMClassifier",
     "MobileNetV2",
     "Model",
     "Outputs",
     "PlainCNN",
     "ResNet",
+    "Seq2Seq",
+    "Transformer",
     "WideResNet",
+    "bert_pooling",
     "computing_in",
+    "distilbert_pooling",
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_b2",
@@ -61,6 +71,7 @@ __all__ = [
     "from_nnx",
     "frozen_statistics",
     "max_pool",
+    "mean_pooling",
     "mobilenet_v2",
     "plain2",
     "plain4",

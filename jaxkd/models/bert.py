@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.models.layers import dense_rules
+from jaxkd.models.layers import Dropout, LayerNorm, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -131,9 +131,9 @@ class BERT(nn.Module):
             TypeError: If the tokens are not integers.
         """
         self._check(tokens)
-        drop = nn.Dropout(self.dropout, deterministic=not (train and self.has_rng("dropout")))
+        drop = Dropout(self.dropout, deterministic=not (train and self.has_rng("dropout")))
         where = tokens != 0
-        x = drop(_LayerNorm(self.epsilon, name="embedding_norm")(self._embed(tokens)))
+        x = drop(LayerNorm(self.epsilon, name="embedding_norm")(self._embed(tokens)))
         named = {"embeddings": x}
         for i in range(self.layers):
             block = _Block(self.heads, self.intermediate, self.epsilon, self.activation, name=f"block{i}")
@@ -225,27 +225,12 @@ class _Block(nn.Module):
         scores = by_head[-1] ** -0.5 * jnp.einsum("bnhd,bmhd->bhnm", queries, keys, preferred_element_type=jnp.float32)
         weights = _masked_softmax(scores, where[:, None, None])
         context = jnp.einsum("bhnm,bmhd->bnhd", drop(weights).astype(x.dtype), values).reshape(x.shape)
-        x = _LayerNorm(self.epsilon, name="attention_norm")(
+        x = LayerNorm(self.epsilon, name="attention_norm")(
             x + drop(_Dense(x.shape[2], name="attention_output")(context))
         )
         inner = self.activation(_Dense(self.intermediate, name="mlp_in")(x))
-        x = _LayerNorm(self.epsilon, name="mlp_norm")(x + drop(_Dense(x.shape[2], name="mlp_out")(inner)))
+        x = LayerNorm(self.epsilon, name="mlp_norm")(x + drop(_Dense(x.shape[2], name="mlp_out")(inner)))
         return x, {"queries": queries, "keys": keys, "values": values, "scores": scores, "attention": weights}
-
-
-class _LayerNorm(nn.Module):
-    """Layer normalisation in float32 whatever the precision of states and parameters."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
-        centred = x.astype(jnp.float32)
-        centred -= centred.mean(axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (centred * inverse * scale[None, None] + bias[None, None]).astype(x.dtype)
 
 
 def _masked_softmax(scores: Array, where: Array) -> Array:

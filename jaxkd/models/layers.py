@@ -1,9 +1,10 @@
-"""What the convolutional networks share: PyTorch's batch normalisation, a look at the images, rules for weights."""
+"""What the networks share: normalisations, dropout, a look at the images, rules for weights."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -36,6 +37,60 @@ class BatchNorm(nn.BatchNorm):
         fresh = self.get_variable("batch_stats", "var") - kept
         self.put_variable("batch_stats", "var", kept + fresh * (count / max(count - 1, 1)))
         return result
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with statistics in float32 or wider; Flax's own cannot be strict about dtypes.
+
+    Attributes:
+        epsilon: What is added to the variance.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises over the last axis."""
+        dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+        places = ("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)
+        around = (1,) * (x.ndim - 1)
+        scale, bias = (self.param(name, init, x.shape[-1:]).astype(dtype).reshape(*around, -1) for name, init in places)
+        centred = x.astype(dtype) - x.mean(-1, keepdims=True, dtype=dtype)
+        inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return (centred * inverse * scale + bias).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout that draws a byte a value, where Flax's draws four, and draws it once.
+
+    The rate is rounded to 256ths, so that 0.1 drops 10.2 % of the values; what is kept is divided by its true share.
+    With 4 draws from 32 bits, and without drawing anew for the gradient, a BERT trains a fifth faster on a CPU.
+
+    Attributes:
+        rate: Share of the values that are dropped.
+        deterministic: Whether nothing is, as in prediction; may be given at the call instead.
+
+    References:
+        Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting,
+        https://jmlr.org/papers/v15/srivastava14a.html
+    """
+
+    rate: float
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
+        """Drops values and scales the others up."""
+        dropped = round(256 * self.rate)
+        if nn.merge_param("deterministic", self.deterministic, deterministic) or not dropped:
+            return x
+        if dropped >= 256:
+            return jnp.zeros_like(x)
+        draws = jax.random.bits(self.make_rng("dropout"), (-(-x.size // 4),), jnp.uint32)
+        each = lax.bitcast_convert_type(draws, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
+        # Behind the barrier, or the gradient would draw it once more.
+        kept = lax.optimization_barrier(each >= dropped)
+        return jnp.where(kept, x * (256 / (256 - dropped)), 0)
 
 
 def check_images(inputs: Array, first: Mapping[str, Any] | None, *, least: int) -> None:

@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+
+from jaxkd.models.layers import Dropout, LayerNorm
+
+
+def drop(x, key=0, **given):
+    return Dropout(**given).apply({}, x, rngs={"dropout": jax.random.key(key)})
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_drops_its_share(rate):
+    values = np.asarray(drop(jnp.ones((301, 403)), rate=rate, deterministic=False))
+    assert np.mean(values == 0) == pytest.approx(rate, abs=0.004)
+    assert values.mean() == pytest.approx(1, abs=0.02)
+    assert len(np.unique(values)) == 2
+
+
+def test_neighbours_are_dropped_independently():
+    dropped = np.asarray(drop(jnp.ones(40_003), rate=0.5, deterministic=False)) == 0
+    for apart in (1, 2, 3, 4, 128):
+        assert np.mean(dropped[apart:] == dropped[:-apart]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_gradient_passes_what_was_kept():
+    x = jax.random.normal(jax.random.key(1), (7, 9))
+    value, gradient = (
+        drop(x, rate=0.3, deterministic=False),
+        jax.grad(lambda x: drop(x, rate=0.3, deterministic=False).sum())(x),
+    )
+    np.testing.assert_allclose(value, gradient * x, rtol=1e-6)
+    assert 0 < np.mean(np.asarray(gradient) == 0) < 1
+
+
+def test_keys_differ_and_the_same_key_is_the_same():
+    x = jnp.ones(1000)
+    once, again, other = (np.asarray(drop(x, key, rate=0.5, deterministic=False)) for key in (0, 0, 1))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).any()
+
+
+def test_nothing_is_dropped_in_prediction_or_at_rate_0_and_all_at_1():
+    x = jnp.ones(10)
+    np.testing.assert_array_equal(Dropout(0.5, deterministic=True).apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(Dropout(0.0, deterministic=False).apply({}, x), x)
+    np.testing.assert_array_equal(drop(x, rate=1.0, deterministic=False), jnp.zeros(10))
+    with pytest.raises(errors.InvalidRngError):
+        Dropout(0.5, deterministic=False).apply({}, x)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda x: jax.vmap(f)(x[None])[0]])
+def test_dropout_under_transforms(transform):
+    x = jnp.arange(12.0).reshape(3, 4)
+    np.testing.assert_array_equal(
+        transform(lambda x: drop(x, rate=0.5, deterministic=False))(x), drop(x, rate=0.5, deterministic=False)
+    )
+
+
+def test_layer_norm_is_the_formula_and_keeps_the_dtype():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8)) * 5 + 2
+    variables = LayerNorm(1e-6).init(jax.random.key(1), x)
+    variables = jax.tree.map(lambda leaf: leaf + jnp.linspace(0, 1, 8), variables)
+    array = np.asarray(x)
+    mean, var = array.mean(-1, keepdims=True), array.var(-1, keepdims=True)
+    scale, bias = (np.asarray(variables["params"][name]) for name in ("scale", "bias"))
+    expected = (array - mean) / np.sqrt(var + 1e-6) * scale + bias
+    np.testing.assert_allclose(LayerNorm(1e-6).apply(variables, x), expected, atol=1e-5)
+    assert LayerNorm().apply(variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
