@@ -1,5 +1,6 @@
 """What the experiments' command lines share: options that check themselves, errors of one line."""
 
+import ctypes
 import os
 import sys
 import warnings
@@ -15,6 +16,9 @@ from jaxkd.data import DataError
 from jaxkd.runs import RunError, make_deterministic
 
 Config = TypeVar("Config")
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 
 
 class OptionError(ValueError):
@@ -40,6 +44,7 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
     """
     options = tyro.cli(config, prog=f"python -m experiments.{Path(sys.argv[0]).stem}", description=description)
     warnings.showwarning = _show_warning
+    _keep_memory()
     try:
         if getattr(options, "deterministic", False):
             make_deterministic()
@@ -52,6 +57,20 @@ def run(main: Callable[[Config], None], config: type[Config], description: str |
         told = "stopped; the same command goes on from the newest checkpoint" if resumes else "stopped"
         print(f"\n{told}", file=sys.stderr)
         sys.exit(130)
+
+
+def _keep_memory() -> None:
+    """Has glibc keep the memory that a step returns, whose pages the next one would have to be given anew.
+
+    On two cores BERT's steps take 0.6 to 0.8 of the time. MALLOC_TRIM_THRESHOLD_ in the environment says that the user
+    has decided.
+    """
+    if not sys.platform.startswith("linux") or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 2**30), (_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def _keep_compiled() -> None:

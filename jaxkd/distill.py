@@ -29,6 +29,9 @@ from jaxkd.train import Batch, Loss, make_train_step
 
 __all__ = ["Pretrained", "Stage", "Trained", "results", "run_plan"]
 
+SENTENCES = 64
+"""Sentences that are predicted at once; of hundreds, the attention maps would not fit a processor's caches."""
+
 MakeScore = Callable[[Model], Callable[[dict, Mapping[str, Any]], Score]]
 """`model -> ((variables, examples) -> Score)`."""
 
@@ -280,12 +283,13 @@ def _make_predicts(
     widths: tuple[int, ...] | None,
 ) -> dict[str, Callable[..., np.ndarray]]:
     """A predict for each, one and the same for those of one model, which compile once."""
+    given: dict[str, Any] = {} if widths is None else {"widths": widths, "batch_size": SENTENCES}
 
     @functools.cache
     def make(model: Model) -> Callable[..., np.ndarray]:
         if not isinstance(devices, Sharded):
-            return make_predict(model, widths=widths)
-        predict = make_predict(model, mesh=devices.mesh, widths=widths)
+            return make_predict(model, **given)
+        predict = make_predict(model, mesh=devices.mesh, **given)
         return lambda variables, inputs: predict(devices.place_teacher(variables), inputs)
 
     return {one.name: make(one.model) for one in plan}
