@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -256,6 +256,7 @@ def leave(
     comparisons: Sequence[tuple[str, str]],
     reference: str = "teacher",
     unlisted: Sequence[str] = (),
+    remarks: Callable[[Sequence[dict], Path], Sequence[str]] | None = None,
     **measured: Any,
 ) -> Done:
     """Leaves results, report, figures and the best student of a plan of classifiers.
@@ -270,6 +271,7 @@ def leave(
         comparisons: Pairs of stages that the report compares.
         reference: The one with which agreement is measured.
         unlisted: Those that the tables leave out.
+        remarks: `(rows, folder) -> paragraphs` in Markdown for the report, whose figures it draws into the folder.
         **measured: Further arguments of `distill.results`.
 
     Returns:
@@ -290,6 +292,7 @@ def leave(
         comparisons=comparisons,
         settings=run.config,
         environment=run.environment,
+        remarks=remarks(rows, folder) if remarks else (),
     )
     best = max(students, key=lambda name: sum(one.validation_accuracy for one in trained[name]))
     winner = max(trained[best], key=lambda one: one.validation_accuracy)

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-
 _TEXT = ("tokenizers", "sacrebleu")
 
 
