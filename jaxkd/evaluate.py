@@ -420,7 +420,7 @@ def summarize(
     """A model's row in the table of results, over its seeds.
 
     `accuracy_std` is the spread over seeds, the sample standard deviation. `accuracy_interval` covers the other source
-    of chance, the drawing of the test images: it is Wilson's 95 % interval of the mean accuracy on N images. Cost is
+    of chance, the drawing of the test set: it is Wilson's 95 % interval of the mean accuracy on N examples. Cost is
     measured with the first seed's variables.
 
     Args:
@@ -428,7 +428,7 @@ def summarize(
         model: The model.
         variables: One tree per seed.
         logits: The predictions for `inputs`, one `[N, C]` per seed.
-        inputs: The test images `[N, ...]`.
+        inputs: The test examples `[N, ...]`.
         labels: `[N]`, integers in [0, C).
         seconds: Training time of each seed.
         reference_logits: What to agree with, one `[N, C]` per seed.

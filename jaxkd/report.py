@@ -180,7 +180,7 @@ def write_report(
     parts = [
         f"# {title}",
         results_table(rows),
-        "± is the standard deviation over seeds; the interval is Wilson's, for the choice of the test images.",
+        "± is the standard deviation over seeds; the interval is Wilson's, for the choice of the test examples.",
         *(["\n".join(sentences)] if sentences else []),
         "![Test accuracy of each model](accuracy.png)",
         "![Test accuracy against number of parameters](size.png)",

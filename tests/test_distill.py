@@ -306,6 +306,8 @@ def test_pretrained_models_teach_and_are_started_from(tmp_path):
     rows = distill.results(plan, trained, VALIDATION, reference="given")
     assert [row["name"] for row in rows] == ["taught", "given"]
     assert rows[0]["agreement"] > 0.8 and rows[1]["agreement"] is None
+    # What all seeds share is measured once, and agreed with by each.
+    assert [len(row["accuracy"]) for row in rows] == [2, 1] and rows[1]["accuracy_std"] is None
 
     other = given._replace(variables=jax.tree.map(lambda leaf: leaf + 1, weights))
     with pytest.raises(runs.RunError, match="holds another training"):

@@ -184,6 +184,15 @@ def test_flops_are_none_where_they_are_not_counted(small, monkeypatch):
     assert evaluate.flops(*small) is None
 
 
+def test_flops_of_a_loop_are_not_counted():
+    def apply(variables, inputs, *, train, key=None):
+        logits, _ = jax.lax.scan(lambda x, _: (x @ variables["params"]["kernel"], None), inputs, length=7)
+        return Outputs(logits, {}), {}
+
+    model = Model(lambda key, inputs: {"params": {"kernel": jnp.eye(3)}, "batch_stats": {}}, apply)
+    assert evaluate.flops(model, model.init(None, None), np.zeros((1, 3), np.float32)) is None
+
+
 def test_latency_leaves_out_the_warmup_and_waits_for_each_call(small, monkeypatch):
     durations = [9.0, 8.0, 1.0, 2.0, 4.0]
     clock = iter(np.ravel([[0, duration] for duration in durations]) / 1000)

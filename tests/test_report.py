@@ -106,6 +106,19 @@ def test_a_comparison_needs_both_rows_and_the_same_seeds(rows, make_row):
         report.compare([*rows, make_row("old", [0.8, 0.8])], "teacher", "old")
 
 
+def test_one_row_stands_for_all_seeds(make_row):
+    rows = [make_row("teacher", [0.9]), make_row("student", [0.8, 0.82, 0.81])]
+    told = "Over 3 seeds, student is 9.0 ± 1.0 points below teacher (90.0 % → 81.0 %)."
+    assert report.compare(rows, "student", "teacher") == told
+    assert report.compare(rows, "teacher", "student").startswith("Over 3 seeds, teacher is 9.0 ± 1.0 points above")
+
+
+def test_remarks_stand_before_the_settings(tmp_path, rows, metrics):
+    lists = {"rows": rows, "metrics": metrics, "comparisons": [], "settings": {"a": 1}, "environment": {}}
+    text = report.write_report(tmp_path, title="Run", **lists, remarks=["Kept: 97 %.", "![kept](kept.png)"]).read_text()
+    assert "\n\nKept: 97 %.\n\n![kept](kept.png)\n\n## Settings" in text
+
+
 def test_no_rows_are_refused():
     for function in (report.results_table, report.print_table):
         with pytest.raises(ValueError, match="at least one row"):

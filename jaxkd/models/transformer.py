@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxkd import attention
-from jaxkd.models.layers import Dropout, LayerNorm
+from jaxkd.models.layers import Dropout, LayerNorm, RowDense
 from jaxkd.models.model import Outputs
 from jaxkd.models.seq2seq import check_pairs
 
@@ -107,7 +107,8 @@ class Transformer(nn.Module):
             named[f"decoder_layer{number}"] = _only(target != 0, x)
         x = self.decoder_norm(x)
         named["decoder"], named["alignment"] = _only(target != 0, x), _only(target != 0, weights.mean(1))
-        return Outputs(self.embedding.attend(x), named)
+        logits = self.embedding.attend(x.reshape(-1, self.hidden))  # as rows, for the same reason as in `RowDense`
+        return Outputs(logits.reshape(*x.shape[:-1], -1), named)
 
     def begin(self, source: Array, max_length: int) -> _Reading:
         """The state before the target's first token, for sources `[B, S]` and up to `max_length` tokens to read."""
@@ -172,7 +173,7 @@ class _Layer(nn.Module):
         if self.reads_source:
             self.source_norm, self.source_attention = LayerNorm(), _Attention(self.hidden, self.heads)
         self.dense_norm = LayerNorm()
-        self.intermediate_dense, self.output_dense = nn.Dense(self.intermediate), nn.Dense(self.hidden)
+        self.intermediate_dense, self.output_dense = RowDense(self.intermediate), RowDense(self.hidden)
         self.drop = Dropout(self.dropout)
 
     def __call__(
@@ -210,19 +211,20 @@ class _Attention(nn.Module):
     heads: int
 
     def setup(self) -> None:
-        shape = self.heads, self.hidden // self.heads
-        self.query, self.key, self.value = (nn.DenseGeneral(shape) for _ in range(3))
-        self.output = nn.DenseGeneral(self.hidden, axis=(-2, -1))
+        self.query, self.key, self.value, self.output = (RowDense(self.hidden) for _ in range(4))
 
     def memory(self, x: Array) -> _Memory:
         """Keys and values of states `[B, M, hidden]`."""
-        return _Memory(self.key(x), self.value(x))
+        return _Memory(self._apart(self.key(x)), self._apart(self.value(x)))
 
     def __call__(self, x: Array, memory: _Memory, where: Array | None) -> tuple[Array, Array]:
         """What states `[B, N, hidden]` attend, and the weights `[B, heads, N, M]`."""
-        by_head = (array.swapaxes(1, 2) for array in (self.query(x), *memory))
+        by_head = (array.swapaxes(1, 2) for array in (self._apart(self.query(x)), *memory))
         context, weights = attention.attend(*by_head, where=where)
-        return self.output(context.swapaxes(1, 2)), weights
+        return self.output(context.swapaxes(1, 2).reshape(x.shape)), weights
+
+    def _apart(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 @functools.cache

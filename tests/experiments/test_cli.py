@@ -39,3 +39,26 @@ def test_keeps_compiled_programs_for_the_next_run(seen, monkeypatch, tmp_path):
 
 def test_keeps_them_where_the_user_says(seen, tmp_path):
     assert seen(str(tmp_path)) == [str(tmp_path)]
+
+
+def test_keeps_a_step_s_memory_unless_the_user_has_decided(monkeypatch):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            pass
+
+        def mallopt(self, option, value):
+            calls.append((option, value))
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(cli.ctypes, "CDLL", Library)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    cli._keep_memory()
+    assert calls == []
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    cli._keep_memory()
+    assert dict(calls) == {-1: 2**31 - 1, -3: 2**30, -8: 1}
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: object())
+    cli._keep_memory()
+    assert len(calls) == 3

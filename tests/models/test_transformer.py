@@ -43,7 +43,7 @@ def norm(p, x):
 def attend(p, x, read, where):
     """Head by head; the context and the mean of the weights."""
     total, mean = p["output"]["bias"], 0
-    for head in range(2):
+    for head in (slice(0, 4), slice(4, 8)):
         q, k, v = (
             y @ p[name]["kernel"][:, head] + p[name]["bias"][head]
             for name, y in (("query", x), ("key", read), ("value", read))
