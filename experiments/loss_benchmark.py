@@ -20,12 +20,8 @@ Time: 5 minutes on 2 CPU cores
 import dataclasses
 import fnmatch
 import functools
-import importlib.util
 import itertools
-import json
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,10 +32,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, timing
-from experiments.timing import Ratio, time_rounds
-from jaxkd import losses, runs
-from jaxkd.checkpoints import write_atomically
+from experiments import beside_torch, cli, timing
+from experiments.timing import Ratio
+from jaxkd import losses
 from jaxkd.data.progress import track
 from jaxkd.figures import COLOURS, draw
 from jaxkd.losses.fused import CHUNK_LOGITS
@@ -54,7 +49,6 @@ GROUPS = {
     "tokens": "Losses on tokens, from hidden states",
 }
 PASSES = {"forward": "forward", "both": "forward + backward"}
-SETTLE_SECONDS = 0.05  # before each sample, for the sake of PyTorch's threads
 FULL_SIZE = (8192, 4096, 128_256)  # tokens, hidden units and vocabulary of the bound on memory
 SMALL_SIZE = (512, 256, 16_384)  # of what is timed on a CPU
 CHUNKS = 4  # of the fused losses, where they would take all tokens at once by themselves
@@ -298,17 +292,13 @@ def full_size_memory(config: Config) -> list[dict]:
     return rows
 
 
-class Torch:
-    """PyTorch's side; made only where it is installed."""
+class Torch(beside_torch.Torch):
+    """The losses in PyTorch."""
 
     def __init__(self) -> None:
         from experiments import torch_losses
 
-        self.losses, self.torch = torch_losses, torch_losses.torch
-        self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        self.torch.set_num_threads(_cores())
-        # Its compiler calls functions that it has deprecated itself.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        super().__init__(torch_losses)
 
     @functools.cached_property
     def cannot_compile(self) -> str:
@@ -326,7 +316,7 @@ class Torch:
         inputs = [x.to(getattr(self.torch, case.dtype)) if x.is_floating_point() else x for x in inputs]
         for one in inputs[: case.learns]:
             one.requires_grad_()
-        loss = functools.partial(getattr(self.losses, case.name), **case.keywords)
+        loss = functools.partial(getattr(self.side, case.name), **case.keywords)
         versions = {"eager": loss}
         if not self.cannot_compile:
             versions["compiled"] = self.torch.compile(lambda *inputs: loss(*inputs), dynamic=False)
@@ -354,23 +344,13 @@ class Torch:
         value.backward()
         return value.detach(), [one.grad for one in inputs[:learns]]
 
-    def wait(self, result: Any) -> None:
-        """Returns when a result, JAX's or PyTorch's, is there."""
-        jax.block_until_ready(result)
-        if self.device != "cpu":
-            self.torch.cuda.synchronize()
-
 
 def load_torch() -> tuple[Torch | None, list[str]]:
     """PyTorch, if it can be compared with, and what is to be said about it."""
-    if not importlib.util.find_spec("torch"):
-        return None, ["PyTorch is not installed, so jaxkd stands alone; `pip install torch` brings the rest."]
-    torch, notes = Torch(), []
-    if torch.device != "cpu" and not torch.torch.cuda.is_available():
-        return None, [f"PyTorch sees no GPU and JAX runs on {jax.default_backend()}, so jaxkd stands alone."]
-    if torch.device == "cpu":
+    torch, notes = beside_torch.load_torch(Torch)
+    if torch and torch.device == "cpu":
         notes.append("PyTorch does not count its memory on a CPU, so there are no figures of it.")
-    if torch.cannot_compile:
+    if torch and torch.cannot_compile:
         notes.append(f"torch.compile does not work here, so there are no figures of it: {torch.cannot_compile}")
     return torch, notes
 
@@ -479,22 +459,13 @@ def plot(rows: Sequence[dict], path: Path, *, other: str, title: str) -> None:
 
 def main(config: Config) -> None:
     """Times, compares and reports."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs some memory as well
-    config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = beside_torch.begin(config)
     torch, notes = load_torch()
     rows = measure(config, torch)
     memory = full_size_memory(config)
-    sentences, environment = conclude(rows, memory), runs.environment()
-    environment |= {"torch": torch.torch.__version__ if torch else None, "threads": _cores()}
-    results = {"config": dataclasses.asdict(config), "environment": environment, "summary": sentences, "notes": notes}
-    results |= {"rows": rows, "full_size_memory": memory}
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    setting = (
-        f"{environment['platform']} ({environment['device']}), {environment['threads']} threads, "
-        f"JAX {environment['jax']}, PyTorch {environment['torch'] or 'not installed'}, {config.repeats} rounds"
-    )
+    sentences = conclude(rows, memory)
+    found = {"summary": sentences, "notes": notes, "rows": rows, "full_size_memory": memory}
+    setting = beside_torch.write_results(folder, config, torch, found, rounds=config.repeats)
     print_tables(rows, memory)
     if torch:
         other = "eager" if torch.cannot_compile else "compiled"
@@ -508,18 +479,12 @@ def _measure(case: Case, repeats: int, torch: Torch | None) -> list[dict]:
     if torch:
         found += [(*one, call, torch.peak_bytes(call)) for *one, call in torch.calls(case)]
     rows = [names | {"implementation": one, "pass": kind, "bytes": memory} for one, kind, _, memory in found]
-    wait, settle = (torch.wait, SETTLE_SECONDS) if torch else (jax.block_until_ready, 0.0)
-    rounds = list(time_rounds([call for *_, call, _ in found], repeats, wait=wait, settle=settle))
+    rounds = list(beside_torch.time_rounds([call for *_, call, _ in found], repeats, torch))
     return [row | {"seconds": seconds} for row, seconds in zip(rows, np.transpose(rounds).tolist(), strict=True)]
 
 
 def _logits(states: jax.Array, kernel: jax.Array, teacher_states: jax.Array, teacher_kernel: jax.Array) -> Any:
     return states @ kernel, teacher_states @ teacher_kernel
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pairs(memory: Sequence[dict]) -> Iterator[tuple[dict, dict]]:

@@ -19,7 +19,6 @@ Time: 2 minutes on 2 CPU cores
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +32,6 @@ from rich.console import Console
 from experiments import cli, timing
 from experiments.timing import Ratio, time_rounds
 from jaxkd import layout, runs
-from jaxkd.checkpoints import write_atomically
 from jaxkd.data.progress import track
 from jaxkd.figures import COLOURS, draw
 
@@ -210,13 +208,10 @@ def plot(rows: Sequence[dict], path: Path, *, title: str) -> None:
 
 def main(config: Config) -> None:
     """Times, compares and reports."""
-    config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = timing.begin(config)
     rows = measure(config)
     sentences, environment = conclude(rows), runs.environment()
-    results = {"config": dataclasses.asdict(config), "environment": environment, "summary": sentences, "rows": rows}
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    timing.write_results(folder, config, environment, {"summary": sentences, "rows": rows})
     setting = (
         f"float32 on {environment['platform']} ({environment['device']}, {environment['cores']} cores), "
         f"NumPy {environment['numpy']}, JAX {environment['jax']}"

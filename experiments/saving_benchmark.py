@@ -17,9 +17,7 @@ Time: 2 minutes on 2 CPU cores
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,22 +26,22 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments import cli, timing
+from experiments import cli, timing, training_benchmark
 from experiments.timing import Ratio, time_rounds
 from experiments.training_benchmark import (
+    ALPHA,
     CASES,
     LEARNING_RATE,
     MOMENTUM,
     SMALL_CNN,
+    TEMPERATURE,
+    Network,
     jax_model,
-    loss,
-    make_batch,
 )
 from jaxkd import evaluate, losses, models, parallel, runs, train
-from jaxkd.checkpoints import write_atomically
 from jaxkd.data.progress import track
 
-DENSE = ("CNN", ((), 64))
+DENSE = Network("CNN", ((), 64))
 """A network without convolutions."""
 STUDENTS = {"dense": DENSE, "cnn": SMALL_CNN}
 PAIRS = {case.name: case for case in CASES if case.teacher}
@@ -70,21 +68,11 @@ class Config:
             cli.require(count >= 2, f"--students {count}: two at least, as they are compared with one")
 
 
-def _step_maker(network: tuple[str, Any], teacher: tuple[str, Any] | None = None, **more: Any) -> tuple[Any, Any, Any]:
-    """A student, its optimizer and what makes its step."""
-    student, tx = jax_model(network, bf16=False), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    teachers = () if teacher is None else (jax_model(teacher, bf16=False),)
-    return (
-        student,
-        tx,
-        functools.partial(train.make_train_step, student, tx, teachers=teachers, **{"loss": loss} | more),
-    )
-
-
-def students_call(network: tuple[str, Any], students: int, config: Config) -> Callable[[], Any]:
+def students_call(network: Network, students: int, config: Config) -> Callable[[], Any]:
     """A call in which so many students take the steps that the device takes at once."""
-    student, tx, make_step = _step_maker(network)
-    batch = make_batch(config.batch_size)
+    student, tx = jax_model(network, bf16=False), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    make_step = functools.partial(train.make_train_step, student, tx, training_benchmark.loss)
+    batch = training_benchmark.make_images(config.batch_size)
     mesh = parallel.make_mesh()
     devices = parallel.Population(mesh, students) if students > 1 else parallel.Sharded(mesh)
     init = jax.jit(student.init)
@@ -132,24 +120,26 @@ def measure_students(config: Config) -> list[dict]:
 def cached_loss(student: models.Outputs, _: Any, batch: train.Batch) -> Any:
     """That of a student whose teacher's logits lie in the batch."""
     return losses.distillation_loss(
-        student.logits, batch["teacher_logits"], batch["labels"], temperature=4.0, alpha=0.9
+        student.logits, batch["teacher_logits"], batch["labels"], temperature=TEMPERATURE, alpha=ALPHA
     )
 
 
 def measure_caches(config: Config) -> list[dict]:
     """A row for each pair, with the seconds of a step with and without the teacher, and of its answer for a batch."""
-    rows = []
-    batch = jax.tree.map(jnp.asarray, make_batch(config.batch_size))
+    rows, options = [], training_benchmark.Config(batch_size=config.batch_size)
+    batch = jax.tree.map(jnp.asarray, training_benchmark.make_images(config.batch_size))
     for name, case in track(PAIRS.items(), description="cached teachers", total=len(PAIRS)):
         assert case.teacher is not None
         teacher = jax_model(case.teacher, bf16=False)
         variables = jax.jit(teacher.init)(jax.random.key(1), batch["inputs"])
         predict = evaluate.make_predict(teacher, batch_size=config.batch_size)
         logits = jnp.asarray(predict(variables, batch["inputs"]))
-        live = _stepping(*_step_maker(case.student, case.teacher), batch, (variables,))
-        cached = _stepping(*_step_maker(case.student, loss=cached_loss), batch | {"teacher_logits": logits}, ())
+        live, steps = training_benchmark.jax_call(case, options)
+        student, given = jax_model(case.student, bf16=False), batch | {"teacher_logits": logits}
+        cached, _ = training_benchmark.training_call(student, given, cached_loss)
         calls = (live, cached, lambda p=predict, v=variables: p(v, batch["inputs"]))
-        live_seconds, cached_seconds, fill_seconds = np.array(list(time_rounds(calls, config.rounds))).T.tolist()
+        rounds = np.array(list(time_rounds(calls, config.rounds))) / (steps, steps, 1)
+        live_seconds, cached_seconds, fill_seconds = rounds.T.tolist()
         rows.append(
             {
                 "pair": name,
@@ -162,18 +152,6 @@ def measure_caches(config: Config) -> list[dict]:
             }
         )
     return rows
-
-
-def _stepping(student: Any, tx: Any, make_step: Any, batch: Any, teachers: Any) -> Callable[[], Any]:
-    step = make_step()
-    state = train.make_state(jax.jit(student.init)(jax.random.key(0), batch["inputs"]), tx)
-
-    def call() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch, teachers, jax.random.key(2))
-        return metrics
-
-    return call
 
 
 def print_tables(students: Sequence[dict], caches: Sequence[dict], *, console: Console | None = None) -> None:
@@ -206,13 +184,9 @@ def print_tables(students: Sequence[dict], caches: Sequence[dict], *, console: C
 
 def main(config: Config) -> None:
     """Times, compares and reports."""
-    config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = timing.begin(config)
     students, caches = measure_students(config), measure_caches(config)
-    results = {"config": dataclasses.asdict(config), "environment": runs.environment()}
-    results |= {"students": students, "caches": caches}
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    timing.write_results(folder, config, runs.environment(), {"students": students, "caches": caches})
     print_tables(students, caches)
     print(f"Everything is in {folder}")
 

@@ -1,14 +1,19 @@
-"""How the benchmarks time: in rounds in which everything that is compared has its turn, compared within a round."""
+"""How the benchmarks time, in rounds in which all that is compared has its turn, and how they begin and report."""
 
+import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from rich import box
 from rich.table import Table
+
+from jaxkd.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -72,6 +77,20 @@ def time_rounds(
             _settle(calls[j], settle, wait)
             seconds[j] = _sample(calls[j], counts[j], wait)
         yield seconds
+
+
+def begin(config: Any) -> Path:
+    """Checks the options and makes the folder of results."""
+    config.check()
+    folder = Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_results(folder: Path, config: Any, environment: dict, found: dict) -> None:
+    """Writes results.json: the options, the environment and what was found."""
+    results = {"config": dataclasses.asdict(config), "environment": environment} | found
+    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
 def table(title: str, *columns: str) -> Table:

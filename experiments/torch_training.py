@@ -1,8 +1,8 @@
 """The networks of `experiments.training_benchmark` and their training step in plain PyTorch, as its users write them.
 
-Each network has the architecture of its namesake in `jaxkd.models`, and the residual ones the names of the public
-checkpoints, which `torch_rules` of their namesakes read. Images are B H W C outside and lie so in
-memory, in PyTorch's format `channels_last`.
+Each network has the architecture of its namesake in `jaxkd.models`. The residual ones have the names of the public
+checkpoints and the LSTM those that `torch_rules` of its namesake reads, as theirs do. Images are B H W C outside and
+lie so in memory, in PyTorch's format `channels_last`; texts are tokens `[B, S]`, padded with 0 on the right.
 """
 
 import importlib
@@ -16,6 +16,7 @@ torch: Any = importlib.import_module("torch")
 nn: Any = importlib.import_module("torch.nn")
 functional: Any = importlib.import_module("torch.nn.functional")
 
+DROPOUT = 0.1
 Tensor = Any
 Module = Any
 
@@ -77,16 +78,62 @@ class WideResNet(nn.Module):
         return self.fc(self.bn1(x).relu().mean((2, 3)))
 
 
-def place(module: Module, images: np.ndarray, device: str) -> tuple[Module, Tensor]:
-    """A network and images `[B, H, W, C]` on a device, channels last."""
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
+class LSTMClassifier(nn.Module):
+    """Embedding, two LSTM layers, the last state and two dense layers.
+
+    The layers read the padding as well, and the state at a text's end is looked up: packing the texts is slower.
+    """
+
+    def __init__(self, vocab_size: int, embedding: int, hidden: Sequence[int], dense: int) -> None:
+        """Makes the weights."""
+        super().__init__()
+        first, second = hidden
+        self.embedding = nn.Embedding(vocab_size, embedding, padding_idx=0)
+        self.lstm1, self.lstm2 = nn.LSTM(embedding, first, batch_first=True), nn.LSTM(first, second, batch_first=True)
+        self.dense, self.logits = nn.Linear(second, dense), nn.Linear(dense, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        states, _ = self.lstm2(self.lstm1(self.embedding(tokens))[0])
+        ends = (tokens != 0).sum(1) - 1
+        return self.logits(self.dense(states[torch.arange(len(states), device=states.device), ends]).relu())
+
+
+class BERT(nn.Module):
+    """Encoder of texts, the mean of its states and a dense layer."""
+
+    def __init__(self, vocab_size: int, hidden: int, layers: int, heads: int, intermediate: int) -> None:
+        """Makes the weights."""
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, hidden, padding_idx=0)
+        self.position_embedding, self.segment_embedding = nn.Embedding(512, hidden), nn.Embedding(2, hidden)
+        self.embedding_norm, self.drop = nn.LayerNorm(hidden, eps=1e-12), nn.Dropout(DROPOUT)
+        self.blocks = nn.ModuleList(_TransformerBlock(hidden, heads, intermediate) for _ in range(layers))
+        self.logits = nn.Linear(hidden, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        where = tokens != 0
+        added = self.position_embedding.weight[: tokens.shape[1]] + self.segment_embedding.weight[0]
+        x = self.drop(self.embedding_norm(self.token_embedding(tokens) + added))
+        for block in self.blocks:
+            x = block(x, where[:, None, None])
+        mean = (x * where[..., None]).sum(1) / where.sum(1, keepdim=True)
+        return self.logits(self.drop(mean))
+
+
+def place(module: Module, inputs: np.ndarray, device: str) -> tuple[Module, Tensor]:
+    """A network and its inputs on a device; images `[B, H, W, C]` channels last."""
+    tensor = torch.from_numpy(inputs).to(device)
+    if tensor.ndim == 4:
+        tensor = tensor.permute(0, 3, 1, 2)
     return module.to(device, memory_format=torch.channels_last), tensor
 
 
 def make_training(
     student: Module,
     teacher: Module | None,
-    images: Tensor,
+    inputs: Tensor,
     labels: np.ndarray,
     *,
     learning_rate: float,
@@ -97,14 +144,14 @@ def make_training(
     bf16: bool,
 ) -> Callable[[], Tensor]:
     """A call of which trains the student by one step, from a teacher if there is one, and returns the loss."""
-    targets, device = torch.from_numpy(labels).to(images.device), images.device.type
+    targets, device = torch.from_numpy(labels).to(inputs.device), inputs.device.type
     optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate, momentum=momentum)
 
     def loss() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                taught = None if teacher is None else teacher(images).float()
-            logits = student(images).float()
+                taught = None if teacher is None else teacher(inputs).float()
+            logits = student(inputs).float()
         hard = functional.cross_entropy(logits, targets)
         if taught is None:
             return hard
@@ -126,14 +173,14 @@ def make_training(
     return step
 
 
-def make_inference(network: Module, images: Tensor, *, compiles: bool, bf16: bool) -> Callable[[], Tensor]:
+def make_inference(network: Module, inputs: Tensor, *, compiles: bool, bf16: bool) -> Callable[[], Tensor]:
     """A call of which returns a network's logits."""
     network.eval()
-    device = images.device.type
+    device = inputs.device.type
 
     def logits() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return network(images)
+            return network(inputs)
 
     evaluate = torch.compile(logits, dynamic=False) if compiles else logits
 
@@ -169,6 +216,26 @@ class _WideBlock(nn.Module):
         active = self.bn1(x).relu()
         y = self.conv2(self.bn2(self.conv1(active)).relu())
         return y + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, hidden: int, heads: int, intermediate: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
+        self.attention_output, self.attention_norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden, eps=1e-12)
+        self.mlp_in, self.mlp_out = nn.Linear(hidden, intermediate), nn.Linear(intermediate, hidden)
+        self.mlp_norm, self.drop, self.heads = nn.LayerNorm(hidden, eps=1e-12), nn.Dropout(DROPOUT), heads
+
+    def forward(self, x: Tensor, where: Tensor) -> Tensor:
+        by_head = (self._by_head(layer(x)) for layer in (self.query, self.key, self.value))
+        dropout = self.drop.p if self.training else 0.0
+        context = functional.scaled_dot_product_attention(*by_head, attn_mask=where, dropout_p=dropout)
+        x = self.attention_norm(x + self.drop(self.attention_output(context.transpose(1, 2).flatten(2))))
+        inner = functional.gelu(self.mlp_in(x))
+        return self.mlp_norm(x + self.drop(self.mlp_out(inner)))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 def _conv(before: int, width: int, stride: int = 1) -> Module:

@@ -1,11 +1,14 @@
-"""How many images a second does a training step take, beside the same step in PyTorch?
+"""How many images or texts a second does a training step take, beside the same step in PyTorch?
 
 Networks are trained on labels alone, distilled from a teacher (its forward pass, the student's forward and backward
-pass, the optimizer) and run, by jaxkd as a user would and by PyTorch in the memory format channels_last, as it is
-(eager) and compiled. Weights are drawn at random and images are noise, which times do not depend on. The runs of what
-is compared alternate, so that other work on the machine meets all of them; what is reported are medians, and ratios
-within a round of such runs, their median and quartiles. What JAX and torch.compile take before the first step is
-stated apart. PyTorch is optional: without it jaxkd stands alone.
+pass, the optimizer) and run, by jaxkd as a user would and by PyTorch as it is (eager) and compiled. Weights are drawn
+at random, images are noise, and texts are 8 to 32 random tokens padded to 32: times do not depend on what they say. Of
+PyTorch's usual ways the fastest is taken: the memory format channels_last for images; LSTMs that read the padding too,
+the state at each text's end being looked up, which takes less than half the time of packed texts.
+
+The runs of what is compared alternate, so that other work on the machine meets all of them; what is reported are
+medians, and ratios within a round of such runs, their median and quartiles. What JAX and torch.compile take before the
+first step is stated apart. PyTorch is optional: without it jaxkd stands alone.
 
 Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; those of the
 networks stand in jaxkd/models.
@@ -25,11 +28,7 @@ Time: 4 minutes on 2 CPU cores
 import dataclasses
 import fnmatch
 import functools
-import importlib.util
-import json
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,17 +39,16 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments import cli, timing
-from experiments.timing import Ratio, time_rounds
-from jaxkd import losses, models, runs, train
-from jaxkd.checkpoints import write_atomically
+from experiments import beside_torch, cli, timing
+from experiments.timing import Ratio
+from jaxkd import losses, models, train
 from jaxkd.data.progress import track
 from jaxkd.figures import COLOURS, draw
 
-SETTLE_SECONDS = 0.05  # before each sample, for the sake of PyTorch's threads
 SCANNED_STEPS = 20  # of a call on an accelerator, which a step alone would not keep busy
 LEARNING_RATE, MOMENTUM, TEMPERATURE, ALPHA = 1e-3, 0.9, 4.0, 0.9
 OTHERS = ("eager", "compiled")
+VOCABULARY, SHORTEST, LONGEST = 30522, 8, 32  # of texts, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,8 @@ class Config:
     """Time what has such a name alone; such as `train_cnn`, or `*resnet*` for all whose names hold `resnet`."""
     batch_size: int = 128
     """Images a step."""
+    text_batch_size: int = 32
+    """Texts a step."""
     rounds: int = 11
     """How many times everything is timed."""
     compile: bool = False
@@ -73,6 +73,7 @@ class Config:
     def check(self) -> None:
         """Raises `OptionError` for a value that makes no sense."""
         cli.require(self.batch_size >= 1, f"--batch-size {self.batch_size}: at least one image is needed")
+        cli.require(self.text_batch_size >= 1, f"--text-batch-size {self.text_batch_size}: at least one text is needed")
         cli.require(self.rounds >= 1, f"--rounds {self.rounds}: at least one is needed")
         names = [case.name for case in CASES]
         cli.require(
@@ -81,19 +82,33 @@ class Config:
         )
 
 
+class Network(NamedTuple):
+    """A network on both sides."""
+
+    name: str
+    """Of its class, in `jaxkd.models` and in `experiments.torch_training`."""
+    arguments: tuple
+    """What both classes take."""
+    ours: dict[str, Any] = {}
+    """What that of `jaxkd.models` takes beside, where the other one knows no choice."""
+
+
 class Case(NamedTuple):
     """What is timed: a network that is trained, with a teacher or without, or run."""
 
     name: str
-    student: tuple[str, Any]
-    """Its class in `jaxkd.models` and in `experiments.torch_training`, and what both take."""
-    teacher: tuple[str, Any] | None = None
+    student: Network
+    teacher: Network | None = None
     trains: bool = True
+    reads: bool = False
+    """Whether texts take the place of images."""
 
 
-SMALL_CNN, LARGE_CNN = ("CNN", ((32, 64), 64)), ("CNN", ((64, 128), 128))
-RESNET_20, RESNET_56 = ("CifarResNet", (3,)), ("CifarResNet", (9,))
-WRN_16_2, WRN_40_2 = ("WideResNet", (2, 2)), ("WideResNet", (6, 2))
+SMALL_CNN, LARGE_CNN = Network("CNN", ((32, 64), 64)), Network("CNN", ((64, 128), 128))
+RESNET_20, RESNET_56 = Network("CifarResNet", (3,)), Network("CifarResNet", (9,))
+WRN_16_2, WRN_40_2 = Network("WideResNet", (2, 2)), Network("WideResNet", (6, 2))
+LSTM = Network("LSTMClassifier", (VOCABULARY, 64, (64, 32), 64))
+MINILM = Network("BERT", (VOCABULARY, 384, 6, 12, 1536), {"pooling": models.mean_pooling})
 CASES = (
     Case("train_cnn", SMALL_CNN),
     Case("run_cnn", SMALL_CNN, trains=False),
@@ -102,20 +117,36 @@ CASES = (
     Case("run_resnet20", RESNET_20, trains=False),
     Case("distil_resnet20", RESNET_20, RESNET_56),
     Case("distil_wrn16_2", WRN_16_2, WRN_40_2),
+    Case("train_lstm", LSTM, reads=True),
+    Case("run_lstm", LSTM, trains=False, reads=True),
+    Case("train_bert", MINILM, reads=True),
+    Case("run_bert", MINILM, trains=False, reads=True),
 )
 
 
-def make_batch(batch_size: int) -> dict[str, np.ndarray]:
+def make_images(batch_size: int) -> dict[str, np.ndarray]:
     """Images `[B, 32, 32, 3]` and labels, the same at each call."""
     draw = np.random.default_rng(0)
     images = draw.standard_normal((batch_size, 32, 32, 3), np.float32)
     return {"inputs": images, "labels": draw.integers(0, 10, batch_size)}
 
 
-def jax_model(network: tuple[str, Any], *, bf16: bool) -> models.Model:
+def make_texts(batch_size: int) -> dict[str, np.ndarray]:
+    """Tokens `[B, 32]`, padded with 0 on the right, and labels, the same at each call."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(SHORTEST, LONGEST, (batch_size, 1), endpoint=True)
+    tokens = draw.integers(1, VOCABULARY, (batch_size, LONGEST), np.int32)
+    return {"inputs": tokens * (np.arange(LONGEST) < lengths), "labels": draw.integers(0, 2, batch_size)}
+
+
+def make_batch(case: Case, config: Config) -> dict[str, np.ndarray]:
+    """What a case learns from or is run on."""
+    return make_texts(config.text_batch_size) if case.reads else make_images(config.batch_size)
+
+
+def jax_model(network: Network, *, bf16: bool) -> models.Model:
     """A network as a model."""
-    name, arguments = network
-    model = models.from_linen(getattr(models, name)(*arguments))
+    model = models.from_linen(getattr(models, network.name)(*network.arguments, **network.ours))
     return models.computing_in(model, jnp.bfloat16) if bf16 else model
 
 
@@ -130,22 +161,26 @@ def loss(student: models.Outputs, teachers: tuple[models.Outputs, ...], batch: t
 
 def jax_call(case: Case, config: Config) -> tuple[Callable[[], Any], int]:
     """A call, and how many steps it takes."""
-    batch = jax.tree.map(jnp.asarray, make_batch(config.batch_size))
-    networks = [network for network in (case.student, case.teacher) if network]
-    student, *teachers = (jax_model(network, bf16=config.bf16) for network in networks)
+    batch = jax.tree.map(jnp.asarray, make_batch(case, config))
+    student = jax_model(case.student, bf16=config.bf16)
+    if not case.trains:
+        variables = jax.jit(student.init)(jax.random.key(0), batch["inputs"])
+        infer = jax.jit(lambda variables, inputs: student.apply(variables, inputs, train=False)[0].logits)
+        return lambda: infer(variables, batch["inputs"]), 1
+    teachers = [jax_model(case.teacher, bf16=config.bf16)] if case.teacher else []
+    return training_call(student, batch, loss, teachers)
+
+
+def training_call(
+    student: models.Model, batch: train.Batch, loss: train.Loss, teachers: Sequence[models.Model] = ()
+) -> tuple[Callable[[], Any], int]:
+    """A call that trains, and how many steps it takes: one on a CPU, a scan elsewhere, as is faster on each."""
     variables, *taught = (
         jax.jit(model.init)(jax.random.key(i), batch["inputs"]) for i, model in enumerate((student, *teachers))
     )
-    if not case.trains:
-        infer = jax.jit(lambda variables, images: student.apply(variables, images, train=False)[0].logits)
-        return lambda: infer(variables, batch["inputs"]), 1
     tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    step = train.make_train_step(student, tx, loss, teachers=teachers)
-    return _training(step, train.make_state(variables, tx), (batch, tuple(taught), jax.random.key(2)))
-
-
-def _training(step: Callable, state: train.TrainState, others: tuple) -> tuple[Callable[[], Any], int]:
-    """Step after step, by a loop on a CPU and by a scan elsewhere, as is faster on each."""
+    step, state = train.make_train_step(student, tx, loss, teachers=teachers), train.make_state(variables, tx)
+    others = batch, tuple(taught), jax.random.key(2)
     steps = 1 if jax.default_backend() == "cpu" else SCANNED_STEPS
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -162,17 +197,13 @@ def _training(step: Callable, state: train.TrainState, others: tuple) -> tuple[C
     return call, steps
 
 
-class Torch:
-    """PyTorch's side; made only where it is installed."""
+class Torch(beside_torch.Torch):
+    """The networks in PyTorch."""
 
     def __init__(self) -> None:
         from experiments import torch_training
 
-        self.side, self.torch = torch_training, torch_training.torch
-        self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-        self.torch.set_num_threads(cores())
-        # Its compiler calls functions that it has deprecated itself.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        super().__init__(torch_training)
 
     def calls(self, case: Case, config: Config) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Implementation and a call of one step."""
@@ -182,37 +213,20 @@ class Torch:
 
     def call(self, case: Case, config: Config, *, compiles: bool) -> Callable[[], Any]:
         """A call of one step."""
-        batch = make_batch(config.batch_size)
+        batch = make_batch(case, config)
         more: dict[str, Any] = {"compiles": compiles, "bf16": config.bf16}
-        student, images = self.side.place(self.network(case.student), batch["inputs"], self.device)
+        student, inputs = self.side.place(self.network(case.student), batch["inputs"], self.device)
         if not case.trains:
-            return self.side.make_inference(student, images, **more)
+            return self.side.make_inference(student, inputs, **more)
         teacher = self.network(case.teacher) if case.teacher else None
         if teacher is not None:
             teacher, _ = self.side.place(teacher, batch["inputs"], self.device)
         more |= {"learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "temperature": TEMPERATURE, "alpha": ALPHA}
-        return self.side.make_training(student, teacher, images, batch["labels"], **more)
+        return self.side.make_training(student, teacher, inputs, batch["labels"], **more)
 
-    def network(self, network: tuple[str, Any]) -> Any:
+    def network(self, network: Network) -> Any:
         """One of random weights."""
-        name, arguments = network
-        return getattr(self.side, name)(*arguments)
-
-    def wait(self, result: Any) -> None:
-        """Returns when a result, JAX's or PyTorch's, is there."""
-        jax.block_until_ready(result)
-        if self.device != "cpu":
-            self.torch.cuda.synchronize()
-
-
-def load_torch() -> tuple[Torch | None, list[str]]:
-    """PyTorch, if it can be compared with, and what is to be said about it."""
-    if not importlib.util.find_spec("torch"):
-        return None, ["PyTorch is not installed, so jaxkd stands alone; `pip install torch` brings the rest."]
-    torch = Torch()
-    if torch.device != "cpu" and not torch.torch.cuda.is_available():
-        return None, [f"PyTorch sees no GPU and JAX runs on {jax.default_backend()}, so jaxkd stands alone."]
-    return torch, []
+        return getattr(self.side, network.name)(*network.arguments)
 
 
 def measure(config: Config, torch: Torch | None) -> list[dict]:
@@ -225,16 +239,16 @@ def measure(config: Config, torch: Torch | None) -> list[dict]:
 
 
 def _measure(case: Case, config: Config, torch: Torch | None) -> list[dict]:
-    wait, settle = (torch.wait, SETTLE_SECONDS) if torch else (jax.block_until_ready, 0.0)
     call, steps = jax_call(case, config)
     found = [("jaxkd", call, steps)]
     if torch:
         found += [(name, call, 1) for name, call in torch.calls(case, config)]
+    wait = torch.wait if torch else jax.block_until_ready
     first = [_seconds(call, wait) for _, call, _ in found]
-    rounds = np.array(list(time_rounds([call for _, call, _ in found], config.rounds, wait=wait, settle=settle)))
-    rows = []
+    rounds = np.array(list(beside_torch.time_rounds([call for _, call, _ in found], config.rounds, torch)))
+    rows, batch_size = [], len(make_batch(case, config)["labels"])
     for (name, _, steps), before, seconds in zip(found, first, rounds.T, strict=True):
-        row = {"case": case.name, "implementation": name, "batch": config.batch_size, "first_call_seconds": before}
+        row = {"case": case.name, "implementation": name, "batch": batch_size, "first_call_seconds": before}
         rows.append(row | {"seconds": (seconds / steps).tolist()})
     return rows
 
@@ -258,7 +272,7 @@ def ratio(rows: Sequence[dict], case: str, implementation: str) -> Ratio | None:
 
 
 def speed(row: dict) -> float:
-    """Images a second, at the median of the rounds."""
+    """Images or texts a second, at the median of the rounds."""
     return row["batch"] / float(np.median(row["seconds"]))
 
 
@@ -274,9 +288,9 @@ def conclude(rows: Sequence[dict]) -> list[str]:
 
 
 def print_table(rows: Sequence[dict], *, console: Console | None = None) -> None:
-    """Prints images a second, ratios, and what goes before the first step."""
+    """Prints images or texts a second, ratios, and what goes before the first step."""
     others = [name for name in OTHERS if any(row["implementation"] == name for row in rows)]
-    heading = "Images a second" + (", and times PyTorch ÷ jaxkd: median (quartiles)" if others else "")
+    heading = "Images or texts a second" + (", and times PyTorch ÷ jaxkd: median (quartiles)" if others else "")
     table = timing.table(heading, "case")
     for column in ("jaxkd", *others, *(f"{other} ÷ jaxkd" for other in others), "first call, s"):
         table.add_column(column, justify="right")
@@ -309,27 +323,14 @@ def plot(rows: Sequence[dict], path: Path, *, title: str) -> None:
         figure.suptitle(title, fontsize=8, color="#555555")
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(config: Config) -> None:
     """Times, compares and reports."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs some memory as well
-    config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch, notes = load_torch()
+    folder = beside_torch.begin(config)
+    torch, notes = beside_torch.load_torch(Torch)
     rows = measure(config, torch)
-    sentences, environment = conclude(rows), runs.environment()
-    environment |= {"torch": torch.torch.__version__ if torch else None, "threads": cores()}
-    results = {"config": dataclasses.asdict(config), "environment": environment, "summary": sentences, "notes": notes}
-    write_atomically(folder / "results.json", (json.dumps(results | {"rows": rows}, indent=1) + "\n").encode())
-    setting = (
-        f"{environment['platform']} ({environment['device']}), {environment['threads']} threads, "
-        f"JAX {environment['jax']}, PyTorch {environment['torch'] or 'not installed'}, {config.rounds} rounds"
-    )
+    sentences = conclude(rows)
+    found = {"summary": sentences, "notes": notes, "rows": rows}
+    setting = beside_torch.write_results(folder, config, torch, found, rounds=config.rounds)
     print_table(rows)
     if torch:
         plot(rows, folder / "training_benchmark.png", title=setting)

@@ -27,8 +27,6 @@ import dataclasses
 import enum
 import fnmatch
 import functools
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +38,10 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments import cli, timing, training_benchmark
-from experiments.timing import Ratio, time_rounds
-from experiments.training_benchmark import LEARNING_RATE, MOMENTUM, SETTLE_SECONDS, Case, Torch
-from jaxkd import models, runs
-from jaxkd.checkpoints import write_atomically
+from experiments import beside_torch, cli, timing, training_benchmark
+from experiments.timing import Ratio
+from experiments.training_benchmark import LEARNING_RATE, MOMENTUM, Case, Torch
+from jaxkd import models
 from jaxkd.data.progress import track
 from jaxkd.figures import COLOURS, draw
 from jaxkd.models.cnn import max_pool
@@ -265,7 +262,7 @@ def torch_calls(layer: Layer, batch_size: int, torch: Torch) -> dict[Pass, Call]
 
 def jax_rest(case: Case, batch_size: int) -> tuple[Call, Call]:
     """Calls of the loss with its gradient, and of the optimizer."""
-    batch, logits = training_benchmark.make_batch(batch_size), jnp.asarray(noise(batch_size, 10))
+    batch, logits = training_benchmark.make_images(batch_size), jnp.asarray(noise(batch_size, 10))
     labels, tx = jnp.asarray(batch["labels"]), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
     student = training_benchmark.jax_model(case.student, bf16=False)
     params = jax.jit(student.init)(jax.random.key(0), batch["inputs"])["params"]
@@ -290,7 +287,7 @@ def jax_rest(case: Case, batch_size: int) -> tuple[Call, Call]:
 
 def torch_rest(case: Case, batch_size: int, torch: Torch) -> tuple[Call, Call]:
     """The same of PyTorch."""
-    batch, student = training_benchmark.make_batch(batch_size), torch.network(case.student).to(torch.device)
+    batch, student = training_benchmark.make_images(batch_size), torch.network(case.student).to(torch.device)
     labels = torch.torch.from_numpy(batch["labels"]).to(torch.device)
     logits = torch.torch.from_numpy(noise(batch_size, 10)).to(torch.device).requires_grad_()
     optimizer = torch.torch.optim.SGD(student.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -310,9 +307,8 @@ def measure(config: Config, torch: Torch | None) -> list[dict]:
 
 
 def _measure(network: str, config: Config, torch: Torch | None) -> list[dict]:
-    wait, settle = (torch.wait, SETTLE_SECONDS) if torch else (jax.block_until_ready, 0.0)
     made = parts(network, config, torch)
-    rounds = time_rounds([call for part in made for call in part.calls], config.rounds, wait=wait, settle=settle)
+    rounds = beside_torch.time_rounds([call for part in made for call in part.calls], config.rounds, torch)
     times = iter(np.array(list(track(rounds, description=network, total=config.rounds))).T.tolist())
     return [
         {"network": network, "part": part.name, "count": part.count}
@@ -396,20 +392,12 @@ def plot(rows: Sequence[dict], path: Path, *, title: str) -> None:
 
 def main(config: Config) -> None:
     """Times, compares and reports."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs some memory as well
-    config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch, notes = training_benchmark.load_torch()
+    folder = beside_torch.begin(config)
+    torch, notes = beside_torch.load_torch(Torch)
     rows = measure(config, torch)
-    sentences, environment = conclude(rows), runs.environment()
-    environment |= {"torch": torch.torch.__version__ if torch else None, "threads": training_benchmark.cores()}
-    results = {"config": dataclasses.asdict(config), "environment": environment, "summary": sentences, "notes": notes}
-    write_atomically(folder / "results.json", (json.dumps(results | {"rows": rows}, indent=1) + "\n").encode())
-    setting = (
-        f"{environment['platform']} ({environment['device']}), {environment['threads']} threads, "
-        f"JAX {environment['jax']}, PyTorch {environment['torch'] or 'not installed'}, {config.rounds} rounds"
-    )
+    sentences = conclude(rows)
+    found = {"summary": sentences, "notes": notes, "rows": rows}
+    setting = beside_torch.write_results(folder, config, torch, found, rounds=config.rounds)
     print_tables(rows)
     if torch:
         plot(rows, folder / "training_profile.png", title=setting)

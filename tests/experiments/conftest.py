@@ -1,4 +1,4 @@
-"""A tiny folder of images, and the command line on it."""
+"""A tiny folder of images, the command line on it, and the command lines of the benchmarks."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
+from experiments import cli
 
 CLASSES = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
@@ -49,5 +51,36 @@ def execute(command, environment):
     def run(experiment, *options):
         line = command(experiment, *options)
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def benchmark(tmp_path_factory, environment):
+    """Runs a benchmark to its end and returns its folder and what it printed."""
+
+    def run(experiment, *options):
+        folder = tmp_path_factory.mktemp(experiment) / "workdir"
+        line = [sys.executable, "-m", f"experiments.{experiment}", *options, "--workdir", str(folder)]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True, timeout=600)
+        return folder, done.stdout
+
+    return run
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """Gives an experiment options that make no sense, in a folder that it leaves alone, and returns what it says."""
+
+    def run(experiment, *options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [experiment.__name__, *options])
+        before = list(tmp_path.iterdir())
+        with pytest.raises(SystemExit) as stop:
+            cli.run(experiment.main, experiment.Config, None)
+        message = stop.value.code
+        assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+        assert list(tmp_path.iterdir()) == before
+        return message
 
     return run

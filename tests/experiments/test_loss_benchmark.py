@@ -3,15 +3,13 @@
 import importlib.util
 import inspect
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, loss_benchmark
+from experiments import loss_benchmark
 from jaxkd import losses
 
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
@@ -20,13 +18,9 @@ OPTIONS = ("--batch", "4", "--classes", "5", "--tokens", "8", "--hidden", "4", "
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory, environment):
+def printed(benchmark):
     """A run of some losses to its end: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("run") / "workdir"
-    options = (*OPTIONS, "--only", "*reverse_kl_divergence", "--workdir", str(folder))
-    line = [sys.executable, "-m", "experiments.loss_benchmark", *options]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True, timeout=600)
-    return folder, done.stdout
+    return benchmark("loss_benchmark", *OPTIONS, "--only", "*reverse_kl_divergence")
 
 
 def test_leaves_and_prints_every_case(printed):
@@ -157,14 +151,8 @@ def test_sentences_follow_from_the_times():
         (("--only", "hint_loss", "--workdir", "FILE"), "File exists"),
     ],
 )
-def test_bad_options_end_in_one_line(options, expected, tmp_path, monkeypatch):
+def test_bad_options_end_in_one_line(options, expected, tmp_path, refuse):
     (tmp_path / "file").write_text("mine")
     given = [str(tmp_path / "file") if option == "FILE" else option for option in options]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["loss_benchmark", *given])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(loss_benchmark.main, loss_benchmark.Config, None)
-    message = stop.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    assert expected in message
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert expected in refuse(loss_benchmark, *given)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -5,18 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from experiments import saving_benchmark
+from experiments import saving_benchmark, training_benchmark
 from experiments.cli import OptionError
 from experiments.saving_benchmark import Config
-from experiments.training_benchmark import Case
+from experiments.training_benchmark import Case, Network
 
 TINY = Config(students=(2,), batch_size=4, rounds=2)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(saving_benchmark, "STUDENTS", {"dense": ("CNN", ((), 4))})
-    monkeypatch.setattr(saving_benchmark, "PAIRS", {"pair": Case("pair", ("CNN", ((4,), 4)), ("CNN", ((8,), 4)))})
+    monkeypatch.setattr(saving_benchmark, "STUDENTS", {"dense": Network("CNN", ((), 4))})
+    pair = Case("pair", Network("CNN", ((4,), 4)), Network("CNN", ((8,), 4)))
+    monkeypatch.setattr(saving_benchmark, "PAIRS", {"pair": pair})
 
 
 def test_leaves_and_prints_every_case(tmp_path, capsys):
@@ -42,3 +43,13 @@ def test_students_at_once_take_the_step_of_one():
 def test_refuses_what_makes_no_sense(options):
     with pytest.raises(OptionError):
         Config(**options).check()
+
+
+def test_seconds_are_those_of_a_step(monkeypatch):
+    """Accelerators scan several, and this machine may have none."""
+    monkeypatch.setattr(training_benchmark.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training_benchmark, "SCANNED_STEPS", 2)
+    monkeypatch.setattr(saving_benchmark, "time_rounds", lambda calls, rounds: [[8.0, 4.0, 1.0]] * rounds)
+    (row,) = saving_benchmark.measure_caches(TINY)
+    assert [row[f"{name}_seconds"] for name in ("live", "cached", "fill")] == [[4.0] * 2, [2.0] * 2, [1.0] * 2]
+    assert row["live_by_cached"] == (2.0, 2.0, 2.0)

@@ -1,9 +1,14 @@
-"""The rounds of the benchmarks: who is called when, what counts, and what ratios say."""
+"""The rounds of the benchmarks: who is called when, what counts, what ratios say, and what is left on disk."""
+
+import dataclasses
+import importlib.util
+import json
 
 import numpy as np
 import pytest
 
-from experiments import timing
+from experiments import beside_torch, timing
+from experiments.cli import OptionError
 from experiments.timing import Ratio
 
 
@@ -46,3 +51,38 @@ def test_settling_is_not_timed():
     (seconds,) = timing.time_rounds([lambda: calls.append(1)], 1, settle=0.0105)
     assert seconds == [pytest.approx(0.0002)]
     assert len(calls) == 1 + 1 + 10 + 5
+
+
+@dataclasses.dataclass
+class Options:
+    workdir: str
+    rounds: int = 3
+
+    def check(self):
+        if not self.rounds:
+            raise OptionError("none")
+
+
+def test_begins_with_a_folder_unless_an_option_is_wrong(tmp_path):
+    with pytest.raises(OptionError):
+        timing.begin(Options(str(tmp_path / "not"), 0))
+    assert not list(tmp_path.iterdir())
+    folder = timing.begin(Options(str(tmp_path / "some" / "where")))
+    assert folder.is_dir() and timing.begin(Options(str(folder))) == folder
+
+
+def test_leaves_options_environment_and_what_was_found(tmp_path):
+    options = Options(str(tmp_path))
+    setting = beside_torch.write_results(tmp_path, options, None, {"summary": ["fast"], "rows": []}, rounds=3)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["config", "environment", "summary", "rows"]
+    assert results["config"] == {"workdir": str(tmp_path), "rounds": 3} and results["summary"] == ["fast"]
+    environment = results["environment"]
+    assert environment["torch"] is None and environment["threads"] == beside_torch.cores() > 0
+    assert f"JAX {environment['jax']}, PyTorch not installed, 3 rounds" in setting
+
+
+def test_stands_alone_without_pytorch(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    torch, (note,) = beside_torch.load_torch(lambda: pytest.fail("made where it is not installed"))
+    assert torch is None and "`pip install torch`" in note
