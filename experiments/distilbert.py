@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     """Trains, compares and reports."""
     config.check()
     prepared = text.prepare(config)
-    run = plans.open_run("distilbert", config, text.dataset_name(config), text.arrays(prepared))
+    run = plans.open_run("distilbert", config, config.dataset, text.arrays(prepared))
     teacher = text.train_teacher(run, config, prepared)
     plan = make_plan(config, prepared, teacher)
     trained = plans.train(run, config, plan, validation=prepared.validation, widths=prepared.widths)

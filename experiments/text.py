@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -168,8 +167,3 @@ def train_teacher(run: runs.Run, options: Options, prepared: Prepared) -> distil
     plan = (distill.Pretrained("bert", prepared.model, prepared.bert.variables), stage)
     more: dict[str, Any] = {"validation": prepared.validation, "widths": prepared.widths, "seeds": [options.seed]}
     return plans.train(run, options, plan, **more)["teacher"][0]
-
-
-def dataset_name(options: Options) -> str:
-    """What the run's directory is called after."""
-    return Path(options.dataset).name

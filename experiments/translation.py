@@ -54,7 +54,9 @@ LENGTHS = (8, 11, 14, 18)
 """Words of a source sentence at which the groups end by whose quality is shown."""
 DRAWN = 4
 """Sentences whose alignments are drawn."""
-TOKENIZER = "tokenizer.json"
+STUDENTS = ("attention", "word_level", "sequence_level")
+"""Those of one architecture, of which the best is left behind."""
+HEADS, TOKENIZER = 4, "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,6 @@ class Config(plans.SoftOptions):
         require(min(self.beams, self.teacher_beams) >= 1, "--beams and --teacher-beams: at least one")
         require(self.length_penalty >= 0, f"--length-penalty {self.length_penalty}: at least 0")
         require(self.at_once <= 1, "--at-once: translators train one after another")
-
-
-HEADS = 4
 
 
 class Prepared(NamedTuple):
@@ -367,10 +366,6 @@ def train_all(run: runs.Run, config: Config, prepared: Prepared) -> tuple[dict[s
     trained = plans.train(run, config, plan, **given) | trained
     modules = {"teacher": large, "no_attention": plain}
     return trained, modules | dict.fromkeys(STUDENTS, aligned)
-
-
-STUDENTS = ("attention", "word_level", "sequence_level")
-"""Those of one architecture, of which the best is left behind."""
 
 
 def model_of(module: Any, config: Config) -> models.Model:

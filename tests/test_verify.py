@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import sys
 import types
@@ -24,9 +25,8 @@ STAGES = ("teacher", "student")
 
 
 # Those whose runs can be repeated.
-EXPERIMENTS = sorted(
-    p.stem for p in Path(experiments.__path__[0]).glob("*.py") if "Options):" in p.read_text() and p.stem != "vision"
-)
+SCRIPTS = Path(experiments.__path__[0]).glob("*.py")
+EXPERIMENTS = sorted(path.stem for path in SCRIPTS if re.search(r"class Config\(.*Options\):", path.read_text()))
 
 
 def values(hint):

@@ -1,6 +1,7 @@
 """The experiments on texts, on a tiny BERT and a few sentences: what they leave, and wrong input told in a line."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -66,13 +67,13 @@ def given(sentences, bert, tmp_path):
 
 
 def results(given):
-    return {row["name"]: row for row in json.loads((text.Path(given["workdir"]) / "results.json").read_text())}
+    return {row["name"]: row for row in json.loads((Path(given["workdir"]) / "results.json").read_text())}
 
 
 def test_sentiment_trains_a_teacher_once_and_students_for_each_seed(given, sentences, capsys):
     config = sentiment.Config(**given, unlabelled=str(sentences / "more.txt"), unlabelled_field=2)
     sentiment.main(config)
-    rows, folder = results(given), text.Path(given["workdir"])
+    rows, folder = results(given), Path(given["workdir"])
     assert list(rows) == ["teacher", "lstm_alone", "lstm_distilled", "lstm_transfer"]
     assert [len(row["accuracy"]) for row in rows.values()] == [1, 2, 2, 2]
     assert rows["teacher"]["flops"] > 0 and rows["lstm_alone"]["flops"] is None
@@ -117,7 +118,7 @@ def test_frozen_layers_stay_as_they_came(given):
 
 def test_distilbert_leaves_what_is_kept_in_words_and_a_figure(given, capsys):
     distilbert.main(distilbert.Config(**given))
-    rows, folder = results(given), text.Path(given["workdir"])
+    rows, folder = results(given), Path(given["workdir"])
     assert list(rows) == ["teacher", "labels", "distilbert", "tinybert"]
     report = (folder / "report.md").read_text()
     assert "tinybert keeps" in report and "retention.png" in report and (folder / "retention.png").is_file()
