@@ -83,11 +83,10 @@ def print_table(rows: Sequence[Row], *, console: "Console | None" = None) -> Non
         raise ValueError("a table of results needs at least one row")
     console = console or Console()
     unbounded = console.options.update(width=10_000)
-    for columns in range(len(_HEADINGS), 0, -1):
-        table = _console_table(rows, list(_HEADINGS)[:columns])
-        if Measurement.get(console, unbounded, table).maximum <= console.width:
-            break
-    console.print(table)
+    headings = list(_HEADINGS)
+    tables = (_console_table(rows, headings[:columns]) for columns in range(len(headings), 1, -1))
+    fitting = (table for table in tables if Measurement.get(console, unbounded, table).maximum <= console.width)
+    console.print(next(fitting, _console_table(rows, headings[:1])))
 
 
 def compare(rows: Sequence[Row], name: str, baseline: str) -> str:
