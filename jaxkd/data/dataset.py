@@ -59,7 +59,7 @@ def make_dataset(name: str, train: Split, test: Split, class_names: tuple[str, .
         _check_size(f"{name}: {split_name}", split, least)
         _check_images(f"{name}: {split_name}", split.images)
         _check_labels(f"{name}: {split_name}", split.labels, len(class_names))
-    train, validation = cut(train, max(1, len(train.labels) // 10), key=_fixed_key(_VALIDATION_SEED))
+    train, validation = cut(train, max(1, len(train.labels) // 10), key=fixed_key(_VALIDATION_SEED))
     return Dataset(train, validation, test, class_names)
 
 
@@ -74,17 +74,23 @@ def cut(split: Split, count: int, *, key: jax.Array) -> tuple[Split, Split]:
     Returns:
         The rest and the part cut off, both in the order of `split`.
     """
-    order = np.asarray(jax.random.permutation(key, len(split.labels)))
-    rest, part = np.sort(order[count:]), np.sort(order[:count])
+    rest, part = cut_rows(len(split.labels), count, key=key)
     return Split(split.images[rest], split.labels[rest]), Split(split.images[part], split.labels[part])
+
+
+def cut_rows(total: int, count: int, *, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts `count` of the numbers below `total`, drawn by `key`, off the others; both in rising order."""
+    order = np.asarray(jax.random.permutation(key, total))
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def cut_test(train: Split) -> tuple[Split, Split]:
     """Cuts a fifth off a training set that came without anything to test on."""
-    return cut(train, len(train.labels) // 5, key=_fixed_key(_TEST_SEED))
+    return cut(train, len(train.labels) // 5, key=fixed_key(_TEST_SEED))
 
 
-def _fixed_key(seed: int) -> jax.Array:
+def fixed_key(seed: int) -> jax.Array:
+    """A key that is the same whatever the user's settings."""
     # Named, because a user may have made another generator the default.
     return jax.random.key(seed, impl="threefry2x32")
 

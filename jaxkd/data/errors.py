@@ -1,7 +1,9 @@
-"""The error of loading data, and what raises it everywhere: missing packages and homes."""
+"""The error of loading data, and what raises it everywhere: missing packages, homes, files and letters."""
 
+import gzip
 import importlib
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,24 @@ _TEXT = ("tokenizers", "sacrebleu")
 
 class DataError(ValueError):
     """A dataset cannot be loaded; the one-line message names the cause and the remedy."""
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file in UTF-8, of a `.gz` unpacked.
+
+    Raises:
+        DataError: If it cannot be read or a line is not UTF-8; it names the line.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path} ({one_line(error)}): check the path and the file") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line} is not UTF-8 ({one_line(error)}): save it as UTF-8") from error
 
 
 def require(module: str) -> Any:

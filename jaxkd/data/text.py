@@ -1,17 +1,15 @@
 """Sentences with labels, sentences without, and sentences with their translations."""
 
-import gzip
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jaxkd.data import tfds_text
-from jaxkd.data.errors import DataError, expand, one_line
+from jaxkd.data.dataset import cut_rows, fixed_key
+from jaxkd.data.errors import DataError, expand, read_utf8
 from jaxkd.data.tfds_folder import resolve
 
 TRAIN, VALIDATION, TEST = ("train",), ("validation", "valid", "val", "dev"), ("test",)
@@ -234,25 +232,13 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: If it cannot be read, holds nothing, or a line is not UTF-8; it names the line.
     """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path} ({one_line(error)}): check the path and the file") from error
-    lines = content.removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
+    lines = read_utf8(path).removeprefix("\ufeff").removesuffix("\n").split("\n")
+    if lines == [""]:
         raise DataError(f"{path} is empty: it must hold one text a line")
-    return [_decoded(line.removesuffix(b"\r"), path, i) for i, line in enumerate(lines)]
+    return [line.removesuffix("\r") for line in lines]
 
 
 _TEST_SEED, _VALIDATION_SEED = 0x7E57, 0xDA7A
-
-
-def _decoded(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{_place(path, number)} is not UTF-8 ({one_line(error)}): save the file as UTF-8") from error
 
 
 def _letters(text: str) -> str:
@@ -328,9 +314,7 @@ def _tenth(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that stay and those that are cut off, each in their order."""
     if count < 2:
         raise DataError(f"{count} texts cannot be divided: more are needed")
-    order = np.asarray(jax.random.permutation(jax.random.key(seed, impl="threefry2x32"), count))
-    size = max(1, count // 10)
-    return np.sort(order[size:]), np.sort(order[:size])
+    return cut_rows(count, max(1, count // 10), key=fixed_key(seed))
 
 
 def _picked(split: Texts, rows: np.ndarray) -> Texts:

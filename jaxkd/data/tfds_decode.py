@@ -3,40 +3,15 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxkd.data import folder_source, tfds_folder, tfds_prepare
+from jaxkd.data import folder_source
 from jaxkd.data.dataset import Split, cut_test
-from jaxkd.data.errors import DataError, not_installed, one_line, require
+from jaxkd.data.errors import DataError, require
 from jaxkd.data.progress import track
-
-
-class Prepared(NamedTuple):
-    """A prepared dataset and how to speak of it in errors.
-
-    Attributes:
-        builder: Its `tfds.core.DatasetBuilder`.
-        folder: The folder of its version.
-        name: What the user called it.
-        data_dir: The folder of all datasets.
-    """
-
-    builder: Any
-    folder: Path
-    name: str
-    data_dir: Path
-
-    @property
-    def file_format(self) -> str:
-        """How its examples are stored, such as `"array_record"`."""
-        return self.builder.info.file_format.value
-
-    def half_written(self, reason: str) -> DataError:
-        """Says that the dataset is damaged and how to make it anew."""
-        return tfds_folder.half_written(self.folder, reason, name=self.name, data_dir=self.data_dir)
+from jaxkd.data.tfds_prepared import Prepared, examples
 
 
 class Fields(NamedTuple):
@@ -55,19 +30,6 @@ class Fields(NamedTuple):
     shape: tuple[int, ...]
     image_size: int | None
     class_names: tuple[str, ...]
-
-
-@contextlib.contextmanager
-def reading(prepared: Prepared) -> Iterator[None]:
-    """Reports what goes wrong inside as damage to the dataset."""
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except ImportError as error:
-        raise not_installed(error) from error
-    except Exception as error:  # TFDS, protobuf, array_record and Pillow have nothing closer in common
-        raise prepared.half_written(one_line(error)) from error
 
 
 def decode(prepared: Prepared, fields: Fields) -> tuple[Split, Split]:
@@ -114,26 +76,8 @@ def _fit(image: np.ndarray, image_size: int | None) -> np.ndarray:
 
 
 def _examples(prepared: Prepared, split: str) -> Iterator[dict[str, Any]]:
-    """Yields decoded examples in the order in which they are stored."""
-    if prepared.file_format != "array_record":
-        _import_tensorflow(prepared)
-    with reading(prepared), _without_opencv_advice():
-        if prepared.file_format == "array_record":
-            yield from prepared.builder.as_data_source(split=split)
-        else:
-            dataset = prepared.builder.as_dataset(split=split, shuffle_files=False)
-            yield from require("tensorflow_datasets").as_numpy(dataset)
-
-
-def _import_tensorflow(prepared: Prepared) -> None:
-    try:
-        tfds_prepare.import_tensorflow()
-    except DataError as error:
-        raise DataError(
-            f"{prepared.folder} is stored as {prepared.file_format}, which takes TensorFlow to read: pip install "
-            "tensorflow, or delete the folder and prepare it as array_record: "
-            f"{tfds_folder.command(prepared.name, prepared.data_dir)}"
-        ) from error
+    with _without_opencv_advice():
+        yield from examples(prepared, split)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ import numpy as np
 from jaxkd.data import cache, tfds_decode, tfds_folder, tfds_prepare
 from jaxkd.data.dataset import Split
 from jaxkd.data.errors import DataError, require
-from jaxkd.data.tfds_decode import Fields, Prepared, reading
+from jaxkd.data.tfds_decode import Fields
+from jaxkd.data.tfds_prepared import Prepared, only_feature, open_prepared
 
 
 def read(name: str, data_dir: Path, *, image_size: int) -> tuple[Split, Split, tuple[str, ...]]:
@@ -28,7 +29,7 @@ def read(name: str, data_dir: Path, *, image_size: int) -> tuple[Split, Split, t
         DataError: If the dataset is unknown, cannot be prepared, is half-written, or does not classify images.
     """
     folder = tfds_folder.find(name, data_dir) or tfds_prepare.prepare(name, data_dir)
-    prepared = _open(folder, name, data_dir)
+    prepared = open_prepared(folder, name, data_dir)
     fields = _fields(prepared, image_size)
     cached, fingerprint = folder.with_name(f"{folder.name}.decoded.npz"), _fingerprint(folder, fields)
     splits = cache.read(cached, fingerprint)
@@ -38,41 +39,15 @@ def read(name: str, data_dir: Path, *, image_size: int) -> tuple[Split, Split, t
     return *splits, fields.class_names
 
 
-def _open(folder: Path, name: str, data_dir: Path) -> Prepared:
-    tfds = require("tensorflow_datasets")
-    prepared = Prepared(None, folder, name, data_dir)
-    with reading(prepared):
-        prepared = prepared._replace(builder=tfds.builder_from_directory(folder))
-        shards = [Path(path) for split in prepared.builder.info.splits.values() for path in split.filepaths]
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing:
-        raise prepared.half_written(f"{len(missing)} of {len(shards)} files are missing, such as {missing[0]}")
-    return prepared
-
-
 def _fields(prepared: Prepared, image_size: int) -> Fields:
     features = require("tensorflow_datasets").features
-    image, label = _only(prepared, features.Image), _only(prepared, features.ClassLabel)
+    image, label = (only_feature(prepared, kind, of="an image") for kind in (features.Image, features.ClassLabel))
     images, labels = (prepared.builder.info.features[key] for key in (image, label))
     if images.np_dtype != np.uint8:
         raise DataError(f"{prepared.name} has {np.dtype(images.np_dtype)} images: choose a dataset of uint8 images")
     if all(images.shape):
         return Fields(image, label, images.shape, None, tuple(labels.names))
     return Fields(image, label, (image_size, image_size, 3), image_size, tuple(labels.names))
-
-
-def _only(prepared: Prepared, kind: type) -> str:
-    """Finds the feature of a kind; of several, such as the two labels of CIFAR-100, the one to be supervised by."""
-    info = prepared.builder.info
-    keys = [key for key, feature in dict(info.features).items() if isinstance(feature, kind)]
-    if len(keys) > 1:
-        keys = [key for key in keys if key in (info.supervised_keys or ())]
-    if len(keys) != 1:
-        raise DataError(
-            f"{prepared.name} is not an image classification set, which has one {kind.__name__} among its features: "
-            f"it has {', '.join(sorted(info.features))}; choose another dataset"
-        )
-    return keys[0]
 
 
 def _fingerprint(folder: Path, fields: Fields) -> str:

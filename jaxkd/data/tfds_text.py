@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxkd.data import tfds_folder, tfds_prepare
-from jaxkd.data.errors import DataError, require
-from jaxkd.data.tfds_decode import Prepared, reading
+from jaxkd.data.errors import require
+from jaxkd.data.tfds_prepared import examples, only_feature, open_prepared
 
 Columns = tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]
 """Texts, labels and places."""
@@ -33,31 +33,17 @@ def read(name: str, data_dir: Path) -> tuple[dict[str, Columns], tuple[str, ...]
         DataError: If the dataset is unknown, cannot be prepared, is half-written, or does not classify texts.
     """
     folder = tfds_folder.find(name, data_dir) or tfds_prepare.prepare(name, data_dir)
-    tfds = require("tensorflow_datasets")
-    prepared = Prepared(None, folder, name, data_dir)
-    with reading(prepared):
-        builder = tfds.builder_from_directory(folder)
-        text, label = (_only(name, builder, kind) for kind in (tfds.features.Text, tfds.features.ClassLabel))
-        splits = {}
-        for split in ("train", "validation", "test"):
-            if split in builder.info.splits:
-                examples = [(one[text], one[label]) for one in builder.as_data_source(split=split)]
-                splits[split] = _columns(f"{name}, {split}", examples)
+    prepared = open_prepared(folder, name, data_dir)
+    features, splits = require("tensorflow_datasets").features, {}
+    text, label = (only_feature(prepared, kind, of="a text") for kind in (features.Text, features.ClassLabel))
+    for split in ("train", "validation", "test"):
+        if split in prepared.builder.info.splits:
+            found = [(one[text], one[label]) for one in examples(prepared, split)]
+            splits[split] = _columns(f"{name}, {split}", found)
     return (
         {split: columns for split, columns in splits.items() if (columns[1] >= 0).all()},
-        tuple(builder.info.features[label].names),
+        tuple(prepared.builder.info.features[label].names),
     )
-
-
-def _only(name: str, builder: Any, kind: type) -> str:
-    """The one feature of a kind."""
-    keys = [key for key, feature in dict(builder.info.features).items() if isinstance(feature, kind)]
-    if len(keys) != 1:
-        raise DataError(
-            f"{name} is not a text classification set, which has one {kind.__name__} among its features: it has "
-            f"{', '.join(sorted(builder.info.features))}; choose another dataset"
-        )
-    return keys[0]
 
 
 def _columns(where: str, examples: list[tuple[Any, Any]]) -> Columns:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxkd.data.errors import DataError, expand, one_line, require
+from jaxkd.data.errors import DataError, expand, one_line, read_utf8, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -217,7 +217,7 @@ def _tokenizer_file(path: Path) -> Path:
 
 
 def _from_json(file: Path) -> "Tokenizer":
-    library, text = require("tokenizers"), _read(file)
+    library, text = require("tokenizers"), read_utf8(file)
     try:
         return library.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more special
@@ -242,7 +242,7 @@ def _from_vocabulary(file: Path) -> "Tokenizer":
 
 def _vocabulary(file: Path) -> dict[str, int]:
     """Ids by token, one a line."""
-    lines = _read(file).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = read_utf8(file).replace("\r\n", "\n").removesuffix("\n").split("\n")
     vocabulary: dict[str, int] = {}
     for number, token in enumerate(lines):
         if not token or token in vocabulary:
@@ -258,7 +258,7 @@ def _options(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        options = json.loads(_read(file))
+        options = json.loads(read_utf8(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is no JSON ({one_line(error)}): correct or copy it anew") from error
     if not isinstance(options, dict):
@@ -267,18 +267,6 @@ def _options(file: Path) -> dict[str, Any]:
         if not isinstance(options.get(name), bool | None):
             raise DataError(f"{file}: {name} must be true or false, got {options[name]!r}")
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _read(file: Path) -> str:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {file} ({one_line(error)}): check it") from error
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line} is not UTF-8 ({one_line(error)}): save it as UTF-8") from error
 
 
 def _padding_token(tokenizer: "Tokenizer") -> str:
