@@ -3,7 +3,7 @@
 Tokens are integers of which 0 is padding, on the right. Each width is a shape of its own, and compiled once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -61,6 +61,34 @@ def bucket_widths(tokens: ArrayLike, *, count: int, multiple: int = 8) -> tuple[
     enough = np.quantile(lengths, np.arange(1, count) / count, method="higher")
     rounded = {min(-(-int(width) // multiple) * multiple, longest) for width in enough if width}
     return tuple(sorted(rounded | {longest}))
+
+
+def by_length(inputs: np.ndarray, size: int, widths: Sequence[int] | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Goes through inputs in batches, those of tokens by their length and cut to what they need.
+
+    Args:
+        inputs: `[N, ...]`.
+        size: Of a batch; the last one may be smaller.
+        widths: In rising order, for tokens `[N, ..., S]`; `None`: inputs of other kinds, as they come.
+
+    Yields:
+        The rows of a batch, and the batch.
+
+    Example:
+        >>> import numpy as np
+        >>> for rows, batch in by_length(np.array([[5, 7, 9, 0], [5, 0, 0, 0], [5, 7, 0, 0]]), 2, (2, 4)):
+        ...     print(rows, batch.shape)
+        [1 2] (2, 2)
+        [0] (1, 4)
+    """
+    lengths = None if widths is None else token_lengths(inputs)
+    order = np.arange(len(inputs)) if lengths is None else np.argsort(lengths, kind="stable")
+    for start in range(0, len(inputs), size):
+        rows = order[start : start + size]
+        batch = inputs[rows]
+        if widths is not None and lengths is not None:
+            batch = batch[..., : narrowest(widths, lengths[rows].max())]
+        yield rows, batch
 
 
 def narrowest(widths: Sequence[int], length: int) -> int:

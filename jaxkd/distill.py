@@ -302,16 +302,13 @@ def _make_scores(
     make: MakeScore | None,
 ) -> dict[str, Callable[[dict], Score]]:
     """What scores each on the validation split, one and the same for those of one model."""
-    made: dict[Model, Callable[[dict], Score]] = {}
-    for one in plan:
-        if one.model not in made:
-            score = classifier_score(predicts[one.name]) if make is None else make(one.model)
-            made[one.model] = functools.partial(_on, validation, score)
-    return {one.name: made[one.model] for one in plan}
 
+    @functools.cache
+    def scoring(model: Model, predict: Callable[..., np.ndarray]) -> Callable[[dict], Score]:
+        score = classifier_score(predict) if make is None else make(model)
+        return lambda variables: score(variables, validation)
 
-def _on(examples: Mapping[str, Any], score: Callable[[dict, Mapping[str, Any]], Score], variables: dict) -> Score:
-    return score(variables, examples)
+    return {one.name: scoring(one.model, predicts[one.name]) for one in plan}
 
 
 def _remember_last(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxkd.buckets import narrowest, token_lengths
+from jaxkd.buckets import by_length
 from jaxkd.losses import hard_cross_entropy
 
 if TYPE_CHECKING:
@@ -86,17 +86,13 @@ def make_predict(
         inputs = np.asarray(inputs)
         if not len(inputs):
             raise ValueError(f"there is nothing to predict: inputs have the shape {inputs.shape}")
-        lengths = None if widths is None else token_lengths(inputs)
-        order = np.arange(len(inputs)) if lengths is None else np.argsort(lengths, kind="stable")
-        predicted = []
-        for start in range(0, len(inputs), batch_size):
-            rows = order[np.minimum(np.arange(start, start + batch_size), len(inputs) - 1)]
-            batch = inputs[rows]
-            if widths is not None and lengths is not None:
-                batch = batch[..., : narrowest(widths, lengths[rows].max())]
+        rows, predicted = [], []
+        for chosen, batch in by_length(inputs, batch_size, widths):
+            filled = np.pad(batch, [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)], mode="edge")
             # One batch at a time: batches that are sent ahead of the computation would fill the device's memory.
-            predicted.append(np.asarray(forward(variables, batch)))
-        return np.concatenate(predicted)[: len(inputs)][np.argsort(order)]
+            predicted.append(np.asarray(forward(variables, filled))[: len(batch)])
+            rows.append(chosen)
+        return np.concatenate(predicted)[np.argsort(np.concatenate(rows))]
 
     return predict
 
