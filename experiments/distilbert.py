@@ -126,7 +126,7 @@ def make_plan(config: Config, prepared: text.Prepared, teacher: distill.Trained)
         len(layers) > 0 and len({*layers}) == len(layers) and all(0 <= layer < whole for layer in layers),
         f"--layers {' '.join(map(str, layers))}: each once, from 0 to {whole - 1}",
     )
-    student = text.classifier(prepared.bert.module.clone(layers=len(layers)), config)
+    student = plans.model(prepared.bert.module.clone(layers=len(layers)), config)
     rules = transfer.layer_rules("params/block{i}/{rest...}", layers)
     steps = plans.steps(config, len(prepared.train["labels"]))
     given: dict[str, Any] = {
@@ -162,17 +162,11 @@ def remarks(rows: Sequence[dict], folder: Path) -> list[str]:
     kept = retained(rows)
     plot_retention(kept, folder / "retention.png")
     sentences = [
-        f"- {name} keeps {values.mean():.1f}{spread(values)} % of the teacher's accuracy with {size:.1f} % of its "
-        "parameters."
+        f"- {name} keeps {plans.with_spread(values)} % of the teacher's accuracy with {size:.1f} % of its parameters."
         for name, (size, values) in kept.items()
     ]
     published = "- DistilBERT's paper: 97 % of BERT's score on GLUE with 60 % of its parameters."
     return ["\n".join([*sentences, published]), "![What the students keep of the teacher](retention.png)"]
-
-
-def spread(values: np.ndarray) -> str:
-    """The deviation over seeds, where there are several."""
-    return f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
 
 
 def plot_retention(kept: Mapping[str, tuple[float, np.ndarray]], path: Path) -> None:
@@ -192,7 +186,7 @@ def plot_retention(kept: Mapping[str, tuple[float, np.ndarray]], path: Path) -> 
 def main(config: Config) -> None:
     """Trains, compares and reports."""
     config.check()
-    prepared = text.prepare(config)
+    prepared = text.prepare(config, text.load(config))
     run = plans.open_run("distilbert", config, config.dataset, text.arrays(prepared))
     teacher = text.train_teacher(run, config, prepared)
     plan = make_plan(config, prepared, teacher)

@@ -149,6 +149,12 @@ def stage(
     return distill.Stage(name, model, examples, loss, steps=steps, **given)
 
 
+def model(module: Any, options: Options) -> models.Model:
+    """A Flax module as a model, in the precision that the options name."""
+    made = models.from_linen(module)
+    return models.computing_in(made, jnp.bfloat16) if options.bf16 else made
+
+
 def with_new_head(source: dict, fresh: dict) -> dict:
     """The weights of another network but for the last layer, which is that of a fresh network."""
     rules = (Rule("params/logits/{rest...}", None),)
@@ -231,6 +237,18 @@ def train(
     )
 
 
+def best(trained: Mapping[str, Sequence[distill.Trained]], students: Sequence[str]) -> tuple[str, int]:
+    """Of these stages the one of the highest mean validation accuracy, and the number of its best seed."""
+    name = max(students, key=lambda name: sum(one.validation_accuracy for one in trained[name]))
+    return name, int(np.argmax([one.validation_accuracy for one in trained[name]]))
+
+
+def with_spread(values: Any) -> str:
+    """The mean and, of several seeds, the standard deviation."""
+    values = np.asarray(values, float)
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
 class Done(NamedTuple):
     """What a run left.
 
@@ -294,13 +312,13 @@ def leave(
         environment=run.environment,
         remarks=remarks(rows, folder) if remarks else (),
     )
-    best = max(students, key=lambda name: sum(one.validation_accuracy for one in trained[name]))
-    winner = max(trained[best], key=lambda one: one.validation_accuracy)
-    model = next(one.model for one in plan if one.name == best)
-    export.save_safetensors(folder / "student.safetensors", winner.variables)
-    export.save_program(folder / "student.jaxexport", model, winner.variables, test["inputs"][0])
+    name, seed = best(trained, students)
+    variables = trained[name][seed].variables
+    student = next(one.model for one in plan if one.name == name)
+    export.save_safetensors(folder / "student.safetensors", variables)
+    export.save_program(folder / "student.jaxexport", student, variables, test["inputs"][0])
     report.print_table(rows)
-    for name, baseline in comparisons:
-        print(report.compare(rows, name, baseline))
-    print(f"The best student by validation, {best}, is exported. Everything is in {folder}: begin with report.md")
+    for one, baseline in comparisons:
+        print(report.compare(rows, one, baseline))
+    print(f"The best student by validation, {name}, is exported. Everything is in {folder}: begin with report.md")
     return Done(folder, rows, trained)

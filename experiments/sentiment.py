@@ -58,12 +58,11 @@ class Config(text.Options):
         cli.require(0 <= self.dropout < 1, f"--dropout {self.dropout}: from 0 to below 1")
 
 
-def further_texts(config: Config) -> tuple[list[str], list[str]] | None:
+def further_texts(config: Config, dataset: texts.TextDataset) -> tuple[list[str], list[str]] | None:
     """The texts without labels that share nothing with what is validated and tested on, and their places."""
     if config.unlabelled is None:
         return None
     found, places = texts.read_texts(config.unlabelled, field=config.unlabelled_field)
-    dataset = texts.load_texts(config.dataset, config.data_dir)
     kept = texts.apart_from(found, dataset.validation.texts + dataset.test.texts)
     known = {*dataset.train.texts}
     kept &= np.array([one not in known for one in found])
@@ -81,7 +80,7 @@ def make_plan(config: Config, prepared: text.Prepared, teacher: distill.Trained)
         num_classes=prepared.bert.module.num_classes,
         dropout=config.dropout,
     )
-    student = text.classifier(module, config)
+    student = plans.model(module, config)
     alone: dict[str, Any] = {"options": config, "steps": plans.steps(config, len(labelled["labels"]))}
     taught = alone | {"loss": plans.taught(config), "teachers": ("teacher",), "cache_teachers": True}
     plan = (
@@ -107,7 +106,8 @@ def with_unlabelled(labelled: dict[str, np.ndarray], further: np.ndarray) -> dic
 def main(config: Config) -> None:
     """Trains, compares and reports."""
     config.check()
-    prepared = text.prepare(config, unlabelled=further_texts(config))
+    dataset = text.load(config)
+    prepared = text.prepare(config, dataset, unlabelled=further_texts(config, dataset))
     run = plans.open_run("sentiment", config, config.dataset, text.arrays(prepared))
     teacher = text.train_teacher(run, config, prepared)
     plan = make_plan(config, prepared, teacher)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -79,14 +78,21 @@ class Prepared(NamedTuple):
     widths: tuple[int, ...]
 
 
-def prepare(options: Options, *, unlabelled: tuple[Sequence[str], Sequence[str]] | None = None) -> Prepared:
-    """Loads texts and BERT.
+def load(options: Options) -> text.TextDataset:
+    """The texts that the options name."""
+    return text.load_texts(options.dataset, options.data_dir)
+
+
+def prepare(
+    options: Options, dataset: text.TextDataset, *, unlabelled: tuple[Sequence[str], Sequence[str]] | None = None
+) -> Prepared:
+    """Loads BERT, and turns texts into its tokens.
 
     Args:
         options: The options.
+        dataset: From `load`.
         unlabelled: Further texts, and where each comes from.
     """
-    dataset = text.load_texts(options.dataset, options.data_dir)
     classes = len(dataset.class_names)
     bert = hub.load_bert(options.bert, num_classes=classes, key=jax.random.key(0), pooling=models.mean_pooling)
     positions, layers = bert.module.positions, bert.module.layers
@@ -104,14 +110,8 @@ def prepare(options: Options, *, unlabelled: tuple[Sequence[str], Sequence[str]]
         {"inputs": array, "labels": split.labels} for array, split in zip(encoded, dataset[:3], strict=False)
     )
     widths = buckets.bucket_widths(encoded[0], count=WIDTHS)
-    model, further = classifier(bert.module, options), encoded[3] if unlabelled else None
+    model, further = plans.model(bert.module, options), encoded[3] if unlabelled else None
     return Prepared(bert, model, train, validation, test, further, widths)
-
-
-def classifier(module: Any, options: Options) -> models.Model:
-    """A module as a model, in the precision that the options name."""
-    model = models.from_linen(module)
-    return models.computing_in(model, jnp.bfloat16) if options.bf16 else model
 
 
 def arrays(prepared: Prepared) -> list[np.ndarray]:

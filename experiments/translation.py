@@ -249,12 +249,8 @@ def make_score(widths: tuple[int, ...]) -> Callable[[models.Model], Callable[...
 
 
 def batches(inputs: np.ndarray, widths: tuple[int, ...], size: int = 128) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size and of like length, cut to it, with their rows; the last one is filled up with padding."""
-    lengths = buckets.token_lengths(inputs)
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(inputs), size):
-        rows = order[start : start + size]
-        cut = inputs[rows][..., : buckets.narrowest(widths, lengths[rows].max())]
+    """Batches of one size and of like length, with their rows; the last one is filled up with padding."""
+    for rows, cut in buckets.by_length(inputs, size, widths):
         yield rows, np.pad(cut, [(0, size - len(rows)), *[(0, 0)] * (cut.ndim - 1)])
 
 
@@ -342,7 +338,7 @@ def train_all(run: runs.Run, config: Config, prepared: Prepared) -> tuple[dict[s
         student_module(config, size),
         teacher_module(config, size),
     )
-    small, student, teacher = (model_of(module, config) for module in (plain, aligned, large))
+    small, student, teacher = (plans.model(module, config) for module in (plain, aligned, large))
     pairs = {"inputs": prepared.train}
     given: dict[str, Any] = {
         "validation": {"inputs": prepared.validation},
@@ -366,12 +362,6 @@ def train_all(run: runs.Run, config: Config, prepared: Prepared) -> tuple[dict[s
     trained = plans.train(run, config, plan, **given) | trained
     modules = {"teacher": large, "no_attention": plain}
     return trained, modules | dict.fromkeys(STUDENTS, aligned)
-
-
-def model_of(module: Any, config: Config) -> models.Model:
-    """A module as a model, in the precision that the options name."""
-    model = models.from_linen(module)
-    return models.computing_in(model, jnp.bfloat16) if config.bf16 else model
 
 
 def measure(
@@ -426,9 +416,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             row["name"],
-            with_spread(row["bleu"]),
-            with_spread(row["chrf"]),
-            with_spread(100 * np.array(row["bleu"]) / teacher) if teacher else "",
+            plans.with_spread(row["bleu"]),
+            plans.with_spread(row["chrf"]),
+            plans.with_spread(100 * np.array(row["bleu"]) / teacher) if teacher else "",
             f"{row['parameters']:,}",
             f"{row['bytes'] / 1e6:.1f} MB",
             f"{row['latency_ms']:.1f}",
@@ -439,23 +429,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return report.markdown_table(headers, cells)
 
 
-def with_spread(values: Any) -> str:
-    """Mean and, of several seeds, the deviation."""
-    values = np.asarray(values, float)
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-
-
 def sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the comparisons say."""
     found = {row["name"]: row for row in rows}
     told = []
     for name, other in (("attention", "no_attention"), ("word_level", "attention"), ("sequence_level", "attention")):
         difference = np.array(found[name]["bleu"]) - np.array(found[other]["bleu"])
-        told.append(f"{name} is {with_spread(difference)} BLEU above {other}")
+        told.append(f"{name} is {plans.with_spread(difference)} BLEU above {other}")
     gaps = np.array(found["attention"]["bleu_by_length"], float) - np.array(
         found["no_attention"]["bleu_by_length"], float
     )
-    listed = ", ".join(f"{group} words {with_spread(gap)}" for group, gap in zip(group_names(), gaps.T, strict=True))
+    listed = ", ".join(
+        f"{group} words {plans.with_spread(gap)}" for group, gap in zip(group_names(), gaps.T, strict=True)
+    )
     return [*told, f"attention above no_attention by length of the source: {listed}"]
 
 
@@ -492,7 +478,7 @@ def plot_alignments(
             both = together(prepared.tokenizer, pairs, config.max_length)
             if not len(both):
                 continue
-            outputs, _ = model_of(module, config).apply(variables, both, train=False)
+            outputs, _ = plans.model(module, config).apply(variables, both, train=False)
             names = [[shown(prepared.tokenizer, number) for number in row[row != 0]] for row in both[0]]
             weights = np.asarray(outputs.features["alignment"])[0, : len(names[1]) - 1, : len(names[0])]
             axes = figure.add_subplot(2, 2, place + 1)
@@ -521,8 +507,7 @@ def leave(
         rows.append(row)
     if not parallel.is_first_host():
         return
-    best = max(STUDENTS, key=lambda name: sum(one.validation_accuracy for one in trained[name]))
-    seed = int(np.argmax([one.validation_accuracy for one in trained[best]]))
+    best, seed = plans.best(trained, STUDENTS)
     winner = trained[best][seed]
     run.write_results(rows)
     plot_lengths(rows, run.folder / "lengths.png")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import plans
@@ -64,9 +63,7 @@ def network(module: Any, mean: Any, std: Any, options: Options) -> models.Model:
         std: Standard deviation, likewise.
         options: The options.
     """
-    model = models.from_linen(module)
-    model = models.computing_in(model, jnp.bfloat16) if options.bf16 else model
-    return models.standardized(model, np.asarray(mean), np.asarray(std))
+    return models.standardized(plans.model(module, options), np.asarray(mean), np.asarray(std))
 
 
 def cnn(features: Sequence[int], hidden: int, dataset: data.Dataset, options: Options) -> models.Model:

@@ -90,7 +90,7 @@ def test_sentiment_trains_a_teacher_once_and_students_for_each_seed(given, sente
 
 def test_without_further_texts_there_is_no_student_of_them(given):
     config = sentiment.Config(**given)
-    prepared = text.prepare(config)
+    prepared = text.prepare(config, text.load(config))
     teacher = sentiment.distill.Trained(prepared.bert.variables, 1.0, 0.5)
     plan = sentiment.make_plan(config, prepared, teacher)
     assert [one.name for one in plan] == ["teacher", "lstm_alone", "lstm_distilled"]
@@ -105,7 +105,7 @@ def test_texts_without_labels_have_all_weight_on_the_soft_targets():
 
 def test_frozen_layers_stay_as_they_came(given):
     config = sentiment.Config(**given, frozen_layers=2)
-    prepared = text.prepare(config)
+    prepared = text.prepare(config, text.load(config))
     run = sentiment.plans.open_run("sentiment", config, "x", text.arrays(prepared))
     after = text.train_teacher(run, config, prepared).variables["params"]
     before = prepared.bert.variables["params"]
@@ -127,7 +127,7 @@ def test_distilbert_leaves_what_is_kept_in_words_and_a_figure(given, capsys):
 
 def test_students_begin_with_every_second_layer_of_the_teacher(given):
     config = distilbert.Config(**given)
-    prepared = text.prepare(config)
+    prepared = text.prepare(config, text.load(config))
     theirs = prepared.bert.variables
     _, first, *_ = distilbert.make_plan(config, prepared, distilbert.distill.Trained(theirs, 1.0, 0.5))
     fresh = first.model.init(jax.random.key(1), prepared.train["inputs"][:1])
@@ -225,7 +225,7 @@ def test_a_text_that_bert_has_no_places_for_is_named(sentences, bert, tmp_path, 
     told = refuse(sentiment, "--dataset", str(tmp_path), "--bert", str(bert))
     assert "test.tsv, line 2 has 33 tokens" in told and "24" in told
     config = sentiment.Config(dataset=str(tmp_path), bert=str(bert), max_length=16)
-    assert text.prepare(config).test["inputs"].shape[1] == 16
+    assert text.prepare(config, text.load(config)).test["inputs"].shape[1] == 16
 
 
 def test_rules_leave_out_the_other_layers():
