@@ -4,6 +4,7 @@ A pretrained BERT is fine-tuned on labelled sentences. Students with half of its
 the teacher's and learn from the labels alone; by DistilBERT's triple loss, from soft targets, the labels and the
 direction of the last hidden states; and by TinyBERT's losses, from soft targets, all hidden states and the maps of
 attention, whose layers a map pairs with the teacher's. DistilBERT's third task is masked words, here it is the labels.
+`--student` begins with another pretrained BERT instead, which may be narrower: its states are then projected.
 
 Paper: Sanh et al., DistilBERT, a distilled version of BERT, https://arxiv.org/abs/1910.01108; Jiao et al., TinyBERT,
 https://arxiv.org/abs/1909.10351
@@ -17,9 +18,10 @@ Time: 15 minutes on 2 CPU cores shared with other work
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -27,9 +29,13 @@ from jax import Array
 
 from experiments import cli, plans, text
 from jaxkd import distill, losses, transfer
+from jaxkd.data import tokens
 from jaxkd.figures import COLOURS, draw
 from jaxkd.models import Outputs
 from jaxkd.train import Batch, Loss
+
+Projector: TypeAlias = dict[str, Array] | None
+"""Parameters of `jaxkd.losses.project`, where a student is narrower than its teacher."""
 
 PUBLISHED = (60.0, 97.0)
 """Size and retention in percent that DistilBERT's paper gives: 40 % fewer parameters, 97 % of BERT on GLUE."""
@@ -57,6 +63,8 @@ class Config(text.Options):
     """Weight of the difference of attention maps, in TinyBERT's loss."""
     layers: tuple[int, ...] | None = None
     """Layers of the teacher, counted from 0, with which a student begins; None: every second one."""
+    student: str | None = None
+    """A BERT or DistilBERT of the teacher's tokenizer with which a student begins instead, named as by --bert."""
 
     def check(self) -> None:
         """Raises `OptionError` for a value that makes no sense."""
@@ -69,8 +77,8 @@ def triple(config: Config) -> Loss:
     """DistilBERT's: soft targets, labels, and the angle between the last hidden states."""
     task = plans.taught(config)
 
-    def loss(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Array:
-        states, taught = (last_states(outputs) for outputs in (student, teachers[0]))
+    def loss(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, projector: Projector = None) -> Array:
+        states, taught = projected(projector, last_states(student)), last_states(teachers[0])
         angle = mean_over_tokens(losses.hidden_cosine_loss(states, taught), batch["inputs"] != 0)
         return task(student, teachers, batch) + config.cosine_weight * angle
 
@@ -81,25 +89,29 @@ def layer_by_layer(config: Config, students: int, teachers: int) -> Loss:
     """TinyBERT's: soft targets and labels, embeddings and hidden states, and maps of attention."""
     task, layers = plans.taught(config), losses.uniform_layers(students, teachers)
 
-    def loss(student: Outputs, taught: tuple[Outputs, ...], batch: Batch) -> Array:
+    def loss(student: Outputs, taught: tuple[Outputs, ...], batch: Batch, projector: Projector = None) -> Array:
         where = batch["inputs"] != 0
         ours, theirs = student.features, taught[0].features
-        states = losses.layers_loss(
-            losses.hidden_mse_loss, named(ours, "layer", students), named(theirs, "layer", teachers), layers=layers
-        )
-        states += losses.hidden_mse_loss(ours["embeddings"], theirs["embeddings"])
-        pairs = where[:, None, :, None] & where[:, None, None, :]
+
+        def states_loss(one: Array, other: Array) -> Array:
+            return losses.hidden_mse_loss(projected(projector, one), other)
 
         def maps_loss(one: Array, other: Array) -> Array:
-            return losses.attention_map_loss(one, other, where=pairs)
+            return losses.attention_map_loss(one, other, where=where[:, None, :, None] & where[:, None, None, :])
 
-        maps = losses.layers_loss(
-            maps_loss, named(ours, "scores", students), named(theirs, "scores", teachers), layers=layers
-        )
-        value = task(student, taught, batch) + config.map_weight * maps
-        return value + config.hidden_weight * mean_over_tokens(states, where)
+        def over_layers(loss: Callable[[Array, Array], Array], name: str) -> Array:
+            return losses.layers_loss(loss, named(ours, name, students), named(theirs, name, teachers), layers=layers)
+
+        states = over_layers(states_loss, "layer") + states_loss(ours["embeddings"], theirs["embeddings"])
+        value = task(student, taught, batch) + config.hidden_weight * mean_over_tokens(states, where)
+        return value + (config.map_weight * over_layers(maps_loss, "scores") if config.map_weight else 0)
 
     return loss
+
+
+def projected(projector: Projector, states: Array) -> Array:
+    """The student's states in the teacher's width, in which they are already if there is no projector."""
+    return states if projector is None else losses.project(projector, states)
 
 
 def named(features: Mapping[str, Array], name: str, count: int) -> list[Array]:
@@ -118,30 +130,73 @@ def mean_over_tokens(values: Array, where: Array) -> Array:
     return jax.vmap(lambda each, counts: losses.token_mean(each, where=counts))(values, where)
 
 
-def make_plan(config: Config, prepared: text.Prepared, teacher: distill.Trained) -> tuple[Any, ...]:
-    """Who learns what from whom."""
-    whole = prepared.bert.module.layers
+class Student(NamedTuple):
+    """Who learns.
+
+    Attributes:
+        module: A BERT.
+        start: How its stages begin: arguments of a stage.
+        pretrained: The plan's entry from which they begin, if it is not the teacher.
+    """
+
+    module: Any
+    start: dict[str, Any]
+    pretrained: tuple[distill.Pretrained, ...] = ()
+
+
+def choose_student(config: Config, prepared: text.Prepared) -> Student:
+    """The student that the options name."""
+    return of_teacher(config, prepared.bert.module) if config.student is None else of_its_own(config, prepared)
+
+
+def of_teacher(config: Config, teacher: Any) -> Student:
+    """One of some of the teacher's layers."""
+    whole = teacher.layers
     layers = tuple(range(0, whole - whole % 2, 2)) if config.layers is None else config.layers
     cli.require(
         len(layers) > 0 and len({*layers}) == len(layers) and all(0 <= layer < whole for layer in layers),
         f"--layers {' '.join(map(str, layers))}: each once, from 0 to {whole - 1}",
     )
-    student = plans.model(prepared.bert.module.clone(layers=len(layers)), config)
     rules = transfer.layer_rules("params/block{i}/{rest...}", layers)
-    steps = plans.steps(config, len(prepared.train["labels"]))
-    given: dict[str, Any] = {
-        "options": config,
-        "steps": steps,
-        "tx": text.fine_tuning(config.learning_rate, steps, frozen_layers=min(config.frozen_layers, 0)),
-        "start": "teacher",
-        "transfer": text.by_rules(rules),
-    }
+    return Student(teacher.clone(layers=len(layers)), {"start": "teacher", "transfer": text.by_rules(rules)})
+
+
+def of_its_own(config: Config, prepared: text.Prepared) -> Student:
+    """One that comes pretrained."""
+    teacher, told = prepared.bert.module, f"--student {config.student}"
+    bert = text.load_bert(config.student or "", teacher.num_classes)
+    tokens.check_same_tokenizer(prepared.bert.tokenizer, bert.tokenizer)
+    longest, module = prepared.widths[-1], bert.module
+    cli.require(module.layers <= teacher.layers, f"{told} has {module.layers} layers, the teacher {teacher.layers}")
+    cli.require(module.positions >= longest, f"{told} has places for {module.positions} tokens, a text has {longest}")
+    cli.require(
+        module.heads == teacher.heads or not config.map_weight,
+        f"{told} has {module.heads} heads and the teacher {teacher.heads}, whose maps cannot be paired: --map-weight 0",
+    )
+    entry = distill.Pretrained("student", plans.model(module, config), bert.variables)
+    return Student(module, {"start": "student"}, (entry,))
+
+
+def make_plan(
+    config: Config, prepared: text.Prepared, student: Student, teacher: distill.Trained
+) -> tuple[distill.Stage | distill.Pretrained, ...]:
+    """Who learns what from whom."""
+    module, full = student.module, prepared.bert.module
+    model, steps = plans.model(module, config), plans.steps(config, len(prepared.train["labels"]))
+    tx = functools.partial(text.fine_tuning, config.learning_rate, steps)
+    given: dict[str, Any] = {"options": config, "steps": steps, "tx": tx(frozen_layers=min(config.frozen_layers, 0))}
+    given |= student.start
     taught = given | {"teachers": ("teacher",)}
+    if module.hidden != full.hidden:
+        widths = {"student_features": module.hidden, "teacher_features": full.hidden}
+        taught |= {"init_loss": functools.partial(losses.init_projector, **widths), "loss_tx": tx(frozen_layers=-1)}
+    by_layers = layer_by_layer(config, module.layers, full.layers)
     return (
         distill.Pretrained("teacher", prepared.model, teacher.variables),
-        plans.stage("labels", student, prepared.train, plans.supervised, **given),
-        plans.stage("distilbert", student, prepared.train, triple(config), **taught),
-        plans.stage("tinybert", student, prepared.train, layer_by_layer(config, len(layers), whole), **taught),
+        *student.pretrained,
+        plans.stage("labels", model, prepared.train, plans.supervised, **given),
+        plans.stage("distilbert", model, prepared.train, triple(config), **taught),
+        plans.stage("tinybert", model, prepared.train, by_layers, **taught),
     )
 
 
@@ -187,11 +242,12 @@ def main(config: Config) -> None:
     """Trains, compares and reports."""
     config.check()
     prepared = text.prepare(config, text.load(config))
+    student = choose_student(config, prepared)
     run = plans.open_run("distilbert", config, config.dataset, text.arrays(prepared))
     teacher = text.train_teacher(run, config, prepared)
-    plan = make_plan(config, prepared, teacher)
+    plan = make_plan(config, prepared, student, teacher)
     trained = plans.train(run, config, plan, validation=prepared.validation, widths=prepared.widths)
-    students = tuple(one.name for one in plan[1:])
+    students = tuple(one.name for one in plan if isinstance(one, distill.Stage))
     done = plans.leave(
         run,
         plan,
@@ -201,6 +257,7 @@ def main(config: Config) -> None:
         students=students,
         comparisons=[(name, "labels") for name in students[1:]] + [(name, "teacher") for name in students],
         remarks=remarks,
+        unlisted=("student",),
         widths=prepared.widths,
         **text.MEASURED,
     )

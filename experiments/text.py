@@ -78,6 +78,11 @@ class Prepared(NamedTuple):
     widths: tuple[int, ...]
 
 
+def load_bert(name: str, classes: int) -> hub.Pretrained:
+    """A BERT as it came, with a fresh last layer; its vector of a text is the mean of the tokens' states."""
+    return hub.load_bert(name, num_classes=classes, key=jax.random.key(0), pooling=models.mean_pooling)
+
+
 def load(options: Options) -> text.TextDataset:
     """The texts that the options name."""
     return text.load_texts(options.dataset, options.data_dir)
@@ -94,7 +99,7 @@ def prepare(
         unlabelled: Further texts, and where each comes from.
     """
     classes = len(dataset.class_names)
-    bert = hub.load_bert(options.bert, num_classes=classes, key=jax.random.key(0), pooling=models.mean_pooling)
+    bert = load_bert(options.bert, classes)
     positions, layers = bert.module.positions, bert.module.layers
     require(
         options.frozen_layers < layers, f"--frozen-layers {options.frozen_layers}: {options.bert} has {layers} layers"

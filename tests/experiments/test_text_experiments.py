@@ -44,20 +44,23 @@ def sentences(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A hub folder with a BERT of four layers that knows nothing."""
-    folder = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden": 8, "layers": 4, "heads": 2, "intermediate": 12, "positions": 24}
-    module = BERT(len(TOKENS), pooling=mean_pooling, **sizes)
+def make_bert(folder, words=TOKENS, *, hidden=8, layers=4, heads=2, positions=24):
+    """A hub folder with a BERT that knows nothing."""
+    sizes = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": 12, "positions": positions}
+    module = BERT(len(words), pooling=mean_pooling, **sizes)
     variables = from_linen(module).init(jax.random.key(0), np.ones((1, 4), np.int32))
     save_file(to_torch(variables, module.torch_rules()), folder / "model.safetensors")
-    (folder / "vocab.txt").write_text("\n".join(TOKENS))
-    config = {"model_type": "bert", "vocab_size": len(TOKENS), "hidden_size": 8, "num_hidden_layers": 4}
-    config |= {"num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 24, "type_vocab_size": 2}
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = {"model_type": "bert", "vocab_size": len(words), "hidden_size": hidden, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": heads, "intermediate_size": 12, "max_position_embeddings": positions}
     config |= {"hidden_dropout_prob": 0.1, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | {"type_vocab_size": 2}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture
@@ -125,16 +128,50 @@ def test_distilbert_leaves_what_is_kept_in_words_and_a_figure(given, capsys):
     assert "of the teacher's accuracy with" in capsys.readouterr().out
 
 
+def planned(config, prepared):
+    student, teacher = distilbert.choose_student(config, prepared), distilbert.distill.Trained({}, 1.0, 0.5)
+    return distilbert.make_plan(config, prepared, student, teacher)
+
+
 def test_students_begin_with_every_second_layer_of_the_teacher(given):
     config = distilbert.Config(**given)
     prepared = text.prepare(config, text.load(config))
     theirs = prepared.bert.variables
-    _, first, *_ = distilbert.make_plan(config, prepared, distilbert.distill.Trained(theirs, 1.0, 0.5))
+    _, first, *_ = planned(config, prepared)
     fresh = first.model.init(jax.random.key(1), prepared.train["inputs"][:1])
     ours = first.transfer(theirs, fresh)
     for mine, other in ((0, 0), (1, 2)):
         jax.tree.map(np.testing.assert_array_equal, ours["params"][f"block{mine}"], theirs["params"][f"block{other}"])
     assert "block2" not in ours["params"]
+
+
+def test_a_student_of_its_own_is_projected_and_begins_as_it_came(given, tmp_path_factory):
+    narrow = make_bert(tmp_path_factory.mktemp("narrow"), hidden=4, layers=2)
+    config = distilbert.Config(**given, student=str(narrow))
+    distilbert.main(config)
+    rows = results(given)
+    assert list(rows) == ["teacher", "labels", "distilbert", "tinybert"]
+    assert rows["tinybert"]["parameters"] == rows["labels"]["parameters"] < rows["teacher"]["parameters"]
+    prepared = text.prepare(config, text.load(config))
+    _, student, first, *_ = planned(config, prepared)
+    assert first.start == student.name == "student" and student.variables["params"]["block1"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"layers": 5}, "has 5 layers, the teacher 4"),
+        ({"positions": 6}, "has places for 6 tokens"),
+        ({"heads": 1}, "has 1 heads and the teacher 2, whose maps cannot be paired: --map-weight 0"),
+        ({"words": [*TOKENS[:-1], "!"]}, "the tokenizers of teacher and student differ: the id 20 is '.'"),
+    ],
+)
+def test_a_student_that_cannot_be_paired_is_told_what_to_do(given, sizes, told, tmp_path, refuse):
+    student = tmp_path / "student"
+    student.mkdir()
+    make_bert(student, **sizes)
+    options = ["--dataset", given["dataset"], "--bert", given["bert"], "--student", str(student)]
+    assert told in refuse(distilbert, *options)
 
 
 @pytest.fixture
@@ -211,9 +248,7 @@ def test_tinybert_s_loss_is_0_beside_the_task_where_layers_are_the_teacher_s(sta
         (distilbert, ["--teacher-learning-rate", "0"], "must be above 0"),
     ],
 )
-def test_bad_options_end_in_one_line(experiment, options, told, refuse, sentences, bert, monkeypatch):
-    monkeypatch.setattr(text, "train_teacher", lambda *_: distilbert.distill.Trained({}, 1.0, 0.5))
-    monkeypatch.setattr(distilbert.plans, "open_run", lambda *_: None)
+def test_bad_options_end_in_one_line(experiment, options, told, refuse, sentences, bert):
     given = [] if "--bert" in options else ["--bert", str(bert)]
     assert told in refuse(experiment, "--dataset", str(sentences), *given, *options)
 
