@@ -3,6 +3,7 @@
 Tokens are integers of which 0 is padding, on the right. Each width is a shape of its own, and compiled once.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
 
 
 def bucket_widths(tokens: ArrayLike, *, count: int, multiple: int = 8) -> tuple[int, ...]:
-    """Widths to which batches are cut, each needed by as many examples.
+    """Widths to which batches are cut, chosen so that examples of these lengths are padded least.
 
     Args:
         tokens: `[N, ..., S]`, as for `token_lengths`.
@@ -52,15 +53,27 @@ def bucket_widths(tokens: ArrayLike, *, count: int, multiple: int = 8) -> tuple[
 
     Example:
         >>> import numpy as np
-        >>> bucket_widths(np.tril(np.ones((40, 40), np.int32)), count=4)
-        (16, 24, 32, 40)
+        >>> lengths = np.array([3, 7, 7, 8, 15, 20, 40])
+        >>> bucket_widths((np.arange(40) < lengths[:, None]).astype(np.int32), count=3)
+        (8, 24, 40)
     """
     lengths, longest = token_lengths(tokens), np.shape(tokens)[-1]
     if count < 1 or multiple < 1 or not len(lengths):
         raise ValueError(f"widths need examples, count >= 1 and multiple >= 1: {np.shape(tokens)}, {count}, {multiple}")
-    enough = np.quantile(lengths, np.arange(1, count) / count, method="higher")
-    rounded = {min(-(-int(width) // multiple) * multiple, longest) for width in enough if width}
-    return tuple(sorted(rounded | {longest}))
+    rounded = np.minimum(-(-np.maximum(lengths, 1) // multiple) * multiple, longest)
+    widths = np.unique([*rounded, longest]).tolist()
+    needed = np.searchsorted(np.sort(rounded), widths, side="right").tolist()  # how many examples each width holds
+
+    @functools.cache
+    def least(last: int, count: int) -> tuple[int, tuple[int, ...]]:
+        """Tokens of all examples that a width holds, with padding, and the widths that make it so few."""
+        ways: list[tuple[int, tuple[int, ...]]] = [(widths[last] * needed[last], (widths[last],))]
+        for before in range(last if count > 1 else 0):
+            tokens, narrower = least(before, count - 1)
+            ways.append((tokens + widths[last] * (needed[last] - needed[before]), (*narrower, widths[last])))
+        return min(ways)
+
+    return least(len(widths) - 1, count)[1]
 
 
 def by_length(inputs: np.ndarray, size: int, widths: Sequence[int] | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

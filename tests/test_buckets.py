@@ -1,6 +1,7 @@
 """Batches of sentences of like length, cut to what they need, train and predict what padded ones would."""
 
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -78,6 +79,18 @@ def test_widths_hold_everything_and_are_few(sentences):
     assert [buckets.narrowest(widths, length) for length in (0, 8, 9, 24, 99)] == [8, 8, 16, 24, 24]
     with pytest.raises(ValueError, match="count"):
         buckets.bucket_widths(sentences["inputs"], count=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_other_widths_pad_less(count):
+    lengths = np.minimum(np.random.default_rng(2).geometric(0.15, 60), 40)
+    tokens = (np.arange(43) < lengths[:, None]).astype(np.int32)
+
+    def padded(widths):
+        return sum(buckets.narrowest(widths, length) for length in lengths)
+
+    others = itertools.combinations(range(4, 44, 4), count - 1)
+    assert padded(buckets.bucket_widths(tokens, count=count, multiple=4)) == min(padded((*some, 43)) for some in others)
 
 
 def test_every_epoch_shows_each_sentence_once_among_sentences_of_its_length():
