@@ -5,6 +5,7 @@ neither it nor the token that starts a sentence is ever produced; scores are the
 the two keep their part.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -175,7 +176,7 @@ def beam_search(
             _taken(lengths, parent),
             _taken(search.ended, parent) | (token == end),
             token,
-            jax.tree.map(lambda leaf: _merged(_taken(_apart(leaf, beams), parent)), state),
+            jax.tree.map(functools.partial(_follow, parent), search.state, state),
         )
 
     search = lax.while_loop(goes_on, advance, _first(state, beams, max_length, start))
@@ -208,6 +209,12 @@ def _log_probabilities(logits: Array, start: int) -> Array:
 def _taken(array: Array, beam: Array) -> Array:
     """The entries `[B, K, ...]` of other beams `[B, K]`."""
     return array[jnp.arange(len(array))[:, None], beam]
+
+
+def _follow(parent: Array, before: Array, now: Array) -> Array:
+    """What the beams `[B, K]` that are gone on with remember, `[B · K, ...]`."""
+    # What the model hands on as it got it, such as the source's states, all beams of a sentence have in common.
+    return now if now is before else _merged(_taken(_apart(now, parent.shape[1]), parent))
 
 
 def _apart(leaf: Array, beams: int) -> Array:

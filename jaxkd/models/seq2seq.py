@@ -98,11 +98,12 @@ def make_decoder(module: nn.Module) -> Decoder:
 
 
 class _Reading(NamedTuple):
-    """What a decoder knows: the state of each of its layers, and the source's states with the tokens that count."""
+    """What a decoder knows: the state of each of its layers; the source's states, which of them count, and the last."""
 
     layers: tuple[State, ...]
     states: Array
     where: Array
+    last: Array
 
 
 class Seq2Seq(nn.Module):
@@ -120,8 +121,8 @@ class Seq2Seq(nn.Module):
         hidden: Width of the encoder's and the decoder's states.
         layers: How many recurrent layers each of the two has.
         cell: `GRU` or `LSTM`.
-        alignment: How the decoder's states score the encoder's. Without any, the decoder sees the last state alone, and
-            its own states lead to the logits.
+        alignment: How the decoder's states score the encoder's. Without any, the context is at every step the last
+            state, Cho's summary of the whole source.
         bidirectional: Whether the encoder reads from both ends; each of its directions then has half of the width.
         teacher_forcing: Probability with which a step reads the true token in training; else it reads the token that
             the model, without dropout, finds most probable after what it has read.
@@ -129,6 +130,8 @@ class Seq2Seq(nn.Module):
 
     References:
         Sutskever et al., Sequence to Sequence Learning with Neural Networks, https://arxiv.org/abs/1409.3215
+        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation,
+        https://arxiv.org/abs/1406.1078
         Luong et al., Effective Approaches to Attention-based Neural Machine Translation,
         https://arxiv.org/abs/1508.04025
         Bengio et al., Scheduled Sampling for Sequence Prediction with Recurrent Neural Networks,
@@ -213,23 +216,27 @@ class Seq2Seq(nn.Module):
             read = [layer(x, where) for layer in ([forward, backward] if self.bidirectional else [forward])]
             x, last = jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *read)
             states.append(last)
-        return _Reading(tuple(states), x, where)
+        return _Reading(tuple(states), x, where, jax.tree.leaves(states[-1])[0].astype(x.dtype))
 
     def _embed(self, embedding: nn.Embed, tokens: Array, train: bool) -> Array:
         return self.drop(embedding(tokens), deterministic=not train)
 
     def _aligned(self, x: Array, where: Array, reading: _Reading) -> tuple[Array, Array | None]:
         """The decoder's states `[B, T, H]` with what they attend, and the weights, 0 where no token counts."""
+        context, weights = self._context(x, reading)
+        x = jnp.tanh(self.combined(jnp.concatenate([context, x], -1)))
+        x, weights = jax.tree.map(lambda array: jnp.where(where[..., None], array, 0), (x, weights))
+        return x, weights
+
+    def _context(self, x: Array, reading: _Reading) -> tuple[Array, Array | None]:
         if self.alignment is None:
-            return x, None
+            return jnp.broadcast_to(reading.last[:, None], x.shape), None
         score = self.alignment.score(self.score_params if self.alignment.init else {})
 
         def align(state: Array) -> tuple[Array, Array]:
             return attention.align_hidden_states(reading.states, state, score=score, where=reading.where)
 
-        context, weights = jax.vmap(align, in_axes=1, out_axes=1)(x)
-        x = jnp.tanh(self.combined(jnp.concatenate([context, x], -1)))
-        return jnp.where(where[..., None], x, 0), jnp.where(where[..., None], weights, 0)
+        return jax.vmap(align, in_axes=1, out_axes=1)(x)
 
     def _mixed(self, source: Array, target: Array) -> Array:
         """The tokens that each step reads in training: true ones, and the model's own.

@@ -24,7 +24,7 @@ def pair(draw):
 def promotion():
     """As users run experiments: optax's Adam is not strict about dtypes. One width, for there is little to save."""
     with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "WIDTHS", 1)
+        patch.setattr(translation, "WIDTHS", {"count": 1})
         yield
 
 
@@ -68,6 +68,28 @@ def test_a_run_leaves_rows_figures_translations_and_the_student(run):
     assert len(lines) == 13 and all(line.count("\t") == 6 for line in lines)
     report = (folder / "report.md").read_text()
     assert "| teacher |" in report and "attention above no_attention by length" in report
+
+
+def test_words_say_how_far_attention_is_ahead_at_each_length():
+    lengths = {"attention": [[20.0, 10.0, 8.0, 0.0, 4.0]], "no_attention": [[10.0, 4.0, 2.0, 0.0, 1.0]]}
+    rows = [{"name": name, "bleu": [9.0], "bleu_by_length": one} for name, one in lengths.items()]
+    rows += [{"name": name, "bleu": [8.0], "bleu_by_length": lengths["attention"]} for name in translation.STUDENTS[1:]]
+    *compared, gaps, shares = translation.sentences(rows)
+    assert compared[1] == "word_level is -1.0 BLEU above attention"
+    assert gaps.endswith("1–8 words 10.0, 9–10 words 6.0, 11–12 words 6.0, 13–15 words 0.0, 16+ words 3.0")
+    assert shares.endswith("1–8 words 50 %, 9–10 words 40 %, 11–12 words 25 %, 16+ words 25 %")
+
+
+def test_the_students_gradients_are_clipped():
+    config = translation.Config(clip=0.5, learning_rate=0.1)
+    tx, params = translation.clipped(config, 10), {"w": jnp.zeros(2)}
+    state = tx.init(params)
+    (first, _), (second, _) = (tx.update({"w": jnp.array([3.0, 4.0]) * scale}, state, params) for scale in (1, 100))
+    np.testing.assert_allclose(first["w"], second["w"], rtol=1e-6)
+    small = tx.update({"w": jnp.array([0.3, 0.4])}, state, params)[1]
+    large = tx.update({"w": jnp.array([3.0, 4.0])}, state, params)[1]
+    for one, other in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_again_nothing_is_trained_and_the_teacher_does_not_translate_again(run, capsys, monkeypatch):

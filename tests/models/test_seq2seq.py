@@ -46,9 +46,10 @@ def run(module, pairs, variables, **mode):
     return compiled(module, "key" in mode)(variables, pairs, **mode)[0]
 
 
-def test_the_formula_word_by_word():
+@pytest.mark.parametrize("alignment", [DOT, None])
+def test_the_formula_word_by_word(alignment):
     """With the layers of `recurrent`, which have a reference of their own."""
-    found, p = run(SMALL, PAIRS, draw()), draw()["params"]
+    found, p = run(SMALL.clone(alignment=alignment), PAIRS, draw()), draw()["params"]
 
     def read(name, x, state=None, reverse=False):
         return GRU(p[name]["recurrent_kernel"].shape[0], reverse).apply(
@@ -64,10 +65,10 @@ def test_the_formula_word_by_word():
         hidden, _ = read("decoder_1", p["target_embedding"]["embedding"][target], last)
         for t, state in enumerate(np.asarray(hidden[0])):
             weights = np.asarray(jax.nn.softmax(states[0] @ state))
-            both = np.concatenate([weights @ states[0], state])
-            combined = np.tanh(both @ p["combined"]["kernel"] + p["combined"]["bias"])
+            context = weights @ states[0] if alignment else last[0]
+            combined = np.tanh(np.concatenate([context, state]) @ p["combined"]["kernel"] + p["combined"]["bias"])
             wanted = {"decoder": state, "pre_logits": combined}
-            wanted |= {"alignment": np.pad(weights, (0, PAIRS.shape[2] - len(source)))}
+            wanted |= {"alignment": np.pad(weights, (0, PAIRS.shape[2] - len(source)))} if alignment else {}
             for name, value in wanted.items():
                 np.testing.assert_allclose(found.features[name][i, t], value, rtol=1e-4, atol=1e-5, err_msg=name)
             logits = combined @ p["logits"]["kernel"] + p["logits"]["bias"]
