@@ -11,6 +11,8 @@ https://arxiv.org/abs/1909.10351
 
 Command: python -m experiments.distilbert --dataset FOLDER
 
+On an accelerator, in full size: --bert FOLDER_OF_BERT_BASE --frozen-layers -1 --teacher-epochs 3 --epochs 3 --bf16
+
 Result: teacher 88.2 %, of which labels keep 97.5 %, distilbert 97.2 %, tinybert 96.7 % with 76 % of the parameters
 (SST-2, 3 seeds)
 
@@ -45,6 +47,12 @@ PUBLISHED = (60.0, 97.0)
 class Config(text.Options):
     """Options of the experiment."""
 
+    seeds: int = 2
+    """How many times the students are trained; the teacher is trained once."""
+    teacher_epochs: int = 1
+    """Passes of the teacher over the labelled texts; it is trained once, for all seeds."""
+    teacher_learning_rate: float = 1e-4
+    """AdamW's for the teacher, after a warm-up; it falls to 0 along a line."""
     epochs: int = 1
     """Passes of the students over the texts."""
     batch_size: int = 32

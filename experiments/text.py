@@ -14,7 +14,7 @@ from experiments.cli import require
 from jaxkd import buckets, distill, hub, models, runs, transfer
 from jaxkd.data import text, tokens
 
-WIDTHS = 4
+WIDTHS = 3
 """Widths to which batches are cut; each is compiled."""
 WARM_UP, WEIGHT_DECAY = 0.1, 0.01
 """Part of the steps in which the learning rate rises; AdamW's decay: those of BERT's fine-tuning."""

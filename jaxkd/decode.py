@@ -17,7 +17,7 @@ Step: TypeAlias = Callable[[Any, Array], tuple[Array, Any]]
 """`(state, tokens [N]) -> (logits [N, V], state)`: what follows N sentences, after one token more of each.
 
 The state is a tree whose leaves all begin with the axis of the sentences, and stay as they are in shape and dtype. N is
-a multiple of the batch in a beam search.
+a multiple of the batch in a beam search, which does not copy what a step hands on as it got it, the array itself.
 """
 
 
