@@ -18,11 +18,11 @@ Command: python -m experiments.training_benchmark
 On Linux it was started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647, so
 that a process keeps the memory that a step returns: the pages of every step are made anew otherwise.
 
-Result: eager PyTorch takes 0.96 times as long as jaxkd to train the CNN, 1.36 to run it and 1.03 to distil it, 0.74 to
-train ResNet-20 and 0.83 to run it, 0.73 to distil ResNet-56 into ResNet-20 and 0.81 WRN-40-2 into WRN-16-2 (two x86-64
-cores shared with other work, jax 0.12, PyTorch 2.15)
+Result: eager PyTorch takes 1.16 times as long as jaxkd to train the LSTM and 1.03 to train BERT, 0.95 and 0.78 to run
+them; 0.77 to train the CNN, 0.62 to run it and 0.82 to distil it, 0.47 to train ResNet-20 and 0.77 to run it, 0.55 to
+distil ResNet-56 into ResNet-20 and 0.66 WRN-40-2 into WRN-16-2 (two x86-64 cores, jax 0.10.2, PyTorch 2.13)
 
-Time: 4 minutes on 2 CPU cores
+Time: 3 minutes on 2 CPU cores
 """
 
 import dataclasses
