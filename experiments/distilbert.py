@@ -154,7 +154,9 @@ class Student(NamedTuple):
 
 def choose_student(config: Config, prepared: text.Prepared) -> Student:
     """The student that the options name."""
-    return of_teacher(config, prepared.bert.module) if config.student is None else of_its_own(config, prepared)
+    if config.student is None:
+        return of_teacher(config, prepared.bert.module)
+    return of_its_own(config.student, config, prepared)
 
 
 def of_teacher(config: Config, teacher: Any) -> Student:
@@ -169,10 +171,10 @@ def of_teacher(config: Config, teacher: Any) -> Student:
     return Student(teacher.clone(layers=len(layers)), {"start": "teacher", "transfer": text.by_rules(rules)})
 
 
-def of_its_own(config: Config, prepared: text.Prepared) -> Student:
-    """One that comes pretrained."""
-    teacher, told = prepared.bert.module, f"--student {config.student}"
-    bert = text.load_bert(config.student or "", teacher.num_classes)
+def of_its_own(name: str, config: Config, prepared: text.Prepared) -> Student:
+    """One that comes pretrained, as `jaxkd.hub.find` takes its name."""
+    teacher, told = prepared.bert.module, f"--student {name}"
+    bert = text.load_bert(name, teacher.num_classes)
     tokens.check_same_tokenizer(prepared.bert.tokenizer, bert.tokenizer)
     longest, module = prepared.widths[-1], bert.module
     cli.require(module.layers <= teacher.layers, f"{told} has {module.layers} layers, the teacher {teacher.layers}")
@@ -192,8 +194,8 @@ def make_plan(
     module, full = student.module, prepared.bert.module
     model, steps = plans.model(module, config), plans.steps(config, len(prepared.train["labels"]))
     tx = functools.partial(text.fine_tuning, config.learning_rate, steps)
-    given: dict[str, Any] = {"options": config, "steps": steps, "tx": tx(frozen_layers=min(config.frozen_layers, 0))}
-    given |= student.start
+    frozen = tx(frozen_layers=min(config.frozen_layers, 0))
+    given: dict[str, Any] = {"options": config, "steps": steps, "tx": frozen, **student.start}
     taught = given | {"teachers": ("teacher",)}
     if module.hidden != full.hidden:
         widths = {"student_features": module.hidden, "teacher_features": full.hidden}

@@ -229,6 +229,7 @@ class Seq2Seq(nn.Module):
         return x, weights
 
     def _context(self, x: Array, reading: _Reading) -> tuple[Array, Array | None]:
+        """What states `[B, T, H]` are told of the source, and with attention the weights."""
         if self.alignment is None:
             return jnp.broadcast_to(reading.last[:, None], x.shape), None
         score = self.alignment.score(self.score_params if self.alignment.init else {})
