@@ -58,6 +58,8 @@ class Options:
     """How many hosts there are, unless auto."""
     host: int | None = None
     """Which of them this is, from 0, unless auto."""
+    evaluations: int = 10
+    """How often each network meets the validation split in training, evenly spread."""
     save_every: float = 15.0
     """Seconds between checkpoints; at the end of a stage and on Ctrl-C there is one in any case."""
     workdir: str | None = None
@@ -73,6 +75,7 @@ class Options:
             self.learning_rate > 0 and math.isfinite(self.learning_rate),
             f"--learning-rate {self.learning_rate}: must be above 0",
         )
+        require(self.evaluations >= 1, f"--evaluations {self.evaluations}: at least one, at the end")
         require(self.save_every >= 0, f"--save-every {self.save_every}: at least 0 seconds")
         require(
             self.model_devices >= 1 and jax.device_count() % self.model_devices == 0,
@@ -231,6 +234,7 @@ def train(
         run,
         validation=validation,
         save_every=options.save_every,
+        evaluations=options.evaluations,
         devices=devices(options, alike=alike),
         teacher_cache=options.teacher_cache,
         **more,

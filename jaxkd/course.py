@@ -25,9 +25,6 @@ from jaxkd.plan import Stage
 from jaxkd.runs import Run, RunError
 from jaxkd.train import Purpose, TrainState, make_state
 
-EVALUATIONS = 10
-"""How often, evenly spread, a stage's student meets the validation split."""
-
 
 class Trained(NamedTuple):
     """What a stage left, for one seed.
@@ -110,6 +107,7 @@ def train(
     run: Run,
     place: Callable[[Any], Array],
     save_every: float,
+    evaluations: int,
     advance: Callable[[int], None],
 ) -> list[Trained]:
     """Trains students that stand at one step to their end, all at once."""
@@ -121,7 +119,7 @@ def train(
     if first == stage.steps:
         return [_finished(one, one.state, one.notes, run) for one in together]
     course = _Course(together, run, place)
-    evaluated = {-(-stage.steps * (i + 1) // EVALUATIONS) for i in range(EVALUATIONS)}
+    evaluated = {-(-stage.steps * (i + 1) // evaluations) for i in range(evaluations)}
     stops = sorted({*evaluated, *range(0, stage.steps, ready.devices.chunk)})
     saved = time.monotonic()
     try:

@@ -43,6 +43,7 @@ def run_plan(
     *,
     validation: Mapping[str, Any],
     save_every: float = 15.0,
+    evaluations: int = 10,
     devices: Sharded | Mapped | Population | None = None,
     teacher_cache: str | os.PathLike | None = None,
     widths: Sequence[int] | None = None,
@@ -59,6 +60,7 @@ def run_plan(
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
         save_every: Seconds between checkpoints within a stage. One is also saved at its end and on Ctrl-C.
+        evaluations: How often a stage's student meets the validation split, evenly spread, the last time at its end.
         devices: Where it runs, and how many at once; by default one student after another on the first device. A run
             may go on on others. A `Population` takes together the seeds, and the stages that differ in name and data
             alone.
@@ -73,10 +75,12 @@ def run_plan(
         For each name, in the plan's order, what it left, a pretrained model what it came with: one entry a seed.
 
     Raises:
-        ValueError: If the plan is inconsistent.
+        ValueError: If the plan is inconsistent, or nothing is ever evaluated.
         RunError: If a loss stops being finite, or the run holds checkpoints of another plan.
         OSError: If the run's folder cannot be written.
     """
+    if evaluations < 1:
+        raise ValueError(f"evaluations must be at least 1, the one at a stage's end, got {evaluations}")
     stages = [one for one in order(plan) if isinstance(one, Stage)]
     seeds, devices = list(seeds), devices or Sharded(make_mesh(devices=jax.local_devices()[:1]))
     given = {one.name: one.variables for one in plan if isinstance(one, Pretrained)}
@@ -103,7 +107,9 @@ def run_plan(
                         progress.advance(task, steps)
                         progress.advance(whole, count * steps)
 
-                    for one, result in zip(together, train(together, run, place, save_every, advance), strict=True):
+                    for one, result in zip(
+                        together, train(together, run, place, save_every, evaluations, advance), strict=True
+                    ):
                         trained[one.ready.stage.name][one.seed] = result
                         told = f"{_names([one])}: {_outcome(one, result)}"
                         progress.console.print(told, highlight=False, markup=False)

@@ -116,6 +116,26 @@ def test_killed_plan_ends_with_the_same_bits(unbroken, tmp_path, monkeypatch, di
     assert len(saved) == len(set(saved)) == 4 * 40, "no step that had been saved was taken again"
 
 
+def test_evaluations_are_as_many_as_asked_and_move_no_bit(unbroken, tmp_path):
+    trained, run = unbroken
+    thrice, other = run_in(tmp_path, chain(), evaluations=3)
+    chex.assert_trees_all_equal(bits(thrice), bits(trained))
+    records = {(r["stage"], r["seed"], r["step"]): r for r in other.metrics()}
+    assert sorted(step for name, seed, step in records if (name, seed) == ("student", 1)) == [14, 27, 40]
+    last = next(r for r in run.metrics() if (r["stage"], r["seed"], r["step"]) == ("student", 1, 40))
+    assert records["student", 1, 40]["validation_loss"] == last["validation_loss"]
+
+
+def test_more_evaluations_than_steps_are_one_a_step(tmp_path):
+    _, run = run_in(tmp_path, [stage("alone", steps=2)], (0,), evaluations=9)
+    assert [r["step"] for r in run.metrics()] == [1, 2]
+
+
+def test_plan_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="evaluations must be at least 1"):
+        run_in(tmp_path, chain(), evaluations=0)
+
+
 def before_each_step(monkeypatch, call):
     make = distill.Sharded.make_advance
 

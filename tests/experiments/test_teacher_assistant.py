@@ -148,6 +148,7 @@ def fails(monkeypatch, *options):
         ("--batch-size", 0, "at least one"),
         ("--learning-rate", 0, "above 0"),
         ("--save-every", -1, "at least 0"),
+        ("--evaluations", 0, "at least one"),
         ("--dataset", "~nosuchuser/images", "home"),
         ("--data-dir", "~nosuchuser/data", "home"),
         ("--num-labels", 82, "81"),
