@@ -16,7 +16,7 @@ On an accelerator, in full size: --bert FOLDER_OF_BERT_BASE --frozen-layers -1 -
 Result: teacher 87.1 %, of which labels keep 98.1 %, distilbert 98.5 %, tinybert 97.8 % with 76 % of the parameters
 (SST-2, 2 seeds)
 
-Time: 10 minutes on 2 CPU cores shared with other work
+Time: 9 minutes on 2 CPU cores
 """
 
 import dataclasses
@@ -55,6 +55,8 @@ class Config(text.Options):
     """AdamW's for the teacher, after a warm-up; it falls to 0 along a line."""
     epochs: int = 1
     """Passes of the students over the texts."""
+    evaluations: int = 4
+    """How often each network meets the validation split in training, evenly spread."""
     batch_size: int = 32
     """Texts a step."""
     learning_rate: float = 5e-5

@@ -41,8 +41,6 @@ class Options(plans.SoftOptions):
     """Passes of the teacher over the labelled texts; it is trained once, for all seeds."""
     teacher_learning_rate: float = 5e-5
     """AdamW's for BERT, after a warm-up; it falls to 0 along a line."""
-    evaluations: int = 4
-    """How often each network meets the validation split in training, evenly spread."""
     frozen_layers: int = 0
     """Lowest layers of the teacher that stay as they are, and with them the embeddings of every BERT; -1: even those
     are trained."""
