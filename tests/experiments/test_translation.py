@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import translation
+from experiments import translation, translation_report
 from experiments.cli import OptionError
 from jaxkd import models, runs
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_rows_figures_translations_and_the_student(run):
     rows = json.loads((folder / "results.json").read_text())
     assert [row["name"] for row in rows] == ["teacher", "no_attention", "attention", "word_level", "sequence_level"]
     assert [len(row["bleu"]) for row in rows] == [1, 2, 2, 2, 2]
-    assert all(len(one) == len(translation.LENGTHS) + 1 for row in rows for one in row["bleu_by_length"])
+    assert all(len(one) == len(translation_report.LENGTHS) + 1 for row in rows for one in row["bleu_by_length"])
     for name in ("report.md", "lengths.png", "alignments.png", "curves.png", "student.safetensors", "tokenizer.json"):
         assert (folder / name).stat().st_size > 0
     lines = (folder / "translations.tsv").read_text().splitlines()
@@ -73,8 +73,8 @@ def test_a_run_leaves_rows_figures_translations_and_the_student(run):
 def test_words_say_how_far_attention_is_ahead_at_each_length():
     lengths = {"attention": [[20.0, 10.0, 8.0, 0.0, 4.0]], "no_attention": [[10.0, 4.0, 2.0, 0.0, 1.0]]}
     rows = [{"name": name, "bleu": [9.0], "bleu_by_length": one} for name, one in lengths.items()]
-    rows += [{"name": name, "bleu": [8.0], "bleu_by_length": lengths["attention"]} for name in translation.STUDENTS[1:]]
-    *compared, gaps, shares = translation.sentences(rows)
+    rows += [{"name": name, "bleu": [8.0], "bleu_by_length": lengths["attention"]} for name in translation.TAUGHT]
+    *compared, gaps, shares = translation_report.sentences(rows)
     assert compared[1] == "word_level is -1.0 BLEU above attention"
     assert gaps.endswith("1–8 words 10.0, 9–10 words 6.0, 11–12 words 6.0, 13–15 words 0.0, 16+ words 3.0")
     assert shares.endswith("1–8 words 50 %, 9–10 words 40 %, 11–12 words 25 %, 16+ words 25 %")
@@ -109,6 +109,36 @@ def test_one_sentence_is_translated_by_a_finished_run(run, capsys):
     first = capsys.readouterr().out
     translation.main(translation.Config(workdir=str(folder), translate="a man sees a dog"))
     assert capsys.readouterr().out == first and len(first.splitlines()) == 1
+
+
+def test_a_student_alone_needs_no_teacher_and_translates(languages, tmp_path, capsys):
+    given = SMALL | {"only": ("no_attention",), "seeds": 1}
+    config = translation.Config(dataset=str(languages), workdir=str(tmp_path), **given)
+    translation.main(config)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["name"] == "no_attention" and {one["stage"] for one in runs.read_run(tmp_path).metrics()} == {
+        row["name"]
+    }
+    report = (tmp_path / "report.md").read_text()
+    assert "teacher's" not in report and "alignments.png" not in report and "lengths.png" in report
+    capsys.readouterr()
+    translation.main(dataclasses.replace(config, translate="a man sees a dog"))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_only_those_that_are_named_are_trained():
+    config = translation.Config(only=("word_level", "no_attention"))
+    assert config.students == ("no_attention", "word_level")
+    assert translation.candidates(config.students) == ["word_level"]
+    assert translation.candidates(("no_attention",)) == ["no_attention"]
+    assert translation.Config().students == translation.STUDENTS
+
+
+@pytest.mark.parametrize(("score", "params"), [("dot", None), ("general", {"kernel"}), ("additive", {"encoder"})])
+def test_students_score_as_asked(score, params):
+    module = translation.student_module(translation.Config(hidden=4, score=score), 10)
+    params_there = module.init(jax.random.key(0), jnp.ones((1, 2, 3), jnp.int32))["params"].get("alignment")
+    assert params_there is None if params is None else params <= set(params_there)
 
 
 def test_no_run_no_translation(tmp_path):
@@ -206,9 +236,9 @@ def test_translations_do_not_depend_on_their_neighbours(prepared):
 
 def test_groups_of_lengths_part_the_sentences():
     sources = ["w " * count for count in (1, 8, 9, 10, 11, 12, 13, 15, 16, 40)]
-    groups = translation.by_length(sources)
+    groups = translation_report.by_length(sources)
     assert [group.tolist() for group in groups] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert translation.group_names() == ["1–8", "9–10", "11–12", "13–15", "16+"]
+    assert translation_report.group_names() == ["1–8", "9–10", "11–12", "13–15", "16+"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +248,7 @@ def test_groups_of_lengths_part_the_sentences():
         (["--hidden", "7"], "--hidden 7: an even number"),
         (["--teacher-hidden", "10"], "--teacher-hidden 10: a multiple of 4"),
         (["--beams", "0"], "at least one"),
+        (["--only", "attention", "words"], "--only words: choose from no_attention attention"),
         (["--teacher-forcing", "1.5"], "a probability"),
         (["--vocab-size", "100"], "vocab_size is 100"),
         (["--max-length", "3"], "no training pair is as short"),
@@ -233,7 +264,7 @@ def test_bad_options_end_in_one_line(options, told, refuse, languages):
 
 def test_alignments_of_real_sentences_are_drawn_between_tokens(prepared):
     config, made = prepared
-    assert translation.drawn(["w " * 7, "w " * 8, "w " * 14, "w " * 15]) == [1, 2]
+    assert translation_report.drawn(["w " * 7, "w " * 8, "w " * 14, "w " * 15]) == [1, 2]
     numbers = made.tokenizer.encode("a man").ids
     assert [translation.shown(made.tokenizer, number) for number in numbers][0] == "[BOS]"
 
