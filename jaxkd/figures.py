@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ def plot_size(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def draw(path: str | os.PathLike, width: float, height: float) -> Iterator["Figure"]:
+def draw(path: str | os.PathLike, width: float, height: float) -> Generator["Figure"]:
     """A figure in the common style, which is written when the block ends; no window or global state is involved.
 
     Args:

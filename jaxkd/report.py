@@ -186,9 +186,9 @@ def write_report(
         "![Validation loss and accuracy in training](curves.png)",
         *remarks,
         "## Settings",
-        markdown_table(["setting", "value"], [[str(key), str(value)] for key, value in settings.items()]),
+        markdown_table(["setting", "value"], [[key, str(value)] for key, value in settings.items()]),
         "## Environment",
-        markdown_table(["item", "value"], [[str(key), str(value)] for key, value in environment.items()]),
+        markdown_table(["item", "value"], [[key, str(value)] for key, value in environment.items()]),
     ]
     plot_curves(metrics, folder / "curves.png", names=[row["name"] for row in rows])
     plot_accuracy(rows, folder / "accuracy.png")

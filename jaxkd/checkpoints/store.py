@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +140,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Generator[None]:
     """Has an error of writing say which file it is about, as one of opening does; a full disk names none by itself."""
     try:
         yield
@@ -150,7 +150,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _uninterrupted() -> Generator[None]:
     """Puts Ctrl-C off to the end of the block; orbax's threads would go on writing behind an interrupted save."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -166,7 +166,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
+def _unlogged() -> Generator[None]:
     """Keeps orbax from logging the traceback of an error that it raises as well."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ def _examples(prepared: Prepared, split: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _without_opencv_advice() -> Iterator[None]:
+def _without_opencv_advice() -> Generator[None]:
     """Keeps TFDS from recommending OpenCV over Pillow, which is what this package asks for."""
     logger = logging.getLogger("absl")
 

@@ -1,7 +1,7 @@
 """A set that TensorFlow Datasets has prepared, and how to speak of what is wrong with it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def examples(prepared: Prepared, split: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def reading(prepared: Prepared) -> Iterator[None]:
+def reading(prepared: Prepared) -> Generator[None]:
     """Reports what goes wrong inside as damage to the dataset."""
     try:
         yield

@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -183,7 +183,7 @@ def standardized(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
 
 
 @contextlib.contextmanager
-def synchronized(axis_name: str | None) -> Iterator[None]:
+def synchronized(axis_name: str | None) -> Generator[None]:
     """Lets the `BatchNorm` of this package, while a model is traced, take the statistics of all devices' batches.
 
     Args:
