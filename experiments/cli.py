@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,14 @@ def require(holds: bool, message: str) -> None:
     """Raises `OptionError(message)` unless a condition holds."""
     if not holds:
         raise OptionError(message)
+
+
+def chosen(only: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Of the known names those that `--only` gives, all if it gives none; raises `OptionError` for others."""
+    known = tuple(known)
+    unknown = sorted({*only} - {*known})
+    require(not unknown, f"--only {' '.join(unknown)}: choose from {' '.join(known)}")
+    return tuple(name for name in known if not only or name in only)
 
 
 def run(main: Callable[[Config], None], config: type[Config], description: str | None, *, resumes: bool = True) -> None:

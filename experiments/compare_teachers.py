@@ -76,9 +76,7 @@ class Config(vision.SoftOptions):
         cli.require(self.width >= 1, f"--width {self.width}: at least one channel is needed")
         cli.require(self.student_epochs >= 1, f"--student-epochs {self.student_epochs}: train for at least one")
         cli.require(self.alpha < 1, f"--alpha {self.alpha}: must be below 1, so that the labels have a part")
-        known = make_methods(self)
-        unknown = sorted({*self.only} - {*known})
-        cli.require(not unknown, f"--only {' '.join(unknown)}: choose from {' '.join(known)}")
+        cli.chosen(self.only, make_methods(self))
 
 
 def make_methods(config: Config) -> dict[str, Method]:
@@ -117,7 +115,8 @@ def make_methods(config: Config) -> dict[str, Method]:
 
 def compared(config: Config) -> dict[str, Method]:
     """The methods that were asked for."""
-    return {name: method for name, method in make_methods(config).items() if not config.only or name in config.only}
+    known = make_methods(config)
+    return {name: known[name] for name in cli.chosen(config.only, known)}
 
 
 def resnet(depth: int, config: Config, dataset: data.Dataset) -> models.Model:

@@ -51,9 +51,7 @@ class Config(vision.SoftOptions):
     def check(self) -> None:
         """Raises `OptionError` for a value that makes no sense."""
         super().check()
-        known = methods(self)
-        unknown = sorted(set(self.only) - set(known))
-        cli.require(not unknown, f"--only {' '.join(unknown)}: choose from {' '.join(known)}")
+        cli.chosen(self.only, methods(self))
 
 
 class Method(NamedTuple):
@@ -191,10 +189,10 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         vision.stage("teacher", teacher, {"inputs": images, "labels": labels}, plans.supervised, **common),
         vision.stage("labels", student, few, plans.supervised, **common),
     ]
-    for name, method in methods(config).items():
-        if not config.only or name in config.only:
-            loss, taught = with_labels(method), {"teachers": ("teacher",), "init_loss": method.init}
-            stages.append(vision.stage(name, student, few, loss, **common, **taught))
+    known = methods(config)
+    for name in cli.chosen(config.only, known):
+        loss, taught = with_labels(known[name]), {"teachers": ("teacher",), "init_loss": known[name].init}
+        stages.append(vision.stage(name, student, few, loss, **common, **taught))
     return tuple(stages)
 
 

@@ -127,8 +127,7 @@ class Config(plans.SoftOptions):
     def check(self) -> None:
         """Raises `OptionError` for a value that makes no sense."""
         super().check()
-        unknown = sorted({*self.only} - {*STUDENTS})
-        require(not unknown, f"--only {' '.join(unknown)}: choose from {' '.join(STUDENTS)}")
+        cli.chosen(self.only, STUDENTS)
         require(self.max_length >= 3, f"--max-length {self.max_length}: at least 3 tokens")
         require(self.pairs is None or self.pairs >= 1, f"--pairs {self.pairs}: at least one")
         require(self.hidden >= 2 and self.hidden % 2 == 0, f"--hidden {self.hidden}: an even number")
@@ -148,7 +147,7 @@ class Config(plans.SoftOptions):
     @property
     def students(self) -> tuple[str, ...]:
         """Those to train."""
-        return tuple(name for name in STUDENTS if not self.only or name in self.only)
+        return cli.chosen(self.only, STUDENTS)
 
 
 class Prepared(NamedTuple):

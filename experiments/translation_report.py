@@ -76,12 +76,14 @@ def table(rows: Sequence[Row]) -> str:
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What the comparisons say."""
     found = {row["name"]: row for row in rows}
-    compared = [pair for pair in COMPARED if set(pair) <= set(found)]
     told = []
-    for name, other in compared:
-        difference = np.array(found[name]["bleu"]) - np.array(found[other]["bleu"])
-        told.append(f"{name} is {plans.with_spread(difference)} BLEU above {other}")
-    return told + (gaps(found["attention"], found["no_attention"]) if COMPARED[0] in compared else [])
+    for name, other in COMPARED:
+        if name in found and other in found:
+            difference = np.array(found[name]["bleu"]) - np.array(found[other]["bleu"])
+            told.append(f"{name} is {plans.with_spread(difference)} BLEU above {other}")
+    if "attention" in found and "no_attention" in found:
+        told += gaps(found["attention"], found["no_attention"])
+    return told
 
 
 def gaps(attention: Row, no_attention: Row) -> list[str]:
