@@ -1,198 +1,257 @@
-"""Does a deeper teacher teach a small network more, and by which method?
+"""Compares teachers of different depth, and methods of distillation, for one small network.
 
-ResNets of --depths layers learn from all training images. A ResNet of --student-depth layers sees --num-images of them,
-with labels: alone, and from each of these teachers by each method. All students of a seed see the same images in as
-many steps. A method's term stands beside the cross-entropy with the labels.
+Question: does a small network learn more from a deeper teacher, and with which method?
 
-Terms and weights are those of Tian et al.'s comparison, whose code is RepDistiller, and for dkd those of its authors
-for ResNets of one width, without their warm-up; crd draws its negatives from the batch. None is tuned to these images.
+ResNets of --depths layers learn from all training images. A ResNet of --student-depth layers sees
+--num-images images with their labels. It learns from the labels alone, and from each teacher by each
+method, whose term is added to the cross-entropy with the labels. All students of a seed see the same
+images and take the same number of steps.
 
-Papers: in the catalogue, jaxkd/README.md; Mirzadeh et al. on teachers that are too large for their student,
-https://arxiv.org/abs/1902.03393; Tian et al. on the methods, https://arxiv.org/abs/1910.10699
+Terms and weights are those of RepDistiller, the code of Tian et al. The dkd term and its weight are
+its authors' for ResNets of one width, without their warm-up. The negatives of crd are the other
+images of the batch. Nothing is tuned to these images.
+
+Papers: see the catalogue in jaxkd/README.md; Mirzadeh et al. on teachers that are too large for
+their student, https://arxiv.org/abs/1902.03393; Tian et al. on the methods,
+https://arxiv.org/abs/1910.10699
 
 Command: python -m experiments.compare_teachers
-On an accelerator: python -m experiments.compare_teachers --dataset cifar10 --depths 32 56 110 --student-depth 20
-    --width 16 --num-images None --epochs 200 --student-epochs 200 --batch-size 128 --learning-rate 3e-3 --augment
-    --only kd dkd attention crd
 
-Result: alone 75.3 %; by a ResNet-14 dkd 77.7 %, hint 77.2 %, rkd 77.2 %, kd 76.8 %, similarity 75.1 %, crd 74.9 %,
-attention 72.7 %; a ResNet-20 teaches no better than a ResNet-8 (fashion_mnist_mini, 3 seeds)
+On an accelerator: python -m experiments.compare_teachers --dataset cifar10 --depths 32 56 110
+--student-depth 20 --width 16 --num-images None --epochs 200 --student-epochs 200 --batch-size 128
+--learning-rate 3e-3 --augment --only kd dkd attention crd
+
+Result: alone 75.3 %; with a ResNet-14 as teacher dkd 77.7 %, hint 77.2 %, rkd 77.2 %, kd 76.8 %,
+similarity 75.1 %, crd 74.9 %, attention 72.7 %; a ResNet-20 is not a better teacher than a ResNet-8
+(fashion_mnist_mini, 3 seeds)
 
 Time: 9.5 minutes on 2 CPU cores
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import cli, methods, plans, vision
-from experiments.methods import Method
-from jaxkd import data, distill, losses, models, parallel
-from jaxkd.figures import COLOURS, draw
-from jaxkd.models import Outputs
-from jaxkd.plan import Examples
+from experiments import methods
+from experiments.common import cli, images, plans
+from experiments.methods import EMBEDDING_SIZE, Method, make_loss
+from jaxkd import data, distill, losses, models
+from jaxkd.runs import ResultRow, figures
 
-STAGES = "stage1", "stage2", "stage3"
-"""The features behind the stages of blocks."""
+STAGES = ("stage1", "stage2", "stage3")
+"""The features after each stage of residual blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     depths: tuple[int, ...] = (8, 14, 20)
-    """Layers of each teacher, 6n + 2."""
+    """Numbers of layers of the teachers, each 6n + 2."""
     student_depth: int = 8
-    """Layers of the student, 6n + 2."""
+    """Number of layers of the student, 6n + 2."""
     width: int = 8
-    """Channels of the first stage of blocks, in teachers and student; the second has twice, the third four times as
-    many."""
+    """Channels of the first stage of blocks, in teachers and student. The second stage has twice as
+    many and the third four times as many."""
     epochs: int = 2
     """Passes of each teacher over the training images."""
     student_epochs: int = 16
     """Passes of each student over its images."""
     batch_size: int = 32
-    """Images a step."""
+    """Number of images in a training step."""
     learning_rate: float = 1e-2
-    """Adam's, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam. It falls to 0 along a cosine."""
     num_images: int | None = 500
-    """How many training images the students see, as many of each class; each seed draws its own. `None`: all."""
+    """Number of training images that the students see, balanced over classes. Each seed draws its
+    own. `None` for all images."""
     only: tuple[str, ...] = ()
-    """Names of the methods to compare; all, if none is given."""
+    """Names of the methods to compare. By default all of them."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        for option, depths in (("--depths", self.depths), ("--student-depth", (self.student_depth,))):
-            for depth in depths:
-                cli.require(depth >= 8 and depth % 6 == 2, f"{option} {depth}: choose from 8, 14, 20 and so on, 6n + 2")
-        once = 0 < len(self.depths) == len({*self.depths})
-        cli.require(once, f"--depths {' '.join(map(str, self.depths))}: at least one, and each only once")
-        cli.require(self.width >= 1, f"--width {self.width}: at least one channel is needed")
-        cli.require(self.student_epochs >= 1, f"--student-epochs {self.student_epochs}: train for at least one")
-        cli.require(self.alpha < 1, f"--alpha {self.alpha}: must be below 1, so that the labels have a part")
-        cli.chosen(self.only, make_methods(self))
+        for depth in self.depths:
+            _check_depth("--depths", depth)
+        _check_depth("--student-depth", self.student_depth)
+        listed = " ".join(map(str, self.depths))
+        cli.require(len(self.depths) > 0, "--depths: needs at least one depth")
+        cli.require(
+            len(set(self.depths)) == len(self.depths), f"--depths {listed}: the depths must differ"
+        )
+        cli.require(self.width >= 1, f"--width {self.width}: needs at least 1 channel")
+        cli.require(
+            self.student_epochs >= 1, f"--student-epochs {self.student_epochs}: needs at least 1"
+        )
+        cli.require(
+            self.alpha < 1,
+            f"--alpha {self.alpha}: must be below 1, so that the labels have a weight",
+        )
+        cli.select_names(self.only, make_methods(self))
+
+
+def _check_depth(option: str, depth: int) -> None:
+    cli.require(
+        depth >= 8 and depth % 6 == 2, f"{option} {depth}: choose from 8, 14, 20 and so on, 6n + 2"
+    )
+
+
+def attention_term(student, teacher, batch, params):
+    """Computes attention transfer at the end of each stage."""
+    return sum(
+        losses.attention_transfer_mse_loss(student.features[name], teacher.features[name])
+        for name in STAGES
+    )
 
 
 def make_methods(config: Config) -> dict[str, Method]:
-    """The methods by name: terms and weights of RepDistiller, for dkd those of its authors for ResNets of one width."""
-    shared = methods.methods(methods.Config(temperature=config.temperature))
-    width = 4 * config.width
+    """Makes the methods by name."""
+    shared = methods.make_methods(methods.Config(temperature=config.temperature))
 
-    def decoupled(s: Outputs, t: Outputs, batch: Any) -> Any:
-        return losses.decoupled_loss(
-            s.logits, t.logits, batch["labels"], temperature=config.temperature, non_target_weight=2.0
-        )
+    def init_hint(key):
+        return losses.init_projector(key, 2 * config.width, 2 * config.width)
 
-    def hint(s: Outputs, t: Outputs, _: Any, projector: Any) -> Any:
-        return losses.hint_loss(losses.project(projector, s.features["stage2"]), t.features["stage2"])
+    def init_crd(key):
+        student_key, teacher_key = jax.random.split(key)
+        return {
+            "student": losses.init_projector(student_key, 4 * config.width, EMBEDDING_SIZE),
+            "teacher": losses.init_projector(teacher_key, 4 * config.width, EMBEDDING_SIZE),
+        }
 
-    def attention(s: Outputs, t: Outputs, _: Any) -> Any:
-        return sum(losses.attention_transfer_mse_loss(s.features[name], t.features[name]) for name in STAGES)
-
-    def similarity(s: Outputs, t: Outputs, _: Any) -> Any:
-        return losses.similarity_preserving_loss(s.features["stage3"], t.features["stage3"])
-
-    def embeddings(key: Any) -> Any:
-        keys = zip(("student", "teacher"), jax.random.split(key), strict=True)
-        return {name: losses.init_projector(subkey, width, methods.EMBEDDING) for name, subkey in keys}
-
+    dkd = functools.partial(methods.dkd_term, temperature=config.temperature, non_target_weight=2.0)
+    hint = functools.partial(methods.hint_term, layer="stage2")
+    similarity = methods.on_features(losses.similarity_preserving_loss, "stage3")
     return {
+        # alpha : 1 - alpha, as the cross-entropy has the weight 1.
         "kd": shared["kd"]._replace(weight=config.alpha / (1 - config.alpha)),
-        "dkd": Method(1.0, decoupled),
-        "hint": Method(100.0, hint, lambda key: losses.init_projector(key, width // 2, width // 2)),
-        "attention": Method(1000.0, attention),
+        "dkd": Method(1.0, dkd),
+        "hint": Method(100.0, hint, init_hint),
+        "attention": Method(1000.0, attention_term),
         "similarity": Method(3000.0, similarity),
         "rkd": shared["rkd"]._replace(weight=1.0),
-        "crd": shared["crd"]._replace(weight=0.8, init=embeddings),
+        "crd": shared["crd"]._replace(weight=0.8, init=init_crd),
     }
 
 
-def compared(config: Config) -> dict[str, Method]:
-    """The methods that were asked for."""
+def select_methods(config: Config) -> dict[str, Method]:
+    """Returns the methods that the options select."""
     known = make_methods(config)
-    return {name: known[name] for name in cli.chosen(config.only, known)}
+    return {name: known[name] for name in cli.select_names(config.only, known)}
 
 
-def resnet(depth: int, config: Config, dataset: data.Dataset) -> models.Model:
-    """A ResNet of so many layers for a data set's uint8 images."""
-    widths = config.width, config.width, 2 * config.width, 4 * config.width
+def make_resnet(depth: int, config: Config, dataset: data.Dataset) -> models.Model:
+    """Makes a ResNet of this depth for the uint8 images of a data set."""
+    widths = (config.width, config.width, 2 * config.width, 4 * config.width)
     module = models.CifarResNet((depth - 2) // 6, widths, num_classes=len(dataset.class_names))
-    return vision.network(module, *data.channel_statistics(dataset.train.images), config)
+    return images.make_network(module, *data.channel_statistics(dataset.train.images), config)
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
-    """Who learns what from whom."""
-    everything: Examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
+    """Makes the stages: the teachers, a student alone, and one for each method and teacher."""
+    all_images = images.to_examples(dataset.train)
     count = len(dataset.train.labels) if config.num_images is None else config.num_images
-    few, _ = vision.few_labels(dataset, count)
-    networks = {depth: resnet(depth, config, dataset) for depth in (*config.depths, config.student_depth)}
-    student = networks[config.student_depth]
-    long: dict[str, Any] = {"options": config, "steps": vision.steps(config, dataset)}
-    short: dict[str, Any] = {"options": config, "steps": math.ceil(config.student_epochs * count / config.batch_size)}
+    few_images, _ = images.make_few_labels(dataset, count)
+    networks = {
+        depth: make_resnet(depth, config, dataset)
+        for depth in (*config.depths, config.student_depth)
+    }
+    teacher_stage = functools.partial(
+        images.make_stage,
+        examples=all_images,
+        options=config,
+        steps=images.num_steps(config, dataset),
+    )
+    student_stage = functools.partial(
+        images.make_stage,
+        model=networks[config.student_depth],
+        examples=few_images,
+        options=config,
+        # Epochs over the student's images, of which there are fewer than of the teacher's.
+        steps=math.ceil(config.student_epochs * count / config.batch_size),
+    )
     stages = [
-        vision.stage(f"resnet{depth}", networks[depth], everything, plans.supervised, **long) for depth in config.depths
+        teacher_stage(f"resnet{depth}", networks[depth], loss=plans.supervised_loss)
+        for depth in config.depths
     ]
-    stages.append(vision.stage("alone", student, few, plans.supervised, **short))
-    for name, method in compared(config).items():
+    stages.append(student_stage("alone", loss=plans.supervised_loss))
+    for name, method in select_methods(config).items():
         for depth in config.depths:
-            loss, taught = methods.with_labels(method), {"teachers": (f"resnet{depth}",), "init_loss": method.init}
-            stages.append(vision.stage(f"{name}_resnet{depth}", student, few, loss, **short, **taught))
+            stages.append(
+                student_stage(
+                    f"{name}_resnet{depth}",
+                    loss=make_loss(method),
+                    teachers=(f"resnet{depth}",),
+                    init_loss=method.init,
+                )
+            )
     return tuple(stages)
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path, config: Config) -> None:
-    """Draws the student's accuracy against the teacher's depth, a line a method, and above it the teachers' own."""
-    by_name = {row["name"]: row for row in rows}
-    places = np.arange(len(config.depths))
+def plot_depths(rows: Sequence[ResultRow], path: Path, config: Config) -> None:
+    """Draws the accuracy against the teacher's depth: the teachers above, the students below."""
+    accuracies = {
+        row.name: (100 * (row.accuracy_mean or 0), 100 * (row.accuracy_std or 0)) for row in rows
+    }
+    positions = np.arange(len(config.depths))
 
-    def line(axes: Any, shift: float, prefix: str, **style: Any) -> None:
-        chosen = [by_name[f"{prefix}resnet{depth}"] for depth in config.depths]
-        means, spread = ([100 * (row[key] or 0) for row in chosen] for key in ("accuracy_mean", "accuracy_std"))
-        axes.errorbar(places + shift, means, yerr=spread, marker="o", ms=5, capsize=3, **style)
+    def plot_line(axes: Any, prefix: str, *, shift: float = 0.0, **style: Any) -> None:
+        points = [accuracies[f"{prefix}resnet{depth}"] for depth in config.depths]
+        means, stds = zip(*points, strict=True)
+        axes.errorbar(positions + shift, means, yerr=stds, marker="o", ms=5, capsize=3, **style)
 
-    with draw(path, 7.5, 6) as figure:
+    names = list(select_methods(config))
+    # Shifted to the side, so that no error bar hides another.
+    shifts = np.linspace(-0.18, 0.18, len(names))
+    with figures.new_figure(path, 7.5, 6) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
-        line(above, 0, "", color="#666666")
-        alone, spread = (100 * (by_name["alone"][key] or 0) for key in ("accuracy_mean", "accuracy_std"))
-        below.axhline(alone, color="#666666", ls="--", label="alone (± std)")
-        below.axhspan(alone - spread, alone + spread, color="#666666", alpha=0.12, lw=0)
-        names = list(compared(config))
-        shifts = np.linspace(-0.18, 0.18, len(names))  # so that no error bar hides another
-        for name, colour, shift in zip(names, COLOURS, shifts, strict=False):
-            line(below, shift, f"{name}_", color=colour, label=name, lw=1.2)
+        plot_line(above, "", color="#666666")
+        mean, std = accuracies["alone"]
+        below.axhline(mean, color="#666666", ls="--", label="alone (± std)")
+        below.axhspan(mean - std, mean + std, color="#666666", alpha=0.12, lw=0)
+        for name, colour, shift in zip(names, figures.COLOURS, shifts, strict=False):
+            plot_line(below, f"{name}_", shift=shift, color=colour, label=name, lw=1.2)
         above.set(title="The teachers", ylabel="accuracy (%)")
-        below.set(title=f"ResNet-{config.student_depth}, taught by them", ylabel="test accuracy (%)", xlabel="teacher")
-        below.set_xticks(places, [f"ResNet-{depth}" for depth in config.depths])
+        below.set(
+            title=f"ResNet-{config.student_depth}, taught by them",
+            ylabel="test accuracy (%)",
+            xlabel="teacher",
+        )
+        below.set_xticks(positions, [f"ResNet-{depth}" for depth in config.depths])
         figure.legend(loc="outside right center")
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all networks, compares them and writes the report."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    dataset = images.load(config)
     plan = make_plan(config, dataset)
     students = [stage.name for stage in plan[len(config.depths) :]]
-    low, high = (f"resnet{end(config.depths)}" for end in (min, max))
-    upwards = [(f"{name}_{high}", f"{name}_{low}") for name in compared(config) if low != high]
-    done = vision.run(
+    shallowest = f"resnet{min(config.depths)}"
+    deepest = f"resnet{max(config.depths)}"
+    comparisons = [(name, "alone") for name in students[1:]]
+    if deepest != shallowest:
+        comparisons += [
+            (f"{name}_{deepest}", f"{name}_{shallowest}") for name in select_methods(config)
+        ]
+    outputs = images.run(
         "compare_teachers",
         config,
         dataset,
         plan,
         title="A ladder of teachers",
         students=students,
-        comparisons=[(name, "alone") for name in students[1:]] + upwards,
-        reference=high,
+        comparisons=comparisons,
+        reference=deepest,
     )
-    if parallel.is_first_host():
-        plot(done.rows, done.folder / "depths.png", config)
-        print(f"Accuracy against the teacher's depth: {done.folder / 'depths.png'}")
+    if distill.is_primary_process():
+        path = outputs.folder / "depths.png"
+        plot_depths(outputs.rows, path, config)
+        print(f"Accuracy against the teacher's depth: {path}")
 
 
 if __name__ == "__main__":

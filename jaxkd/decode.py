@@ -1,8 +1,8 @@
-"""Sentences from a model that predicts one token after another: greedily, and by beam search.
+"""Greedy decoding and beam search, for any model that predicts one token after another.
 
-Nothing here knows the model: it is a function of what it has read and the token that it reads next. 0 is padding, and
-neither it nor the token that starts a sentence is ever produced; scores are the model's own log-probabilities, in which
-the two keep their part.
+A model is a function from its state and the last token to the logits of the next one. Token 0 is
+padding. Neither it nor the token that starts a sentence is ever produced, but scores are the
+model's own log-probabilities, which are normalised over all tokens, those two included.
 """
 
 import functools
@@ -13,94 +13,102 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Step: TypeAlias = Callable[[Any, Array], tuple[Array, Any]]
-"""`(state, tokens [N]) -> (logits [N, V], state)`: what follows N sentences, after one token more of each.
+DecodeStep: TypeAlias = Callable[[Any, Array], tuple[Array, Any]]
+"""`(state, tokens [N]) -> (logits [N, V], state)`: reads one more token of each of N sentences.
 
-The state is a tree whose leaves all begin with the axis of the sentences, and stay as they are in shape and dtype. N is
-a multiple of the batch in a beam search, which does not copy what a step hands on as it got it, the array itself.
+The state is a tree whose leaves all have the sentences as their first axis, and keep their shape
+and dtype. In a beam search, N is a multiple of the batch size. A leaf that a step returns as it
+received it, the very same array, is not copied when beams are reordered.
 """
 
 
 class Beams(NamedTuple):
-    """The sentences that a beam search found, best first.
+    """The sentences that a beam search returns, best first.
 
     Attributes:
-        tokens: `[B, K, T]`, int32: without the token that starts a sentence, with the one that ends it, then 0.
-        scores: `[B, K]`: log-probability over length penalty; −inf where there are less than K sentences, whose tokens
-            are 0.
+        tokens: `[B, K, T]`, int32, without the start token and with the end token, padded with 0.
+        scores: `[B, K]`, log-probability divided by the length penalty. −inf for beams without a
+            sentence, if there are fewer than K; their tokens are 0.
     """
 
     tokens: Array
     scores: Array
 
 
-def greedy(step: Step, state: Any, *, max_length: int, start: int = 2, end: int = 3) -> Array:
-    """The most probable token, again and again.
+def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end: int = 3) -> Array:
+    """Decodes by choosing the most probable token in every step.
 
     The loop stops when every sentence has ended.
 
     Args:
         step: The model.
-        state: What it knows before the first token, of B sentences.
-        max_length: How many tokens to produce at most; a sentence that has not ended by then is cut off.
+        state: The state of the model before the first token, for B sentences.
+        max_length: Maximum number of tokens; longer sentences are cut off.
         start: The token that starts a sentence.
         end: The token that ends a sentence.
 
     Returns:
-        Tokens `[B, max_length]`, int32: without the token that starts a sentence, with the one that ends it, then 0.
+        Tokens `[B, max_length]`, int32, without the start token and with the end token, padded
+        with 0.
 
     Raises:
-        ValueError: If `max_length` is less than 1, or `start` and `end` are not two tokens other than 0.
+        ValueError: If `max_length` is less than 1, or `start` and `end` are equal or less than 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import decode
-        >>> follows = {2: 5, 5: 4, 4: 3}  # 2, which starts a sentence, then 5, 4 and 3, which ends it
-        >>> table = jnp.zeros((6, 6)).at[jnp.array([*follows]), jnp.array([*follows.values()])].set(1.0)
+        >>> # After the start token 2 follow 5, 4 and the end token 3.
+        >>> table = jnp.zeros((6, 6)).at[jnp.array([2, 5, 4]), jnp.array([5, 4, 3])].set(1.0)
         >>> decode.greedy(lambda state, tokens: (table[tokens], state), jnp.zeros(1), max_length=5)
         Array([[5, 4, 3, 0, 0]], dtype=int32)
     """
-    _check(max_length, start, end)
-    batch = _batch(state)
+    _check_options(max_length, start, end)
+    batch_size = _read_batch_size(state)
 
-    def goes_on(carry: tuple) -> Array:
-        position, _, _, open_, _ = carry
-        return (position < max_length) & open_.any()
+    def cond_fn(carry: tuple) -> Array:
+        position, _, _, unfinished, _ = carry
+        return (position < max_length) & unfinished.any()
 
-    def advance(carry: tuple) -> tuple:
-        position, tokens, last, open_, state = carry
+    def body_fn(carry: tuple) -> tuple:
+        position, tokens, last, unfinished, state = carry
         logits, state = step(state, last)
-        best = jnp.where(open_, _log_probabilities(logits, start).argmax(-1), 0).astype(jnp.int32)
-        return position + 1, tokens.at[:, position].set(best), best, open_ & (best != end), state
+        best = _log_probabilities(logits, start).argmax(-1)
+        # Finished sentences stay in the batch and produce padding.
+        best = jnp.where(unfinished, best, 0).astype(jnp.int32)
+        tokens = tokens.at[:, position].set(best)
+        return position + 1, tokens, best, unfinished & (best != end), state
 
-    first = jnp.full(batch, start, jnp.int32), jnp.ones(batch, bool), state
-    return lax.while_loop(goes_on, advance, (0, jnp.zeros((batch, max_length), jnp.int32), *first))[1]
+    tokens = jnp.zeros((batch_size, max_length), jnp.int32)
+    last = jnp.full(batch_size, start, jnp.int32)
+    unfinished = jnp.ones(batch_size, bool)
+    _, tokens, *_ = lax.while_loop(cond_fn, body_fn, (0, tokens, last, unfinished, state))
+    return tokens
 
 
 class _Search(NamedTuple):
-    """A beam search on its way, over B sentences with K beams each.
+    """State of a beam search over B sentences with K beams each.
 
     Attributes:
-        position: How many tokens have been chosen.
+        position: Number of tokens chosen so far.
         tokens: `[B, K, T]`.
         sums: Log-probabilities `[B, K]`.
-        lengths: Tokens of each beam `[B, K]`.
-        ended: Whether a beam has ended `[B, K]`.
-        last: The newest tokens `[B, K]`.
-        state: The model's, whose leaves begin with `B · K`.
+        lengths: Number of tokens in each beam, `[B, K]`.
+        finished: True for beams that have ended, `[B, K]`.
+        last: The latest tokens, `[B, K]`.
+        state: The state of the model, whose leaves have a first axis of `B · K`.
     """
 
     position: Array | int
     tokens: Array
     sums: Array
     lengths: Array
-    ended: Array
+    finished: Array
     last: Array
     state: Any
 
 
 def beam_search(
-    step: Step,
+    step: DecodeStep,
     state: Any,
     *,
     beams: int,
@@ -109,20 +117,21 @@ def beam_search(
     start: int = 2,
     end: int = 3,
 ) -> Beams:
-    """Keeps the best beginnings of a sentence and goes on with each of them.
+    """Decodes by keeping the K best prefixes of every sentence and extending each of them.
 
     score = log p(tokens) / ((5 + n) / 6)^length_penalty, with n tokens, the last included
 
-    A sentence that has ended keeps its place and its score until K others are better. The loop stops when no beam is
-    open any more, of any sentence. One beam is `greedy`.
+    A finished sentence keeps its beam and its score until K others are better. The loop stops when
+    all beams of all sentences are finished. With one beam this is `greedy`.
 
     Args:
         step: The model.
-        state: What it knows before the first token, of B sentences.
-        beams: K, how many beginnings to keep.
-        max_length: T, how many tokens to produce at most; a sentence that has not ended by then is cut off, and is
-            ranked with the score that it has.
-        length_penalty: 0 for the sum of the log-probabilities; more is kinder to long sentences.
+        state: The state of the model before the first token, for B sentences.
+        beams: K, the number of prefixes to keep.
+        max_length: T, the maximum number of tokens. Longer sentences are cut off and ranked by the
+            score that they have then.
+        length_penalty: Exponent of the length penalty. At 0 the score is the log-probability;
+            larger values favour long sentences.
         start: The token that starts a sentence.
         end: The token that ends a sentence.
 
@@ -130,112 +139,129 @@ def beam_search(
         The K best sentences.
 
     Raises:
-        ValueError: If `beams` or `max_length` is less than 1, `length_penalty` is negative, or `start` and `end` are
-            not two tokens other than 0.
+        ValueError: If `beams` or `max_length` is less than 1, `length_penalty` is negative, or
+            `start` and `end` are equal or less than 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import decode
-        >>> table = jnp.log(jnp.array([0.0, 0.0, 0.0, 0.4, 0.6]))  # 3 ends a sentence, 4 does not, whatever was read
+        >>> # In every step the end token 3 has probability 0.4 and token 4 has 0.6.
+        >>> table = jnp.log(jnp.array([0.0, 0.0, 0.0, 0.4, 0.6]))
         >>> model = lambda state, tokens: (jnp.broadcast_to(table, (len(tokens), 5)), state)
-        >>> found = decode.beam_search(model, jnp.zeros(1), beams=2, max_length=2)
-        >>> found.tokens.tolist()
+        >>> best = decode.beam_search(model, jnp.zeros(1), beams=2, max_length=2)
+        >>> best.tokens.tolist()
         [[[3, 0], [4, 4]]]
-        >>> print(jnp.exp(found.scores))
+        >>> print(jnp.exp(best.scores))
         [[0.4  0.36]]
 
     References:
         Wu et al., Google's Neural Machine Translation System, https://arxiv.org/abs/1609.08144
     """
-    _check(max_length, start, end)
+    _check_options(max_length, start, end)
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
+    # `not >=` rather than `<`, so that NaN is refused as well.
     if not length_penalty >= 0:
         raise ValueError(f"length_penalty must be at least 0, got {length_penalty}")
 
-    def ranked(sums: Array, lengths: Array) -> Array:
+    def score(sums: Array, lengths: Array) -> Array:
         return sums / ((5 + lengths.astype(sums.dtype)) / 6) ** length_penalty
 
-    def goes_on(search: _Search) -> Array:
-        return (search.position < max_length) & (~search.ended & (search.sums > -jnp.inf)).any()
+    def cond_fn(search: _Search) -> Array:
+        # A beam at −inf holds no sentence, so it must not keep the loop running.
+        unfinished = ~search.finished & (search.sums > -jnp.inf)
+        return (search.position < max_length) & unfinished.any()
 
-    def advance(search: _Search) -> _Search:
+    def body_fn(search: _Search) -> _Search:
         logits, state = step(search.state, search.last.reshape(-1))
-        follows = _log_probabilities(logits, start).reshape(*search.ended.shape, -1)
-        # An ended sentence has one way to go on, by padding, which costs nothing.
-        stays = jnp.where(jnp.arange(logits.shape[-1]) == 0, 0.0, -jnp.inf)
-        sums = search.sums[..., None] + jnp.where(search.ended[..., None], stays[None, None], follows)
-        lengths = jnp.where(search.ended, search.lengths, search.position + 1)
-        _, chosen = lax.top_k(ranked(sums, lengths[..., None]).reshape(len(sums), -1), beams)
-        parent, token = chosen // logits.shape[-1], (chosen % logits.shape[-1]).astype(jnp.int32)
-        tokens = _taken(search.tokens, parent).at[..., search.position].set(token)
+        vocab_size = logits.shape[-1]
+        increments = _log_probabilities(logits, start).reshape(*search.finished.shape, -1)
+        # A finished beam has a single continuation: padding, at no cost.
+        padding = jnp.where(jnp.arange(vocab_size) == 0, 0.0, -jnp.inf)
+        increments = jnp.where(search.finished[..., None], padding[None, None], increments)
+        sums = search.sums[..., None] + increments
+        lengths = jnp.where(search.finished, search.lengths, search.position + 1)
+        # All continuations compete, since several of one beam may be among the best.
+        scores = score(sums, lengths[..., None]).reshape(len(sums), -1)
+        _, indices = lax.top_k(scores, beams)
+        parents = indices // vocab_size
+        chosen_tokens = (indices % vocab_size).astype(jnp.int32)
+        tokens = _take_beams(search.tokens, parents)
         return _Search(
-            search.position + 1,
-            tokens,
-            jnp.take_along_axis(sums.reshape(len(sums), -1), chosen, 1),
-            _taken(lengths, parent),
-            _taken(search.ended, parent) | (token == end),
-            token,
-            jax.tree.map(functools.partial(_follow, parent), search.state, state),
+            position=search.position + 1,
+            tokens=tokens.at[..., search.position].set(chosen_tokens),
+            sums=jnp.take_along_axis(sums.reshape(len(sums), -1), indices, 1),
+            lengths=_take_beams(lengths, parents),
+            finished=_take_beams(search.finished, parents) | (chosen_tokens == end),
+            last=chosen_tokens,
+            state=jax.tree.map(functools.partial(_reorder_leaf, parents), search.state, state),
         )
 
-    search = lax.while_loop(goes_on, advance, _first(state, beams, max_length, start))
-    scores = ranked(search.sums, search.lengths)
+    search = _init_search(state, beams, max_length, start)
+    search = lax.while_loop(cond_fn, body_fn, search)
+    scores = score(search.sums, search.lengths)
     return Beams(jnp.where(scores[..., None] > -jnp.inf, search.tokens, 0), scores)
 
 
-def _first(state: Any, beams: int, max_length: int, start: int) -> _Search:
-    """The search before its first token: all beams are alike, so that one alone may be gone on with."""
-    shape = _batch(state), beams
+def _init_search(state: Any, beams: int, max_length: int, start: int) -> _Search:
+    shape = _read_batch_size(state), beams
+    # Before the first token all beams of a sentence are equal. All but the first start at −inf:
+    # otherwise the search would extend K copies of one sentence.
+    sums = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
     return _Search(
         position=0,
         tokens=jnp.zeros((*shape, max_length), jnp.int32),
-        sums=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), shape),
+        sums=jnp.broadcast_to(sums, shape),
         lengths=jnp.zeros(shape, jnp.int32),
-        ended=jnp.zeros(shape, bool),
+        finished=jnp.zeros(shape, bool),
         last=jnp.full(shape, start, jnp.int32),
         state=jax.tree.map(lambda leaf: jnp.repeat(leaf, beams, 0), state),
     )
 
 
 def _log_probabilities(logits: Array, start: int) -> Array:
-    """Those of the tokens that may be produced, `[N, V]`; −inf, never NaN, for others and where nothing may follow."""
+    """Returns log-probabilities `[N, V]`, with −inf for tokens that must not be produced.
+
+    A row in which all logits are −inf gives −inf, never NaN.
+    """
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     tokens = jnp.arange(logits.shape[-1])[None]
-    never = (logits == -jnp.inf) | (tokens == 0) | (tokens == start)
-    return jnp.where(never, -jnp.inf, jax.nn.log_softmax(logits))
+    excluded = (logits == -jnp.inf) | (tokens == 0) | (tokens == start)
+    # The softmax is over all tokens: excluding some must not raise the probability of the others.
+    return jnp.where(excluded, -jnp.inf, jax.nn.log_softmax(logits))
 
 
-def _taken(array: Array, beam: Array) -> Array:
-    """The entries `[B, K, ...]` of other beams `[B, K]`."""
-    return array[jnp.arange(len(array))[:, None], beam]
+def _take_beams(array: Array, beams: Array) -> Array:
+    """Takes the entries of the given beams `[B, K]` from an array `[B, K, ...]`."""
+    return array[jnp.arange(len(array))[:, None], beams]
 
 
-def _follow(parent: Array, before: Array, now: Array) -> Array:
-    """What the beams `[B, K]` that are gone on with remember, `[B · K, ...]`."""
-    # What the model hands on as it got it, such as the source's states, all beams of a sentence have in common.
-    return now if now is before else _merged(_taken(_apart(now, parent.shape[1]), parent))
+def _reorder_leaf(parents: Array, before: Array, after: Array) -> Array:
+    """Reorders a leaf `[B · K, ...]` of the state by the beams `[B, K]` that were extended."""
+    # A leaf that the step returned untouched, such as the encoder's states, is equal in all beams
+    # of a sentence, so reordering it would be a copy for nothing.
+    if after is before:
+        return after
+    by_beam = after.reshape(-1, parents.shape[1], *after.shape[1:])
+    reordered = _take_beams(by_beam, parents)
+    return reordered.reshape(-1, *reordered.shape[2:])
 
 
-def _apart(leaf: Array, beams: int) -> Array:
-    return leaf.reshape(-1, beams, *leaf.shape[1:])
+def _read_batch_size(state: Any) -> int:
+    leading_axes = {leaf.shape[:1] for leaf in jax.tree.leaves(state)}
+    if len(leading_axes) != 1 or () in leading_axes:
+        raise ValueError(
+            "all leaves of the state must have the sentences as their first axis, got the leading "
+            f"axes {sorted(leading_axes)}"
+        )
+    return leading_axes.pop()[0]
 
 
-def _merged(leaf: Array) -> Array:
-    return leaf.reshape(-1, *leaf.shape[2:])
-
-
-def _batch(state: Any) -> int:
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(state)}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(f"all leaves of the state must begin with the axis of the sentences, got {sorted(sizes)}")
-    return sizes.pop()[0]
-
-
-def _check(max_length: int, start: int, end: int) -> None:
+def _check_options(max_length: int, start: int, end: int) -> None:
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     if start == end or min(start, end) < 1:
         raise ValueError(
-            f"start and end must be two tokens, neither of them 0, which is padding; got {start} and {end}"
+            "start and end must be different tokens of at least 1, since 0 is padding; got "
+            f"{start} and {end}"
         )

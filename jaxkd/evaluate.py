@@ -1,10 +1,10 @@
-"""What a trained model is worth and what it costs: accuracy, agreement, calibration, size, work and time.
+"""Accuracy, agreement, calibration, size, FLOPs and latency of trained models.
 
-Numbers about predictions are computed on the host in NumPy, from logits that `make_predict` brings there once.
+Metrics of predictions are computed on the host in NumPy, from logits that `make_predict` returns.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,34 +15,51 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxkd.buckets import by_length
+from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.losses import hard_cross_entropy
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
 
-TIMINGS = ("latency_ms", "latency_p95_ms", "throughput_latency_ms", "throughput_latency_p95_ms", "seconds")
-"""Keys of a row that differ from one run to the next; a comparison of reruns drops them."""
+PredictFn = Callable[[dict, ArrayLike], np.ndarray]
+"""`(variables, inputs [N, ...]) -> logits [N, ..., C]`, float32."""
+
+ScoreFn = Callable[[dict, Mapping[str, Any]], "Score"]
+"""`(variables, examples) -> Score`."""
 
 
 class Score(NamedTuple):
-    """How a model in training does on the validation split.
+    """The validation results of a model in training.
 
     Attributes:
         loss: Mean cross-entropy with the labels.
-        accuracy: Share of the labels that it gets right.
+        accuracy: Share of the examples whose prediction is the label.
     """
 
     loss: float
     accuracy: float
 
 
-class Latency(NamedTuple):
-    """How long one call takes, in milliseconds of wall time.
+class ClassificationMetrics(NamedTuple):
+    """Metrics of a classifier on labelled examples, as fractions in [0, 1].
 
     Attributes:
-        median_ms: Half of the calls were faster.
-        p95_ms: 95 % of the calls were faster.
+        accuracy: Share of the examples whose prediction is the label.
+        ece: Expected calibration error.
+        agreement: Share of the examples with the same prediction as a reference model, or `None`.
+    """
+
+    accuracy: float
+    ece: float
+    agreement: float | None
+
+
+class Latency(NamedTuple):
+    """Wall time of a call, in milliseconds.
+
+    Attributes:
+        median_ms: Median over the calls.
+        p95_ms: 95th percentile over the calls.
     """
 
     median_ms: float
@@ -50,21 +67,27 @@ class Latency(NamedTuple):
 
 
 def make_predict(
-    model: "Model", *, batch_size: int = 512, mesh: Mesh | None = None, widths: Sequence[int] | None = None
-) -> Callable[[dict, ArrayLike], np.ndarray]:
-    """Makes a function that predicts any number of examples and compiles once.
+    model: "Model",
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    buckets: LengthBuckets | None = None,
+) -> PredictFn:
+    """Makes a function that predicts any number of examples with one compiled program.
 
-    The last batch is filled up by repeating its last example, and what that adds is cut off.
+    The last batch is filled up by repeating its last example. The extra predictions are dropped.
 
     Args:
         model: The model.
-        batch_size: Number of examples in a batch.
-        mesh: Devices that hold the variables, over which each batch is divided; `None`: one device computes.
-        widths: For inputs that are tokens `[N, ..., S]`, in rising order: sentences of like length are predicted
-            together, cut to the narrowest of these that holds them, each of which is compiled.
+        batch_size: Number of examples in a batch. By default 512, or the size that `buckets` name.
+        mesh: Devices that hold the variables and divide each batch among them. By default, one
+            device predicts.
+        buckets: For tokens `[N, ..., S]`: examples of similar length are predicted together, cut to
+            a bucket length. Each bucket length is compiled.
 
     Returns:
-        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array; it raises `ValueError` if N is 0.
+        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. It raises
+        `ValueError` if N is 0.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -73,39 +96,46 @@ def make_predict(
         >>> import jax, numpy as np
         >>> from jaxkd import evaluate
         >>> from jaxkd.models import CNN, from_linen
-        >>> model, images = from_linen(CNN(features=(4,), hidden=8)), np.zeros((5, 8, 8, 3), np.float32)
+        >>> model = from_linen(CNN(features=(4,), hidden=8))
+        >>> images = np.zeros((5, 8, 8, 3), np.float32)
         >>> predict = evaluate.make_predict(model, batch_size=2)
         >>> predict(model.init(jax.random.key(0), images), images).shape
         (5, 10)
     """
+    if batch_size is None:
+        batch_size = 512 if buckets is None else buckets.predict_batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    forward = jax.jit(_forward(model)) if mesh is None else _divided(_forward(model), mesh)
+    forward = jax.jit(_forward(model)) if mesh is None else _forward_on_mesh(_forward(model), mesh)
 
     def predict(variables: dict, inputs: ArrayLike) -> np.ndarray:
         inputs = np.asarray(inputs)
         if not len(inputs):
             raise ValueError(f"there is nothing to predict: inputs have the shape {inputs.shape}")
-        rows, predicted = [], []
-        for chosen, batch in by_length(inputs, batch_size, widths):
-            filled = np.pad(batch, [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)], mode="edge")
-            # One batch at a time: batches that are sent ahead of the computation would fill the device's memory.
-            predicted.append(np.asarray(forward(variables, filled))[: len(batch)])
-            rows.append(chosen)
-        return np.concatenate(predicted)[np.argsort(np.concatenate(rows))]
+        batches = (
+            _batches(inputs, batch_size) if buckets is None else buckets.batches(inputs, batch_size)
+        )
+        all_rows, all_logits = [], []
+        for rows, batch in batches:
+            padding = [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)]
+            padded = np.pad(batch, padding, mode="edge")
+            # Wait for each batch: batches sent ahead of the computation would fill the memory.
+            all_logits.append(np.asarray(forward(variables, padded))[: len(batch)])
+            all_rows.append(rows)
+        return np.concatenate(all_logits)[np.argsort(np.concatenate(all_rows))]
 
     return predict
 
 
-def classifier_score(predict: Callable[[dict, ArrayLike], np.ndarray]) -> Callable[[dict, Mapping[str, Any]], Score]:
+def make_classifier_score(predict: PredictFn) -> ScoreFn:
     """Makes a function that scores a classifier.
 
     Args:
         predict: `(variables, inputs [N, ...]) -> logits [N, C]`, as `make_predict` makes it.
 
     Returns:
-        `(variables, examples) -> Score`; the examples are `inputs` `[N, ...]` and `labels` `[N]`. Where a logit is NaN,
-        both numbers are.
+        `(variables, examples) -> Score`. The examples are `inputs` `[N, ...]` and `labels` `[N]`.
+        Both numbers are NaN if a logit is.
     """
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
@@ -119,7 +149,9 @@ def classifier_score(predict: Callable[[dict, ArrayLike], np.ndarray]) -> Callab
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Share of examples whose largest logit is at their label; of equal logits the first counts.
+    """Computes the share of the examples whose largest logit is at their label.
+
+    The first of equal logits counts as the largest.
 
     Args:
         logits: `[N, C]`.
@@ -136,27 +168,30 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
         >>> evaluate.accuracy([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]], [0, 1, 1])
         0.667
     """
-    logits = _classified("logits", logits)
-    return float(np.mean(logits.argmax(-1) == _labels_for(logits, labels)))
+    logits = _check_logits("logits", logits)
+    return float(np.mean(logits.argmax(-1) == _check_labels(logits, labels)))
 
 
-def accuracy_interval(correct: float, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a share that was seen in a sample.
+def accuracy_interval(
+    correct: float, total: int, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Computes Wilson's score interval for a share that was observed in a sample.
 
     (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n) with p = correct / n
 
-    It stays within [0, 1] and, unlike p ± z standard errors, close to its nominal coverage when p is near 0 or 1.
+    The interval is within [0, 1]. Unlike that of p ± z standard errors, its coverage is close to
+    the nominal one even if p is near 0 or 1.
 
     Args:
-        correct: How many were right; need not be whole, say as a mean over seeds.
-        total: How many there were, n.
-        confidence: Probability that the interval is to cover, in (0, 1).
+        correct: Number of correct predictions. It may be a fraction, such as a mean over seeds.
+        total: Number of predictions, n.
+        confidence: Nominal coverage of the interval, in (0, 1).
 
     Returns:
-        Its lower and upper end, as fractions.
+        The lower and the upper end, as fractions.
 
     Raises:
-        ValueError: If `total` is not positive, or `correct` or `confidence` out of range.
+        ValueError: If `total` is not positive, or `correct` or `confidence` is out of range.
 
     Example:
         >>> from jaxkd import evaluate
@@ -173,19 +208,22 @@ def accuracy_interval(correct: float, total: int, *, confidence: float = 0.95) -
             "an interval needs 0 <= correct <= total, 1 <= total and 0 < confidence < 1; "
             f"got correct={correct}, total={total}, confidence={confidence}"
         )
-    share, z = correct / total, NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / total
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = share + z**2 / (2 * total)
     reach = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
-    low, high = (centre - reach) / (1 + z**2 / total), (centre + reach) / (1 + z**2 / total)
-    return max(low, 0.0), min(high, 1.0)  # only rounding leaves the range
+    low = (centre - reach) / (1 + z**2 / total)
+    high = (centre + reach) / (1 + z**2 / total)
+    # The formula stays within the range, but its rounding errors may leave it.
+    return max(low, 0.0), min(high, 1.0)
 
 
 def agreement(logits: ArrayLike, reference_logits: ArrayLike) -> float:
-    """Share of examples on which two models choose the same class, right or wrong.
+    """Computes the share of the examples for which two models predict the same class.
 
     Args:
         logits: `[N, C]`.
-        reference_logits: The same shape, as from the teacher.
+        reference_logits: `[N, C]`, the logits of the other model, such as the teacher.
 
     Returns:
         A fraction in [0, 1].
@@ -201,21 +239,25 @@ def agreement(logits: ArrayLike, reference_logits: ArrayLike) -> float:
     References:
         Stanton et al., Does Knowledge Distillation Really Work?, https://arxiv.org/abs/2106.05945
     """
-    logits, reference = _classified("logits", logits), _classified("reference_logits", reference_logits)
-    if logits.shape != reference.shape:
-        raise ValueError(f"logits {logits.shape} and reference_logits {reference.shape} must have one shape")
-    return float(np.mean(logits.argmax(-1) == reference.argmax(-1)))
+    logits = _check_logits("logits", logits)
+    reference_logits = _check_logits("reference_logits", reference_logits)
+    if logits.shape != reference_logits.shape:
+        raise ValueError(
+            f"logits {logits.shape} and reference_logits {reference_logits.shape} "
+            "must have one shape"
+        )
+    return float(np.mean(logits.argmax(-1) == reference_logits.argmax(-1)))
 
 
 def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy, over bins of equal width.
+    """Computes the mean distance between confidence and accuracy, over bins of equal width.
 
     Σ_b (n_b / n) |accuracy_b − confidence_b|
 
     Bin b holds the examples whose largest probability is in ((b − 1) / bins, b / bins].
 
     Args:
-        logits: `[N, C]`; probabilities are computed in float64.
+        logits: `[N, C]`. Their probabilities are computed in float64.
         labels: `[N]`, integers in [0, C).
         bins: Number of bins.
 
@@ -236,70 +278,77 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
     """
     if bins < 1:
         raise ValueError(f"bins must be positive, got {bins}")
-    logits = _classified("logits", logits).astype(np.float64)
-    correct = logits.argmax(-1) == _labels_for(logits, labels)
+    logits = _check_logits("logits", logits).astype(np.float64)
+    correct = logits.argmax(-1) == _check_labels(logits, labels)
+    # Relative to the largest logit, whose exponential is 1, so that none overflows.
     confidence = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
-    members = np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1
-    return float(np.abs(np.bincount(members, weights=correct - confidence)).sum() / len(logits))
+    # "left" puts a confidence on an edge into the bin below it.
+    bin_indices = np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1
+    gaps = np.bincount(bin_indices, weights=correct - confidence)
+    return float(np.abs(gaps).sum() / len(logits))
 
 
 def parameter_count(variables: dict) -> int:
-    """Number of trained parameters; statistics do not count.
+    """Counts the trained parameters of a model, without its statistics.
 
     Args:
         variables: `{"params": ..., "batch_stats": ...}`.
 
     Returns:
-        The number.
+        The number of parameters.
 
     Example:
         >>> import numpy as np
         >>> from jaxkd import evaluate
-        >>> evaluate.parameter_count({"params": {"kernel": np.zeros((3, 4))}, "batch_stats": {"mean": np.zeros(4)}})
+        >>> params = {"kernel": np.zeros((3, 4))}
+        >>> evaluate.parameter_count({"params": params, "batch_stats": {"mean": np.zeros(4)}})
         12
     """
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def parameter_bytes(variables: dict) -> int:
-    """Memory of everything that a model needs in order to predict: parameters and statistics.
+    """Computes the memory of all that a model needs to predict: parameters and statistics.
 
     Args:
         variables: `{"params": ..., "batch_stats": ...}`.
 
     Returns:
-        Bytes.
+        The number of bytes.
 
     Example:
         >>> import numpy as np
         >>> from jaxkd import evaluate
-        >>> evaluate.parameter_bytes({"params": {"kernel": np.zeros((3, 4), np.float32)}, "batch_stats": {}})
+        >>> params = {"kernel": np.zeros((3, 4), np.float32)}
+        >>> evaluate.parameter_bytes({"params": params, "batch_stats": {}})
         48
     """
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
 def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
-    """Floating-point operations of the prediction of one example.
+    """Counts the floating-point operations of the prediction of one example.
 
-    XLA's count over the program as JAX hands it to the CPU backend, whatever the device in use: GPU compilers put
-    convolutions into library calls, which count as nothing. A multiplication and an addition are two operations, one
-    on each element is one; exponentials and their like, and products with padding, are left out.
+    This is XLA's count for the program before it is compiled for a CPU, whatever the device in use.
+    A multiplication and an addition are two operations, and an elementwise operation is one per
+    element. Exponentials and other transcendental functions, and products with padding, are not
+    counted.
 
     Args:
         model: The model.
-        variables: Its variables; only shapes and dtypes matter.
-        inputs: `[B, ...]`, likewise.
+        variables: The variables, of which only shapes and dtypes matter.
+        inputs: `[B, ...]`, of which only shape and dtype matter.
 
     Returns:
-        The count, or `None` where JAX runs without its CPU backend, the backend does not count, or the program loops,
-        as a recurrent network does.
+        The count. It is `None` if JAX has no CPU backend, if the backend does not count, or if the
+        program has a loop, as that of a recurrent network.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import evaluate
         >>> from jaxkd.models import CNN, from_linen
-        >>> model, images = from_linen(CNN(features=(32, 64), hidden=64)), jnp.zeros((1, 32, 32, 3))
+        >>> model = from_linen(CNN(features=(32, 64), hidden=64))
+        >>> images = jnp.zeros((1, 32, 32, 3))
         >>> evaluate.flops(model, model.init(jax.random.key(0), images), images) / 1e6
         8.2
     """
@@ -309,28 +358,32 @@ def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
+    # Compilers for GPUs put convolutions into library calls, which XLA counts as nothing.
     with jax.default_device(cpu):
         lowered = jax.jit(_forward(model)).lower(shapes, example)
-        counted = lowered.cost_analysis()
-    if "stablehlo.while" in lowered.as_text():  # XLA counts one turn of a loop, however many there are
+        costs = lowered.cost_analysis()
+    # XLA counts a single iteration of a loop.
+    if "stablehlo.while" in lowered.as_text():
         return None
-    return float(counted["flops"]) if counted and "flops" in counted else None
+    return float(costs["flops"]) if costs and "flops" in costs else None
 
 
-def latency(model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int = 50, warmup: int = 5) -> Latency:
-    """Wall time of predicting one batch that is on the device already.
+def latency(
+    model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int = 50, warmup: int = 5
+) -> Latency:
+    """Measures the wall time of predicting one batch that is on the device already.
 
-    Each call is waited for before the next one starts, so that the time includes what it costs to launch it.
+    Each call ends before the next one starts, so the time includes the launch of the program.
 
     Args:
         model: The model.
-        variables: Its variables.
+        variables: The variables of the model.
         inputs: `[B, ...]`, one batch.
         repeats: Number of calls that are timed.
-        warmup: Number of calls before them; the first one compiles.
+        warmup: Number of calls before them. The first one compiles.
 
     Returns:
-        Median and 95th percentile.
+        The median and the 95th percentile.
 
     Raises:
         ValueError: If `repeats` or `warmup` is not positive.
@@ -339,8 +392,10 @@ def latency(model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int 
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import evaluate
         >>> from jaxkd.models import CNN, from_linen
-        >>> model, images = from_linen(CNN(features=(4,), hidden=8)), jnp.zeros((1, 8, 8, 3))
-        >>> time = evaluate.latency(model, model.init(jax.random.key(0), images), images, repeats=3)
+        >>> model = from_linen(CNN(features=(4,), hidden=8))
+        >>> images = jnp.zeros((1, 8, 8, 3))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> time = evaluate.latency(model, variables, images, repeats=3)
         >>> 0 < time.median_ms <= time.p95_ms
         True
     """
@@ -351,15 +406,15 @@ def latency(model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int 
 
 
 def time_calls(call: Callable[[], Any], *, repeats: int, warmup: int = 1) -> np.ndarray:
-    """Wall time of a call, each of which is waited for before the next one starts.
+    """Measures the wall time of calls. Each call ends before the next one starts.
 
     Args:
-        call: What to time.
+        call: The function to time. It returns arrays, for which the timer waits.
         repeats: Number of calls that are timed.
-        warmup: Number of calls before them; the first one compiles.
+        warmup: Number of calls before them. The first one may compile.
 
     Returns:
-        Milliseconds `[repeats]`.
+        `[repeats]`, the time of each call in milliseconds.
 
     Raises:
         ValueError: If `repeats` or `warmup` is not positive.
@@ -374,149 +429,72 @@ def time_calls(call: Callable[[], Any], *, repeats: int, warmup: int = 1) -> np.
     return np.array(times[warmup:])
 
 
-def measure(logits: ArrayLike, labels: ArrayLike, *, reference_logits: ArrayLike | None = None) -> dict[str, Any]:
-    """What one seed's predictions are worth.
+def classification_metrics(
+    logits: ArrayLike, labels: ArrayLike, *, reference_logits: ArrayLike | None = None
+) -> ClassificationMetrics:
+    """Computes accuracy, calibration and agreement of one model.
 
     Args:
         logits: `[N, C]`.
         labels: `[N]`, integers in [0, C).
-        reference_logits: The logits of the model to agree with, such as the teacher of this seed, `[N, C]`.
+        reference_logits: `[N, C]`, the logits of the model to agree with, such as the teacher.
 
     Returns:
-        `accuracy`, `ece` and `agreement`, as fractions; `agreement` is `None` without a reference.
+        The metrics. `agreement` is `None` without a reference.
 
     Raises:
         ValueError: If the shapes disagree, there is no example or a logit is NaN.
 
     Example:
         >>> from jaxkd import evaluate
-        >>> evaluate.measure([[2.0, 1.0], [0.0, 3.0]], [0, 0])
-        {'accuracy': 0.5, 'ece': 0.611, 'agreement': None}
+        >>> metrics = evaluate.classification_metrics([[2.0, 1.0], [0.0, 3.0]], [0, 0])
+        >>> metrics.accuracy, round(metrics.ece, 3), metrics.agreement
+        (0.5, 0.611, None)
     """
-    return {
-        "accuracy": accuracy(logits, labels),
-        "ece": expected_calibration_error(logits, labels),
-        "agreement": None if reference_logits is None else agreement(logits, reference_logits),
-    }
+    return ClassificationMetrics(
+        accuracy=accuracy(logits, labels),
+        ece=expected_calibration_error(logits, labels),
+        agreement=None if reference_logits is None else agreement(logits, reference_logits),
+    )
 
 
-def summarize(
-    name: str,
-    model: "Model",
-    variables: Sequence[dict],
-    logits: Sequence[ArrayLike],
-    inputs: ArrayLike,
-    labels: ArrayLike,
-    *,
-    seconds: Sequence[float],
-    reference_logits: Sequence[ArrayLike] | None = None,
-    throughput_batch: int = 256,
-    repeats: int = 50,
-) -> dict[str, Any]:
-    """A model's row in the table of results, over its seeds.
-
-    `accuracy_std` is the spread over seeds, the sample standard deviation. `accuracy_interval` covers the other source
-    of chance, the drawing of the test set: it is Wilson's 95 % interval of the mean accuracy on N examples. Cost is
-    measured with the first seed's variables.
-
-    Args:
-        name: The row's name.
-        model: The model.
-        variables: One tree per seed.
-        logits: The predictions for `inputs`, one `[N, C]` per seed.
-        inputs: The test examples `[N, ...]`.
-        labels: `[N]`, integers in [0, C).
-        seconds: Training time of each seed.
-        reference_logits: What to agree with, one `[N, C]` per seed.
-        throughput_batch: Size of the larger batch that is timed; at most N.
-        repeats: Number of calls that are timed.
-
-    Returns:
-        Values that JSON can hold: `name`; `accuracy`, a list; `accuracy_mean`, `accuracy_std` (`None` for one seed)
-        and `accuracy_interval`; `agreement` (`None` without a reference) and `ece`, means over seeds; `parameters`,
-        `bytes`, `flops`; `latency_ms` and `latency_p95_ms` of one example; `throughput_batch`, its
-        `throughput_latency_ms` and `throughput_latency_p95_ms`; `seconds`, a list.
-
-    Raises:
-        ValueError: If there is not one of each per seed, or shapes disagree.
-
-    Example:
-        >>> import jax, numpy as np
-        >>> from jaxkd import evaluate
-        >>> from jaxkd.models import CNN, from_linen
-        >>> model, images = from_linen(CNN(features=(4,), hidden=8)), np.zeros((4, 8, 8, 3), np.float32)
-        >>> variables, logits = model.init(jax.random.key(0), images), np.eye(4, 10)
-        >>> row = evaluate.summarize("tiny", model, [variables], [logits], images, np.arange(4), seconds=[1.0])
-        >>> row["accuracy"], row["accuracy_std"], row["parameters"]
-        ([1.0], None, 498)
-    """
-    references = [None] * len(logits) if reference_logits is None else reference_logits
-    counts = [len(variables), len(logits), len(references), len(seconds)]
-    if not logits or len(set(counts)) > 1:
-        raise ValueError(f"{name}: variables, logits, references and seconds must be one per seed, got {counts}")
-    seeds = [measure(logits[i], labels, reference_logits=references[i]) for i in range(len(logits))]
-    return {
-        "name": name,
-        **_over_seeds(seeds, np.size(labels)),
-        "parameters": parameter_count(variables[0]),
-        "bytes": parameter_bytes(variables[0]),
-        "flops": flops(model, variables[0], inputs),
-        **_timed(model, variables[0], inputs, throughput_batch, repeats),
-        "seconds": [float(value) for value in seconds],
-    }
-
-
-def _over_seeds(seeds: Sequence[dict], total: int) -> dict[str, Any]:
-    accuracies = [seed["accuracy"] for seed in seeds]
-    agreements = [seed["agreement"] for seed in seeds]
-    mean = float(np.mean(accuracies))
-    return {
-        "accuracy": accuracies,
-        "accuracy_mean": mean,
-        "accuracy_std": float(np.std(accuracies, ddof=1)) if len(seeds) > 1 else None,
-        "accuracy_interval": list(accuracy_interval(mean * total, total)),
-        "agreement": None if None in agreements else float(np.mean(agreements)),
-        "ece": float(np.mean([seed["ece"] for seed in seeds])),
-    }
-
-
-def _timed(model: "Model", variables: dict, inputs: ArrayLike, batch: int, repeats: int) -> dict[str, Any]:
-    inputs = np.asarray(inputs)[:batch]
-    one = latency(model, variables, inputs[:1], repeats=repeats)
-    many = latency(model, variables, inputs, repeats=repeats)
-    return {
-        "latency_ms": one.median_ms,
-        "latency_p95_ms": one.p95_ms,
-        "throughput_batch": len(inputs),
-        "throughput_latency_ms": many.median_ms,
-        "throughput_latency_p95_ms": many.p95_ms,
-    }
+def _batches(inputs: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterates over the row indices and the rows of each batch, in order."""
+    for start in range(0, len(inputs), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(inputs)))
+        yield rows, inputs[rows]
 
 
 def _forward(model: "Model") -> Callable[[dict, ArrayLike], Array]:
-    return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
+    return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(
+        jnp.float32
+    )
 
 
-def _divided(forward: Callable[[dict, Array], Array], mesh: Mesh) -> Callable[[dict, ArrayLike], Array]:
-    """Computes a batch on all devices of a mesh; each gets all of the result."""
+def _forward_on_mesh(
+    forward: Callable[[dict, Array], Array], mesh: Mesh
+) -> Callable[[dict, ArrayLike], Array]:
+    """Divides a batch among all devices of a mesh. Each device gets the whole result."""
 
-    def divided(variables: dict, inputs: Array) -> Array:
-        parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        return forward(variables, jax.lax.with_sharding_constraint(inputs, parts))
+    def sharded_forward(variables: dict, inputs: Array) -> Array:
+        by_example = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return forward(variables, jax.lax.with_sharding_constraint(inputs, by_example))
 
-    return jax.jit(divided, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(sharded_forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _classified(name: str, logits: ArrayLike) -> np.ndarray:
+def _check_logits(name: str, logits: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits)
     if logits.ndim != 2 or not logits.size:
-        raise ValueError(f"{name} must be [N, C] with at least one example, got the shape {logits.shape}")
+        raise ValueError(
+            f"{name} must be [N, C] with at least one example, got the shape {logits.shape}"
+        )
     if np.isnan(logits).any():
-        raise ValueError(f"{name} hold NaN, from which no class can be chosen: the model has diverged")
+        raise ValueError(f"{name} hold NaN, which gives no prediction: the model has diverged")
     return logits
 
 
-def _labels_for(logits: np.ndarray, labels: ArrayLike) -> np.ndarray:
+def _check_labels(logits: np.ndarray, labels: ArrayLike) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels {labels.shape} must be one per row of the logits {logits.shape}")

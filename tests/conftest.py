@@ -6,15 +6,20 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers and what they start compile a program once between them
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # the workers and what they start compile a program once between them
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxkd-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402  (the flags above are read when JAX starts)
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from jaxkd.runs import ResultRow  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,22 +27,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def make_row():
-    """Makes a row of results by name and accuracies, other values by keyword."""
+    """Makes a row of results by name and accuracies. Keywords replace its other values."""
     return _make_row
 
 
-def _make_row(name, accuracy, **others):
-    std = float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else None
-    row = {"name": name, "accuracy": accuracy, "accuracy_mean": float(np.mean(accuracy)), "accuracy_std": std}
-    row |= {"accuracy_interval": [0.8512, 0.8749], "agreement": 0.9034, "ece": 0.0312, "parameters": 167562}
-    row |= {"bytes": 670248, "flops": 8201578.0, "latency_ms": 0.2134, "seconds": [40.0, 41.0, 46.0]}
-    return row | others
+def _make_row(name, accuracy, **values):
+    defaults = {
+        "accuracy_interval": (0.8512, 0.8749),
+        "agreement": 0.9034,
+        "ece": 0.0312,
+        "parameters": 167562,
+        "bytes": 670248,
+        "flops": 8201578.0,
+        "latency_ms": 0.2134,
+        "seconds": (40.0, 41.0, 46.0),
+    }
+    return ResultRow(name, accuracy=tuple(accuracy), **defaults | values)
 
 
 @pytest.fixture
 def rows():
     return [
-        _make_row("teacher", [0.912, 0.915, 0.909], parameters=2400000, bytes=9600000, agreement=None),
+        _make_row(
+            "teacher", [0.912, 0.915, 0.909], parameters=2400000, bytes=9600000, agreement=None
+        ),
         _make_row("student_alone", [0.82, 0.83, 0.81]),
         _make_row("student_direct", [0.86, 0.88, 0.855]),
         _make_row("student_transfer", [0.862, 0.877, 0.859]),

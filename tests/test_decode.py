@@ -1,4 +1,4 @@
-"""Greedy decoding and beam search beside every sentence there is."""
+"""Tests of greedy decoding and beam search against an enumeration of all sentences."""
 
 import functools
 import itertools
@@ -16,100 +16,113 @@ WORDS = 1, 4, 5
 
 
 def step(state, tokens):
-    """A model of which every history has logits of its own: the state numbers what was read."""
+    """Returns different logits for every history, which the state encodes as a number."""
     history, table = state["history"] * V + tokens, state["table"]
     rows = history % table.shape[1]
     return table[jnp.arange(len(tokens)), rows], {"history": history, "table": table}
 
 
-def draw(seed, batch=3, ends=0.0):
+def draw(seed, batch=3, end_logit=0.0):
     rng = np.random.default_rng(seed)
     tables = rng.normal(0, 2, (batch, 997, V)).astype(np.float32)
-    tables[..., END] += ends
+    tables[..., END] += end_logit
     return {"history": jnp.zeros(batch, jnp.int32), "table": jnp.asarray(tables)}
 
 
-def of(state, rows):
+def select(state, rows):
     return jax.tree.map(lambda leaf: leaf[rows], state)
 
 
 def log_probability(table, sentence):
-    """Of a sentence, token by token, in float64."""
+    """Sums the log-probabilities of the tokens of a sentence, in float64."""
     total, history = 0.0, 0
-    for before, token in itertools.pairwise((2, *sentence)):
-        history = history * V + before
+    for previous, token in itertools.pairwise((2, *sentence)):
+        history = history * V + previous
         row = np.float64(table[history % len(table)])
         total += row[token] - np.log(np.exp(row).sum())
     return total
 
 
 def sentences():
-    """Every sentence that ends, and those that are cut off."""
+    """Yields every sentence of at most T tokens: those that end and those that are cut off."""
     for length in range(T + 1):
         for words in itertools.product(WORDS, repeat=length):
             yield (*words, END) if length < T else words
 
 
 def brute_force(table, penalty):
-    scored = [(log_probability(table, s) / ((5 + len(s)) / 6) ** penalty, s) for s in sentences()]
+    """Returns the scores of all sentences with the sentences, best first."""
+    scored = [
+        (log_probability(table, sentence) / ((5 + len(sentence)) / 6) ** penalty, sentence)
+        for sentence in sentences()
+    ]
     return sorted(scored, reverse=True)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_enough_beams_find_the_best_of_all_sentences(seed, penalty):
-    state, beams = draw(seed), 81
-    found = beam_search(step, state, beams=beams, max_length=T, length_penalty=penalty)
-    for table, tokens, scores in zip(np.asarray(state["table"]), *map(np.asarray, found), strict=True):
-        wanted = brute_force(table, penalty)[:beams]
-        np.testing.assert_allclose(scores, [score for score, _ in wanted], rtol=1e-5)
-        padded = [sentence + (0,) * (T - len(sentence)) for _, sentence in wanted]
+def test_enough_beams_find_the_best_sentences(seed, penalty):
+    state = draw(seed)
+    beams = 81
+    result = beam_search(step, state, beams=beams, max_length=T, length_penalty=penalty)
+    for table, tokens, scores in zip(
+        np.asarray(state["table"]), *map(np.asarray, result), strict=True
+    ):
+        expected = brute_force(table, penalty)[:beams]
+        np.testing.assert_allclose(scores, [score for score, _ in expected], rtol=1e-5)
+        padded = [sentence + (0,) * (T - len(sentence)) for _, sentence in expected]
         assert [tuple(row) for row in tokens.tolist()] == padded
 
 
-def test_brute_force_meets_ends_inside_and_sentences_cut_off():
-    best = [s for seed in range(3) for table in np.asarray(draw(seed)["table"]) for _, s in brute_force(table, 0.6)[:4]]
-    assert {len(sentence) for sentence in best} >= {1, 2, 3} and any(sentence[-1] != END for sentence in best)
+def test_best_sentences_include_short_ones_and_cut_off_ones():
+    """Makes sure that the enumeration above covers both kinds."""
+    best = []
+    for seed in range(3):
+        for table in np.asarray(draw(seed)["table"]):
+            best += [sentence for _, sentence in brute_force(table, 0.6)[:4]]
+    assert {len(sentence) for sentence in best} >= {1, 2, 3}
+    assert any(sentence[-1] != END for sentence in best)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_beam_is_greedy(seed, penalty):
-    state = draw(seed, batch=6, ends=1.0)
+    state = draw(seed, batch=6, end_logit=1.0)
     tokens = greedy(step, state, max_length=T)
-    found = beam_search(step, state, beams=1, max_length=T, length_penalty=penalty)
-    np.testing.assert_array_equal(found.tokens[:, 0], tokens)
+    result = beam_search(step, state, beams=1, max_length=T, length_penalty=penalty)
+    np.testing.assert_array_equal(result.tokens[:, 0], tokens)
     assert tokens.dtype == jnp.int32 and not np.isin(tokens, 2).any()
 
 
 @pytest.mark.parametrize("beams", [1, 2, 5])
 def test_scores_are_sums_of_log_probabilities_and_best_come_first(beams):
-    state = draw(7, ends=1.0)
-    found = jax.tree.map(np.asarray, beam_search(step, state, beams=beams, max_length=T))
-    assert (np.diff(found.scores) <= 0).all()
-    for table, tokens, scores in zip(np.asarray(state["table"]), *found, strict=True):
+    state = draw(7, end_logit=1.0)
+    result = jax.tree.map(np.asarray, beam_search(step, state, beams=beams, max_length=T))
+    assert (np.diff(result.scores) <= 0).all()
+    for table, tokens, scores in zip(np.asarray(state["table"]), *result, strict=True):
         rows = [tuple(token for token in row if token) for row in tokens.tolist()]
         assert len({*rows}) == beams and all(END not in row[:-1] for row in rows)
         np.testing.assert_allclose(scores, [log_probability(table, row) for row in rows], rtol=1e-5)
 
 
-def test_more_beams_find_no_worse():
+def test_more_beams_find_better_or_equal_scores():
     state = draw(8, batch=8)
-    best = [beam_search(step, state, beams=beams, max_length=T).scores[:, 0].sum() for beams in (1, 3, 81)]
+    best = [
+        beam_search(step, state, beams=beams, max_length=T).scores[:, 0].sum()
+        for beams in (1, 3, 81)
+    ]
     assert best[0] < best[1] <= best[2]
 
 
-def test_companions_change_nothing():
-    state = draw(9, batch=4, ends=1.0)
-    together = beam_search(step, state, beams=3, max_length=T), greedy(step, state, max_length=T)
-    alone = [
-        (
-            beam_search(step, of(state, slice(i, i + 1)), beams=3, max_length=T),
-            greedy(step, of(state, slice(i, i + 1)), max_length=T),
-        )
-        for i in range(4)
-    ]
-    chex.assert_trees_all_close(together, jax.tree.map(lambda *parts: jnp.concatenate(parts), *alone), rtol=1e-6)
+def test_other_sentences_of_the_batch_change_nothing():
+    state = draw(9, batch=4, end_logit=1.0)
+
+    def decode(state):
+        return beam_search(step, state, beams=3, max_length=T), greedy(step, state, max_length=T)
+
+    alone = [decode(select(state, slice(i, i + 1))) for i in range(4)]
+    concatenated = jax.tree.map(lambda *parts: jnp.concatenate(parts), *alone)
+    chex.assert_trees_all_close(decode(state), concatenated, rtol=1e-6)
 
 
 def test_compiled_equals_eager():
@@ -117,22 +130,23 @@ def test_compiled_equals_eager():
     search = functools.partial(beam_search, step, beams=3, max_length=T, length_penalty=0.6)
     chex.assert_trees_all_close(jax.jit(search)(state), search(state), rtol=1e-6)
     chex.assert_trees_all_equal(
-        jax.jit(functools.partial(greedy, step, max_length=T))(state), greedy(step, state, max_length=T)
+        jax.jit(functools.partial(greedy, step, max_length=T))(state),
+        greedy(step, state, max_length=T),
     )
 
 
-def test_the_loop_ends_with_the_last_sentence():
+def test_the_loop_stops_when_all_sentences_have_ended():
     steps = []
 
-    def counted(state, tokens):
+    def counting_step(state, tokens):
         jax.debug.callback(lambda: steps.append(1))
         return step(state, tokens)
 
-    # After the first word each of these sentences ends.
+    # All of these sentences end after their first word.
     table = jnp.zeros((2, 997, V)).at[:, 2, END].set(-50.0).at[:, 12:, END].set(50.0)
     state = {"history": jnp.zeros(2, jnp.int32), "table": table}
     for decode in (functools.partial(beam_search, beams=2), greedy):
-        jax.block_until_ready(decode(counted, state, max_length=50))
+        jax.block_until_ready(decode(counting_step, state, max_length=50))
         jax.effects_barrier()
         assert len(steps) == 2
         steps.clear()
@@ -141,18 +155,18 @@ def test_the_loop_ends_with_the_last_sentence():
 def test_minus_infinity_never_becomes_nan():
     table = jnp.full((1, 997, V), -jnp.inf).at[0, 2, 4].set(0.0).at[0, 16, END].set(1.0)
     state = {"history": jnp.zeros(1, jnp.int32), "table": table}
-    found = beam_search(step, state, beams=3, max_length=T, length_penalty=1.0)
-    np.testing.assert_array_equal(found.scores, [[0, -np.inf, -np.inf]])
-    np.testing.assert_array_equal(found.tokens, [[[4, END, 0, 0], [0] * 4, [0] * 4]])
-    nothing = {**state, "table": jnp.full((1, 997, V), -jnp.inf)}
+    result = beam_search(step, state, beams=3, max_length=T, length_penalty=1.0)
+    np.testing.assert_array_equal(result.scores, [[0, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(result.tokens, [[[4, END, 0, 0], [0] * 4, [0] * 4]])
+    impossible = {**state, "table": jnp.full((1, 997, V), -jnp.inf)}
     chex.assert_trees_all_equal(
-        beam_search(step, nothing, beams=2, max_length=T),
+        beam_search(step, impossible, beams=2, max_length=T),
         Beams(jnp.zeros((1, 2, T), jnp.int32), jnp.full((1, 2), -jnp.inf)),
     )
-    assert not greedy(step, nothing, max_length=T).any()
+    assert not greedy(step, impossible, max_length=T).any()
 
 
-def test_other_tokens_may_start_and_end():
+def test_start_and_end_tokens_can_be_chosen():
     state = draw(11)
     tokens = np.asarray(greedy(step, state, max_length=T, start=5, end=4))
     assert not (tokens == 5).any()
@@ -161,20 +175,20 @@ def test_other_tokens_may_start_and_end():
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("options", "match"),
     [
         ({"beams": 0}, "beams must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"length_penalty": -1.0}, "length_penalty must be at least 0"),
         ({"start": 3}, "got 3 and 3"),
-        ({"end": 0}, "neither of them 0"),
+        ({"end": 0}, "at least 1, since 0 is padding"),
     ],
 )
-def test_what_makes_no_sense_is_told(given, match):
+def test_invalid_options_raise(options, match):
     with pytest.raises(ValueError, match=match):
-        beam_search(step, draw(0), **{"beams": 2, "max_length": T, **given})
+        beam_search(step, draw(0), **{"beams": 2, "max_length": T, **options})
 
 
-def test_a_state_without_the_axis_of_sentences_is_told():
-    with pytest.raises(ValueError, match="axis of the sentences"):
+def test_a_state_without_the_axis_of_sentences_raises():
+    with pytest.raises(ValueError, match="sentences as their first axis"):
         greedy(step, {**draw(0), "history": jnp.zeros((), jnp.int32)}, max_length=T)

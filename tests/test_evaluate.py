@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -8,17 +7,12 @@ import numpy as np
 import pytest
 
 from jaxkd import evaluate
-from jaxkd.models import CNN, Model, Outputs, from_linen, standardized
-
-KEYS = (
-    "name accuracy accuracy_mean accuracy_std accuracy_interval agreement ece parameters bytes flops latency_ms "
-    "latency_p95_ms throughput_batch throughput_latency_ms throughput_latency_p95_ms seconds"
-).split()
+from jaxkd.models import CNN, Model, Outputs, from_linen, with_input_normalization
 
 
 @pytest.fixture(scope="module")
 def small():
-    model = standardized(from_linen(CNN(features=(4,), hidden=8)), [0.5] * 3, [0.2] * 3)
+    model = with_input_normalization(from_linen(CNN(features=(4,), hidden=8)), [0.5] * 3, [0.2] * 3)
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     return model, model.init(jax.random.key(0), images), images
 
@@ -28,10 +22,14 @@ def random_logits(seed, shape=(200, 10)):
 
 
 def test_imports_stay_light():
-    heavy = "flax matplotlib rich safetensors orbax.checkpoint"
-    code = "import sys; from jaxkd import evaluate, export, report; "
-    code += f"print([name for name in {heavy.split()} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    heavy = "flax matplotlib rich safetensors orbax.checkpoint tabulate".split()
+    code = (
+        "import sys; from jaxkd import evaluate, runs, weights; from jaxkd.runs import report; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert completed.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
@@ -92,7 +90,12 @@ def test_bad_predictions_are_refused(logits, labels, message):
 # Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I, method 3.
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_interval_equals_published_ones(correct, total, low, high):
     np.testing.assert_allclose(evaluate.accuracy_interval(correct, total), (low, high), atol=5e-5)
@@ -102,18 +105,22 @@ def test_interval_equals_published_ones(correct, total, low, high):
 
 def test_interval_stays_in_range_and_widens_with_confidence():
     assert evaluate.accuracy_interval(0, 9)[0] == 0 and evaluate.accuracy_interval(9, 9)[1] == 1
-    narrow, wide = evaluate.accuracy_interval(8.5, 10, confidence=0.5), evaluate.accuracy_interval(8.5, 10)
+    narrow = evaluate.accuracy_interval(8.5, 10, confidence=0.5)
+    wide = evaluate.accuracy_interval(8.5, 10)
     assert wide[0] < narrow[0] < 0.85 < narrow[1] < wide[1]
 
 
-@pytest.mark.parametrize(("correct", "total", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_interval_refuses_what_is_no_share(correct, total, confidence):
+@pytest.mark.parametrize(
+    ("correct", "total", "confidence"), [(1, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)]
+)
+def test_interval_refuses_impossible_shares(correct, total, confidence):
     with pytest.raises(ValueError, match=f"correct={correct}, total={total}"):
         evaluate.accuracy_interval(correct, total, confidence=confidence)
 
 
 def test_agreement_counts_equal_choices_right_or_wrong():
-    first, second = random_logits(0), random_logits(1)
+    first = random_logits(0)
+    second = random_logits(1)
     assert evaluate.agreement(first, first + 3) == 1
     assert evaluate.agreement(first, second) == evaluate.agreement(second, first)
     reference = [[3.0, 0.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 3.0], [9.0, 2.0, 1.0]]
@@ -125,7 +132,8 @@ def test_agreement_counts_equal_choices_right_or_wrong():
 def reference_calibration_error(logits, labels, bins):
     logits = logits.astype(np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
+    confidence = probabilities.max(-1)
+    correct = probabilities.argmax(-1) == labels
     error = 0.0
     for i in range(bins):
         inside = (confidence > i / bins) & (confidence <= (i + 1) / bins)
@@ -136,15 +144,18 @@ def reference_calibration_error(logits, labels, bins):
 
 @pytest.mark.parametrize("bins", [1, 7, 15])
 def test_calibration_error_equals_a_plain_loop(bins):
-    logits, labels = random_logits(2), np.random.default_rng(3).integers(0, 10, 200)
+    logits = random_logits(2)
+    labels = np.random.default_rng(3).integers(0, 10, 200)
     expected = reference_calibration_error(logits, labels, bins)
-    assert evaluate.expected_calibration_error(logits, labels, bins=bins) == pytest.approx(expected, rel=1e-12)
+    assert evaluate.expected_calibration_error(logits, labels, bins=bins) == pytest.approx(
+        expected, rel=1e-12
+    )
     shifted = evaluate.expected_calibration_error(logits + 1, labels, bins=bins)
     assert shifted == pytest.approx(expected, rel=1e-4)
 
 
 def test_calibration_bins_hold_their_right_edge():
-    # Confidences 0.5, right, and 0.6, wrong: apart in two bins they cost 0.55 in the mean, together 0.05.
+    # Confidences 0.5, right, and 0.6, wrong: in two bins their mean gap is 0.55, in one bin 0.05.
     logits = np.log([[0.5, 0.5], [0.6, 0.4]])
     assert evaluate.expected_calibration_error(logits, [0, 1], bins=2) == pytest.approx(0.55)
     assert evaluate.expected_calibration_error(logits, [0, 1], bins=1) == pytest.approx(0.05)
@@ -165,7 +176,9 @@ def test_size_counts_parameters_and_what_is_stored():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_flops_are_near_the_hand_count(batch):
-    model = standardized(from_linen(CNN(features=(32, 64), hidden=64)), [0.5] * 3, [0.2] * 3)
+    model = with_input_normalization(
+        from_linen(CNN(features=(32, 64), hidden=64)), [0.5] * 3, [0.2] * 3
+    )
     images = np.zeros((batch, 32, 32, 3), np.uint8)
     macs = 30 * 30 * 32 * 27 + 13 * 13 * 64 * 288 + 2304 * 64 + 64 * 10
     variables = model.init(jax.random.key(0), images)
@@ -186,7 +199,9 @@ def test_flops_are_none_where_they_are_not_counted(small, monkeypatch):
 
 def test_flops_of_a_loop_are_not_counted():
     def apply(variables, inputs, *, train, key=None):
-        logits, _ = jax.lax.scan(lambda x, _: (x @ variables["params"]["kernel"], None), inputs, length=7)
+        logits, _ = jax.lax.scan(
+            lambda x, _: (x @ variables["params"]["kernel"], None), inputs, length=7
+        )
         return Outputs(logits, {}), {}
 
     model = Model(lambda key, inputs: {"params": {"kernel": jnp.eye(3)}, "batch_stats": {}}, apply)
@@ -196,9 +211,15 @@ def test_flops_of_a_loop_are_not_counted():
 def test_latency_leaves_out_the_warmup_and_waits_for_each_call(small, monkeypatch):
     durations = [9.0, 8.0, 1.0, 2.0, 4.0]
     clock = iter(np.ravel([[0, duration] for duration in durations]) / 1000)
-    ready, waited = jax.block_until_ready, []
+    block_until_ready = jax.block_until_ready
+    waited = []
+
+    def wait(result):
+        waited.append(result.shape)
+        return block_until_ready(result)
+
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(jax, "block_until_ready", lambda result: waited.append(result.shape) or ready(result))
+    monkeypatch.setattr(jax, "block_until_ready", wait)
     time = evaluate.latency(*small, repeats=3, warmup=2)
     assert time.median_ms == pytest.approx(2) and time.p95_ms == pytest.approx(3.8)
     assert waited == [(7, 10)] * 5
@@ -210,34 +231,13 @@ def test_latency_needs_calls(small, counts):
         evaluate.latency(*small, **counts)
 
 
-def test_a_row_holds_every_key_as_json(small):
-    model, variables, images = small
-    labels, teacher = np.array([0, 1, 2, 3, 4, 5, 6]), np.eye(7, 10)
-    logits = [np.eye(7, 10), np.eye(7, 10)[[0, 1, 2, 3, 4, 0, 0]]]
-    options = {"reference_logits": [teacher, logits[1]], "seconds": [1, 2.5], "throughput_batch": 4, "repeats": 2}
-    row = evaluate.summarize("student", model, [variables] * 2, logits, images, labels, **options)
-    assert list(row) == KEYS and json.loads(json.dumps(row, allow_nan=False)) == row
-    assert row["accuracy"] == [1.0, 5 / 7] and row["accuracy_mean"] == pytest.approx(6 / 7)
-    assert row["accuracy_std"] == pytest.approx((2 / 7) / 2**0.5)
-    assert row["accuracy_interval"] == pytest.approx(evaluate.accuracy_interval(6, 7))
-    assert row["agreement"] == 1.0 and row["throughput_batch"] == 4 and row["seconds"] == [1.0, 2.5]
-    assert row["ece"] == pytest.approx(np.mean([evaluate.measure(seed, labels)["ece"] for seed in logits]))
-    assert (row["parameters"], row["bytes"]) == (498, 498 * 4)
-
-
-def test_one_seed_has_no_spread_and_reruns_differ_in_timings_alone(small):
-    model, variables, images = small
-    arguments = "student", model, [variables], [np.eye(7, 10)], images, np.zeros(7, int)
-    first, second = (evaluate.summarize(*arguments, seconds=[time], repeats=1) for time in (1.0, 2.0))
-    assert first["accuracy_std"] is None and first["agreement"] is None and first["throughput_batch"] == 7
-    assert set(evaluate.TIMINGS) < set(first) and first["seconds"] != second["seconds"]
-    assert all(first[key] == second[key] for key in set(first) - set(evaluate.TIMINGS))
-
-
-def test_a_row_needs_one_of_each_per_seed(small):
-    model, variables, images = small
-    logits = [np.eye(7, 10)] * 2
-    with pytest.raises(ValueError, match=r"student: .* one per seed, got \[1, 2, 2, 2\]"):
-        evaluate.summarize("student", model, [variables], logits, images, np.arange(7), seconds=[1, 2])
-    with pytest.raises(ValueError, match="one per seed"):
-        evaluate.summarize("student", model, [], [], images, np.arange(7), seconds=[])
+def test_metrics_of_a_classifier():
+    logits = random_logits(4)
+    labels = np.random.default_rng(5).integers(0, 10, 200)
+    metrics = evaluate.classification_metrics(logits, labels)
+    assert metrics.accuracy == evaluate.accuracy(logits, labels)
+    assert metrics.ece == evaluate.expected_calibration_error(logits, labels)
+    assert metrics.agreement is None
+    reference = random_logits(6)
+    metrics = evaluate.classification_metrics(logits, labels, reference_logits=reference)
+    assert metrics.agreement == evaluate.agreement(logits, reference)

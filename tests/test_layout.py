@@ -1,4 +1,8 @@
-"""Products as stored, against NumPy and the compiled program; conversions, against PyTorch's definitions in NumPy."""
+"""Tests of products, memory orders and conversions.
+
+Products are compared with NumPy and their compiled programs are searched for copies. Conversions
+are compared with PyTorch's definitions written in NumPy, and with results of PyTorch.
+"""
 
 import itertools
 import re
@@ -28,7 +32,7 @@ def stored(matrix, order):
 
 
 def product(orders, **options):
-    """`matmul` in three orders, as a function of its operands."""
+    """Returns `matmul` with the orders of its operands and its result bound."""
     return lambda lhs, rhs: layout.matmul(
         lhs, rhs, lhs_order=orders[0], rhs_order=orders[1], out_order=orders[2], **options
     )
@@ -51,7 +55,9 @@ def test_value_worked_by_hand():
 @pytest.mark.parametrize("orders", ORDERS)
 def test_equals_numpy(orders, batch):
     lhs, rhs = draw((*batch, 5, 7)), draw((*batch, 7, 4), seed=1)
-    out = product(orders)(stored(lhs, orders[0]).astype(np.float32), stored(rhs, orders[1]).astype(np.float32))
+    out = product(orders)(
+        stored(lhs, orders[0]).astype(np.float32), stored(rhs, orders[1]).astype(np.float32)
+    )
     np.testing.assert_allclose(out, stored(lhs @ rhs, orders[2]), rtol=1e-5, atol=1e-5)
 
 
@@ -65,20 +71,27 @@ def test_every_size_has_the_shape_and_values_of_numpy(sizes, orders, seed):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rtol"), [(np.float32, 1e-5), (jnp.bfloat16, 2e-2), (np.float16, 2e-3), (np.int32, 0), (np.int8, 0)]
+    ("dtype", "rtol"),
+    [(np.float32, 1e-5), (jnp.bfloat16, 2e-2), (np.float16, 2e-3), (np.int32, 0), (np.int8, 0)],
 )
 @pytest.mark.parametrize("orders", ORDERS)
 def test_dtypes(orders, dtype, rtol):
     lhs, rhs = np.round(4 * draw((6, 8))), np.round(4 * draw((8, 3), seed=1))
-    given = [jnp.asarray(stored(*pair), dtype) for pair in zip((lhs, rhs), orders[:2], strict=True)]
+    operands = [
+        jnp.asarray(stored(matrix, order), dtype)
+        for matrix, order in zip((lhs, rhs), orders[:2], strict=True)
+    ]
     wide = np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32
-    out = product(orders, preferred_element_type=wide)(*given)
+    out = product(orders, preferred_element_type=wide)(*operands)
     assert out.dtype == wide
-    np.testing.assert_array_equal(out, stored(lhs @ rhs, orders[2]))  # sums of small integers are exact
-    out = product(orders)(*given)
+    # Sums of small integers are exact.
+    np.testing.assert_array_equal(out, stored(lhs @ rhs, orders[2]))
+    out = product(orders)(*operands)
     assert out.dtype == dtype
     if dtype != np.int8:
-        np.testing.assert_allclose(np.asarray(out, np.float64), stored(lhs @ rhs, orders[2]), rtol=rtol)
+        np.testing.assert_allclose(
+            np.asarray(out, np.float64), stored(lhs @ rhs, orders[2]), rtol=rtol
+        )
 
 
 def test_float64_stays():
@@ -94,34 +107,40 @@ def test_precision_reaches_the_product(precision):
     options = {"precision": precision, "preferred_element_type": np.float32}
     lhs, rhs = jnp.ones((2, 3)), jnp.ones((3, 4))
     (equation,) = jax.make_jaxpr(product(("row",) * 3, **options))(lhs, rhs).eqns
-    wanted = jax.lax.Precision(precision)
-    assert equation.params["precision"] in (wanted, (wanted, wanted))
+    expected = jax.lax.Precision(precision)
+    assert equation.params["precision"] in (expected, (expected, expected))
     assert equation.params["preferred_element_type"] == np.float32
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("orders", ORDERS)
 def test_gradients(orders, batch):
-    lhs, rhs, weight = draw((*batch, 4, 3)), draw((*batch, 3, 2), seed=1), draw((*batch, 4, 2), seed=2)
-    given = [jnp.asarray(stored(*pair), np.float32) for pair in zip((lhs, rhs), orders[:2], strict=True)]
-    check_grads(product(orders), given, order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+    lhs = draw((*batch, 4, 3))
+    rhs = draw((*batch, 3, 2), seed=1)
+    weight = draw((*batch, 4, 2), seed=2)
+    operands = [
+        jnp.asarray(stored(matrix, order), np.float32)
+        for matrix, order in zip((lhs, rhs), orders[:2], strict=True)
+    ]
+    check_grads(product(orders), operands, order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
     cotangent = jnp.asarray(stored(weight, orders[2]), np.float32)
-    found = jax.vjp(product(orders), *given)[1](cotangent)
-    wanted = weight @ np.swapaxes(rhs, -1, -2), np.swapaxes(lhs, -1, -2) @ weight
-    for gradient, value, order in zip(found, wanted, orders[:2], strict=True):
+    _, pullback = jax.vjp(product(orders), *operands)
+    expected = weight @ np.swapaxes(rhs, -1, -2), np.swapaxes(lhs, -1, -2) @ weight
+    for gradient, value, order in zip(pullback(cotangent), expected, orders[:2], strict=True):
         np.testing.assert_allclose(gradient, stored(value, order), rtol=1e-5, atol=1e-5)
 
 
-def compiled_steps(function, *shapes):
-    """The operations in the compiled program, also within its fusions."""
+def compiled_operations(function, *shapes):
+    """Returns the operations of the compiled program, including those within its fusions."""
     arrays = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     text = jax.jit(function).lower(*arrays).compile().as_text()
     return re.findall(r"= \S+ ([a-z][a-z0-9-]*)\(", text)
 
 
-def assert_copies_nothing(steps, dots=1):
-    assert steps.count("dot") == dots, steps
-    assert not {"transpose", "copy", "copy-start", "custom-call", "broadcast", "concatenate", "pad"} & {*steps}, steps
+def assert_copies_nothing(operations, dots=1):
+    copies = {"transpose", "copy", "copy-start", "custom-call", "broadcast", "concatenate", "pad"}
+    assert operations.count("dot") == dots, operations
+    assert not copies & {*operations}, operations
 
 
 @pytest.mark.parametrize("sizes", [(64, 48, 32), (517, 389, 1031)])
@@ -130,7 +149,7 @@ def test_compiled_program_transposes_and_copies_nothing(orders, sizes):
     n, k, m = sizes
     lhs = (n, k) if orders[0] == "row" else (k, n)
     rhs = (k, m) if orders[1] == "row" else (m, k)
-    assert_copies_nothing(compiled_steps(product(orders), lhs, rhs))
+    assert_copies_nothing(compiled_operations(product(orders), lhs, rhs))
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
@@ -140,15 +159,19 @@ def test_compiled_gradients_transpose_and_copy_nothing(orders, batch):
         (*batch, *(shape if order == "row" else shape[::-1]))
         for shape, order in zip(((64, 48), (48, 32), (64, 32)), orders, strict=True)
     )
-    assert_copies_nothing(compiled_steps(product(orders), lhs, rhs))
-    steps = compiled_steps(lambda lhs, rhs, out: jax.vjp(product(orders), lhs, rhs)[1](out), lhs, rhs, out)
-    assert_copies_nothing(steps, dots=2)
+    assert_copies_nothing(compiled_operations(product(orders), lhs, rhs))
+    operations = compiled_operations(
+        lambda lhs, rhs, out: jax.vjp(product(orders), lhs, rhs)[1](out), lhs, rhs, out
+    )
+    assert_copies_nothing(operations, dots=2)
 
 
-def test_reading_the_program_finds_a_transposition():
-    """The four tests above could not fail otherwise."""
-    steps = compiled_steps(lambda lhs, rhs: jnp.einsum("bkn,km->bnm", lhs, rhs), (4, 48, 64), (48, 32))
-    assert {"transpose", "copy"} & {*steps}
+def test_compiled_operations_include_a_transpose():
+    """Makes sure that the tests that search for copies can fail."""
+    operations = compiled_operations(
+        lambda lhs, rhs: jnp.einsum("bkn,km->bnm", lhs, rhs), (4, 48, 64), (48, 32)
+    )
+    assert {"transpose", "copy"} & {*operations}
 
 
 @pytest.mark.parametrize("weight_order", ["row", "column"])
@@ -158,33 +181,41 @@ def test_single_matrix_serves_a_stack_without_a_copy(batch, weight_order):
     orders = ("row", weight_order, "row")
     out = product(orders)(stack, stored(weight, weight_order))
     np.testing.assert_allclose(out, stack @ weight, rtol=1e-5, atol=1e-5)
-    assert_copies_nothing(compiled_steps(product(orders), stack.shape, stored(weight, weight_order).shape))
+    assert_copies_nothing(
+        compiled_operations(product(orders), stack.shape, stored(weight, weight_order).shape)
+    )
 
     mirrored = (weight_order, "column", "column")  # (stack @ weight)ᵀ = weightᵀ @ stackᵀ
     transposed = stored(weight.T, weight_order)
     out = product(mirrored)(transposed, stack)
     np.testing.assert_allclose(out, stack @ weight, rtol=1e-5, atol=1e-5)
-    assert_copies_nothing(compiled_steps(product(mirrored), transposed.shape, stack.shape))
+    assert_copies_nothing(compiled_operations(product(mirrored), transposed.shape, stack.shape))
 
 
-@pytest.mark.parametrize("orders", [orders for orders in ORDERS if orders[0] != "row" or orders[2] != "row"])
-def test_single_matrix_that_needs_a_copy_is_refused(orders):
+@pytest.mark.parametrize(
+    "orders", [orders for orders in ORDERS if orders[0] != "row" or orders[2] != "row"]
+)
+def test_single_matrix_that_needs_a_copy_raises(orders):
     with pytest.raises(ValueError, match=r"\(2, 5, 5\).*broadcast_to"):
         product(orders)(jnp.ones((2, 5, 5)), jnp.ones((5, 5)))
 
 
 def test_vmap_and_jit_equal_a_loop():
     lhs, rhs = draw((3, 7, 5), dtype=np.float32), draw((3, 4, 7), seed=1, dtype=np.float32)
-    one = product(("column", "column", "column"))
-    chex.assert_trees_all_close(
-        jax.jit(jax.vmap(one))(lhs, rhs), np.stack([one(*pair) for pair in zip(lhs, rhs, strict=True)])
-    )
+    multiply = product(("column", "column", "column"))
+    looped = [multiply(*matrices) for matrices in zip(lhs, rhs, strict=True)]
+    chex.assert_trees_all_close(jax.jit(jax.vmap(multiply))(lhs, rhs), np.stack(looped))
 
 
 @pytest.mark.parametrize(
     ("lhs", "rhs", "options", "match"),
     [
-        ((2, 3), (4, 5), {}, r"\(2, 3\) in row order has 3 columns, but rhs \(4, 5\) in row order has 4 rows"),
+        (
+            (2, 3),
+            (4, 5),
+            {},
+            r"\(2, 3\) in row order has 3 columns, but rhs \(4, 5\) in row order has 4 rows",
+        ),
         ((2, 3), (3, 2), {"lhs_order": "column"}, "has 2 columns, .* has 3 rows"),
         ((3,), (3, 2), {}, "at least 2 axes"),
         ((2, 4, 3), (5, 3, 2), {}, r"leading axes of \(2, 4, 3\) and \(5, 3, 2\) differ"),
@@ -192,24 +223,24 @@ def test_vmap_and_jit_equal_a_loop():
         ((2, 3), (3, 2), {"rhs_order": None}, "rhs_order .* None"),
     ],
 )
-def test_wrong_operands(lhs, rhs, options, match):
+def test_wrong_operands_raise(lhs, rhs, options, match):
     with pytest.raises(ValueError, match=match):
         layout.matmul(jnp.ones(lhs), jnp.ones(rhs), **options)
 
 
-def test_two_dtypes_are_refused():
+def test_different_dtypes_raise():
     with pytest.raises(TypeError, match="float32 and int32: cast"):
         layout.matmul(jnp.ones((2, 3)), jnp.ones((3, 2), jnp.int32))
 
 
-# --- orders of memory ---
+# --- memory orders ---
 
 MAKERS = {"numpy": np.asarray, "jax": jnp.asarray}
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 2, 3, 4)])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_order_changes_and_values_do_not(make, shape):
+def test_as_order_changes_the_memory_and_keeps_the_values(make, shape):
     array = make(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
     assert layout.order_of(array) == "row"
     column = layout.as_order(array, "column")
@@ -219,15 +250,19 @@ def test_order_changes_and_values_do_not(make, shape):
     row = layout.as_order(column, "row")
     assert layout.order_of(row) == "row"
     np.testing.assert_array_equal(row, array, strict=True)
-    # The bytes themselves: rows of the transpose.
-    assert np.asarray(column).ravel("K").tolist() == np.swapaxes(np.asarray(array), -1, -2).ravel().tolist()
+    # The bytes in memory are the rows of the transpose.
+    assert (
+        np.asarray(column).ravel("K").tolist()
+        == np.swapaxes(np.asarray(array), -1, -2).ravel().tolist()
+    )
 
 
-def test_numpy_array_in_order_comes_back_itself():
+def test_numpy_array_in_the_order_is_not_copied():
     array = np.ones((3, 4))
     assert layout.as_order(array, "row") is array
     assert np.shares_memory(layout.as_order(array.T, "column"), array)
-    assert layout.order_of(layout.as_order(array, "column").T) == "row", "the stored transpose, as a view"
+    # The transpose of an array in column order is a view in row order.
+    assert layout.order_of(layout.as_order(array, "column").T) == "row"
 
 
 def test_jax_array_keeps_its_devices():
@@ -241,34 +276,37 @@ def test_jax_array_keeps_its_devices():
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (3, 1, 5), (0, 4), (2, 0)])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_both_orders_are_called_row(make, shape):
+def test_arrays_in_both_orders_are_in_row_order(make, shape):
     for order in ("row", "column"):
         assert layout.order_of(layout.as_order(make(np.ones(shape, np.float32)), order)) == "row"
 
 
 @pytest.mark.parametrize(
-    "view", [lambda x: x[:, ::2], lambda x: x[::-1], lambda x: x[:, :1], lambda x: x.reshape(2, 3, 4).T]
+    "view",
+    [lambda x: x[:, ::2], lambda x: x[::-1], lambda x: x[:, :1], lambda x: x.reshape(2, 3, 4).T],
 )
-def test_gaps_are_in_neither_order(view):
+def test_arrays_with_gaps_are_in_neither_order(view):
     array = view(np.arange(24.0).reshape(6, 4))
     with pytest.raises(ValueError, match=r"strides .*as_order"):
         layout.order_of(array)
     for order in ("row", "column"):
-        mended = layout.as_order(array, order)
-        np.testing.assert_array_equal(mended, array)
-        assert layout.order_of(mended) == (order if min(array.shape[-2:]) > 1 else "row")
+        contiguous = layout.as_order(array, order)
+        np.testing.assert_array_equal(contiguous, array)
+        assert layout.order_of(contiguous) == (order if min(array.shape[-2:]) > 1 else "row")
 
 
-def test_leading_axes_last_are_in_neither_order():
+def test_arrays_with_leading_axes_last_are_in_neither_order():
     array = jnp.arange(24.0).reshape(2, 3, 4)
-    odd = jax.device_put(array, Format(Layout((1, 2, 0)), array.sharding))
+    batch_last = jax.device_put(array, Format(Layout((1, 2, 0)), array.sharding))
     with pytest.raises(ValueError, match=r"axes \(1, 2, 0\) from major to minor"):
-        layout.order_of(odd)
-    assert layout.order_of(layout.as_order(odd, "column")) == "column"
+        layout.order_of(batch_last)
+    assert layout.order_of(layout.as_order(batch_last, "column")) == "column"
 
 
-@pytest.mark.parametrize("function", [layout.order_of, lambda array: layout.as_order(array, "column")])
-def test_order_needs_an_array_in_memory(function):
+@pytest.mark.parametrize(
+    "function", [layout.order_of, lambda array: layout.as_order(array, "column")]
+)
+def test_orders_need_an_array_in_memory(function):
     with pytest.raises(TypeError, match="inside jit the compiler"):
         jax.jit(function)(jnp.ones((2, 3)))
     with pytest.raises(TypeError, match="NumPy or JAX array, got list"):
@@ -281,18 +319,22 @@ def test_order_needs_an_array_in_memory(function):
 
 def test_column_memory_gives_the_same_product():
     lhs, rhs = draw((5, 7), dtype=np.float32), draw((7, 4), seed=1, dtype=np.float32)
-    out = layout.matmul(layout.as_order(jnp.asarray(lhs), "column"), layout.as_order(jnp.asarray(rhs), "column"))
+    out = layout.matmul(
+        layout.as_order(jnp.asarray(lhs), "column"), layout.as_order(jnp.asarray(rhs), "column")
+    )
     np.testing.assert_allclose(out, lhs @ rhs, rtol=1e-5, atol=1e-6)
 
 
-# --- what PyTorch computes, written from its documentation ---
+# --- PyTorch's operations in NumPy, written from its documentation ---
 
 
 def torch_conv(x, weight, *, stride=1, padding=0, dilation=1, groups=1):
-    """x [C, *spatial], weight [O, C / groups, *kernel]."""
+    """Convolves x [C, *spatial] with weight [O, C / groups, *kernel]."""
     x = np.pad(x, [(0, 0), *[(padding, padding)] * (x.ndim - 1)])
     kernel, per_group = weight.shape[2:], weight.shape[1]
-    spatial = [(n - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(x.shape[1:], kernel, strict=True)]
+    spatial = [
+        (n - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(x.shape[1:], kernel, strict=True)
+    ]
     out = np.zeros((len(weight), *spatial))
     for o, *at in np.ndindex(out.shape):
         for c, *k in np.ndindex(weight.shape[1:]):
@@ -303,7 +345,10 @@ def torch_conv(x, weight, *, stride=1, padding=0, dilation=1, groups=1):
 
 
 def torch_conv_transpose(x, weight, *, stride=1, padding=0, output_padding=0, dilation=1):
-    """x [C, *spatial], weight [C, O, *kernel]: every input adds a multiple of the kernel to the output."""
+    """Adds a multiple of the kernel to the output for every input.
+
+    x is [C, *spatial] and weight [C, O, *kernel].
+    """
     spatial = [
         (n - 1) * stride + dilation * (k - 1) + output_padding + 1
         for n, k in zip(x.shape[1:], weight.shape[2:], strict=True)
@@ -311,7 +356,9 @@ def torch_conv_transpose(x, weight, *, stride=1, padding=0, output_padding=0, di
     out = np.zeros((weight.shape[1], *spatial))
     for c, *at in np.ndindex(x.shape):
         for o, *k in np.ndindex(weight.shape[1:]):
-            out[o, *(stride * a + dilation * b for a, b in zip(at, k, strict=True))] += x[c, *at] * weight[c, o, *k]
+            out[o, *(stride * a + dilation * b for a, b in zip(at, k, strict=True))] += (
+                x[c, *at] * weight[c, o, *k]
+            )
     return out[:, *[slice(padding, n - padding) for n in spatial]]
 
 
@@ -337,10 +384,15 @@ def torch_rnn(x, h, weight_ih, weight_hh, bias_ih, bias_hh):
 
 
 def torch_attention(query, memory, num_heads, in_proj_weight, in_proj_bias, out_weight, out_bias):
-    """query [N, E], memory [M, E]."""
+    """Attends from query [N, E] to memory [M, E]."""
     projected = (
         x @ w.T + b
-        for x, w, b in zip((query, memory, memory), np.split(in_proj_weight, 3), np.split(in_proj_bias, 3), strict=True)
+        for x, w, b in zip(
+            (query, memory, memory),
+            np.split(in_proj_weight, 3),
+            np.split(in_proj_bias, 3),
+            strict=True,
+        )
     )
     heads = []
     for q, k, v in zip(*(np.split(x, num_heads, axis=-1) for x in projected), strict=True):
@@ -350,11 +402,11 @@ def torch_attention(query, memory, num_heads, in_proj_weight, in_proj_bias, out_
 
 
 def wave(*shape):
-    """Numbers that anyone can make again: sin 0, sin 1, sin 2, ..."""
+    """Returns sin 0, sin 1, sin 2, ..., which is easy to reproduce in PyTorch."""
     return np.sin(np.arange(np.prod(shape), dtype=np.float64)).reshape(shape)
 
 
-# What torch 2.13.0 returns for the weights below in float64.
+# Results of torch 2.13.0 in float64 for the weights below.
 TORCH = {
     "depth-wise": [
         [[0.0, 1.417174], [-0.1826, -0.012688]],
@@ -373,7 +425,10 @@ TORCH = {
     "LSTM": [[-0.400314, -0.528492], [-0.008445, -0.742981]],
     "GRU": [[0.99377, -0.021763], [0.43408, 0.914145]],
     "RNN": [[0.992316, 0.969845], [-0.409268, 0.999938]],
-    "attention": [[-0.051491, -0.723199, 0.126418, -0.150605], [-0.094334, -0.733843, 0.160624, -0.20723]],
+    "attention": [
+        [-0.051491, -0.723199, 0.126418, -0.150605],
+        [-0.094334, -0.733843, 0.160624, -0.20723],
+    ],
 }
 
 
@@ -381,21 +436,21 @@ TORCH = {
 
 
 def apply(module, params, *inputs):
-    """A Flax module on converted weights, whose names and shapes must be its own."""
+    """Applies a Flax module to converted weights, after a check of their names and shapes."""
     inputs = [jnp.asarray(value, np.float32) for value in inputs]
     params = jax.tree.map(lambda value: jnp.asarray(value, np.float32), params)
-    own = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    chex.assert_trees_all_equal_shapes(params, own)
+    expected = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    chex.assert_trees_all_equal_shapes(params, expected)
     return module.apply({"params": params}, *inputs)
 
 
-def last(x):
-    """Channels from the front to the back."""
+def channels_last(x):
+    """Moves the channels from the first axis to the last."""
     return np.moveaxis(np.asarray(x), 0, -1)
 
 
-def assert_close(found, wanted):
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6)
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_dense():
@@ -416,7 +471,8 @@ def test_dense():
     ids=["plain", "strided", "grouped", "depth-wise"],
 )
 def test_convolution(rank, options):
-    x, weight = draw((4, *(6, 7, 5)[:rank])), draw((8, 4 // options["groups"], *(3, 2, 2)[:rank]), 1)
+    x = draw((4, *(6, 7, 5)[:rank]))
+    weight = draw((8, 4 // options["groups"], *(3, 2, 2)[:rank]), 1)
     module = nn.Conv(
         8,
         weight.shape[2:],
@@ -426,20 +482,27 @@ def test_convolution(rank, options):
         feature_group_count=options["groups"],
         use_bias=False,
     )
-    out = apply(module, {"kernel": layout.CONV.to_flax(weight)}, last(x)[None])
-    assert_close(out[0], last(torch_conv(x, weight, **options)))
+    out = apply(module, {"kernel": layout.CONV.to_flax(weight)}, channels_last(x)[None])
+    assert_close(out[0], channels_last(torch_conv(x, weight, **options)))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stride": 2, "padding": 1, "output_padding": 1}, {"stride": 3, "padding": 2, "dilation": 2}],
+    [
+        {},
+        {"stride": 2, "padding": 1, "output_padding": 1},
+        {"stride": 3, "padding": 2, "dilation": 2},
+    ],
     ids=["plain", "strided", "dilated"],
 )
 def test_transposed_convolution(rank, options):
-    x, weight = draw((3, *(4, 3, 2)[:rank])), draw((3, 2, *(3, 4, 2)[:rank]), 1)
-    dilation, p, q = (options.get(name, default) for name, default in zip(PADDINGS, (1, 0, 0), strict=True))
-    given = {
+    x = draw((3, *(4, 3, 2)[:rank]))
+    weight = draw((3, 2, *(3, 4, 2)[:rank]), 1)
+    dilation = options.get("dilation", 1)
+    p = options.get("padding", 0)
+    q = options.get("output_padding", 0)
+    arguments = {
         "features": 2,
         "kernel_size": weight.shape[2:],
         "strides": (options.get("stride", 1),) * rank,
@@ -447,42 +510,48 @@ def test_transposed_convolution(rank, options):
         "kernel_dilation": (dilation,) * rank,
         "use_bias": False,
     }
-    wanted = last(torch_conv_transpose(x, weight, **options))
-    out = apply(nn.ConvTranspose(**given), {"kernel": layout.CONV_TRANSPOSE.to_flax(weight)}, last(x)[None])
-    assert_close(out[0], wanted)
-    # Flax's other reading of the kernel is PyTorch's, without the flip.
+    expected = channels_last(torch_conv_transpose(x, weight, **options))
+    inputs = channels_last(x)[None]
+    kernel = layout.CONV_TRANSPOSE.to_flax(weight)
+    assert_close(apply(nn.ConvTranspose(**arguments), {"kernel": kernel}, inputs)[0], expected)
+    # With transpose_kernel=True, Flax reads the kernel as PyTorch does, without the flip.
+    module = nn.ConvTranspose(**arguments, transpose_kernel=True)
     kernel = layout.Rearrangement("i o ...", "... o i").to_flax(weight)
-    assert_close(apply(nn.ConvTranspose(**given, transpose_kernel=True), {"kernel": kernel}, last(x)[None])[0], wanted)
+    assert_close(apply(module, {"kernel": kernel}, inputs)[0], expected)
 
 
-PADDINGS = ("dilation", "padding", "output_padding")
-
-
-def test_convolutions_of_torch_itself():
+def test_convolutions_equal_those_of_torch():
     weight = np.cos(wave(4, 1, 2, 2))
     module = nn.Conv(4, (2, 2), strides=2, padding=1, feature_group_count=2, use_bias=False)
-    out = apply(module, {"kernel": layout.CONV.to_flax(weight)}, last(wave(2, 3, 3))[None])
-    assert_close(out[0], last(TORCH["depth-wise"]))
+    out = apply(module, {"kernel": layout.CONV.to_flax(weight)}, channels_last(wave(2, 3, 3))[None])
+    assert_close(out[0], channels_last(TORCH["depth-wise"]))
     weight = np.cos(wave(2, 1, 3, 3))
     module = nn.ConvTranspose(1, (3, 3), strides=(2, 2), padding=[(1, 2)] * 2, use_bias=False)
-    out = apply(module, {"kernel": layout.CONV_TRANSPOSE.to_flax(weight)}, last(wave(2, 2, 2))[None])
-    assert_close(out[0], last(TORCH["transposed"]))
+    out = apply(
+        module,
+        {"kernel": layout.CONV_TRANSPOSE.to_flax(weight)},
+        channels_last(wave(2, 2, 2))[None],
+    )
+    assert_close(out[0], channels_last(TORCH["transposed"]))
 
 
 @pytest.mark.parametrize("spatial", [(5,), (3, 5), (2, 3, 4)])
-def test_dense_behind_a_flatten(spatial):
+def test_dense_after_a_flatten(spatial):
     x, weight = draw((4, *spatial)), draw((6, 4 * np.prod(spatial)), 1)
     kernel = layout.flattened_dense(channels=4).to_flax(weight)
-    assert_close(apply(nn.Dense(6, use_bias=False), {"kernel": kernel}, last(x).reshape(1, -1))[0], weight @ x.ravel())
+    assert_close(
+        apply(nn.Dense(6, use_bias=False), {"kernel": kernel}, channels_last(x).reshape(1, -1))[0],
+        weight @ x.ravel(),
+    )
 
 
-def gated(count):
-    """Weights of a PyTorch cell with 3 inputs, 2 hidden units and so many gates."""
+def cell_weights(gates):
+    """Returns the weights of a PyTorch cell with 3 inputs, 2 hidden units and `gates` gates."""
     return {
-        "weight_ih": wave(2 * count, 3),
-        "weight_hh": np.cos(wave(2 * count, 2)),
-        "bias_ih": wave(2 * count) + 0.1,
-        "bias_hh": 2 * wave(2 * count) - 0.3,
+        "weight_ih": wave(2 * gates, 3),
+        "weight_hh": np.cos(wave(2 * gates, 2)),
+        "bias_ih": wave(2 * gates) + 0.1,
+        "bias_hh": 2 * wave(2 * gates) - 0.3,
     }
 
 
@@ -493,41 +562,49 @@ CELLS = {"LSTM": (layout.LSTM, 4), "GRU": (layout.GRU, 3), "RNN": (layout.RNN, 1
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.OptimizedLSTMCell])
 def test_lstm(cell, bias):
-    weights, (x, h, c) = gated(4), STATE.values()
-    kept = {name: value for name, value in weights.items() if bias or name.startswith("weight")}
-    (new_c, new_h), out = apply(cell(2), layout.LSTM.to_flax(kept), (c, h), x)
-    wanted = torch_lstm(x, h, c, **{name: value if name in kept else 0 * value for name, value in weights.items()})
-    assert_close(out, wanted[0])
-    assert_close((new_h, new_c), wanted)
+    weights = cell_weights(4)
+    x, h, c = STATE.values()
+    if not bias:
+        weights |= {"bias_ih": np.zeros(8), "bias_hh": np.zeros(8)}
+    inputs = {name: value for name, value in weights.items() if bias or name.startswith("weight")}
+    (new_c, new_h), out = apply(cell(2), layout.LSTM.to_flax(inputs), (c, h), x)
+    expected = torch_lstm(x, h, c, **weights)
+    assert_close(out, expected[0])
+    assert_close((new_h, new_c), expected)
     if bias:
         assert_close(new_h, TORCH["LSTM"])
 
 
 @pytest.mark.parametrize(
-    ("name", "cell", "reference"), [("GRU", nn.GRUCell, torch_gru), ("RNN", nn.SimpleCell, torch_rnn)]
+    ("name", "cell", "reference"),
+    [("GRU", nn.GRUCell, torch_gru), ("RNN", nn.SimpleCell, torch_rnn)],
 )
 def test_gru_and_simple_cell(name, cell, reference):
-    (conversion, gates), (x, h, _) = CELLS[name], STATE.values()
-    weights = gated(gates)
+    conversion, gates = CELLS[name]
+    x, h, _ = STATE.values()
+    weights = cell_weights(gates)
     new, out = apply(cell(2), conversion.to_flax(weights), h, x)
     assert_close(out, reference(x, h, **weights))
     assert_close(new, TORCH[name])
-    kept = {name: value for name, value in weights.items() if name.startswith("weight")}
+    without_bias = {name: value for name, value in weights.items() if name.startswith("weight")}
     zeros = {name: 0 * value for name, value in weights.items() if name.startswith("bias")}
-    assert_close(apply(cell(2), conversion.to_flax(kept), h, x)[1], reference(x, h, **kept, **zeros))
+    _, out = apply(cell(2), conversion.to_flax(without_bias), h, x)
+    assert_close(out, reference(x, h, **without_bias, **zeros))
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("name", CELLS)
-def test_cells_and_back(name, make):
+def test_cells_round_trip(name, make):
     conversion, gates = CELLS[name]
-    weights = {key: make(value.astype(np.float32)) for key, value in gated(gates).items()}
+    weights = {key: make(value.astype(np.float32)) for key, value in cell_weights(gates).items()}
     params = conversion.to_flax(weights)
     back = conversion.to_torch(params)
     assert {type(leaf) for leaf in jax.tree.leaves((params, back))} == {type(weights["weight_ih"])}
     for key in ("weight_ih", "weight_hh"):
         np.testing.assert_array_equal(back[key], weights[key], strict=True)
-    np.testing.assert_array_equal(back["bias_ih"] + back["bias_hh"], weights["bias_ih"] + weights["bias_hh"])
+    np.testing.assert_array_equal(
+        back["bias_ih"] + back["bias_hh"], weights["bias_ih"] + weights["bias_hh"]
+    )
     chex.assert_trees_all_equal(conversion.to_flax(back), params)
     reference, states = {
         "LSTM": (torch_lstm, STATE.values()),
@@ -538,37 +615,48 @@ def test_cells_and_back(name, make):
     assert_close(reference(*states, **back), reference(*states, **weights))
 
 
-def test_cells_refuse_other_names_and_shapes():
-    weights = gated(4)
-    with pytest.raises(ValueError, match=r"missing: \['weight_ih'\], unexpected: \['weight_ih_l0'\]"):
+def test_wrong_names_and_shapes_of_a_cell_raise():
+    weights = cell_weights(4)
+    with pytest.raises(
+        ValueError, match=r"missing: \['weight_ih'\], unexpected: \['weight_ih_l0'\]"
+    ):
         layout.LSTM.to_flax({"weight_ih_l0": weights.pop("weight_ih"), **weights})
-    with pytest.raises(ValueError, match="weight_ih has another shape than 4 stacked gates"):
-        layout.LSTM.to_flax(gated(3))
-    for name in gated(4):
-        with pytest.raises(ValueError, match="another shape|does not fit"):
-            layout.LSTM.to_flax(gated(4) | {name: wave(8)[None, None]})
-    params = layout.GRU.to_flax(gated(3))
+    with pytest.raises(ValueError, match="weight_ih must be .* G = 4 stacked gates"):
+        layout.LSTM.to_flax(cell_weights(3))
+    for name in cell_weights(4):
+        with pytest.raises(ValueError, match="stacked gates|does not fit"):
+            layout.LSTM.to_flax(cell_weights(4) | {name: wave(8)[None, None]})
+    params = layout.GRU.to_flax(cell_weights(3))
     with pytest.raises(ValueError, match=r"missing: \['hf', .*unexpected: \['hn', 'hr', 'hz'"):
         layout.LSTM.to_torch(params)
     with pytest.raises(ValueError, match=r"layer hn .*missing: \['bias'\]"):
         layout.GRU.to_torch(params | {"hn": {"kernel": params["hn"]["kernel"]}})
     with pytest.raises(ValueError, match=r"layer hz .*unexpected: \['bias'\]"):
         layout.GRU.to_torch(params | {"hz": params["hn"]})
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="stacked gates"):
         layout.GRU.to_torch(params | {"hz": {"kernel": wave(2, 3)}})
 
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_attention(separate):
-    weight, bias, out_weight, out_bias = wave(12, 4), np.cos(wave(12)), wave(4, 4) - 0.2, wave(4)
+    weight, bias = wave(12, 4), np.cos(wave(12))
+    out_weight, out_bias = wave(4, 4) - 0.2, wave(4)
     query, memory = wave(2, 4), np.cos(wave(3, 4))
     if separate:
-        one = layout.attention_projection(num_heads=2)
-        kernels, biases = ([one.to_flax(part) for part in np.split(value, 3)] for value in (weight, bias))
+        projection = layout.attention_projection(num_heads=2)
+        kernels = [projection.to_flax(part) for part in np.split(weight, 3)]
+        biases = [projection.to_flax(part) for part in np.split(bias, 3)]
     else:
-        kernels, biases = (layout.fused_qkv(num_heads=2).to_flax(value) for value in (weight, bias))
-    params = {name: {"kernel": kernels[i], "bias": biases[i]} for i, name in enumerate(("query", "key", "value"))}
-    params["out"] = {"kernel": layout.attention_output(num_heads=2).to_flax(out_weight), "bias": out_bias}
+        kernels = layout.fused_qkv(num_heads=2).to_flax(weight)
+        biases = layout.fused_qkv(num_heads=2).to_flax(bias)
+    params = {
+        name: {"kernel": kernels[i], "bias": biases[i]}
+        for i, name in enumerate(("query", "key", "value"))
+    }
+    params["out"] = {
+        "kernel": layout.attention_output(num_heads=2).to_flax(out_weight),
+        "bias": out_bias,
+    }
     out = apply(nn.MultiHeadDotProductAttention(num_heads=2), params, query, memory)
     assert_close(out, torch_attention(query, memory, 2, weight, bias, out_weight, out_bias))
     assert_close(out, TORCH["attention"])
@@ -588,17 +676,17 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize(("conversion", "shape"), CONVERSIONS.values(), ids=CONVERSIONS)
-def test_there_and_back(conversion, shape, make):
+def test_weights_round_trip(conversion, shape, make):
     array = make(np.arange(np.prod(shape), dtype=np.int32).reshape(shape))
-    there = conversion.to_flax(array)
-    assert type(there) is type(array)
-    assert sorted(np.ravel(there)) == list(range(array.size)), "the same numbers"
-    assert not np.array_equal(there, array) or array.ndim == 1
-    np.testing.assert_array_equal(conversion.to_torch(there), array, strict=True)
-    np.testing.assert_array_equal(jax.jit(conversion.to_flax)(array), there)
+    converted = conversion.to_flax(array)
+    assert type(converted) is type(array)
+    assert sorted(np.ravel(converted)) == list(range(array.size))
+    assert not np.array_equal(converted, array) or array.ndim == 1
+    np.testing.assert_array_equal(conversion.to_torch(converted), array, strict=True)
+    np.testing.assert_array_equal(jax.jit(conversion.to_flax)(array), converted)
 
 
-def test_dtype_and_host_stay():
+def test_dtypes_are_kept():
     for dtype in (np.float64, np.float16, jnp.bfloat16):
         assert layout.CONV.to_flax(np.zeros((2, 3, 1, 1), dtype)).dtype == dtype
 
@@ -608,33 +696,37 @@ def test_dtype_and_host_stay():
     [
         (layout.DENSE, (4, 3, 1), r"\(4, 3, 1\) does not fit the axes 'o i'"),
         (layout.CONV, (4,), r"\(4,\) does not fit"),
-        (layout.flattened_dense(channels=5), (4, 12), r"\(4, 12\) does not fit the axes 'o \(c s\)', c = 5"),
+        (
+            layout.flattened_dense(channels=5),
+            (4, 12),
+            r"\(4, 12\) does not fit the axes 'o \(c s\)', c = 5",
+        ),
         (layout.attention_projection(num_heads=4), (6, 5), "h = 4"),
     ],
 )
-def test_shapes_that_do_not_fit(conversion, shape, match):
+def test_shapes_that_do_not_fit_raise(conversion, shape, match):
     with pytest.raises(ValueError, match=match):
         conversion.to_flax(np.zeros(shape))
 
 
-def test_shapes_that_do_not_fit_on_the_way_back():
+def test_shapes_that_do_not_fit_raise_in_to_torch():
     with pytest.raises(ValueError, match=r"\(5, 3, 4\) does not fit the axes '... h d', h = 2"):
         layout.attention_projection(num_heads=2).to_torch(np.zeros((5, 3, 4)))
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("fields", "match"),
     [
         ({"torch": "o i", "flax": "i p"}, "same names"),
         ({"torch": "o o", "flax": "o o"}, "each once"),
         ({"torch": "o (c s)", "flax": "(s c) o"}, "all but one"),
-        ({"torch": "(o ...)", "flax": "... o"}, "no pattern"),
-        ({"torch": "o (c s", "flax": "(s c) o"}, "no pattern"),
-        ({"torch": "o i", "flax": "i o", "flip": "k"}, r"\['k'\] are no names"),
-        ({"torch": "o i", "flax": "i o", "sizes": {"h": 2}}, r"\['h'\] are no names"),
+        ({"torch": "(o ...)", "flax": "... o"}, "not a pattern"),
+        ({"torch": "o (c s", "flax": "(s c) o"}, "not a pattern"),
+        ({"torch": "o i", "flax": "i o", "flip": "k"}, r"\['k'\] are not names"),
+        ({"torch": "o i", "flax": "i o", "sizes": {"h": 2}}, r"\['h'\] are not names"),
         ({"torch": "o i", "flax": "i o", "sizes": {"o": 0}}, r"positive, got {'o': 0}"),
     ],
 )
-def test_patterns_that_make_no_sense(given, match):
+def test_malformed_patterns_raise(fields, match):
     with pytest.raises(ValueError, match=match):
-        layout.Rearrangement(**given)
+        layout.Rearrangement(**fields)

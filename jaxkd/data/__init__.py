@@ -1,6 +1,7 @@
-"""Image classification sets as NumPy arrays, and random augmentation of their batches.
+"""Image classification datasets as NumPy arrays, and random augmentation of their batches.
 
-Importing this package needs jax and NumPy; TensorFlow Datasets, Pillow and rich are imported when a dataset needs them.
+Importing this package needs jax and NumPy. TensorFlow Datasets, Pillow and rich are imported only
+when a dataset needs them.
 """
 
 from jaxkd.data.augment import crop_and_flip, random_crop, random_flip

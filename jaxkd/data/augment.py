@@ -1,7 +1,7 @@
 """Random crops and flips of image batches.
 
-Every example has its own draw, made from the key and the example's position in the batch and nothing else: the first
-images of a larger batch are augmented as those of a smaller one.
+Each example is augmented with its own key, folded from the batch's key and the example's position.
+Its result therefore depends neither on the batch size nor on the other examples.
 """
 
 import jax
@@ -10,9 +10,10 @@ from jax import Array
 
 
 def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
-    """Shifts each image by up to `padding` pixels in either direction; what comes in at the edge is zero.
+    """Shifts each image by up to `padding` pixels along each axis and fills the border with zeros.
 
-    The image is padded by `padding` zeros on every side and cropped back to its size at a uniformly drawn place.
+    The image is padded by `padding` zeros on every side and cropped back to its size at a uniformly
+    drawn offset.
 
     Args:
         key: A key.
@@ -38,9 +39,11 @@ def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
 
     def crop(subkey: Array, image: Array) -> Array:
         top, left = jax.random.randint(subkey, (2,), 0, 2 * padding + 1)
-        return jax.lax.dynamic_slice(jnp.pad(image, margins), (top, left, jnp.zeros_like(top)), image.shape)
+        # dynamic_slice wants one dtype for all start indices; that of randint follows the x64 flag.
+        start = (top, left, jnp.zeros_like(top))
+        return jax.lax.dynamic_slice(jnp.pad(image, margins), start, image.shape)
 
-    return jax.vmap(crop)(_subkeys(key, images), images)
+    return jax.vmap(crop)(_example_keys(key, images), images)
 
 
 def random_flip(key: Array, images: Array) -> Array:
@@ -63,8 +66,8 @@ def random_flip(key: Array, images: Array) -> Array:
         [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
     """
     _check_rank(images)
-    flipped = jax.vmap(jax.random.bernoulli)(_subkeys(key, images))
-    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    is_flipped = jax.vmap(jax.random.bernoulli)(_example_keys(key, images))
+    return jnp.where(is_flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
 def crop_and_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
@@ -92,10 +95,14 @@ def crop_and_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
     return random_flip(jax.random.fold_in(key, 1), cropped)
 
 
-def _subkeys(key: Array, images: Array) -> Array:
+def _example_keys(key: Array, images: Array) -> Array:
+    # Not jax.random.split: its keys would change with the batch size.
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(images)))
 
 
 def _check_rank(images: Array) -> None:
     if images.ndim != 4:
-        raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C]: add a batch or a channel axis")
+        raise ValueError(
+            f"images have shape {images.shape}, expected [B, H, W, C]: "
+            "add a batch or a channel axis"
+        )

@@ -1,4 +1,4 @@
-"""What every source loads: images and labels in three splits, checked alike and cut alike."""
+"""Images and labels in three splits, with the checks and the cuts that all sources share."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxkd.data.errors import DataError
 
-# Seeds of the cuts. They are part of what a dataset is: changing one changes every result.
+# Seeds of the held-out sets. They are part of a dataset: another seed changes every result.
 _VALIDATION_SEED = 0
 _TEST_SEED = 1
 
@@ -23,14 +23,19 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def examples(self) -> dict[str, np.ndarray]:
+        """The images and labels as a plan takes them: `{"inputs": ..., "labels": ...}`."""
+        return {"inputs": self.images, "labels": self.labels}
+
 
 class Dataset(NamedTuple):
-    """An image classification set.
+    """An image classification dataset.
 
     Attributes:
-        train: What students and teachers learn from.
-        validation: A tenth of the source's training images, for choosing.
-        test: What results are reported on, never chosen by.
+        train: The examples that teachers and students are trained on.
+        validation: A tenth of the source's training images, for choosing between models.
+        test: The examples that results are reported on; nothing is chosen by them.
         class_names: Name of each class, by label.
     """
 
@@ -41,80 +46,90 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
-    """Checks what a source read and cuts a tenth of its training images off for validation.
+    """Checks the splits of a source and holds out a tenth of its training images for validation.
 
     Args:
-        name: The dataset's name, for errors.
+        name: The dataset's name, for error messages.
         train: All training images; at least two.
         test: Test images.
         class_names: Name of each class, by label.
 
     Returns:
-        The dataset. The cut is the same each time, and within a split the source's order is kept.
+        The dataset. Equal calls hold out the same images, and each split keeps the source's order.
 
     Raises:
-        DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has no class.
+        DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has
+            no class.
     """
-    for split_name, split, least in (("train", train, 2), ("test", test, 1)):
-        _check_size(f"{name}: {split_name}", split, least)
+    for split_name, split, minimum in (("train", train, 2), ("test", test, 1)):
+        _check_size(f"{name}: {split_name}", split, minimum)
         _check_images(f"{name}: {split_name}", split.images)
         _check_labels(f"{name}: {split_name}", split.labels, len(class_names))
-    train, validation = cut(train, max(1, len(train.labels) // 10), key=fixed_key(_VALIDATION_SEED))
+    count = max(1, len(train.labels) // 10)
+    train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
     return Dataset(train, validation, test, class_names)
 
 
-def cut(split: Split, count: int, *, key: jax.Array) -> tuple[Split, Split]:
-    """Cuts `count` examples, drawn by `key`, off a split.
+def hold_out(split: Split, count: int, *, key: jax.Array) -> tuple[Split, Split]:
+    """Holds out `count` examples of a split, drawn by `key`.
 
     Args:
-        split: What to cut.
-        count: How many examples the second part gets.
-        key: Decides which.
+        split: The examples to draw from.
+        count: Number of examples to hold out.
+        key: A key.
 
     Returns:
-        The rest and the part cut off, both in the order of `split`.
+        The remaining and the held-out examples, both in the order of `split`.
     """
-    rest, part = cut_rows(len(split.labels), count, key=key)
-    return Split(split.images[rest], split.labels[rest]), Split(split.images[part], split.labels[part])
+    remaining, held_out = hold_out_indices(len(split.labels), count, key=key)
+    return (
+        Split(split.images[remaining], split.labels[remaining]),
+        Split(split.images[held_out], split.labels[held_out]),
+    )
 
 
-def cut_rows(total: int, count: int, *, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts `count` of the numbers below `total`, drawn by `key`, off the others; both in rising order."""
+def hold_out_indices(total: int, count: int, *, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` of `total` indices; returns the remaining and the drawn ones, both sorted."""
     order = np.asarray(jax.random.permutation(key, total))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def cut_test(train: Split) -> tuple[Split, Split]:
-    """Cuts a fifth off a training set that came without anything to test on."""
-    return cut(train, len(train.labels) // 5, key=fixed_key(_TEST_SEED))
+def hold_out_test(train: Split) -> tuple[Split, Split]:
+    """Holds out a fifth of a training set that has no test set."""
+    return hold_out(train, len(train.labels) // 5, key=fixed_key(_TEST_SEED))
 
 
 def fixed_key(seed: int) -> jax.Array:
-    """A key that is the same whatever the user's settings."""
-    # Named, because a user may have made another generator the default.
+    """Makes a threefry key, which draws the same numbers under any configuration of JAX."""
+    # Without `impl`, the key would follow the user's jax_default_prng_impl.
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def _check_size(where: str, split: Split, least: int) -> None:
+def _check_size(split_name: str, split: Split, minimum: int) -> None:
     count = len(split.images)
     if count != len(split.labels):
-        raise DataError(f"{where} has {count} images but {len(split.labels)} labels")
-    if count < least:
-        raise DataError(f"{where} has {count} images, at least {least} are needed: choose another dataset")
-
-
-def _check_images(where: str, images: np.ndarray) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise DataError(f"{split_name} has {count} images but {len(split.labels)} labels")
+    if count < minimum:
         raise DataError(
-            f"{where} has images {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, 1 or 3]: "
-            "convert them to grey or RGB of 8 bits"
+            f"{split_name} has {count} images, at least {minimum} are needed: "
+            "choose another dataset"
         )
 
 
-def _check_labels(where: str, labels: np.ndarray, num_classes: int) -> None:
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if bad.size:
+def _check_images(split_name: str, images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise DataError(
-            f"{where} has label {labels[bad[0]]} at index {bad[0]}, outside 0..{num_classes - 1}: "
-            "choose a dataset whose splits are all labelled"
+            f"{split_name} has images {images.dtype} {list(images.shape)}, "
+            "expected uint8 [N, H, W, 1 or 3]: convert them to 8-bit grey or RGB"
+        )
+
+
+def _check_labels(split_name: str, labels: np.ndarray, num_classes: int) -> None:
+    # TFDS gives the label -1 to the examples of an unlabelled test split.
+    invalid = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if invalid.size:
+        index = invalid[0]
+        raise DataError(
+            f"{split_name} has label {labels[index]} at index {index}, outside "
+            f"0..{num_classes - 1}: choose a dataset whose splits are all labelled"
         )

@@ -1,39 +1,20 @@
-"""The error of loading data, and what raises it everywhere: missing packages, homes, files and letters."""
+"""The error of loading data, and helpers that turn common failures into it."""
 
-import gzip
 import importlib
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
-_TEXT = ("tokenizers", "sacrebleu")
+# Packages of the extra `text`; all other optional packages belong to the extra `experiments`.
+_TEXT_PACKAGES = ("tokenizers", "sacrebleu")
 
 
 class DataError(ValueError):
     """A dataset cannot be loaded; the one-line message names the cause and the remedy."""
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file in UTF-8, of a `.gz` unpacked.
-
-    Raises:
-        DataError: If it cannot be read or a line is not UTF-8; it names the line.
-    """
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path} ({one_line(error)}): check the path and the file") from error
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line} is not UTF-8 ({one_line(error)}): save it as UTF-8") from error
-
-
-def require(module: str) -> Any:
-    """Imports a module that `import jaxkd.data` does without.
+def import_or_raise(module: str) -> Any:
+    """Imports a module on which `import jaxkd.data` does not depend.
 
     Args:
         module: Its full name, such as `"PIL.Image"`.
@@ -42,34 +23,38 @@ def require(module: str) -> Any:
         The module.
 
     Raises:
-        DataError: If it, or something that it imports, is not installed.
+        DataError: If the module, or something that it imports, is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise not_installed(error) from error
+        raise missing_package_error(error) from error
 
 
-def expand(path: str | os.PathLike[str]) -> Path:
-    """A path with `~` spelled out.
+def expand_user_path(path: str | os.PathLike[str]) -> Path:
+    """Replaces a leading `~` or `~user` by the home directory.
 
     Raises:
-        DataError: If that is a user who is not known.
+        DataError: If there is no such user.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"{os.fspath(path)!r} is in nobody's home directory: check the path") from error
+        raise DataError(
+            f"the home directory of {os.fspath(path)!r} is unknown: check the path"
+        ) from error
 
 
-def not_installed(error: ImportError) -> DataError:
-    """Says which package is missing and how to get it."""
-    extra = "text" if error.name in _TEXT else "experiments"
-    remedy = f"pip install 'jaxkd-distill[{extra}]'"
-    return DataError(f"this needs {error.name}, which cannot be imported ({one_line(error)}): {remedy}")
+def missing_package_error(error: ImportError) -> DataError:
+    """Makes the error that names a missing package and the command that installs it."""
+    extra = "text" if error.name in _TEXT_PACKAGES else "experiments"
+    command = f"pip install 'jaxkd-distill[{extra}]'"
+    return DataError(
+        f"this needs {error.name}, which cannot be imported ({one_line(error)}): {command}"
+    )
 
 
 def one_line(error: Exception) -> str:
-    """The text of another library's error, cut to the length of a line, or its kind if it has none."""
+    """Returns an error's text on one line of at most 200 characters, or its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."

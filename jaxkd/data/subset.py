@@ -1,4 +1,4 @@
-"""A small labelled subset of a large set."""
+"""A small labelled subset of a large dataset."""
 
 import jax
 import numpy as np
@@ -7,15 +7,16 @@ from jaxkd.data.errors import DataError
 
 
 def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
-    """Draws `count` examples, the same number of each class as far as the classes reach.
+    """Draws `count` examples, the same number from each class as far as the classes suffice.
 
     Args:
         labels: Integers `[N]`.
-        count: How many examples, 1 to N.
-        key: Decides which, and which classes get one more where `count` is not divisible.
+        count: Number of examples, 1 to N.
+        key: Draws the examples, and the classes that get one more if `count` is not divisible.
 
     Returns:
-        Their indices, int32 `[count]`, ascending. Classes differ by at most one, but for those that are used up.
+        Their indices, int32 `[count]`, ascending. The numbers per class differ by at most one,
+        except for classes of which every example is taken.
 
     Raises:
         DataError: If `count` is below 1 or above N.
@@ -28,12 +29,17 @@ def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarra
     """
     if not 1 <= count <= len(labels):
         bounds = f"at most {len(labels)}" if count > 0 else f"from 1 to {len(labels)}"
-        raise DataError(f"{count} labelled images asked for, but the training set has {len(labels)}: choose {bounds}")
+        raise DataError(
+            f"{count} labelled images asked for, but the training set has {len(labels)}: "
+            f"choose {bounds}"
+        )
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
-    # Every class deals out its examples in rounds; the first `count` dealt are taken.
+    # Each class deals one example a round. The first `count` dealt are taken, so a larger subset
+    # of the same key contains the smaller one.
     rounds = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
-        members = labels[shuffled] == label
-        rounds[members] = np.arange(members.sum())
+        is_member = labels[shuffled] == label
+        rounds[is_member] = np.arange(is_member.sum())
+    # Stable, so that the shuffled order decides which classes come first within a round.
     dealt = shuffled[np.argsort(rounds, kind="stable")]
     return np.sort(dealt[:count]).astype(np.int32)

@@ -1,6 +1,7 @@
-"""Distillation losses: pure functions that return one value per example. They need jax and optax alone.
+"""Distillation losses as pure functions that return one value per example.
 
-Every function with its formula and paper is listed in the catalogue, `jaxkd/README.md`.
+Importing this package loads only jax and optax. The catalogue, `jaxkd/README.md`, lists every
+function with its formula and paper.
 """
 
 from jaxkd.losses.alignment import (

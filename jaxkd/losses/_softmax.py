@@ -1,4 +1,4 @@
-"""Softmax in log space that takes −inf for a class that is not there, in the gradient too."""
+"""Softmax in log space whose values and gradients stay finite beside classes at −inf."""
 
 import functools
 from collections.abc import Sequence
@@ -9,45 +9,50 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, mask_of, wide, wide_pair
-
-
-def logits_of(name: str, logits: ArrayLike) -> Array:
-    """Logits, widened; `ValueError` if they have no axis of classes."""
-    check_shape(jnp.ndim(logits) > 0, f"{name} must have an axis of classes, got a scalar")
-    return wide(name, logits)
-
-
-def logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
-    """The logits of student and teacher, of one shape and one wide dtype."""
-    names = "student_logits", "teacher_logits"
-    shapes = tuple(jnp.shape(logits_of(*one)) for one in zip(names, (student_logits, teacher_logits), strict=True))
-    check_shape(
-        shapes[0] == shapes[1],
-        f"student_logits {shapes[0]} and teacher_logits {shapes[1]} must have one shape; "
-        "slice or project the larger set of classes first",
-    )
-    return wide_pair(names, student_logits, teacher_logits)
-
-
-def check_labels(labels: ArrayLike, shape: Sequence[int]) -> Array:
-    """Labels `shape[:-1]`, integers, for logits of a shape."""
-    labels, shape = jnp.asarray(labels), tuple(shape)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}; for distributions there is soft_cross_entropy")
-    check_shape(
-        labels.shape == shape[:-1],
-        f"labels {labels.shape} must have the logits' shape {shape} without its last axis, {shape[:-1]}",
-    )
-    # Narrower ones would wrap around where they are compared with classes that they cannot count to.
-    return labels if labels.dtype.itemsize > 4 else labels.astype(jnp.int32)
+from jaxkd.losses._arrays import broadcast_mask, check_positive, check_shape, widen, widen_pair
 
 
 class Softmax(NamedTuple):
-    """Probabilities and their logarithms, each for who needs it: what is not used is not computed under `jit`."""
+    """Probabilities and log-probabilities. Under `jit` a field that is not used costs nothing."""
 
     probabilities: Array
-    logs: Array
+    log_probabilities: Array
+
+
+def check_logits(name: str, logits: ArrayLike) -> Array:
+    """Widens logits; raises `ValueError` if they have no class axis."""
+    check_shape(jnp.ndim(logits) > 0, f"{name} must have a class axis, got a scalar")
+    return widen(name, logits)
+
+
+def check_logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
+    """Returns the logits of student and teacher in one dtype; raises if their shapes differ."""
+    names = "student_logits", "teacher_logits"
+    student = check_logits(names[0], student_logits)
+    teacher = check_logits(names[1], teacher_logits)
+    check_shape(
+        student.shape == teacher.shape,
+        f"student_logits {student.shape} and teacher_logits {teacher.shape} must have the same "
+        "shape; slice or project the larger set of classes first",
+    )
+    return widen_pair(names, student, teacher)
+
+
+def check_labels(labels: ArrayLike, logits_shape: Sequence[int]) -> Array:
+    """Returns integer labels that match the leading axes of logits, in int32 or wider."""
+    labels = jnp.asarray(labels)
+    shape = tuple(logits_shape)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype}; use soft_cross_entropy for distributions"
+        )
+    check_shape(
+        labels.shape == shape[:-1],
+        f"labels {labels.shape} must have the logits' shape {shape} without its last axis, "
+        f"{shape[:-1]}",
+    )
+    # `jax.nn.one_hot` casts class indices to the labels' dtype: in uint8, class 257 equals label 1.
+    return labels if labels.dtype.itemsize > 4 else labels.astype(jnp.int32)
 
 
 def soften(
@@ -57,50 +62,62 @@ def soften(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> tuple[Softmax, Softmax, Array]:
-    """The distributions of student and teacher at a temperature, and T²."""
+    """Returns the softened distributions of student and teacher, and T²."""
     check_positive("temperature", temperature)
-    student, teacher = logits_pair(student_logits, teacher_logits)
-    student, teacher = (softmax(logits, axis, where, temperature) for logits in (student, teacher))
-    return student, teacher, jnp.square(jnp.asarray(temperature, student.logs.dtype))
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
+    student = softmax(student, axis, where, temperature)
+    teacher = softmax(teacher, axis, where, temperature)
+    return student, teacher, jnp.square(jnp.asarray(temperature, student.log_probabilities.dtype))
 
 
 def softmax(
-    logits: Array, axis: int = -1, where: ArrayLike | None = None, temperature: ArrayLike | None = None
+    logits: Array,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
 ) -> Softmax:
-    """Softmax that gives 0 and −inf, and no gradient, to classes that are at −inf or masked."""
+    """Computes a softmax in which classes that are masked or at −inf have probability 0.
+
+    Their log-probability is −inf and they get no gradient. If there is no other class, all
+    probabilities are 0.
+    """
     if where is not None:
-        logits = jnp.where(mask_of(where, logits.shape), logits, -jnp.inf)
+        logits = jnp.where(broadcast_mask(where, logits.shape), logits, -jnp.inf)
     largest = jax.lax.stop_gradient(logits.max(axis, keepdims=True, initial=-jnp.inf))
+    # Where every class is at −inf, −inf − (−inf) would be NaN.
     shifted = logits - jnp.where(largest != -jnp.inf, largest, 0)
     if isinstance(temperature, jax.core.Tracer):
-        # Masked before the division too: after it alone, −inf would reach the temperature's gradient.
+        # The operand is masked as well as the result, since −inf would otherwise turn the
+        # gradient of the temperature into NaN.
         possible = shifted != -jnp.inf
-        shifted = jnp.where(possible, jnp.where(possible, shifted, 0) / temperature.astype(logits.dtype), -jnp.inf)
+        finite = jnp.where(possible, shifted, 0)
+        shifted = jnp.where(possible, finite / temperature.astype(logits.dtype), -jnp.inf)
     elif temperature is not None:
         shifted = shifted / jnp.asarray(temperature, logits.dtype)
-    weights = jnp.exp(shifted)
-    total = weights.sum(axis, keepdims=True)
+    exponentials = jnp.exp(shifted)
+    total = exponentials.sum(axis, keepdims=True)
     total = jnp.where(total != 0, total, 1)
-    return Softmax(weights / total, shifted - jnp.log(total))
+    return Softmax(exponentials / total, shifted - jnp.log(total))
 
 
 def expectation(probabilities: Array, values: Array, axis: int = -1) -> Array:
-    """Σ p · values in which a class of probability 0 counts for nothing, in the gradient too."""
+    """Computes Σ p · values. A value of probability 0 adds nothing, even if it is infinite."""
     return jnp.sum(probabilities * jnp.where(probabilities != 0, values, 0), axis=axis)
 
 
 def divergence(p: Softmax, q: Softmax, axis: int = -1) -> Array:
-    """KL(p ‖ q)."""
-    return expectation(p.probabilities, p.logs - q.logs, axis)
+    """Computes KL(p ‖ q)."""
+    return expectation(p.probabilities, p.log_probabilities - q.log_probabilities, axis)
 
 
-def log_of(x: Array) -> Array:
-    """The logarithm of x ≥ 0, −inf without a gradient at 0."""
+def safe_log(x: Array) -> Array:
+    """Returns the logarithm of x ≥ 0, with no gradient at 0, where it is −inf."""
     return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
 
 
 def log_sum_exp(logs: Array, axis: int = -1) -> Array:
-    """The logarithm of Σ exp; −inf where every term is, and without a gradient there."""
+    """Computes log Σ exp along an axis, with no gradient where every term is −inf."""
+    # `jax.nn.logsumexp` has a NaN gradient there.
     largest = jax.lax.stop_gradient(logs.max(axis, keepdims=True, initial=-jnp.inf))
     largest = jnp.where(largest != -jnp.inf, largest, 0)
     total = jnp.exp(logs - largest).sum(axis)
@@ -109,9 +126,9 @@ def log_sum_exp(logs: Array, axis: int = -1) -> Array:
 
 
 def log_add_exp(*logs: Array) -> Array:
-    """The logarithm of a sum of exponentials; −inf where all are, and without a gradient there.
+    """Computes log Σ exp over arrays, with no gradient where every term is −inf.
 
-    Entry by entry, which on CPUs is faster than `log_sum_exp` over an axis along which they are stacked.
+    On CPUs this is faster than stacking the arrays and calling `log_sum_exp`.
     """
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logs))
     largest = jnp.where(largest != -jnp.inf, largest, 0)

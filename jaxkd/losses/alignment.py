@@ -1,7 +1,7 @@
-"""Cross-layer alignment: student layers attend over all of the teacher's layers, instead of being paired by hand.
+"""Cross-layer alignment: student layers attend over all teacher layers instead of fixed pairs.
 
-The losses have parameters of their own, which learn with the student and are dropped after the training. In a plan's
-stage they compose like this:
+The losses have parameters of their own, which are trained with the student and dropped after the
+training. In a stage of a plan they are used like this:
 
     def loss(student, teachers, batch, params):
         student_states = [student.features[name] for name in ("stage1", "stage2")]
@@ -24,7 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd import attention
-from jaxkd.losses._arrays import check_shape, normalize, wide, wide_pair
+from jaxkd.losses._arrays import check_shape, normalize, widen, widen_pair, widest_dtype
 from jaxkd.losses.features import hint_loss, init_projector, project
 
 
@@ -40,9 +40,9 @@ def init_semantic_calibration(
         features: Width F of queries and keys.
 
     Returns:
-        `queries` and `keys`, a map from each student layer and from each teacher layer to F; and `projectors`, for each
-        student layer one map to each teacher layer. A map is `{"kernel": [in, out], "bias": [out]}` in float32, as of
-        `features.init_projector`.
+        `queries` and `keys`, an affine map to F from each student layer and from each teacher
+        layer; and `projectors`, for each student layer one affine map to each teacher layer. A map
+        is `{"kernel": [in, out], "bias": [out]}` in float32, from `features.init_projector`.
 
     Raises:
         ValueError: If the student or the teacher has no layers.
@@ -50,7 +50,9 @@ def init_semantic_calibration(
     Example:
         >>> import jax
         >>> from jaxkd import losses
-        >>> params = losses.init_semantic_calibration(jax.random.key(0), (8, 16), (8, 16, 32), features=4)
+        >>> params = losses.init_semantic_calibration(
+        ...     jax.random.key(0), (8, 16), (8, 16, 32), features=4
+        ... )
         >>> len(params["queries"]), len(params["keys"]), params["keys"][2]["kernel"].shape
         (2, 3, (32, 4))
         >>> params["projectors"][1][2]["kernel"].shape
@@ -58,36 +60,42 @@ def init_semantic_calibration(
     """
     check_shape(
         len(student_features) > 0 and len(teacher_features) > 0,
-        f"student and teacher need at least one layer, got widths {student_features} and {teacher_features}",
+        "student and teacher need at least one layer, "
+        f"got widths {student_features} and {teacher_features}",
     )
     query_key, keys_key, projector_key = jax.random.split(key, 3)
+    projectors = []
+    for subkey, student_width in zip(
+        jax.random.split(projector_key, len(student_features)), student_features, strict=True
+    ):
+        sizes = [(student_width, teacher_width) for teacher_width in teacher_features]
+        projectors.append(_init_affine_maps(subkey, sizes))
     return {
-        "queries": _init_maps(query_key, [(width, features) for width in student_features]),
-        "keys": _init_maps(keys_key, [(width, features) for width in teacher_features]),
-        "projectors": [
-            _init_maps(subkey, [(student, teacher) for teacher in teacher_features])
-            for subkey, student in zip(
-                jax.random.split(projector_key, len(student_features)), student_features, strict=True
-            )
-        ],
+        "queries": _init_affine_maps(query_key, [(width, features) for width in student_features]),
+        "keys": _init_affine_maps(keys_key, [(width, features) for width in teacher_features]),
+        "projectors": projectors,
     }
 
 
 def cross_layer_weights(
-    params: Mapping[str, Any], student_states: Sequence[ArrayLike], teacher_states: Sequence[ArrayLike]
+    params: Mapping[str, Any],
+    student_states: Sequence[ArrayLike],
+    teacher_states: Sequence[ArrayLike],
 ) -> Array:
-    """How much each student layer attends to each teacher layer, for each example.
+    """Computes each student layer's attention over the teacher layers, for each example.
 
-    α_ij = softmax over j of q_i · k_j / √F, where q_i and k_j are learned affine maps of a layer's features, averaged
-    over positions and divided by their root mean square, or 0 where that is 0
+    α_ij = softmax over j of q_i · k_j / √F, where q_i and k_j are learned affine maps of a layer's
+    features, averaged over positions and divided by their root mean square, or 0 where that is 0
 
     Args:
         params: From `init_semantic_calibration`.
-        student_states: One array per layer: maps `[B, H, W, C]`, tokens `[B, N, C]` or vectors `[B, C]`.
+        student_states: One array per layer: maps `[B, H, W, C]`, tokens `[B, N, C]` or vectors
+            `[B, C]`.
         teacher_states: The same for the teacher.
 
     Returns:
-        Weights `[B, student layers, teacher layers]` in float32 or wider, which sum to 1 over the teacher's layers.
+        Weights `[B, student layers, teacher layers]` in float32 or wider, with sum 1 over the
+        teacher's layers.
 
     Raises:
         ValueError: If the states do not fit the parameters or each other.
@@ -99,35 +107,45 @@ def cross_layer_weights(
         >>> from jaxkd import losses
         >>> params = losses.init_semantic_calibration(jax.random.key(0), (2,), (3, 3), features=4)
         >>> params["keys"] = [params["keys"][0], params["keys"][0]]
-        >>> student, teacher = [jnp.ones((1, 8, 8, 2))], [jnp.ones((1, 8, 8, 3)), jnp.ones((1, 4, 4, 3))]
+        >>> student = [jnp.ones((1, 8, 8, 2))]
+        >>> teacher = [jnp.ones((1, 8, 8, 3)), jnp.ones((1, 4, 4, 3))]
         >>> print(losses.cross_layer_weights(params, student, teacher))
         [[[0.5 0.5]]]
 
     References:
-        Chen et al., Cross-Layer Distillation with Semantic Calibration, https://arxiv.org/abs/2012.03236
+        Chen et al., Cross-Layer Distillation with Semantic Calibration,
+        https://arxiv.org/abs/2012.03236
     """
-    return _weights(params, *_layers(params, student_states, teacher_states))
+    return _attention_weights(params, *_check_layers(params, student_states, teacher_states))
 
 
 def semantic_calibration_loss(
-    params: Mapping[str, Any], student_states: Sequence[ArrayLike], teacher_states: Sequence[ArrayLike]
+    params: Mapping[str, Any],
+    student_states: Sequence[ArrayLike],
+    teacher_states: Sequence[ArrayLike],
 ) -> Array:
-    """SemCKD: each student layer is pulled to all teacher layers, each by as much as it attends to it.
+    """Computes distances of student layers to all teacher layers, weighted by attention (SemCKD).
 
-    (1/L) Σ_i Σ_j α_ij mean((W_ij s_i + b_ij − t_j)²) over the student's L layers i, with α of `cross_layer_weights`
+    (1/L) Σ_i Σ_j α_ij mean((W_ij s_i + b_ij − t_j)²) over the student's L layers i, with α of
+    `cross_layer_weights`
 
-    Where the two maps of a pair differ in size, the larger is averaged to the size of the smaller along each spatial
-    axis, in the windows of PyTorch's adaptive pooling, as in the authors' code. Elsewhere it differs. Its queries
-    and keys are networks over an example's row of the batch's similarity matrix, which ties the parameters to one batch
-    size and an example's weights to the others of its batch; here they are affine maps of the example's own features.
-    It scales them to length 1, so that no layer outweighs another by more than e²; here they are free. And it projects
-    a pair by three convolutions with batch normalisation, where one 1×1 convolution does here.
+    Where the two maps of a pair differ in size, the larger is averaged to the size of the smaller
+    along each spatial axis, in the windows of PyTorch's adaptive pooling, as in the authors' code.
 
-    Tokens all count, padded ones too: where there are some, average the others and give vectors.
+    Otherwise it differs from that code. Its queries and keys are networks over an example's row of
+    the batch's similarity matrix, which ties the parameters to one batch size and an example's
+    weights to the other examples; here they are affine maps of the example's own features. It
+    scales queries and keys to length 1, so that no layer outweighs another by more than e²; here
+    their length is free. It projects a pair by three convolutions with batch normalisation; here
+    one 1×1 convolution is used.
+
+    All tokens count, including padding: for padded sequences, average the tokens that count and
+    pass vectors.
 
     Args:
-        params: From `init_semantic_calibration`; they learn with the student.
-        student_states: One array per layer: maps `[B, H, W, C]`, tokens `[B, N, C]` or vectors `[B, C]`.
+        params: From `init_semantic_calibration`; they are trained with the student.
+        student_states: One array per layer: maps `[B, H, W, C]`, tokens `[B, N, C]` or vectors
+            `[B, C]`.
         teacher_states: The same for the teacher.
 
     Returns:
@@ -142,19 +160,26 @@ def semantic_calibration_loss(
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
         >>> params = losses.init_semantic_calibration(jax.random.key(0), (2,), (3, 5), features=4)
-        >>> student, teacher = [jnp.zeros((1, 8, 8, 2))], [jnp.ones((1, 8, 8, 3)), 2 * jnp.ones((1, 4, 4, 5))]
+        >>> student = [jnp.zeros((1, 8, 8, 2))]
+        >>> teacher = [jnp.ones((1, 8, 8, 3)), 2 * jnp.ones((1, 4, 4, 5))]
         >>> print(losses.semantic_calibration_loss(params, student, teacher))  # (1² + 2²) / 2
         [2.5]
 
     References:
-        Chen et al., Cross-Layer Distillation with Semantic Calibration, https://arxiv.org/abs/2012.03236
+        Chen et al., Cross-Layer Distillation with Semantic Calibration,
+        https://arxiv.org/abs/2012.03236
     """
-    student, teacher = _layers(params, student_states, teacher_states)
-    distances = [
-        jnp.stack([_distance(state, target, own) for target, own in zip(teacher, projectors, strict=True)], axis=-1)
-        for state, projectors in zip(student, params["projectors"], strict=True)
-    ]
-    return jnp.sum(_weights(params, student, teacher) * jnp.stack(distances, axis=1), axis=-1).mean(-1)
+    student, teacher = _check_layers(params, student_states, teacher_states)
+    distances = []
+    for student_state, projectors in zip(student, params["projectors"], strict=True):
+        layer_distances = [
+            _projected_mse(student_state, teacher_state, projector)
+            for teacher_state, projector in zip(teacher, projectors, strict=True)
+        ]
+        distances.append(jnp.stack(layer_distances, axis=-1))
+    weights = _attention_weights(params, student, teacher)
+    # The gradient of the weights is kept: attention moves to the layers that the student can match.
+    return jnp.sum(weights * jnp.stack(distances, axis=1), axis=-1).mean(-1)
 
 
 def init_aligned_states(key: Array, student_features: int, teacher_features: int) -> dict[str, Any]:
@@ -166,26 +191,30 @@ def init_aligned_states(key: Array, student_features: int, teacher_features: int
         teacher_features: Width of the teacher's states.
 
     Returns:
-        `queries` and `projector`, two maps from the student's width to the teacher's, each
-        `{"kernel": [in, out], "bias": [out]}` in float32, as of `features.init_projector`.
+        `queries` and `projector`, two affine maps from the student's width to the teacher's, each
+        `{"kernel": [in, out], "bias": [out]}` in float32, from `features.init_projector`.
     """
-    queries, projector = _init_maps(key, [(student_features, teacher_features)] * 2)
+    queries, projector = _init_affine_maps(key, [(student_features, teacher_features)] * 2)
     return {"queries": queries, "projector": projector}
 
 
-def aligned_states_loss(params: Mapping[str, Any], student_states: ArrayLike, teacher_states: ArrayLike) -> Array:
-    """Student states attend over all teacher layers and are pulled to the context that they get.
+def aligned_states_loss(
+    params: Mapping[str, Any], student_states: ArrayLike, teacher_states: ArrayLike
+) -> Array:
+    """Computes the distance of student states to the teacher states that they attend to.
 
-    mean((W s_i + b − c_i)²) over student layers i, where c_i = Σ_j α_ij t_j, α_ij = softmax over j of q_i · k_j / √D',
-    k_j is t_j divided by its root mean square, or 0, and q_i is a learned affine map of s_i divided by its own
+    mean((W s_i + b − c_i)²) over student layers i, where c_i = Σ_j α_ij t_j, α_ij = softmax over j
+    of q_i · k_j / √D', k_j is t_j divided by its root mean square, or 0, and q_i is a learned
+    affine map of s_i divided by its own
 
-    Of SemCKD this keeps the attention, with one map for all layers; the distance is that from the mean of the teacher's
-    layers instead of the mean of the distances from them, smaller by the layers' spread.
+    The attention is that of SemCKD, with one map for all layers. The distance is that from the mean
+    of the teacher's layers, where SemCKD takes the mean of the distances; it is smaller by the
+    spread of the layers.
 
     Args:
-        params: From `init_aligned_states`; they learn with the student.
+        params: From `init_aligned_states`; they are trained with the student.
         student_states: `[B, L, D]`, floating-point, one vector per layer.
-        teacher_states: `[B, M, D']`, as many layers and as wide as the teacher has them.
+        teacher_states: `[B, M, D']`; the number of layers and their width may differ.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
@@ -204,9 +233,12 @@ def aligned_states_loss(params: Mapping[str, Any], student_states: ArrayLike, te
         [1.]
 
     References:
-        Chen et al., Cross-Layer Distillation with Semantic Calibration, https://arxiv.org/abs/2012.03236
+        Chen et al., Cross-Layer Distillation with Semantic Calibration,
+        https://arxiv.org/abs/2012.03236
     """
-    student, teacher = wide_pair(("student_states", "teacher_states"), student_states, teacher_states)
+    student, teacher = widen_pair(
+        ("student_states", "teacher_states"), student_states, teacher_states
+    )
     check_shape(
         student.ndim == teacher.ndim == 3 and len(student) == len(teacher),
         "student_states and teacher_states must be [B, layers, D] of the same examples, "
@@ -218,73 +250,99 @@ def aligned_states_loss(params: Mapping[str, Any], student_states: ArrayLike, te
         f"the parameters are for states of {widths[0]} and {widths[1]} features, "
         f"got {student.shape} and {teacher.shape}",
     )
-    queries = project(params["queries"], _level(student))
-    context, _ = attention.attend(queries, _level(teacher), teacher)
+    queries = project(params["queries"], _rms_normalize(student))
+    # The keys are normalised but the values are not: the student learns the teacher's own scale.
+    context, _ = attention.attend(queries, _rms_normalize(teacher), teacher)
     return hint_loss(project(params["projector"], student), context)
 
 
-def _layers(
-    params: Mapping[str, Any], student_states: Sequence[ArrayLike], teacher_states: Sequence[ArrayLike]
+def _check_layers(
+    params: Mapping[str, Any],
+    student_states: Sequence[ArrayLike],
+    teacher_states: Sequence[ArrayLike],
 ) -> tuple[list[Array], list[Array]]:
-    """The states of all layers in one wide dtype, checked."""
-    student = [wide(f"student_states[{i}]", state) for i, state in enumerate(student_states)]
-    teacher = [wide(f"teacher_states[{j}]", state) for j, state in enumerate(teacher_states)]
-    for name, states, maps in (("student", student, params["queries"]), ("teacher", teacher, params["keys"])):
-        check_shape(len(states) == len(maps), f"the parameters are for {len(maps)} {name} layers, got {len(states)}")
-        for i, (state, own) in enumerate(zip(states, maps, strict=True)):
-            width = jnp.shape(own["kernel"])[0]
+    """Returns the states of all layers in one dtype; raises if they do not fit the parameters."""
+    student = [widen(f"student_states[{i}]", state) for i, state in enumerate(student_states)]
+    teacher = [widen(f"teacher_states[{j}]", state) for j, state in enumerate(teacher_states)]
+    for side, states, affine_maps in (
+        ("student", student, params["queries"]),
+        ("teacher", teacher, params["keys"]),
+    ):
+        check_shape(
+            len(states) == len(affine_maps),
+            f"the parameters are for {len(affine_maps)} {side} layers, got {len(states)}",
+        )
+        for i, (state, affine_map) in enumerate(zip(states, affine_maps, strict=True)):
+            width = jnp.shape(affine_map["kernel"])[0]
             check_shape(
                 state.ndim >= 2 and state.shape[-1] == width,
-                f"{name}_states[{i}] {state.shape} must have {width} features on its last axis, as the parameters do",
+                f"{side}_states[{i}] {state.shape} must have {width} features on its last axis, "
+                "as the parameters do",
             )
     shapes = [state.shape for state in student + teacher]
     check_shape(
         len({(shape[0], len(shape)) for shape in shapes}) == 1,
-        f"all layers must be maps [B, H, W, C], or all tokens [B, N, C] or vectors [B, C], of one B, got {shapes}",
+        "all layers must be maps [B, H, W, C], or all tokens [B, N, C] or vectors [B, C], "
+        f"of one B, got {shapes}",
     )
-    dtype = max((state.dtype for state in student + teacher), key=lambda dtype: dtype.itemsize)
+    dtype = widest_dtype(*student, *teacher)
     return [state.astype(dtype) for state in student], [state.astype(dtype) for state in teacher]
 
 
-def _weights(params: Mapping[str, Any], student: Sequence[Array], teacher: Sequence[Array]) -> Array:
-    queries, keys = (
-        jnp.stack([project(own, _level(_average(state))) for own, state in zip(maps, states, strict=True)], axis=1)
-        for maps, states in ((params["queries"], student), (params["keys"], teacher))
-    )
-    return attention.attend(queries, keys, keys)[1]
+def _attention_weights(
+    params: Mapping[str, Any], student: Sequence[Array], teacher: Sequence[Array]
+) -> Array:
+    queries = _embed_layers(params["queries"], student)
+    keys = _embed_layers(params["keys"], teacher)
+    # Only the weights are used, which do not depend on the values.
+    _, weights = attention.attend(queries, keys, keys)
+    return weights
 
 
-def _average(state: Array) -> Array:
-    """`[B, ..., C]` averaged over its positions to `[B, C]`."""
-    return state.mean(tuple(range(1, state.ndim - 1)))
+def _embed_layers(affine_maps: Sequence[dict[str, Array]], states: Sequence[Array]) -> Array:
+    """Maps the mean features of each layer to queries or keys, `[B, layers, F]`."""
+    embedded = []
+    for affine_map, state in zip(affine_maps, states, strict=True):
+        positions = tuple(range(1, state.ndim - 1))
+        embedded.append(project(affine_map, _rms_normalize(state.mean(positions))))
+    return jnp.stack(embedded, axis=1)
 
 
-def _level(vectors: Array) -> Array:
-    """Vectors of mean square 1, or 0: scores begin with variance 1, whatever the size of a layer's numbers."""
+def _rms_normalize(vectors: Array) -> Array:
+    """Divides vectors by their root mean square. Zero vectors stay 0."""
+    # The scores then start with a variance near 1, whatever the scale of a layer's features.
     return normalize(vectors) * vectors.shape[-1] ** 0.5
 
 
-def _distance(state: Array, target: Array, projector: dict[str, Array]) -> Array:
-    """Mean squared difference `[B]` of a projected student layer from a teacher layer, at the smaller size of both."""
+def _projected_mse(state: Array, target: Array, projector: dict[str, Array]) -> Array:
+    """Computes the mean squared difference `[B]` of a projected state at the smaller map size."""
     for axis in range(1, state.ndim - 1):
         size = min(state.shape[axis], target.shape[axis])
-        state, target = _shrink(state, axis, size), _shrink(target, axis, size)
+        state = _average_pool(state, axis, size)
+        target = _average_pool(target, axis, size)
     return hint_loss(project(projector, state), target)
 
 
-def _shrink(state: Array, axis: int, size: int) -> Array:
-    """Means of the windows [⌊i n / size⌋, ⌈(i + 1) n / size⌉) of an axis of length n, which overlap if they must."""
+def _average_pool(state: Array, axis: int, size: int) -> Array:
+    """Averages over the windows [⌊i n / size⌋, ⌈(i + 1) n / size⌉) of an axis of length n.
+
+    The windows overlap where n is not a multiple of `size`.
+    """
     length = state.shape[axis]
     if length == size:
         return state
-    first, position = np.arange(size)[:, None] * length, np.arange(length)[None]
-    inside = (position >= first // size) & (position < -(-(first + length) // size))
-    means = jnp.asarray(inside / inside.sum(1, keepdims=True), state.dtype)
-    # At full precision: elsewhere an average is a sum, which no accelerator rounds.
+    start = np.arange(size)[:, None] * length
+    position = np.arange(length)[None]
+    # Negating twice rounds the integer quotient up instead of down.
+    in_window = (position >= start // size) & (position < -(-(start + length) // size))
+    means = jnp.asarray(in_window / in_window.sum(1, keepdims=True), state.dtype)
+    # Full precision, since a matrix product at default precision would round the features to
+    # bfloat16 on TPU, which an average by sums does not.
     return jnp.moveaxis(jnp.tensordot(state, means, (axis, 1), precision="highest"), -1, axis)
 
 
-def _init_maps(key: Array, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Array]]:
+def _init_affine_maps(key: Array, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Array]]:
     return [
-        init_projector(subkey, *size) for subkey, size in zip(jax.random.split(key, len(sizes)), sizes, strict=True)
+        init_projector(subkey, *size)
+        for subkey, size in zip(jax.random.split(key, len(sizes)), sizes, strict=True)
     ]

@@ -1,16 +1,18 @@
-"""Contrastive representation distillation (CRD): tell a student–teacher pair of one example from pairs of two.
+"""Contrastive representation distillation (CRD): pairs from one example against pairs from two.
 
-A critic h says how likely a student's and a teacher's embedding belong to one example, among N pairs that do not:
+A critic h estimates the probability that a student's and a teacher's embedding belong to the same
+example, where each such pair comes with N pairs that do not:
 
 h(s, t) = e^{s·t / τ} / (e^{s·t / τ} + Z N / M)
 
-s and t are scaled to length 1 first, M is the number of examples that negatives are drawn from, and Z is 1 in the
-paper. `contrastive_loss` draws negatives from the batch. The others keep an embedding of every example of the dataset
-in a `ContrastiveBank`, a value that is passed in and comes out anew: a training loop of one's own carries it along; the
-stages of a plan have no place for it.
+s and t are scaled to length 1 first, M is the number of examples that negatives are drawn from, and
+Z is 1 in the paper. `contrastive_loss` takes the other examples of the batch as negatives. The
+other functions keep an embedding of every example of the dataset in a `ContrastiveBank`. A bank is
+a value, which is passed in and returned with changes: a custom training loop has to carry it along,
+and the stages of a plan cannot hold one.
 
-Embeddings of student and teacher must have one size: `features.project` makes it so, with parameters for each of them
-that are trained with the student.
+Embeddings of student and teacher must have the same size. Project both with `features.project`,
+whose parameters are trained with the student.
 """
 
 from typing import NamedTuple
@@ -20,11 +22,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_share, examples_mask, normalize, only, wide_pair
+from jaxkd.losses._arrays import (
+    check_example_mask,
+    check_fraction,
+    check_positive,
+    check_shape,
+    normalize,
+    widen_pair,
+    zero_masked,
+)
 
 
 class ContrastiveBank(NamedTuple):
-    """An embedding of every example for student and teacher, and the constants that scale the critic's scores."""
+    """Embeddings of every example by student and teacher, and the constants Z of the critic."""
 
     student: Array
     """`[M, D]`, rows of length 1."""
@@ -44,20 +54,24 @@ def contrastive_loss(
     labels: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
-    """The student's embedding of an example against the teacher's of all examples in the batch.
+    """Computes the CRD loss of student embeddings against the teacher embeddings of the batch.
 
-    −log h(s_i, t_i) − Σ_j log(1 − h(s_i, t_j)) over the N negatives j of i, with Z = 1 and M examples in the batch
+    −log h(s_i, t_i) − Σ_j log(1 − h(s_i, t_j)) over the N negatives j of i, with Z = 1 and M
+    examples in the batch
 
-    The mean over the examples is the paper's objective with its sign turned. The student is the anchor; anchoring at
-    the teacher as well, as the authors' code does with its bank, takes the same pairs again and doubles the mean (to
-    the letter without `labels`). An example without negatives has the value 0.
+    The mean over the examples is the negative of the paper's objective. The student is the anchor.
+    Anchoring at the teacher as well, as the authors' code does with its bank, uses the same pairs
+    again and doubles the mean (exactly so without `labels`). An example without negatives has the
+    value 0.
 
     Args:
-        student_embeddings: `[B, D]`, floating-point; a zero vector is at a right angle to all others.
+        student_embeddings: `[B, D]`, floating-point; a zero vector is orthogonal to all others.
         teacher_embeddings: The same shape.
         temperature: τ > 0, a scalar; 0.07 in the authors' code.
-        labels: `[B]`, integers; negatives are then the examples of other labels only. All others if not given.
-        where: The examples that count (True) `[B]`; the result is as if the others were sliced away, and 0 for them.
+        labels: `[B]`, integers; negatives are then only the examples of other labels. By default
+            all other examples are negatives.
+        where: The examples that count (True) `[B]`; the result is as if the others were sliced
+            away, and 0 for them.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
@@ -77,20 +91,25 @@ def contrastive_loss(
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
     check_positive("temperature", temperature)
-    student, teacher, counts = _units(student_embeddings, teacher_embeddings, where)
-    negative = ~jnp.eye(len(counts), dtype=bool)
+    student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
+    negative = ~jnp.eye(len(where), dtype=bool)
     if labels is not None:
-        labels = _integers("labels", labels, counts.shape)
+        labels = _check_integers("labels", labels, where.shape)
         negative = labels[:, None] != labels[None, :]
-    negative &= counts[:, None] & counts[None, :]
-    ratio = negative.sum(1).astype(student.dtype) / jnp.maximum(counts.sum(), 1).astype(student.dtype)
-    log_odds = _scores(student, teacher, temperature) - jnp.log(jnp.where(ratio > 0, ratio, 1))[:, None]
-    values = jax.nn.softplus(-jnp.diagonal(log_odds)) + jnp.where(negative, jax.nn.softplus(log_odds), 0).sum(1)
-    return jnp.where(ratio > 0, values, 0)
+    negative &= where[:, None] & where[None, :]
+    num_negatives = negative.sum(1).astype(student.dtype)
+    ratio = num_negatives / jnp.maximum(where.sum(), 1).astype(student.dtype)
+    scores = _pair_scores(student, teacher, temperature)
+    # h is the sigmoid of these log-odds: −log h and −log(1 − h) are softplus, which does not
+    # overflow at small temperatures.
+    log_odds = scores - jnp.log(jnp.where(ratio > 0, ratio, 1))[:, None]
+    positive_terms = jax.nn.softplus(-jnp.diagonal(log_odds))
+    negative_terms = jnp.where(negative, jax.nn.softplus(log_odds), 0).sum(1)
+    return jnp.where(ratio > 0, positive_terms + negative_terms, 0)
 
 
 def init_bank(key: Array, num_examples: int, features: int) -> ContrastiveBank:
-    """A bank of random directions, with Z = 1.
+    """Initialises a bank with random directions and Z = 1.
 
     Args:
         key: A random key.
@@ -111,21 +130,27 @@ def init_bank(key: Array, num_examples: int, features: int) -> ContrastiveBank:
 
 
 def draw_negatives(
-    key: Array, index: ArrayLike, *, num_examples: int, negatives: int, labels: ArrayLike | None = None
+    key: Array,
+    index: ArrayLike,
+    *,
+    num_examples: int,
+    negatives: int,
+    labels: ArrayLike | None = None,
 ) -> Array:
-    """Draws examples to tell each example from: any others, or others of other labels.
+    """Draws the negatives of each example: any other examples, or examples of other labels.
 
-    Uniform, and with replacement. The authors' code leaves the example itself among the draws unless it goes by labels.
+    They are drawn uniformly and with replacement. The authors' code may draw the example itself,
+    unless it draws by labels.
 
     Args:
         key: A random key.
-        index: `[B]`, integers in [0, M): which examples of the dataset the batch holds.
+        index: `[B]`, integers in [0, M): the batch's positions in the dataset.
         num_examples: M, at least 2.
         negatives: N, at least 1; 16,384 in the authors' code.
-        labels: `[M]`, integers, of the whole dataset; all other examples may be drawn if not given.
+        labels: `[M]`, integers, of the whole dataset. By default all other examples may be drawn.
 
     Returns:
-        Indices `[B, N]`, int32; M, which is out of range, for an example whose label is everyone's.
+        Indices `[B, N]`, int32; M, which is out of range, where all examples have the same label.
 
     Raises:
         ValueError: If shapes disagree, M < 2 or N < 1.
@@ -144,20 +169,31 @@ def draw_negatives(
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
-    index = _integers("index", index, (jnp.size(index),))
+    index = _check_integers("index", index, (jnp.size(index),))
     if num_examples < 2 or negatives < 1:
-        raise ValueError(f"num_examples must be at least 2 and negatives at least 1, got {num_examples}, {negatives}")
+        raise ValueError(
+            "num_examples must be at least 2 and negatives at least 1, "
+            f"got {num_examples} and {negatives}"
+        )
     if labels is None:
-        order, first, size = jnp.arange(num_examples, dtype=jnp.int32), index, jnp.ones_like(index)
+        order = jnp.arange(num_examples, dtype=jnp.int32)
+        excluded_start = index
+        num_excluded = jnp.ones_like(index)
     else:
-        labels = _integers("labels", labels, (num_examples,))
-        order, own = jnp.argsort(labels).astype(jnp.int32), labels[index]
-        first, last = (jnp.searchsorted(labels[order], own, side=side) for side in ("left", "right"))
-        first, size = first.astype(jnp.int32), (last - first).astype(jnp.int32)
-    # In order of label the excluded examples are one run: draw from as many as are left, then step over the run.
-    drawn = jax.random.randint(key, (len(index), negatives), 0, (num_examples - size)[:, None], jnp.int32)
-    drawn += jnp.where(drawn >= first[:, None], size[:, None], 0)
-    return order.at[drawn].get(mode="fill", fill_value=num_examples)
+        labels = _check_integers("labels", labels, (num_examples,))
+        order = jnp.argsort(labels).astype(jnp.int32)
+        own_labels = labels[index]
+        start, stop = (
+            jnp.searchsorted(labels[order], own_labels, side=side) for side in ("left", "right")
+        )
+        excluded_start = start.astype(jnp.int32)
+        num_excluded = (stop - start).astype(jnp.int32)
+    # In the order of labels the excluded examples are consecutive: a position is drawn among the
+    # rest, and moved past the excluded ones if it is not before them. Nothing is rejected.
+    num_allowed = num_examples - num_excluded
+    position = jax.random.randint(key, (len(index), negatives), 0, num_allowed[:, None], jnp.int32)
+    position += jnp.where(position >= excluded_start[:, None], num_excluded[:, None], 0)
+    return order.at[position].get(mode="fill", fill_value=num_examples)
 
 
 def contrastive_bank_loss(
@@ -170,25 +206,29 @@ def contrastive_bank_loss(
     temperature: ArrayLike,
     where: ArrayLike | None = None,
 ) -> Array:
-    """The embeddings of an example against those that the bank keeps of it and of its negatives.
+    """Computes the CRD loss against the bank's rows of each example and of its negatives.
 
-    L(s_i, bank.teacher) + L(t_i, bank.student), L(a, rows) = −log h(a, rows_i) − Σ_j log(1 − h(a, rows_j))
+    L(s_i, bank.teacher) + L(t_i, bank.student),
+    L(a, rows) = −log h(a, rows_i) − Σ_j log(1 − h(a, rows_j))
 
-    As in the authors' code both networks are anchors, and the positive is the bank's row of the example, from before
-    `update_bank`, not the other network's embedding of now: the first term trains the student, the second the
-    projection of the teacher. The code also has a Z of its own, see `calibrate_bank`.
+    As in the authors' code both networks are anchors, and the positive is the bank's row of the
+    example from before `update_bank`, not the current embedding of the other network. The first
+    term trains the student, the second the projection of the teacher. The code's Z is not 1, see
+    `calibrate_bank`.
 
     Args:
         bank: From `init_bank`, `calibrate_bank` or `update_bank`.
         student_embeddings: `[B, D]`, floating-point.
         teacher_embeddings: The same shape.
-        index: `[B]`, integers in [0, M): which examples of the dataset the batch holds.
+        index: `[B]`, integers in [0, M): the batch's positions in the dataset.
         negatives: `[B, N]`, integers in [0, M), from `draw_negatives`.
         temperature: τ > 0, a scalar; 0.07 in the authors' code.
-        where: The examples that count (True) `[B]`; the result is 0 for the others, whatever they hold.
+        where: The examples that count (True) `[B]`; the result is 0 for the others, whatever their
+            values.
 
     Returns:
-        One value per example `[B]`, in float32 or wider; NaN where an index or a negative is out of range.
+        One value per example `[B]`, in float32 or wider; NaN where an index or a negative is out of
+        range.
 
     Raises:
         ValueError: If shapes disagree or the temperature is not a positive scalar.
@@ -197,26 +237,33 @@ def contrastive_bank_loss(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> bank = losses.init_bank(jax.random.key(0), 4, 2)._replace(student=jnp.eye(4, 2), teacher=jnp.eye(4, 2))
+        >>> rows = jnp.eye(4, 2)
+        >>> bank = losses.init_bank(jax.random.key(0), 4, 2)._replace(student=rows, teacher=rows)
         >>> embeddings, index, negatives = jnp.eye(1, 2), jnp.array([0]), jnp.array([[1, 2]])
-        >>> print(losses.contrastive_bank_loss(bank, embeddings, embeddings, index, negatives, temperature=0.5))
+        >>> print(losses.contrastive_bank_loss(
+        ...     bank, embeddings, embeddings, index, negatives, temperature=0.5
+        ... ))
         [4.526]
 
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
     check_positive("temperature", temperature)
-    student, teacher, counts = _units(student_embeddings, teacher_embeddings, where)
-    chosen = only(counts, _chosen(bank, student, index, negatives))
+    student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
+    # Indices of masked examples may be out of range: the NaN of their scores would reach the
+    # gradient of the temperature.
+    candidates = zero_masked(where, _candidate_rows(bank, student, index, negatives))
+    num_negatives = candidates.shape[1] - 1
 
-    def anchored(anchors, rows, log_constant):
-        scores = _chosen_scores(anchors, rows, chosen, temperature)
-        log_ratio = jnp.log(jnp.asarray((chosen.shape[1] - 1) / rows.shape[0], scores.dtype))
+    def anchored_loss(anchors: Array, rows: Array, log_constant: Array) -> Array:
+        scores = _candidate_scores(anchors, rows, candidates, temperature)
+        log_ratio = jnp.log(jnp.asarray(num_negatives / rows.shape[0], scores.dtype))
         log_odds = scores - log_constant.astype(scores.dtype) - log_ratio
         return jax.nn.softplus(-log_odds[:, 0]) + jax.nn.softplus(log_odds[:, 1:]).sum(1)
 
-    by_student = anchored(student, bank.teacher, bank.student_log_constant)
-    return only(counts, by_student + anchored(teacher, bank.student, bank.teacher_log_constant))
+    student_loss = anchored_loss(student, bank.teacher, bank.student_log_constant)
+    teacher_loss = anchored_loss(teacher, bank.student, bank.teacher_log_constant)
+    return zero_masked(where, student_loss + teacher_loss)
 
 
 def calibrate_bank(
@@ -228,13 +275,15 @@ def calibrate_bank(
     *,
     temperature: ArrayLike,
 ) -> ContrastiveBank:
-    """The bank with constants Z at which the critic's scores average to 1 / M over a batch.
+    """Sets the constants Z so that the critic's scores average to 1 / M over a batch.
 
-    Z = M mean e^{s·t / τ} over the batch's examples and their negatives, one constant for each kind of anchor
+    Z = M mean e^{s·t / τ} over the batch's examples and their negatives, one constant for each kind
+    of anchor
 
-    The authors' code does so once, in its first step, and keeps Z; the paper's formula has none. At Z = 1 a pair at a
-    right angle already counts as a likely match, M / (M + N), and all N negatives have to be pushed to the far side
-    of the sphere; after calibration the chance that the critic starts from is near 1 / (1 + N).
+    The authors' code does so once, in its first step, and keeps Z; the paper's formula has no Z. At
+    Z = 1 an orthogonal pair already counts as a likely match, with probability M / (M + N), and all
+    N negatives have to be pushed to the far side of the sphere. After calibration the critic starts
+    from a probability near 1 / (1 + N).
 
     Args:
         bank: From `init_bank`.
@@ -242,7 +291,7 @@ def calibrate_bank(
         teacher_embeddings: The same shape.
         index: `[B]`, integers in [0, M).
         negatives: `[B, N]`, integers in [0, M), from `draw_negatives`.
-        temperature: τ > 0, a scalar; that of the loss.
+        temperature: τ > 0, a scalar; the same as that of the loss.
 
     Returns:
         The bank with new constants; they are NaN if an index or a negative is out of range.
@@ -254,9 +303,12 @@ def calibrate_bank(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> bank = losses.init_bank(jax.random.key(0), 4, 2)._replace(student=jnp.eye(4, 2), teacher=jnp.eye(4, 2))
+        >>> rows = jnp.eye(4, 2)
+        >>> bank = losses.init_bank(jax.random.key(0), 4, 2)._replace(student=rows, teacher=rows)
         >>> embeddings, index, negatives = jnp.eye(1, 2), jnp.array([0]), jnp.array([[1, 2]])
-        >>> bank = losses.calibrate_bank(bank, embeddings, embeddings, index, negatives, temperature=0.5)
+        >>> bank = losses.calibrate_bank(
+        ...     bank, embeddings, embeddings, index, negatives, temperature=0.5
+        ... )
         >>> print(jnp.exp(bank.student_log_constant))
         12.519
 
@@ -264,16 +316,18 @@ def calibrate_bank(
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
     check_positive("temperature", temperature)
-    student, teacher, _ = _units(student_embeddings, teacher_embeddings, None)
-    chosen = _chosen(bank, student, index, negatives)
+    student, teacher, _ = _unit_embeddings(student_embeddings, teacher_embeddings, None)
+    candidates = _candidate_rows(bank, student, index, negatives)
 
-    def constant(anchors, rows):
-        total = jax.nn.logsumexp(_chosen_scores(anchors, rows, chosen, temperature))
-        return total + jnp.log(jnp.asarray(rows.shape[0] / chosen.size, total.dtype))
+    def log_constant(anchors: Array, rows: Array) -> Array:
+        total = jax.nn.logsumexp(_candidate_scores(anchors, rows, candidates, temperature))
+        return total + jnp.log(jnp.asarray(rows.shape[0] / candidates.size, total.dtype))
 
+    student_log_constant = log_constant(student, bank.teacher)
+    teacher_log_constant = log_constant(teacher, bank.student)
     return bank._replace(
-        student_log_constant=constant(student, bank.teacher).astype(bank.student_log_constant.dtype),
-        teacher_log_constant=constant(teacher, bank.student).astype(bank.teacher_log_constant.dtype),
+        student_log_constant=student_log_constant.astype(bank.student_log_constant.dtype),
+        teacher_log_constant=teacher_log_constant.astype(bank.teacher_log_constant.dtype),
     )
 
 
@@ -286,15 +340,16 @@ def update_bank(
     momentum: ArrayLike = 0.5,
     where: ArrayLike | None = None,
 ) -> ContrastiveBank:
-    """The bank with the batch's rows moved towards its embeddings.
+    """Moves the bank's rows of a batch towards the embeddings of the batch.
 
     row_i ← normalize(m row_i + (1 − m) a_i), with a scaled to length 1
 
     Args:
-        bank: It is left as it is.
+        bank: The bank, which is not modified.
         student_embeddings: `[B, D]`, floating-point.
         teacher_embeddings: The same shape.
-        index: `[B]`, integers. Of examples with one index the last counts; one out of [0, M) changes nothing.
+        index: `[B]`, integers. Of examples with the same index the last one counts; an index out of
+            [0, M) changes nothing.
         momentum: m in [0, 1], a scalar; 0.5 in the authors' code.
         where: The examples that count (True) `[B]`; the others change nothing.
 
@@ -302,84 +357,103 @@ def update_bank(
         The new bank, of the same dtypes.
 
     Raises:
-        ValueError: If shapes disagree or the momentum leaves [0, 1].
-        TypeError: If the embeddings are not floating-point or the index is not of integers.
+        ValueError: If shapes disagree or the momentum is not in [0, 1].
+        TypeError: If the embeddings are not floating-point or the index does not contain integers.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
         >>> bank = losses.init_bank(jax.random.key(0), 2, 2)._replace(student=jnp.eye(2))
-        >>> new = losses.update_bank(bank, jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 2.0]]), jnp.array([1]))
-        >>> print(new.student)
+        >>> student, teacher = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 2.0]])
+        >>> print(losses.update_bank(bank, student, teacher, jnp.array([1])).student)
         [[1.    0.   ]
          [0.707 0.707]]
 
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
-    student, teacher, counts = _units(student_embeddings, teacher_embeddings, where)
-    _check_size(bank, student)
-    check_share("momentum", momentum)
-    momentum, index = jnp.asarray(momentum, student.dtype), _integers("index", index, counts.shape)
+    student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
+    _check_embedding_size(bank, student)
+    check_fraction("momentum", momentum)
+    momentum = jnp.asarray(momentum, student.dtype)
+    index = _check_integers("index", index, where.shape)
     num_examples = bank.student.shape[0]
-    counts &= (index >= 0) & (index < num_examples)
-    followed = jnp.triu((index[:, None] == index[None, :]) & counts[None, :], 1).any(1)
-    # Each row is written once at most, so that the result is the same on every device; what is out of range is dropped.
-    slots = jnp.where(counts & ~followed, index, num_examples + jnp.arange(len(index), dtype=jnp.int32))
+    where &= (index >= 0) & (index < num_examples)
+    same_index = (index[:, None] == index[None, :]) & where[None, :]
+    has_later_duplicate = jnp.triu(same_index, 1).any(1)
+    # A scatter with duplicate indices has no defined order. Here every row is written at most once,
+    # so the result is the same on every device: the other examples get distinct indices out of
+    # range, which `mode="drop"` ignores.
+    targets = jnp.where(
+        where & ~has_later_duplicate,
+        index,
+        num_examples + jnp.arange(len(index), dtype=jnp.int32),
+    )
 
-    def moved(rows, embeddings):
+    def move_rows(rows: Array, embeddings: Array) -> Array:
         old = rows.at[index].get(mode="clip").astype(embeddings.dtype)
         new = normalize(momentum * old + (1 - momentum) * embeddings)
-        return rows.at[slots].set(new.astype(rows.dtype), mode="drop", unique_indices=True)
+        return rows.at[targets].set(new.astype(rows.dtype), mode="drop", unique_indices=True)
 
-    return bank._replace(student=moved(bank.student, student), teacher=moved(bank.teacher, teacher))
+    return bank._replace(
+        student=move_rows(bank.student, student), teacher=move_rows(bank.teacher, teacher)
+    )
 
 
-def _units(
+def _unit_embeddings(
     student_embeddings: ArrayLike, teacher_embeddings: ArrayLike, where: ArrayLike | None
 ) -> tuple[Array, Array, Array]:
-    """The embeddings scaled to length 1, or to 0 where they do not count, and which count."""
+    """Returns the embeddings at length 1, or 0 where they are masked, and the mask `[B]`."""
     names = "student_embeddings", "teacher_embeddings"
-    student, teacher = wide_pair(names, student_embeddings, teacher_embeddings)
+    student, teacher = widen_pair(names, student_embeddings, teacher_embeddings)
     check_shape(
         student.ndim == 2 and student.shape == teacher.shape,
-        f"student_embeddings {student.shape} and teacher_embeddings {teacher.shape} must both be [B, D]; flatten them, "
-        "and project them to one size first",
+        f"student_embeddings {student.shape} and teacher_embeddings {teacher.shape} must both be "
+        "[B, D]; flatten them, and project them to the same size first",
     )
-    counts = examples_mask(where, student.shape[0])
-    return normalize(only(counts, student)), normalize(only(counts, teacher)), counts
+    where = check_example_mask(where, student.shape[0])
+    return normalize(zero_masked(where, student)), normalize(zero_masked(where, teacher)), where
 
 
-def _scores(anchors: Array, rows: Array, temperature: ArrayLike) -> Array:
-    """s·t / τ for every pair, `[B, M]`."""
-    anchors, rows = wide_pair(("anchors", "rows"), anchors, rows)
-    # A small temperature magnifies what the accelerators' default of fewer bits leaves out.
+def _pair_scores(anchors: Array, rows: Array, temperature: ArrayLike) -> Array:
+    """Computes s·t / τ for every pair of an anchor and a row, `[B, M]`."""
+    anchors, rows = widen_pair(("anchors", "rows"), anchors, rows)
+    # A small temperature magnifies the rounding errors of the accelerators' default precision.
     products = jnp.matmul(anchors, rows.T, precision=jax.lax.Precision.HIGHEST)
     return products / jnp.asarray(temperature, products.dtype)
 
 
-def _chosen_scores(anchors: Array, rows: Array, chosen: Array, temperature: ArrayLike) -> Array:
-    """s·t / τ for the chosen pairs `[B, 1 + N]`, NaN out of range."""
-    # All pairs first: their B M numbers are fewer than the B N D of the chosen rows.
-    scores = _scores(anchors, rows, temperature)
-    in_range = jnp.where(chosen < 0, rows.shape[0], chosen)
-    return jnp.take_along_axis(scores, in_range, 1, mode="fill", fill_value=jnp.nan)
+def _candidate_scores(
+    anchors: Array, rows: Array, candidates: Array, temperature: ArrayLike
+) -> Array:
+    """Computes s·t / τ for each anchor and its candidate rows `[B, 1 + N]`; NaN out of range."""
+    # The scores of all pairs, B M numbers, take less memory than gathered rows, B N D numbers.
+    scores = _pair_scores(anchors, rows, temperature)
+    # JAX counts negative indices from the end, which would make them valid.
+    candidates = jnp.where(candidates < 0, rows.shape[0], candidates)
+    return jnp.take_along_axis(scores, candidates, 1, mode="fill", fill_value=jnp.nan)
 
 
-def _chosen(bank: ContrastiveBank, embeddings: Array, index: ArrayLike, negatives: ArrayLike) -> Array:
-    """The bank's rows that a batch is held against, `[B, 1 + N]`: its own first, then the negatives."""
-    _check_size(bank, embeddings)
+def _candidate_rows(
+    bank: ContrastiveBank, embeddings: Array, index: ArrayLike, negatives: ArrayLike
+) -> Array:
+    """Returns the indices of the bank's rows that a batch is compared with, positives first.
+
+    Their shape is `[B, 1 + N]`.
+    """
+    _check_embedding_size(bank, embeddings)
     batch = embeddings.shape[0]
     check_shape(
         jnp.ndim(negatives) == 2 and jnp.shape(negatives)[1] > 0,
         f"negatives must be [B, N] with N at least 1, got {jnp.shape(negatives)}",
     )
-    negatives = _integers("negatives", negatives, (batch, jnp.shape(negatives)[1]))
-    return jnp.concatenate([_integers("index", index, (batch,))[:, None], negatives], axis=1)
+    negatives = _check_integers("negatives", negatives, (batch, jnp.shape(negatives)[1]))
+    positives = _check_integers("index", index, (batch,))
+    return jnp.concatenate([positives[:, None], negatives], axis=1)
 
 
-def _integers(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """Integers as int32; an error if they are none or not of the shape."""
+def _check_integers(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Casts integers to int32; raises if the array has another dtype or shape."""
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {array.dtype}")
@@ -387,9 +461,9 @@ def _integers(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Array:
     return array.astype(jnp.int32)
 
 
-def _check_size(bank: ContrastiveBank, embeddings: Array) -> None:
+def _check_embedding_size(bank: ContrastiveBank, embeddings: Array) -> None:
     check_shape(
         bank.student.shape == bank.teacher.shape and bank.student.shape[1:] == embeddings.shape[1:],
-        f"the bank holds rows {bank.student.shape} and {bank.teacher.shape}, the embeddings are {embeddings.shape}; "
-        "call init_bank with the embeddings' size",
+        f"the bank holds rows {bank.student.shape} and {bank.teacher.shape}, the embeddings are "
+        f"{embeddings.shape}; call init_bank with the embeddings' size",
     )

@@ -1,6 +1,7 @@
-"""Losses on features: hints, attention transfer, variational information, neuron selectivity, flow between layers.
+"""Losses on features: hints, attention transfer, VID, neuron selectivity and FSP matrices.
 
-Axis 0 is the batch, the last axis the channels; images are B H W C. Features of less than 32 bits are widened first.
+Axis 0 is the batch and the last axis the channels; images are B H W C. Features narrower than 32
+bits are widened first.
 """
 
 import jax
@@ -8,16 +9,25 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, flat, normalize, safe_divide, safe_sqrt, wide, wide_pair
+from jaxkd.losses._arrays import (
+    check_positive,
+    check_shape,
+    flatten_examples,
+    normalize,
+    safe_divide,
+    safe_sqrt,
+    widen,
+    widen_pair,
+)
 
 VARIANCE_FLOOR = 1e-5
-"""The least variance of `variational_information_loss`, as in its authors' code."""
+"""Smallest variance of `variational_information_loss`, as in its authors' code."""
 
-_FEATURES = "student_features", "teacher_features"
+_FEATURE_NAMES = "student_features", "teacher_features"
 
 
 def init_projector(key: Array, student_features: int, teacher_features: int) -> dict[str, Array]:
-    """Parameters for `project`: a LeCun normal kernel (variance 1 / S) and a bias of zeros.
+    """Draws the parameters of `project`: a LeCun normal kernel (variance 1 / S) and a zero bias.
 
     Args:
         key: A random key.
@@ -34,14 +44,18 @@ def init_projector(key: Array, student_features: int, teacher_features: int) -> 
         >>> print(params["kernel"].shape, params["bias"].shape)
         (16, 32) (32,)
     """
-    kernel = jax.nn.initializers.lecun_normal()(key, (student_features, teacher_features), jnp.float32)
+    kernel = jax.nn.initializers.lecun_normal()(
+        key, (student_features, teacher_features), jnp.float32
+    )
     return {"kernel": kernel, "bias": jnp.zeros(teacher_features, jnp.float32)}
 
 
 def project(params: dict[str, Array], features: ArrayLike) -> Array:
-    """The student's features in as many channels as the teacher has: a 1×1 convolution where they are images.
+    """Maps the student's features to the number of channels of the teacher's.
 
     f W + b
+
+    On images this is a 1×1 convolution.
 
     Args:
         params: From `init_projector`.
@@ -64,32 +78,33 @@ def project(params: dict[str, Array], features: ArrayLike) -> Array:
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
     """
-    features, kernel = wide_pair(("features", "kernel"), features, params["kernel"])
+    features, kernel = widen_pair(("features", "kernel"), features, params["kernel"])
     check_shape(
         features.shape[-1:] == kernel.shape[:1],
-        f"features {features.shape} must have {kernel.shape[0]} channels in their last axis, as many as params were "
-        "made for; call init_projector with the features' own size",
+        f"features {features.shape} must have {kernel.shape[0]} channels in their last axis, the "
+        "size of params; call init_projector with the features' own size",
     )
     projected = features @ kernel
+    # Broadcast by hand, for users who set `jax_numpy_rank_promotion` to "raise".
     return projected + jnp.broadcast_to(params["bias"].astype(projected.dtype), projected.shape)
 
 
 def hint_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array:
-    """Mean squared difference of the features: FitNet's hint, also known as feature mimicking.
+    """Computes the mean squared difference of the features (FitNets, feature mimicking).
 
     mean (s − t)² over all but the batch
 
     The paper takes half the sum instead of the mean.
 
     Args:
-        student_features: `[B, ...]`, floating-point; from `project` where the channels differ.
+        student_features: `[B, ...]`, floating-point. Use `project` first where the channels differ.
         teacher_features: The same shape.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
 
     Raises:
-        ValueError: If the shapes differ or there is no axis behind the batch.
+        ValueError: If the shapes differ or there is no axis after the batch.
         TypeError: If the features are not floating-point.
 
     Example:
@@ -101,29 +116,31 @@ def hint_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
     """
-    student, teacher = wide_pair(_FEATURES, student_features, teacher_features)
+    student, teacher = widen_pair(_FEATURE_NAMES, student_features, teacher_features)
     _check_batch(student)
     check_shape(
         student.shape == teacher.shape,
-        f"student_features {student.shape} and teacher_features {teacher.shape} must have one shape; where the "
-        "channels (the last axis) differ, project the student's first; where the spatial sizes differ, pool the larger",
+        f"student_features {student.shape} and teacher_features {teacher.shape} must have the same "
+        "shape; project the student's first where the channels (the last axis) differ, pool the "
+        "larger where the spatial sizes differ",
     )
-    return jnp.mean(jnp.square(flat(student - teacher)), axis=1)
+    return jnp.mean(jnp.square(flatten_examples(student - teacher)), axis=1)
 
 
 def attention_transfer_map(features: ArrayLike, *, power: ArrayLike = 2) -> Array:
-    """Where a layer is active: powers of its activations summed over channels, as vectors of length 1.
+    """Computes attention maps: powers of activations, summed over channels and normalised.
 
     q / ‖q‖ with q_hw = Σ_c |a_hwc|^p
 
-    A map that is 0 everywhere stays 0. Code that leaves out the absolute value (RepDistiller) agrees for even p only.
+    A map that is 0 everywhere stays 0. Code that leaves out the absolute value (RepDistiller)
+    agrees for even p only.
 
     Args:
         features: `[B, H, W, C]`, floating-point.
-        power: p > 0, a scalar; the larger, the more weight on the strongest activations.
+        power: p > 0, a scalar. A larger p puts more weight on the strongest activations.
 
     Returns:
-        Maps `[B, H * W]`, in float32 or wider.
+        Maps `[B, H * W]` of length 1, in float32 or wider.
 
     Raises:
         ValueError: If the features are not `[B, H, W, C]` or the power is not a positive scalar.
@@ -140,27 +157,31 @@ def attention_transfer_map(features: ArrayLike, *, power: ArrayLike = 2) -> Arra
         Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
     """
     check_positive("power", power)
-    features = _images("features", features)
-    # The scale is lost in the end: with a largest entry of 1 no power overflows, and not all of them vanish.
+    features = _check_images("features", features)
+    # The map does not depend on the scale. With a largest entry of 1 no power overflows, and not
+    # all of them underflow.
     largest = jax.lax.stop_gradient(jnp.abs(features).max((1, 2, 3), keepdims=True))
     magnitudes = safe_divide(jnp.abs(features), largest)
+    # For p < 1 the gradient of the power is infinite at 0.
     active = magnitudes > 0
     powers = jnp.where(active, magnitudes, 1) ** jnp.asarray(power, features.dtype)
-    return normalize(flat(jnp.where(active, powers, 0).sum(-1)))
+    return normalize(flatten_examples(jnp.where(active, powers, 0).sum(-1)))
 
 
-def attention_transfer_loss(student_features: ArrayLike, teacher_features: ArrayLike, *, power: ArrayLike = 2) -> Array:
-    """Distance between the attention maps of student and teacher, as the paper defines it.
+def attention_transfer_loss(
+    student_features: ArrayLike, teacher_features: ArrayLike, *, power: ArrayLike = 2
+) -> Array:
+    """Computes the distance between the attention maps of student and teacher, as in the paper.
 
     ‖q_s / ‖q_s‖ − q_t / ‖q_t‖‖ with q from `attention_transfer_map`
 
-    At most √2, and 0 for maps of a single position. The paper weighs it by β / 2 and sums it over pairs of layers. The
-    norm is not squared here; in the authors' code it is, which is `attention_transfer_mse_loss`. Where the maps agree
-    exactly, the gradient is 0.
+    It is at most √2, and 0 for maps of a single position. The paper weights it by β / 2 and sums it
+    over pairs of layers. The norm is not squared here; the authors' code squares it, which is
+    `attention_transfer_mse_loss`. Where the maps are equal, the gradient is 0.
 
     Args:
         student_features: `[B, H, W, C]`, floating-point.
-        teacher_features: `[B, H, W, C']`; the channels may be others.
+        teacher_features: `[B, H, W, C']`; the number of channels may differ.
         power: p > 0, a scalar.
 
     Returns:
@@ -180,22 +201,23 @@ def attention_transfer_loss(student_features: ArrayLike, teacher_features: Array
     References:
         Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
     """
-    return safe_sqrt(jnp.sum(jnp.square(_attention_gap(student_features, teacher_features, power)), axis=1))
+    difference = _attention_difference(student_features, teacher_features, power)
+    return safe_sqrt(jnp.sum(jnp.square(difference), axis=1))
 
 
 def attention_transfer_mse_loss(
     student_features: ArrayLike, teacher_features: ArrayLike, *, power: ArrayLike = 2
 ) -> Array:
-    """Mean squared difference between the attention maps of student and teacher, as in the authors' code.
+    """Computes the mean squared difference of the attention maps, as in the authors' code.
 
     mean over positions of (q_s / ‖q_s‖ − q_t / ‖q_t‖)² with q from `attention_transfer_map`
 
-    It is the square of `attention_transfer_loss` divided by H W. The code averages over channels where the paper sums;
-    the maps are the same once their length is 1.
+    It is the square of `attention_transfer_loss` divided by H W. The code averages over channels
+    where the paper sums, which gives the same maps after normalisation.
 
     Args:
         student_features: `[B, H, W, C]`, floating-point.
-        teacher_features: `[B, H, W, C']`; the channels may be others.
+        teacher_features: `[B, H, W, C']`; the number of channels may differ.
         power: p > 0, a scalar.
 
     Returns:
@@ -215,23 +237,25 @@ def attention_transfer_mse_loss(
     References:
         Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
     """
-    return jnp.mean(jnp.square(_attention_gap(student_features, teacher_features, power)), axis=1)
+    difference = _attention_difference(student_features, teacher_features, power)
+    return jnp.mean(jnp.square(difference), axis=1)
 
 
 def init_variational_information(
     key: Array, student_features: int, teacher_features: int, *, variance: float = 5.0
 ) -> dict[str, Array]:
-    """Parameters for `variational_information_loss`: a projector, and a variance for each of the teacher's channels.
+    """Draws the parameters of `variational_information_loss`: a projector and channel variances.
 
     Args:
         key: A random key.
         student_features: S, the student's channels.
         teacher_features: T, the teacher's channels.
-        variance: That of every channel at the start, more than `VARIANCE_FLOOR`; 5 in the authors' code.
+        variance: The initial variance of every channel, more than `VARIANCE_FLOOR`; 5 in the
+            authors' code.
 
     Returns:
-        `{"kernel": [S, T], "bias": [T], "raw_variance": [T]}`, float32; the variance is
-        softplus(raw_variance) + `VARIANCE_FLOOR`.
+        `{"kernel": [S, T], "bias": [T], "raw_variance": [T]}`, float32, with one variance for each
+        of the teacher's channels: softplus(raw_variance) + `VARIANCE_FLOOR`.
 
     Raises:
         ValueError: If the variance is not a scalar above the floor.
@@ -247,25 +271,29 @@ def init_variational_information(
     if not variance > VARIANCE_FLOOR:
         raise ValueError(f"variance must be more than the floor {VARIANCE_FLOOR}, got {variance}")
     excess = jnp.asarray(variance - VARIANCE_FLOOR, jnp.float32)
-    raw = excess + jnp.log(-jnp.expm1(-excess))  # softplus backwards, for large values too
-    return init_projector(key, student_features, teacher_features) | {"raw_variance": jnp.full(teacher_features, raw)}
+    # The inverse of softplus, log(expm1(x)), in a form that does not overflow for large x.
+    raw_variance = excess + jnp.log(-jnp.expm1(-excess))
+    projector = init_projector(key, student_features, teacher_features)
+    return projector | {"raw_variance": jnp.full(teacher_features, raw_variance)}
 
 
 def variational_information_loss(
     params: dict[str, Array], student_features: ArrayLike, teacher_features: ArrayLike
 ) -> Array:
-    """How badly the student's features predict the teacher's: the variational bound on what they share (VID).
+    """Computes the variational bound on the information that student and teacher share (VID).
 
-    mean over units of ½ ((t − μ(s))² / σ²_c + log σ²_c) with μ(s) = s W + b, σ²_c = softplus(raw_c) + 10⁻⁵
+    mean over units of ½ ((t − μ(s))² / σ²_c + log σ²_c) with μ(s) = s W + b,
+    σ²_c = softplus(raw_c) + 10⁻⁵
 
-    A negative log-likelihood under a Gaussian of learned mean and variance, without its constant ½ log 2π; it is
-    negative where the variance is small, and never below ½ log 10⁻⁵ = −5.76. The paper sums over units, its code takes
-    the mean. Their mean is a stack of 1×1 convolutions; here it is one, `project`.
+    It is the negative log-likelihood of the teacher's features under a Gaussian of learned mean and
+    variance, without its constant ½ log 2π. It is negative where the variance is small, and never
+    below ½ log 10⁻⁵ = −5.76. The paper sums over units, its code takes the mean. Its μ
+    is a stack of 1×1 convolutions; here it is one, `project`.
 
     Args:
         params: From `init_variational_information`; they are trained with the student.
         student_features: `[B, ..., S]`, floating-point.
-        teacher_features: `[B, ..., T]`, alike but for the channels.
+        teacher_features: `[B, ..., T]`, of the same shape except for the channels.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
@@ -278,38 +306,41 @@ def variational_information_loss(
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
         >>> params = losses.init_variational_information(jax.random.key(0), 3, 2, variance=1.0)
-        >>> print(losses.variational_information_loss(params, jnp.zeros((1, 3)), jnp.array([[1.0, 3.0]])))
+        >>> student, teacher = jnp.zeros((1, 3)), jnp.array([[1.0, 3.0]])
+        >>> print(losses.variational_information_loss(params, student, teacher))
         [2.5]
 
     References:
-        Ahn et al., Variational Information Distillation for Knowledge Transfer, https://arxiv.org/abs/1904.05835
+        Ahn et al., Variational Information Distillation for Knowledge Transfer,
+        https://arxiv.org/abs/1904.05835
     """
-    student, teacher = wide_pair(_FEATURES, student_features, teacher_features)
+    student, teacher = widen_pair(_FEATURE_NAMES, student_features, teacher_features)
     _check_batch(student)
-    mean, teacher = wide_pair(_FEATURES, project(params, student), teacher)
+    mean, teacher = widen_pair(_FEATURE_NAMES, project(params, student), teacher)
     check_shape(
         mean.shape == teacher.shape,
-        f"student_features {student.shape} project to {mean.shape}, but teacher_features are {teacher.shape}; where "
-        "the channels (the last axis) differ, call init_variational_information with the teacher's own; where the "
-        "spatial sizes differ, pool the larger",
+        f"student_features {student.shape} project to {mean.shape}, but teacher_features are "
+        f"{teacher.shape}; call init_variational_information with the teacher's number of channels "
+        "where these differ, pool the larger where the spatial sizes differ",
     )
     variance = jax.nn.softplus(params["raw_variance"].astype(mean.dtype)) + VARIANCE_FLOOR
     variance = jnp.broadcast_to(variance, mean.shape)
-    return jnp.mean(flat(jnp.square(teacher - mean) / variance + jnp.log(variance)), axis=1) / 2
+    values = jnp.square(teacher - mean) / variance + jnp.log(variance)
+    return jnp.mean(flatten_examples(values), axis=1) / 2
 
 
 def neuron_selectivity_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array:
-    """Squared maximum mean discrepancy between the channels of student and teacher (NST).
+    """Computes the squared maximum mean discrepancy of the channels (neuron selectivity, NST).
 
     mean k(t, t') + mean k(s, s') − 2 mean k(s, t) with k(x, y) = (x·y)², over all pairs of channels
 
-    A channel is its activation map, scaled to length 1; one that is 0 everywhere stays 0. The value lies in [0, 2] up
-    to rounding, and the order of the channels does not matter. The kernel is the paper's polynomial one, d = 2, c = 0;
-    the paper weighs the loss by λ / 2.
+    A channel is represented by its activation map, scaled to length 1; a map of zeros stays 0. The
+    value is in [0, 2] up to rounding, and the order of the channels does not matter. The kernel is
+    the paper's polynomial kernel with d = 2 and c = 0; the paper weights the loss by λ / 2.
 
     Args:
         student_features: `[B, H, W, C]`, floating-point.
-        teacher_features: `[B, H, W, C']`; the channels may be others.
+        teacher_features: `[B, H, W, C']`; the number of channels may differ.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
@@ -321,7 +352,8 @@ def neuron_selectivity_loss(student_features: ArrayLike, teacher_features: Array
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> student, teacher = jnp.array([[[[1.0], [0.0]]]]), jnp.array([[[[0.0, 1.0], [3.0, 1.0]]]])
+        >>> student = jnp.array([[[[1.0], [0.0]]]])
+        >>> teacher = jnp.array([[[[0.0, 1.0], [3.0, 1.0]]]])
         >>> print(losses.neuron_selectivity_loss(student, teacher))
         [1.25]
 
@@ -329,23 +361,25 @@ def neuron_selectivity_loss(student_features: ArrayLike, teacher_features: Array
         Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
         https://arxiv.org/abs/1707.01219
     """
-    student, teacher = _images_pair(_FEATURES, student_features, teacher_features)
-    student, teacher = normalize(student, (1, 2)), normalize(teacher, (1, 2))
+    student, teacher = _check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student = normalize(student, (1, 2))
+    teacher = normalize(teacher, (1, 2))
 
-    def kernel(first, second):
-        return jnp.mean(jnp.square(_products(first, second)), axis=(1, 2))
+    def mean_kernel(first: Array, second: Array) -> Array:
+        return jnp.mean(jnp.square(_channel_products(first, second)), axis=(1, 2))
 
-    return kernel(teacher, teacher) + kernel(student, student) - 2 * kernel(student, teacher)
+    within = mean_kernel(teacher, teacher) + mean_kernel(student, student)
+    return within - 2 * mean_kernel(student, teacher)
 
 
 def flow_matrix(first: ArrayLike, second: ArrayLike) -> Array:
-    """How one layer's channels go with another's: the flow of the solution procedure (FSP) between two layers.
+    """Computes the FSP matrix (flow of solution procedure) between the channels of two layers.
 
     G_ij = 1 / (H W) Σ_hw f_hwi g_hwj
 
     Args:
         first: `[B, H, W, C1]`, floating-point.
-        second: `[B, H, W, C2]`; the paper max-pools the larger of two layers to the size of the smaller.
+        second: `[B, H, W, C2]`; the paper max-pools the larger layer to the size of the smaller.
 
     Returns:
         Matrices `[B, C1, C2]`, in float32 or wider.
@@ -357,38 +391,42 @@ def flow_matrix(first: ArrayLike, second: ArrayLike) -> Array:
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> first, second = jnp.array([[[[1.0], [3.0]]]]), jnp.array([[[[2.0, 0.0], [0.0, 1.0]]]])
+        >>> first = jnp.array([[[[1.0], [3.0]]]])
+        >>> second = jnp.array([[[[2.0, 0.0], [0.0, 1.0]]]])
         >>> print(losses.flow_matrix(first, second))
         [[[1.  1.5]]]
 
     References:
         Yim et al., A Gift from Knowledge Distillation, https://doi.org/10.1109/CVPR.2017.754
     """
-    return _flow(("first", "second"), first, second)
+    return _flow_matrix(("first", "second"), first, second)
 
 
 def flow_of_solution_procedure_loss(
-    student_first: ArrayLike, student_second: ArrayLike, teacher_first: ArrayLike, teacher_second: ArrayLike
+    student_first: ArrayLike,
+    student_second: ArrayLike,
+    teacher_first: ArrayLike,
+    teacher_second: ArrayLike,
 ) -> Array:
-    """Squared distance between the flow matrices of student and teacher (FSP).
+    """Computes the squared distance between the FSP matrices of student and teacher.
 
     Σ_ij (G^s_ij − G^t_ij)² with G from `flow_matrix`
 
-    The paper sums it over pairs of layers with weights λ. RepDistiller takes the mean over i and j, C1 C2 times less,
-    and pools by average where the paper does by maximum.
+    The paper sums it over pairs of layers with weights λ. RepDistiller takes the mean over i and j,
+    which is C1 C2 times less, and average-pools where the paper max-pools.
 
     Args:
         student_first: `[B, H, W, C1]`, floating-point.
         student_second: `[B, H, W, C2]`.
-        teacher_first: `[B, H', W', C1]`; the spatial size may be another than the student's.
+        teacher_first: `[B, H', W', C1]`; the spatial size may differ from the student's.
         teacher_second: `[B, H', W', C2]`.
 
     Returns:
         One value per example `[B]`, in float32 or wider.
 
     Raises:
-        ValueError: If the two layers of a network differ in batch or spatial size, or the channels of student and
-            teacher differ.
+        ValueError: If the two layers of a network differ in batch or spatial size, or the channels
+            of student and teacher differ.
         TypeError: If the features are not floating-point.
 
     Example:
@@ -401,48 +439,58 @@ def flow_of_solution_procedure_loss(
     References:
         Yim et al., A Gift from Knowledge Distillation, https://doi.org/10.1109/CVPR.2017.754
     """
-    student = _flow(("student_first", "student_second"), student_first, student_second)
-    teacher = _flow(("teacher_first", "teacher_second"), teacher_first, teacher_second)
+    student = _flow_matrix(("student_first", "student_second"), student_first, student_second)
+    teacher = _flow_matrix(("teacher_first", "teacher_second"), teacher_first, teacher_second)
     check_shape(
         student.shape == teacher.shape,
-        f"the flow matrices of student {student.shape} and teacher {teacher.shape}, [B, C1, C2], must have one shape; "
-        "project the student's features first",
+        f"the flow matrices of student {student.shape} and teacher {teacher.shape}, [B, C1, C2], "
+        "must have the same shape; project the student's features first",
     )
-    student, teacher = wide_pair(("student", "teacher"), student, teacher)
+    student, teacher = widen_pair(("student", "teacher"), student, teacher)
     return jnp.sum(jnp.square(student - teacher), axis=(1, 2))
 
 
-def _attention_gap(student_features: ArrayLike, teacher_features: ArrayLike, power: ArrayLike) -> Array:
-    student, teacher = _images_pair(_FEATURES, student_features, teacher_features)
-    return attention_transfer_map(student, power=power) - attention_transfer_map(teacher, power=power)
+def _attention_difference(
+    student_features: ArrayLike, teacher_features: ArrayLike, power: ArrayLike
+) -> Array:
+    student, teacher = _check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student_map = attention_transfer_map(student, power=power)
+    return student_map - attention_transfer_map(teacher, power=power)
 
 
-def _flow(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> Array:
-    first, second = _images_pair(names, first, second)
-    return _products(first, second) / (first.shape[1] * first.shape[2])
+def _flow_matrix(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> Array:
+    first, second = _check_image_pair(names, first, second)
+    return _channel_products(first, second) / (first.shape[1] * first.shape[2])
 
 
-def _products(first: Array, second: Array) -> Array:
-    """Inner products of the channels of two layers, `[B, C1, C2]`."""
-    # They are subtracted from each other next, which the accelerators' default of fewer bits would spoil.
+def _channel_products(first: Array, second: Array) -> Array:
+    """Computes the inner products of the channels of two layers, `[B, C1, C2]`."""
+    # The products are subtracted from each other: at the default precision of accelerators
+    # (bfloat16 on TPU, TF32 on GPU) few correct digits would be left.
     return jnp.einsum("bhwi,bhwj->bij", first, second, precision=jax.lax.Precision.HIGHEST)
 
 
-def _images(name: str, features: ArrayLike) -> Array:
-    features = wide(name, features)
+def _check_images(name: str, features: ArrayLike) -> Array:
+    features = widen(name, features)
     check_shape(features.ndim == 4, f"{name} must be [B, H, W, C], got {features.shape}")
     return features
 
 
-def _images_pair(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
-    first, second = wide_pair(names, _images(names[0], first), _images(names[1], second))
+def _check_image_pair(
+    names: tuple[str, str], first: ArrayLike, second: ArrayLike
+) -> tuple[Array, Array]:
+    first = _check_images(names[0], first)
+    second = _check_images(names[1], second)
     check_shape(
         first.shape[:3] == second.shape[:3],
-        f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their channels (the last axis); "
-        "pool or resize the larger maps first",
+        f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their "
+        "channels (the last axis); pool or resize the larger maps first",
     )
-    return first, second
+    return widen_pair(names, first, second)
 
 
 def _check_batch(features: Array) -> None:
-    check_shape(features.ndim >= 2, f"features must be [B, ..., C], one row per example, got {features.shape}")
+    check_shape(
+        features.ndim >= 2,
+        f"features must be [B, ..., C], one row per example, got {features.shape}",
+    )

@@ -1,8 +1,9 @@
-"""Distillation of language models without the logits of all tokens: the last layer and the loss in one walk.
+"""Fused losses of language models: last layer and divergence without the logits of all tokens.
 
-At 8,192 tokens and a vocabulary of 128,256, one float32 array of logits is 4 GB, and a loss with its gradient holds
-several. Here the tokens pass in chunks, whose logits are made, used and dropped. The gradient makes them once more, for
-all tokens and a part of the vocabulary at a time, so that no sum over chunks of a kernel's size is held or rounded.
+At 8,192 tokens and a vocabulary of 128,256, one float32 array of logits takes 4 GB, and a loss with
+its gradient holds several. Here the tokens are processed in chunks, whose logits are computed, used
+and dropped. The gradient computes the logits again, for all tokens and a part of the vocabulary at
+a time, so that it neither holds nor rounds a sum over chunks of the size of a kernel.
 """
 
 import functools
@@ -13,11 +14,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_share, floating, full_mask, only
+from jaxkd.losses._arrays import (
+    as_floating,
+    check_fraction,
+    check_mask,
+    check_positive,
+    check_shape,
+    zero_masked,
+)
 from jaxkd.losses._softmax import expectation, log_add_exp, log_sum_exp
 
 CHUNK_LOGITS = 3 * 2**23
-"""Logits of a chunk where none is given: 100 MB in float32, enough to keep a large accelerator busy."""
+"""Default number of logits in a chunk: 100 MB in float32, which keeps a large accelerator busy."""
 
 
 def fused_linear_kl_divergence(
@@ -30,43 +38,49 @@ def fused_linear_kl_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
-    """`kl_divergence` of `student_states @ student_kernel` and `teacher_states @ teacher_kernel`, in chunks of tokens.
+    """Computes `kl_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
     T² KL(softmax(h_t W_t / T) ‖ softmax(h_s W_s / T))
 
-    Value and gradients, to states and kernels of the student and of the teacher, are those of the two matrix products
-    followed by the loss; the gradient costs the products once more. Products take the states' dtype and accumulate in
-    float32, the rest is float32. The gradient is a rule of its own: there is no forward mode and no second derivative.
-    Call it under `jit`, since by itself every call compiles; on a mesh of explicit axes use `shard_map`.
+    The values and the gradients, with respect to states and kernels of student and teacher, are
+    those of the two matrix products followed by the loss; the gradient costs the products once
+    more. Products take the states' dtype and accumulate in float32; the rest is computed in
+    float32. The gradient has a rule of its own, so that forward mode and second derivatives are not
+    available. Call the function under `jit`, since otherwise every call compiles; on a mesh with
+    explicit axes use `shard_map`.
 
     Args:
         student_states: `[..., Ds]`, the hidden states before the unembedding, floating-point.
-        student_kernel: `[Ds, V]`, the unembedding; of its states' dtype.
+        student_kernel: `[Ds, V]`, the unembedding, in the dtype of its states.
         teacher_states: `[..., Dt]`, with the same leading axes.
-        teacher_kernel: `[Dt, V]`, likewise.
+        teacher_kernel: `[Dt, V]`, in the dtype of its states.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 25 million logits.
+        chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
 
     Returns:
-        One value per token `[...]`, float32, and 0 for one that does not count, whatever its states hold.
+        One value per token `[...]`, float32, and 0 for a token that does not count, whatever its
+        states.
 
     Raises:
-        ValueError: If shapes disagree, or the temperature or the chunk is not positive.
+        ValueError: If shapes disagree, or the temperature or the chunk size is not positive.
         TypeError: If an array is not floating-point, or states and kernel differ in dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
         >>> states, kernel = jnp.ones((2, 5, 4)), jax.random.normal(jax.random.key(0), (4, 9))
-        >>> losses.fused_linear_kl_divergence(states, kernel, states, 2 * kernel, temperature=2.0).shape
+        >>> losses.fused_linear_kl_divergence(
+        ...     states, kernel, states, 2 * kernel, temperature=2.0
+        ... ).shape
         (2, 5)
 
     References:
-        Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, https://arxiv.org/abs/2410.10989
+        Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training,
+        https://arxiv.org/abs/2410.10989
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence.of(0), operands, temperature, where, chunk_size)
+    return _fused_divergence(_Divergence.from_beta(0), operands, temperature, where, chunk_size)
 
 
 def fused_linear_reverse_kl_divergence(
@@ -79,38 +93,41 @@ def fused_linear_reverse_kl_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
-    """`reverse_kl_divergence` of the logits of a linear last layer, in chunks of tokens.
+    """Computes `reverse_kl_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
     T² KL(softmax(h_s W_s / T) ‖ softmax(h_t W_t / T))
 
     Args:
         student_states: `[..., Ds]`, the hidden states before the unembedding, floating-point.
-        student_kernel: `[Ds, V]`, the unembedding; of its states' dtype.
+        student_kernel: `[Ds, V]`, the unembedding, in the dtype of its states.
         teacher_states: `[..., Dt]`, with the same leading axes.
-        teacher_kernel: `[Dt, V]`, likewise.
+        teacher_kernel: `[Dt, V]`, in the dtype of its states.
         temperature: T > 0, a scalar.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 25 million logits.
+        chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
 
     Returns:
-        One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
+        One value per token `[...]`, float32, as from `fused_linear_kl_divergence`.
 
     Raises:
-        ValueError: If shapes disagree, or the temperature or the chunk is not positive.
+        ValueError: If shapes disagree, or the temperature or the chunk size is not positive.
         TypeError: If an array is not floating-point, or states and kernel differ in dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
         >>> states, kernel = jnp.ones((2, 5, 4)), jax.random.normal(jax.random.key(0), (4, 9))
-        >>> losses.fused_linear_reverse_kl_divergence(states, kernel, states, 2 * kernel, temperature=2.0).shape
+        >>> losses.fused_linear_reverse_kl_divergence(
+        ...     states, kernel, states, 2 * kernel, temperature=2.0
+        ... ).shape
         (2, 5)
 
     References:
-        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, https://arxiv.org/abs/2306.08543
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models,
+        https://arxiv.org/abs/2306.08543
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence.of(1), operands, temperature, where, chunk_size)
+    return _fused_divergence(_Divergence.from_beta(1), operands, temperature, where, chunk_size)
 
 
 def fused_linear_jensen_shannon_divergence(
@@ -124,28 +141,31 @@ def fused_linear_jensen_shannon_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
-    """`jensen_shannon_divergence` of the logits of a linear last layer, in chunks of tokens.
+    """Computes `jensen_shannon_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
-    T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, p = softmax(h_t W_t / T), q = softmax(h_s W_s / T)
+    T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, p = softmax(h_t W_t / T),
+    q = softmax(h_s W_s / T)
 
-    β has the direction that it has there: 0 stands for the forward KL, 1 for the reverse.
+    β has the same meaning as in that function: 0 gives the forward KL and 1 the reverse KL.
 
     Args:
         student_states: `[..., Ds]`, the hidden states before the unembedding, floating-point.
-        student_kernel: `[Ds, V]`, the unembedding; of its states' dtype.
+        student_kernel: `[Ds, V]`, the unembedding, in the dtype of its states.
         teacher_states: `[..., Dt]`, with the same leading axes.
-        teacher_kernel: `[Dt, V]`, likewise.
+        teacher_kernel: `[Dt, V]`, in the dtype of its states.
         temperature: T > 0, a scalar.
         beta: β in [0, 1], a Python number.
         where: Booleans `[...]`, True for a token that counts.
-        chunk_size: Tokens at a time; by default as many as have 25 million logits.
+        chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
 
     Returns:
-        One value per token `[...]`, float32, as `fused_linear_kl_divergence` does.
+        One value per token `[...]`, float32, as from `fused_linear_kl_divergence`.
 
     Raises:
-        ValueError: If shapes disagree, the temperature or the chunk is not positive, or `beta` leaves [0, 1].
-        TypeError: If an array is not floating-point, states and kernel differ in dtype, or `beta` is traced.
+        ValueError: If shapes disagree, the temperature or the chunk size is not positive, or `beta`
+            is not in [0, 1].
+        TypeError: If an array is not floating-point, states and kernel differ in dtype, or `beta`
+            is traced.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -160,20 +180,27 @@ def fused_linear_jensen_shannon_divergence(
         Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649
     """
     if isinstance(beta, jax.core.Tracer):
-        raise TypeError("beta decides which program is built: hand in a Python number, not a traced one")
-    check_share("beta", beta)
+        raise TypeError(
+            "beta selects the program that is compiled, so it must be a Python number, not a "
+            "traced one"
+        )
+    check_fraction("beta", beta)
     operands = student_states, student_kernel, teacher_states, teacher_kernel
-    return _fused(_Divergence.of(float(beta)), operands, temperature, where, chunk_size)
+    divergence = _Divergence.from_beta(float(beta))
+    return _fused_divergence(divergence, operands, temperature, where, chunk_size)
 
 
 class _Divergence(NamedTuple):
-    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) of log-probabilities `[N, V]`, at whose ends stand the two KL."""
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) of log-probabilities `[N, V]`, or the KL at β = 0 or 1.
+
+    A tuple of floats, since `jax.custom_vjp` needs a hashable static argument.
+    """
 
     teacher_share: float
     student_share: float
 
     @classmethod
-    def of(cls, beta: float) -> "_Divergence":
+    def from_beta(cls, beta: float) -> "_Divergence":
         return cls(beta, 1 - beta)
 
     def __call__(self, student: Array, teacher: Array) -> Array:
@@ -182,37 +209,48 @@ class _Divergence(NamedTuple):
         if self.student_share == 0:
             return expectation(jnp.exp(student), student - teacher)
         mixture = self._mixture(student, teacher)
-        forward, reverse = (expectation(jnp.exp(side), side - mixture) for side in (teacher, student))
+        forward, reverse = (
+            expectation(jnp.exp(logs), logs - mixture) for logs in (teacher, student)
+        )
         return self.teacher_share * forward + self.student_share * reverse
 
-    def seen_from(self, side: int) -> "_Divergence":
-        """The same, the first argument being the student (0) or the teacher (1)."""
+    def for_side(self, side: int) -> "_Divergence":
+        """Returns the divergence with its arguments swapped for side 1, the teacher.
+
+        The gradient with respect to the teacher is then computed like that for the student.
+        """
         return _Divergence(self.student_share, self.teacher_share) if side else self
 
-    def slope(self, student: Array, teacher: Array) -> Array:
-        """Its derivative `[N, V]` by the student's probabilities, up to a constant a token; not for forward KL."""
+    def derivative(self, student: Array, teacher: Array) -> Array:
+        """Computes the derivative `[N, V]` by the student's probabilities.
+
+        It is defined up to a constant per token, and not for the forward KL.
+        """
         if self.student_share == 0:
             return student - teacher
         return self.student_share * (student - self._mixture(student, teacher))
 
-    def level(self, student: Array, teacher: Array) -> Array:
-        """The mean `[N]` of the slope under the student, which a softmax takes off it; forward KL needs none."""
+    def mean_derivative(self, student: Array, teacher: Array) -> Array:
+        """Computes the mean `[N]` of the derivative under the student's distribution.
+
+        The gradient of the softmax subtracts it. The forward KL does not need it.
+        """
         if self.teacher_share == 0:
             return jnp.zeros_like(student[:, 0])
-        return expectation(jnp.exp(student), self.slope(student, teacher))
+        return expectation(jnp.exp(student), self.derivative(student, teacher))
 
-    def pull(self, student: Array, teacher: Array, level: Array) -> Array:
-        """Its gradient `[N, V]` to the student's logits."""
+    def logit_gradient(self, student: Array, teacher: Array, mean_derivative: Array) -> Array:
+        """Computes the gradient `[N, V]` with respect to the student's logits."""
         if self.teacher_share == 0:
             return jnp.exp(student) - jnp.exp(teacher)
-        return jnp.exp(student) * (self.slope(student, teacher) - level[:, None])
+        return jnp.exp(student) * (self.derivative(student, teacher) - mean_derivative[:, None])
 
     def _mixture(self, student: Array, teacher: Array) -> Array:
-        shares = jnp.log(jnp.array([self.teacher_share, self.student_share], student.dtype))
-        return log_add_exp(teacher + shares[0], student + shares[1])
+        log_shares = jnp.log(jnp.array([self.teacher_share, self.student_share], student.dtype))
+        return log_add_exp(teacher + log_shares[0], student + log_shares[1])
 
 
-def _fused(
+def _fused_divergence(
     divergence: _Divergence,
     operands: tuple[ArrayLike, ...],
     temperature: ArrayLike,
@@ -221,117 +259,174 @@ def _fused(
 ) -> Array:
     check_positive("temperature", temperature)
     names = "student_states", "student_kernel", "teacher_states", "teacher_kernel"
-    student, student_kernel, teacher, teacher_kernel = (floating(*one) for one in zip(names, operands, strict=True))
+    student, student_kernel, teacher, teacher_kernel = (
+        as_floating(name, operand) for name, operand in zip(names, operands, strict=True)
+    )
     _check_product("student", student, student_kernel)
     _check_product("teacher", teacher, teacher_kernel)
     tokens = student.shape[:-1]
     check_shape(
         tokens == teacher.shape[:-1],
-        f"student_states {student.shape} and teacher_states {teacher.shape} must have the same leading axes",
+        f"student_states {student.shape} and teacher_states {teacher.shape} must have the same "
+        "leading axes",
     )
     check_shape(
         student_kernel.shape[1] == teacher_kernel.shape[1],
-        f"the vocabularies of student_kernel {student_kernel.shape} and teacher_kernel {teacher_kernel.shape} differ: "
-        "slice the larger one's padding off",
+        f"the vocabularies of student_kernel {student_kernel.shape} and teacher_kernel "
+        f"{teacher_kernel.shape} differ: slice off the padding of the larger one",
     )
-    where = full_mask("token", where, tokens)
-    vocabulary, total = student_kernel.shape[1], where.size
+    where = check_mask("token", where, tokens)
+    vocabulary = student_kernel.shape[1]
+    num_tokens = where.size
     chunk_size = max(1, CHUNK_LOGITS // vocabulary) if chunk_size is None else chunk_size
     check_shape(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
 
-    student, teacher = (only(where, states).reshape(total, states.shape[-1]) for states in (student, teacher))
-    temperature = jnp.asarray(temperature, _widest(student, teacher))
-    operands = _alike(student, student_kernel, teacher, teacher_kernel, temperature)
-    values = _walk(divergence, min(chunk_size, max(total, 1)), *operands)
-    return only(where, values.reshape(tokens) * jnp.square(temperature))
+    student, teacher = (
+        zero_masked(where, states).reshape(num_tokens, states.shape[-1])
+        for states in (student, teacher)
+    )
+    # Not in the states' dtype: bfloat16 would round T, and T² with it.
+    temperature = jnp.asarray(temperature, _accumulation_dtype(student, teacher))
+    operands = _match_varying_axes(student, student_kernel, teacher, teacher_kernel, temperature)
+    values = _chunked_divergence(divergence, min(chunk_size, max(num_tokens, 1)), *operands)
+    return zero_masked(where, values.reshape(tokens) * jnp.square(temperature))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _walk(divergence: _Divergence, chunk: int, *operands: Array) -> Array:
-    """One value per token `[N]`, a chunk of tokens at a time."""
-    return _look(divergence, chunk, operands)[0]
+def _chunked_divergence(divergence: _Divergence, chunk_size: int, *operands: Array) -> Array:
+    """Computes one value per token `[N]`, a chunk of tokens at a time."""
+    return _evaluate_chunks(divergence, chunk_size, operands)[0]
 
 
-def _look(
-    divergence: _Divergence, chunk: int, operands: tuple[Array, ...], sides: tuple[int, ...] = ()
+def _evaluate_chunks(
+    divergence: _Divergence,
+    chunk_size: int,
+    operands: tuple[Array, ...],
+    gradient_sides: tuple[int, ...] = (),
 ) -> tuple[Array, list[Array], list[Array]]:
-    """The values; and for gradients to some sides, what lets these go by parts of the vocabulary, all `[N]`.
+    """Computes the values, and what the gradient needs to process the vocabulary in parts.
 
-    That is the logarithm of each softmax's denominator, and the level of each side that learns, empty for another.
+    That is, for student and teacher, the logarithm of the softmax's denominator and, for the sides
+    that get a gradient, the mean derivative; for the other sides it is empty. All are `[N]`.
     """
     student, student_kernel, teacher, teacher_kernel, temperature = operands
+    kernels = student_kernel, teacher_kernel
 
-    def chunk_of(states: tuple[Array, Array]) -> tuple[Array, list[Array], list[Array]]:
-        logits = [_logits(*one, temperature) for one in zip(states, (student_kernel, teacher_kernel), strict=True)]
-        sums = [log_sum_exp(one) for one in logits]
-        logs = [one - total[:, None] for one, total in zip(logits, sums, strict=True)]
-        levels = [
-            divergence.seen_from(side).level(logs[side], logs[1 - side]) if side in sides else sums[side][:0]
+    def evaluate(states: tuple[Array, Array]) -> tuple[Array, list[Array], list[Array]]:
+        logits = [_logits(states[side], kernels[side], temperature) for side in (0, 1)]
+        log_denominators = [log_sum_exp(side_logits) for side_logits in logits]
+        logs = [logits[side] - log_denominators[side][:, None] for side in (0, 1)]
+        mean_derivatives = [
+            divergence.for_side(side).mean_derivative(logs[side], logs[1 - side])
+            if side in gradient_sides
+            else log_denominators[side][:0]
             for side in (0, 1)
         ]
-        return divergence(*logs), sums, levels
+        return divergence(*logs), log_denominators, mean_derivatives
 
-    found = jax.lax.map(chunk_of, (_split(student, chunk), _split(teacher, chunk)))
-    return jax.tree.map(lambda part: _join(part, len(student)), found)
-
-
-def _walk_forward(divergence: _Divergence, chunk: int, *operands: Any) -> tuple[Array, Any]:
-    arrays, learns = zip(*((operand.value, operand.perturbed) for operand in operands), strict=True)
-    # The temperature's gradient comes by way of both sides' states.
-    sides = tuple(side for side in (0, 1) if learns[2 * side] or learns[2 * side + 1] or learns[4])
-    values, sums, levels = _look(divergence, chunk, arrays, sides)
-    # Who learns is told by sizes: JAX 0.7 traces this twice under jit, and wants one structure of both.
-    return values, (arrays, sums, levels, jnp.zeros(int(learns[4])))
+    chunks = _split_chunks(student, chunk_size), _split_chunks(teacher, chunk_size)
+    results = jax.lax.map(evaluate, chunks)
+    return jax.tree.map(lambda result: _merge_chunks(result, len(student)), results)
 
 
-def _walk_backward(divergence: _Divergence, chunk: int, residuals: Any, cotangent: Any) -> tuple[Array, ...]:
-    """The gradients, a part of the vocabulary at a time: each part of a kernel's gradient is then one product."""
-    (*operands, temperature), sums, levels, temperature_learns = residuals
+def _chunked_divergence_fwd(
+    divergence: _Divergence, chunk_size: int, *operands: Any
+) -> tuple[Array, Any]:
+    arrays = tuple(operand.value for operand in operands)
+    perturbed = tuple(operand.perturbed for operand in operands)
+    # The temperature's gradient is computed from those of both sides' states.
+    gradient_sides = tuple(
+        side for side in (0, 1) if perturbed[2 * side] or perturbed[2 * side + 1] or perturbed[4]
+    )
+    values, log_denominators, mean_derivatives = _evaluate_chunks(
+        divergence, chunk_size, arrays, gradient_sides
+    )
+    # The sizes of arrays say which gradients are wanted. JAX 0.7 traces this function twice under
+    # `jit` and requires the same tree structure, so booleans or `None` in its place would fail.
+    temperature_flag = jnp.zeros(int(perturbed[4]))
+    return values, (arrays, log_denominators, mean_derivatives, temperature_flag)
+
+
+def _chunked_divergence_bwd(
+    divergence: _Divergence, chunk_size: int, residuals: Any, cotangent: Any
+) -> tuple[Array, ...]:
+    """Computes the gradients, a part of the vocabulary at a time.
+
+    Each part of a kernel's gradient is then a single product over all tokens.
+    """
+    (*operands, temperature), log_denominators, mean_derivatives, temperature_flag = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return tuple(map(jnp.zeros_like, residuals[0]))
-    states, kernels = operands[::2], operands[1::2]
-    tokens, vocabulary = len(cotangent), kernels[0].shape[1]
-    part = max(1, min(vocabulary, chunk * vocabulary // max(tokens, 1)))
+    states = operands[::2]
+    kernels = operands[1::2]
+    num_tokens = len(cotangent)
+    vocabulary = kernels[0].shape[1]
+    # The same number of logits at a time as in the forward pass.
+    part = max(1, min(vocabulary, chunk_size * vocabulary // max(num_tokens, 1)))
 
-    def step(i: Array, gradients: dict[int, tuple[Array, Array]]) -> dict[int, tuple[Array, Array]]:
-        # The last part begins early where the vocabulary is no multiple: what it repeats counts once for the states.
+    def add_part(
+        i: Array, gradients: dict[int, tuple[Array, Array]]
+    ) -> dict[int, tuple[Array, Array]]:
+        # Where the vocabulary is not a multiple of the part, the last part starts early. The
+        # columns that it repeats are written again to the kernel's gradient, and are masked in the
+        # states' gradient, which is a sum.
         start = jnp.minimum(i * part, vocabulary - part)
-        fresh = (start + jnp.arange(part) >= i * part)[None]
+        is_new = (start + jnp.arange(part) >= i * part)[None]
         columns = [jax.lax.dynamic_slice_in_dim(kernel, start, part, 1) for kernel in kernels]
-        logs = [_logits(states[side], columns[side], temperature) - sums[side][:, None] for side in (0, 1)]
+        logs = [
+            _logits(states[side], columns[side], temperature) - log_denominators[side][:, None]
+            for side in (0, 1)
+        ]
 
-        def moved(side: int, to_states: Array, to_kernel: Array) -> tuple[Array, Array]:
-            pull = divergence.seen_from(side).pull(logs[side], logs[1 - side], levels[side])
-            # In the states' dtype, so that a bf16 product stays one.
-            pull = (cotangent[:, None] * pull / temperature).astype(states[side].dtype)
-            to_columns = _product(states[side], pull, 0, 0).astype(to_kernel.dtype)
+        def add_side(
+            side: int, states_gradient: Array, kernel_gradient: Array
+        ) -> tuple[Array, Array]:
+            logit_gradient = divergence.for_side(side).logit_gradient(
+                logs[side], logs[1 - side], mean_derivatives[side]
+            )
+            logit_gradient = cotangent[:, None] * logit_gradient / temperature
+            # In the states' dtype, so that the products of a bfloat16 model run in bfloat16.
+            logit_gradient = logit_gradient.astype(states[side].dtype)
+            columns_gradient = _product(states[side], logit_gradient, 0, 0)
+            columns_gradient = columns_gradient.astype(kernel_gradient.dtype)
+            new_gradient = jnp.where(is_new, logit_gradient, 0)
             return (
-                to_states + _product(jnp.where(fresh, pull, 0), columns[side], 1, 1),
-                jax.lax.dynamic_update_slice_in_dim(to_kernel, to_columns, start, 1),
+                states_gradient + _product(new_gradient, columns[side], 1, 1),
+                jax.lax.dynamic_update_slice_in_dim(kernel_gradient, columns_gradient, start, 1),
             )
 
-        return {side: moved(side, *pair) for side, pair in gradients.items()}
+        return {side: add_side(side, *pair) for side, pair in gradients.items()}
 
     gradients = {
-        side: (jnp.zeros_like(states[side], dtype=_widest(states[side])), jnp.zeros_like(kernels[side]))
+        side: (
+            jnp.zeros_like(states[side], dtype=_accumulation_dtype(states[side])),
+            jnp.zeros_like(kernels[side]),
+        )
         for side in (0, 1)
-        if len(levels[side])
+        if len(mean_derivatives[side])
     }
-    gradients = jax.lax.fori_loop(0, -(-vocabulary // part), step, gradients)
-    found = [one for side in (0, 1) for one in gradients.get(side, (None, None))]
-    to_temperature = None
-    if len(temperature_learns) and gradients:
-        # The logits are products of states and kernels over T: by Euler, T ∂/∂T is minus the sum of h · ∂/∂h.
-        drawn = (jnp.sum(states[side] * gradients[side][0].astype(states[side].dtype)) for side in (0, 1))
-        to_temperature = -sum(one.astype(temperature.dtype) for one in drawn) / temperature
-    # Zeros rather than None, of which JAX 0.7 makes an error under jit.
+    gradients = jax.lax.fori_loop(0, -(-vocabulary // part), add_part, gradients)
+    operand_gradients = [*gradients.get(0, (None, None)), *gradients.get(1, (None, None))]
+    temperature_gradient = None
+    if len(temperature_flag) and gradients:
+        # The logits are h · W / T. By Euler's theorem for homogeneous functions, T ∂/∂T is minus
+        # the sum of h · ∂/∂h over both sides.
+        products = (
+            jnp.sum(states[side] * gradients[side][0].astype(states[side].dtype)) for side in (0, 1)
+        )
+        total = sum(product.astype(temperature.dtype) for product in products)
+        temperature_gradient = -total / temperature
+    # Zeros instead of `None`, which JAX 0.7 rejects under `jit`.
     return tuple(
-        jnp.zeros_like(operand) if one is None else one.astype(operand.dtype)
-        for one, operand in zip((*found, to_temperature), (*operands, temperature), strict=True)
+        jnp.zeros_like(operand) if gradient is None else gradient.astype(operand.dtype)
+        for gradient, operand in zip(
+            (*operand_gradients, temperature_gradient), (*operands, temperature), strict=True
+        )
     )
 
 
-_walk.defvjp(_walk_forward, _walk_backward, symbolic_zeros=True)
+# Symbolic zeros reveal which operands are differentiated: a fixed teacher costs no gradient.
+_chunked_divergence.defvjp(_chunked_divergence_fwd, _chunked_divergence_bwd, symbolic_zeros=True)
 
 
 def _logits(states: Array, kernel: Array, temperature: Array) -> Array:
@@ -339,48 +434,53 @@ def _logits(states: Array, kernel: Array, temperature: Array) -> Array:
 
 
 def _product(lhs: Array, rhs: Array, lhs_axis: int, rhs_axis: int) -> Array:
-    """The matrix product that contracts an axis of each, in float32 or wider."""
-    contract = ((lhs_axis,), (rhs_axis,)), ((), ())
-    return jax.lax.dot_general(lhs, rhs, contract, preferred_element_type=_widest(lhs))
+    """Computes the matrix product that contracts one axis of each, in float32 or wider."""
+    dimension_numbers = ((lhs_axis,), (rhs_axis,)), ((), ())
+    return jax.lax.dot_general(
+        lhs, rhs, dimension_numbers, preferred_element_type=_accumulation_dtype(lhs)
+    )
 
 
-def _widest(*arrays: Array) -> Any:
+def _accumulation_dtype(*arrays: Array) -> Any:
     return jnp.float64 if any(array.dtype == jnp.float64 for array in arrays) else jnp.float32
 
 
-def _alike(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, each varying over the devices of a `shard_map` as all of them do.
+def _match_varying_axes(*arrays: Array) -> tuple[Array, ...]:
+    """Makes all arrays vary over the same mesh axes of a `shard_map`.
 
-    A kernel that all devices share then varies like the tokens do, inside, and its gradient is summed over devices.
-    What is added is 0, without a gradient, and costs nothing once compiled.
+    A kernel that all devices share then varies as the tokens do inside `_chunked_divergence`, and
+    the transpose of this conversion sums its gradient over the devices.
     """
+    # Adding a zero that depends on every array works on all JAX versions, unlike `lax.pcast` and
+    # `lax.pvary`. It has no gradient and is removed by the compiler.
     zeros = [jax.lax.stop_gradient(array).reshape(-1)[:0].sum() for array in arrays]
     return tuple(array + sum(zero.astype(array.dtype) for zero in zeros) for array in arrays)
 
 
-def _split(array: Array, chunk: int) -> Array:
-    """`[N, ...]` as `[chunks, chunk, ...]`, filled up with zeros.
+def _split_chunks(array: Array, chunk_size: int) -> Array:
+    """Splits `[N, ...]` into `[chunks, chunk_size, ...]`, padded with zeros.
 
-    A chunk takes every so many-th token rather than a run of them: tokens sharded over devices are then spread over
-    all devices in every chunk.
+    A chunk takes tokens at a constant stride, not consecutive ones: if the tokens are sharded over
+    devices, every chunk then has tokens of all devices.
     """
-    chunks = -(-len(array) // chunk)
-    padded = jnp.pad(array, ((0, chunks * chunk - len(array)), *((0, 0),) * (array.ndim - 1)))
-    return jnp.moveaxis(padded.reshape(chunk, chunks, *array.shape[1:]), 1, 0)
+    chunks = -(-len(array) // chunk_size)
+    padding = chunks * chunk_size - len(array)
+    padded = jnp.pad(array, ((0, padding), *((0, 0),) * (array.ndim - 1)))
+    return jnp.moveaxis(padded.reshape(chunk_size, chunks, *array.shape[1:]), 1, 0)
 
 
-def _join(array: Array, length: int) -> Array:
+def _merge_chunks(array: Array, length: int) -> Array:
     return jnp.moveaxis(array, 0, 1).reshape(-1, *array.shape[2:])[:length]
 
 
 def _check_product(side: str, states: Array, kernel: Array) -> None:
     check_shape(
         states.ndim >= 1 and kernel.ndim == 2 and states.shape[-1] == kernel.shape[0],
-        f"{side}_kernel must be [D, V] for {side}_states [..., D], got {kernel.shape} for {states.shape}; "
-        "an embedding table [V, D] is transposed first",
+        f"{side}_kernel must be [D, V] for {side}_states [..., D], got {kernel.shape} for "
+        f"{states.shape}; transpose an embedding table [V, D] first",
     )
     if states.dtype != kernel.dtype:
         raise TypeError(
-            f"{side}_states are {states.dtype} and {side}_kernel is {kernel.dtype}: cast one, so that it is plain in "
-            "which the product is taken"
+            f"{side}_states are {states.dtype} and {side}_kernel is {kernel.dtype}: cast one, so "
+            "that the dtype of the product is explicit"
         )

@@ -1,7 +1,7 @@
-"""What a student learns from labels, alone or beside a teacher's logits.
+"""Losses on integer labels, alone or together with a teacher's logits.
 
-Sums run over classes and over nothing else; the caller averages over examples. DKD and NKD treat the true class and the
-others apart.
+Sums run over the classes only; the caller averages over the examples. `decoupled_loss` (DKD) and
+`normalized_loss` (NKD) treat the true class apart from the other classes.
 """
 
 import jax
@@ -10,38 +10,40 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_shape, check_share, check_weight
+from jaxkd.losses._arrays import check_fraction, check_shape, check_term_weight
 from jaxkd.losses._softmax import (
     Softmax,
     check_labels,
+    check_logits,
+    check_logits_pair,
     divergence,
     expectation,
     log_sum_exp,
-    logits_of,
-    logits_pair,
     soften,
     softmax,
 )
 from jaxkd.losses.logits import soft_cross_entropy
 
 
-def hard_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
-    """Cross-entropy with integer classes.
+def hard_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = None
+) -> Array:
+    """Computes the cross-entropy with integer labels.
 
     −w_label log softmax(z)_label
 
     Args:
         logits: `[..., C]`, floating-point.
         labels: `[...]`, integers in [0, C).
-        weights: w, one for each class `[C]`; all 1 if not given. PyTorch's `weight` with a mean also divides by the sum
-            of the weights that the batch's labels have.
+        weights: w, one for each class `[C]`; by default all 1. PyTorch's `weight` with a mean also
+            divides by the sum of the weights of the batch's labels.
 
     Returns:
         One value per example `[...]`, in float32 or wider; NaN where a label is out of range.
 
     Raises:
-        ValueError: If the labels' shape is not that of the logits without their last axis, or there is not one weight
-            for each class.
+        ValueError: If the labels' shape is not that of the logits without their last axis, or there
+            is not one weight for each class.
         TypeError: If the logits are not floating-point or the labels are not integers.
 
     Example:
@@ -50,28 +52,30 @@ def hard_cross_entropy(logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLi
         >>> print(losses.hard_cross_entropy(jnp.array([[2.0, 1.0, 0.1]]), jnp.array([0])))
         [0.417]
     """
-    logits = logits_of("logits", logits)
+    logits = check_logits("logits", logits)
     labels = check_labels(labels, logits.shape)
-    value = -_at(softmax(logits).logs, labels)
+    value = -_take_at_labels(softmax(logits).log_probabilities, labels)
     if weights is None:
         return value
     weights = jnp.asarray(weights, value.dtype)
     check_shape(
         weights.shape == logits.shape[-1:],
         f"weights {weights.shape} must have one entry for each class, {logits.shape[-1:]}; "
-        "weights of examples multiply the result",
+        "to weight examples, multiply the result",
     )
+    # A label out of range may take any weight: its value is NaN already.
     weights = jnp.take(weights, labels, mode="clip")
+    # A class of weight 0 may be at −inf, where 0 · inf would be NaN.
     return weights * jnp.where(weights != 0, value, 0)
 
 
 def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: ArrayLike) -> Array:
-    """Cross-entropy with labels of which a share is spread evenly over all classes.
+    """Computes the cross-entropy with labels that are mixed with the uniform distribution.
 
     (1 − ε) CE(label, z) + ε CE(uniform, z)
 
-    It is `distillation_loss` with ε for α, T = 1 and a teacher that holds all classes alike, which is how the paper
-    reads it: a virtual teacher. PyTorch's `label_smoothing` is the same.
+    It equals `distillation_loss` with α = ε, T = 1 and a teacher with uniform probabilities; the
+    paper calls this a virtual teacher. PyTorch's `label_smoothing` is the same.
 
     Args:
         logits: `[..., C]`, finite, floating-point.
@@ -82,32 +86,34 @@ def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: Arr
         One value per example `[...]`, in float32 or wider.
 
     Raises:
-        ValueError: If shapes disagree or `smoothing` leaves [0, 1].
+        ValueError: If shapes disagree or `smoothing` is not in [0, 1].
         TypeError: If the logits are not floating-point or the labels are not integers.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> print(losses.label_smoothing_loss(jnp.array([[2.0, 1.0, 0.1]]), jnp.array([0]), smoothing=0.1))
+        >>> logits = jnp.array([[2.0, 1.0, 0.1]])
+        >>> print(losses.label_smoothing_loss(logits, jnp.array([0]), smoothing=0.1))
         [0.514]
 
     References:
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization,
         https://arxiv.org/abs/1909.11723
     """
-    check_share("smoothing", smoothing)
-    logits = logits_of("logits", logits)
+    check_fraction("smoothing", smoothing)
+    logits = check_logits("logits", logits)
     smoothing = jnp.asarray(smoothing, logits.dtype)
-    return (1 - smoothing) * hard_cross_entropy(logits, labels) - smoothing * softmax(logits).logs.mean(-1)
+    hard = hard_cross_entropy(logits, labels)
+    return (1 - smoothing) * hard - smoothing * softmax(logits).log_probabilities.mean(-1)
 
 
 def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: ArrayLike) -> Array:
-    """Logits of a teacher made by hand, who is right with a given probability and holds all other classes alike.
+    """Makes the logits of a teacher that gives a fixed probability to the true class.
 
     log a at the label, log((1 − a) / (C − 1)) elsewhere
 
-    With `kl_divergence` at a high temperature (the paper takes a ≥ 0.9 and T = 20 or more) it is the paper's
-    teacher-free distillation.
+    All other classes get the same probability. With `kl_divergence` at a high temperature (the
+    paper takes a ≥ 0.9 and T = 20 or more) it is the paper's teacher-free distillation.
 
     Args:
         labels: `[...]`, integers in [0, C).
@@ -124,19 +130,24 @@ def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: Arra
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> print(jax.nn.softmax(losses.virtual_teacher_logits(jnp.array([1]), num_classes=3, correct=0.9)))
+        >>> logits = losses.virtual_teacher_logits(jnp.array([1]), num_classes=3, correct=0.9)
+        >>> print(jax.nn.softmax(logits))
         [[0.05 0.9  0.05]]
 
     References:
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization,
         https://arxiv.org/abs/1909.11723
     """
-    check_shape(num_classes >= 2, f"a virtual teacher needs two classes to choose from, got num_classes={num_classes}")
-    check_share("correct", correct, ends=False)
+    check_shape(
+        num_classes >= 2,
+        f"a virtual teacher needs at least two classes, got num_classes={num_classes}",
+    )
+    check_fraction("correct", correct, inclusive=False)
     labels = check_labels(labels, (*jnp.shape(labels), num_classes))
     correct = jnp.asarray(correct, jnp.float32)
-    others = jnp.log1p(-correct) - jnp.log(jnp.float32(num_classes - 1))
-    return jnp.where(jax.nn.one_hot(labels, num_classes, dtype=bool), jnp.log(correct), others)
+    incorrect_logit = jnp.log1p(-correct) - jnp.log(jnp.float32(num_classes - 1))
+    is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
+    return jnp.where(is_label, jnp.log(correct), incorrect_logit)
 
 
 def distillation_loss(
@@ -147,47 +158,51 @@ def distillation_loss(
     temperature: ArrayLike = 2.0,
     alpha: ArrayLike = 0.5,
 ) -> Array:
-    """The teacher's softened targets and the true labels, mixed.
+    """Mixes the cross-entropy with softened teacher targets and that with the true labels.
 
     α T² CE(softmax(t / T), softmax(s / T)) + (1 − α) CE(label, s)
 
-    `alpha` is the weight of the soft term, as in Hinton's paper read by the classic scripts; Keras' example and
-    torchdistill give that name to the weight of the hard term.
+    `alpha` is the weight of the soft term, as in the classic scripts after Hinton's paper; Keras'
+    example and torchdistill use the name for the weight of the hard term.
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape.
         labels: `[...]`, integers in [0, C), also where `alpha` is 1.
         temperature: T > 0, a scalar.
-        alpha: Weight of the soft term in [0, 1]; a number, or one per example `[...]`, such as 1 where the
-            label is unknown.
+        alpha: Weight of the soft term in [0, 1]; a number, or one per example `[...]`, such as 1
+            where the label is unknown.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
 
     Raises:
-        ValueError: If shapes disagree, the temperature is not a positive scalar or `alpha` leaves [0, 1].
+        ValueError: If shapes disagree, the temperature is not a positive scalar or `alpha` is not
+            in [0, 1].
         TypeError: If the logits are not floating-point or the labels are not integers.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
         >>> student, teacher = jnp.array([[2.0, 1.0, 0.1]]), jnp.array([[3.0, 1.0, 0.2]])
-        >>> print(losses.distillation_loss(student, teacher, jnp.array([0]), temperature=2.0, alpha=0.5))
+        >>> labels = jnp.array([0])
+        >>> print(losses.distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5))
         [2.106]
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
-    student, teacher = logits_pair(student_logits, teacher_logits)
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
     soft = soft_cross_entropy(student, teacher, temperature=temperature)
     hard = hard_cross_entropy(student, labels)
-    # Before it becomes an array: inside jit every array is a tracer, whose value is not known.
-    if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)):
-        raise ValueError(f"alpha is the weight of the soft term and must lie in [0, 1], got {alpha}")
-    alpha = check_weight("alpha", alpha, soft.shape, soft.dtype)
-    # Where alpha is 1 the label may be a placeholder, even of a class that is ruled out, at an infinite loss; where it
-    # is 0 the teacher need not be there.
+    # NumPy, since under jit `jnp.asarray` turns even a Python number into a tracer.
+    if not isinstance(alpha, jax.core.Tracer) and not np.all(
+        (np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)
+    ):
+        raise ValueError(f"alpha is the weight of the soft term and must be in [0, 1], got {alpha}")
+    alpha = check_term_weight("alpha", alpha, soft.shape, soft.dtype)
+    # A term of weight 0 may be infinite. At α = 1 the label may be a placeholder, even a class that
+    # is ruled out; at α = 0 the student may rule out classes that the teacher does not.
     return alpha * jnp.where(alpha > 0, soft, 0) + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
 
 
@@ -200,12 +215,14 @@ def decoupled_loss(
     target_weight: ArrayLike = 1.0,
     non_target_weight: ArrayLike,
 ) -> Array:
-    """Decoupled distillation, DKD: the true class against the rest, and the rest among themselves, each weighted.
+    """Computes decoupled distillation (DKD), which weights target and other classes separately.
 
-    T² (α KL(b_t ‖ b_s) + β KL(r_t ‖ r_s)), where b = (p_label, 1 − p_label) and r is the softmax over the other classes
+    T² (α KL(b_t ‖ b_s) + β KL(r_t ‖ r_s)), where b = (p_label, 1 − p_label) and r is the softmax
+    over the other classes
 
-    With β = 1 − p_label of the teacher it would be `kl_divergence`. Computed in log space: the paper's code masks the
-    true class by subtracting 1000 from its logit, which fails for logits that far apart.
+    With β = 1 − p_label of the teacher it would be `kl_divergence`. It is computed in log space:
+    the paper's code masks the true class by subtracting 1000 from its logit, which fails for logits
+    that far apart.
 
     Args:
         student_logits: `[..., C]`, floating-point.
@@ -213,10 +230,11 @@ def decoupled_loss(
         labels: `[...]`, integers in [0, C).
         temperature: T > 0, a scalar; the paper takes 4 on CIFAR-100 and 1 on ImageNet.
         target_weight: α, a number or one per example; 1 in the paper.
-        non_target_weight: β, likewise; from 0.5 to 8 in the paper, 8 for most pairs on CIFAR-100.
+        non_target_weight: β, a number or one per example; from 0.5 to 8 in the paper, 8 for most
+            pairs on CIFAR-100.
 
     Returns:
-        One value per example `[...]`, in float32 or wider. With two classes only the first term is left.
+        One value per example `[...]`, in float32 or wider. With two classes the second term is 0.
 
     Raises:
         ValueError: If shapes disagree or the temperature is not a positive scalar.
@@ -226,20 +244,32 @@ def decoupled_loss(
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
         >>> student, teacher = jnp.array([[2.0, 1.0, 0.1]]), jnp.array([[3.0, 1.0, 0.2]])
-        >>> print(losses.decoupled_loss(student, teacher, jnp.array([0]), temperature=4.0, non_target_weight=8.0))
+        >>> print(losses.decoupled_loss(
+        ...     student, teacher, jnp.array([0]), temperature=4.0, non_target_weight=8.0
+        ... ))
         [0.123]
 
     References:
         Zhao et al., Decoupled Knowledge Distillation, https://arxiv.org/abs/2203.08679
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature)
-    labels = check_labels(labels, student.logs.shape)
-    others = _others(labels, student.logs.shape[-1])
-    target = divergence(_binary(teacher.logs, labels, others), _binary(student.logs, labels, others))
-    non_target = divergence(softmax(teacher.logs, where=others), softmax(student.logs, where=others))
-    target_weight = check_weight("target_weight", target_weight, target.shape, target.dtype)
-    non_target_weight = check_weight("non_target_weight", non_target_weight, target.shape, target.dtype)
-    return scale * (target_weight * target + non_target_weight * non_target)
+    student_logs = student.log_probabilities
+    teacher_logs = teacher.log_probabilities
+    labels = check_labels(labels, student_logs.shape)
+    non_target = _non_target_mask(labels, student_logs.shape[-1])
+    target_term = divergence(
+        _target_against_rest(teacher_logs, labels, non_target),
+        _target_against_rest(student_logs, labels, non_target),
+    )
+    # A softmax of log-probabilities over fewer classes is the softmax of the logits over them.
+    non_target_term = divergence(
+        softmax(teacher_logs, where=non_target), softmax(student_logs, where=non_target)
+    )
+    shape = target_term.shape
+    dtype = target_term.dtype
+    target_weight = check_term_weight("target_weight", target_weight, shape, dtype)
+    non_target_weight = check_term_weight("non_target_weight", non_target_weight, shape, dtype)
+    return scale * (target_weight * target_term + non_target_weight * non_target_term)
 
 
 def normalized_loss(
@@ -250,12 +280,12 @@ def normalized_loss(
     temperature: ArrayLike = 1.0,
     gamma: ArrayLike = 1.5,
 ) -> Array:
-    """Normalised distillation, NKD: the teacher's trust in the true class, and the other classes normalised.
+    """Computes normalised distillation (NKD) of the true class and of the renormalised others.
 
     −p_label log q_label − γ T² Σ_{c ≠ label} r_t(c) log r_s(c)
 
-    p and q are the softmax of teacher and student at T = 1, r that over the classes other than the label, at T. The
-    paper adds `hard_cross_entropy` to it.
+    p and q are the softmax of teacher and student at T = 1; r is the softmax over the classes other
+    than the label, at T. The paper adds `hard_cross_entropy` to it.
 
     Args:
         student_logits: `[..., C]`, floating-point.
@@ -265,8 +295,8 @@ def normalized_loss(
         gamma: γ, a number or one per example; 1.5 in the paper.
 
     Returns:
-        One value per example `[...]`, in float32 or wider. It is a cross-entropy: at its least, where the student is
-        right and sure, it still holds the teacher's entropy over the other classes.
+        One value per example `[...]`, in float32 or wider. It is a cross-entropy, so that its
+        minimum is not 0: it contains the teacher's entropy over the other classes.
 
     Raises:
         ValueError: If shapes disagree or the temperature is not a positive scalar.
@@ -280,32 +310,38 @@ def normalized_loss(
         [1.279]
 
     References:
-        Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
-        and Customized Soft Labels, https://arxiv.org/abs/2303.13005
+        Yang et al., From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+        with Normalized Loss and Customized Soft Labels, https://arxiv.org/abs/2303.13005
     """
-    student, teacher = logits_pair(student_logits, teacher_logits)
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
     labels = check_labels(labels, student.shape)
-    others = _others(labels, student.shape[-1])
-    trust, own = _at(softmax(teacher).probabilities, labels), _at(softmax(student).logs, labels)
-    target = expectation(trust[..., None], own[..., None])
-    student, teacher, scale = soften(student, teacher, temperature, where=others)
-    gamma = check_weight("gamma", gamma, target.shape, target.dtype)
-    return -target - gamma * scale * expectation(teacher.probabilities, student.logs)
+    non_target = _non_target_mask(labels, student.shape[-1])
+    teacher_confidence = _take_at_labels(softmax(teacher).probabilities, labels)
+    student_log = _take_at_labels(softmax(student).log_probabilities, labels)
+    # Through `expectation`, since the student may rule the label out where the confidence is 0.
+    target_term = expectation(teacher_confidence[..., None], student_log[..., None])
+    student, teacher, scale = soften(student, teacher, temperature, where=non_target)
+    gamma = check_term_weight("gamma", gamma, target_term.shape, target_term.dtype)
+    non_target_term = expectation(teacher.probabilities, student.log_probabilities)
+    return -target_term - gamma * scale * non_target_term
 
 
-def _at(values: Array, labels: Array) -> Array:
-    """The values at the labels; NaN, rather than another class's, where a label is out of range."""
-    in_range = jnp.where(labels < 0, values.shape[-1], labels)
-    return jnp.take_along_axis(values, in_range[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
+def _take_at_labels(values: Array, labels: Array) -> Array:
+    """Returns the values at the labels, and NaN where a label is out of range."""
+    # JAX counts negative indices from the end: −1 would be read as the last class.
+    labels = jnp.where(labels < 0, values.shape[-1], labels)
+    taken = jnp.take_along_axis(values, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
+    return taken[..., 0]
 
 
-def _others(labels: Array, num_classes: int) -> Array:
-    """The classes `[..., C]` that are not the label."""
+def _non_target_mask(labels: Array, num_classes: int) -> Array:
+    """Returns a mask `[..., C]` that is True for all classes but the label."""
     return ~jax.nn.one_hot(labels, num_classes, dtype=bool)
 
 
-def _binary(log_probabilities: Array, labels: Array, others: Array) -> Softmax:
-    """The distribution `[..., 2]` of the true class and of all others together."""
-    together = log_sum_exp(jnp.where(others, log_probabilities, -jnp.inf))
-    logs = jnp.stack([_at(log_probabilities, labels), together], -1)
+def _target_against_rest(log_probabilities: Array, labels: Array, non_target: Array) -> Softmax:
+    """Returns the distribution `[..., 2]` over the true class and all other classes together."""
+    # Not log(1 − p_label), which is −inf once p_label rounds to 1.
+    rest = log_sum_exp(jnp.where(non_target, log_probabilities, -jnp.inf))
+    logs = jnp.stack([_take_at_labels(log_probabilities, labels), rest], -1)
     return Softmax(jnp.exp(logs), logs)

@@ -1,7 +1,8 @@
-"""What a student learns from a teacher's logits alone: divergences of softened distributions, and squared distances.
+"""Losses on logits alone: divergences of softened distributions and squared distances.
 
-Sums run over classes and over nothing else; the caller averages over examples. Logits of less than 32 bits are widened
-first. A soft term carries its factor `temperature**2`, so that gradients keep their size as the temperature changes.
+Sums run over the classes only; the caller averages over the examples. Logits narrower than 32 bits
+are widened first. Divergences are multiplied by `temperature**2`, so that their gradients keep
+their size as the temperature changes.
 """
 
 import jax
@@ -9,29 +10,35 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_share, check_weights, inverse, safe_sqrt
+from jaxkd.losses._arrays import (
+    check_fraction,
+    check_positive,
+    check_weights,
+    safe_reciprocal,
+    safe_sqrt,
+)
 from jaxkd.losses._softmax import (
     Softmax,
+    check_logits,
+    check_logits_pair,
     divergence,
     expectation,
     log_add_exp,
-    log_of,
-    logits_of,
-    logits_pair,
+    safe_log,
     soften,
     softmax,
 )
 
 
 def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int = -1) -> Array:
-    """Class probabilities, softened by a temperature.
+    """Computes class probabilities that are softened by a temperature.
 
     softmax(z / T)
 
     Args:
         logits: `[..., C]`, floating-point. A class at −inf gets probability 0.
         temperature: T > 0, a scalar; the distribution tends to uniform as it grows.
-        axis: The axis of the classes.
+        axis: The class axis.
 
     Returns:
         Probabilities of the logits' shape, in float32 or wider.
@@ -50,7 +57,7 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
     check_positive("temperature", temperature)
-    return softmax(logits_of("logits", logits), axis, temperature=temperature).probabilities
+    return softmax(check_logits("logits", logits), axis, temperature=temperature).probabilities
 
 
 def soft_cross_entropy(
@@ -62,27 +69,30 @@ def soft_cross_entropy(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> Array:
-    """Cross-entropy of the student's softened distribution under the teacher's, times T².
+    """Computes the cross-entropy of the softened student under the softened teacher, times T².
 
     −T² Σ_c softmax(t / T)_c log softmax(s / T)_c
 
-    It exceeds `kl_divergence` by T² times the teacher's entropy, which has no gradient in the student.
+    It exceeds `kl_divergence` by T² times the teacher's entropy, which has no gradient in the
+    student.
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape. A class at −inf contributes nothing.
         temperature: T > 0, a scalar.
-        axis: The axis of the classes.
-        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
-            away, and 0 where none is left.
-        weights: How much each class matters, at least 0, broadcast against the logits; such as `[C]`, inverse to the
-            classes' frequencies. The teacher's probabilities are multiplied by them and normalised again.
+        axis: The class axis.
+        where: The classes that count (True), broadcast against the logits; the result is as if the
+            others were sliced away, and 0 where no class counts.
+        weights: The weight of each class, at least 0, broadcast against the logits; such as `[C]`,
+            inverse to the classes' frequencies. The teacher's probabilities are multiplied by the
+            weights and normalised again.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider.
 
     Raises:
-        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is negative.
+        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is
+            negative.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -94,10 +104,12 @@ def soft_cross_entropy(
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
-        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
+        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning,
+        https://arxiv.org/abs/2104.10510
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    return -scale * expectation(_reweighted(teacher, weights, axis).probabilities, student.logs, axis)
+    targets = _reweight(teacher, weights, axis).probabilities
+    return -scale * expectation(targets, student.log_probabilities, axis)
 
 
 def kl_divergence(
@@ -109,30 +121,32 @@ def kl_divergence(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> Array:
-    """Kullback–Leibler divergence of the student's softened distribution from the teacher's, times T².
+    """Computes the Kullback–Leibler divergence KL(teacher ‖ student) at a temperature, times T².
 
     T² Σ_c p_c (log p_c − log q_c) with p = softmax(t / T), q = softmax(s / T)
 
-    As T grows it tends to half the squared distance of the centred logits, divided by the number of classes. PyTorch's
-    `KLDivLoss` with `reduction="mean"` also divides by the number of classes; its `"batchmean"` is the mean of these
-    values, T² apart.
+    As T grows it tends to half the squared distance of the centred logits, divided by the number
+    of classes. PyTorch's `KLDivLoss` with `reduction="mean"` also divides by the number of classes;
+    with `"batchmean"` it is the mean of these values, without the factor T².
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape. A class at −inf contributes nothing.
         temperature: T > 0, a scalar.
-        axis: The axis of the classes.
-        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
-            away, and 0 where none is left.
-        weights: How much each class matters, at least 0, broadcast against the logits; such as `[C]`, inverse to the
-            classes' frequencies. The teacher's probabilities are multiplied by them and normalised again.
+        axis: The class axis.
+        where: The classes that count (True), broadcast against the logits; the result is as if the
+            others were sliced away, and 0 where no class counts.
+        weights: The weight of each class, at least 0, broadcast against the logits; such as `[C]`,
+            inverse to the classes' frequencies. The teacher's probabilities are multiplied by the
+            weights and normalised again.
 
     Returns:
-        One value per example: the logits' shape without `axis`, in float32 or wider; infinite where the student rules
-        out a class, by −inf, that the teacher does not.
+        One value per example: the logits' shape without `axis`, in float32 or wider; infinite where
+        the student rules out a class, by −inf, that the teacher does not.
 
     Raises:
-        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is negative.
+        ValueError: If the shapes differ, the temperature is not a positive scalar or a weight is
+            negative.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -144,10 +158,11 @@ def kl_divergence(
 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
-        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning, https://arxiv.org/abs/2104.10510
+        Weights: Zhang et al., Balanced Knowledge Distillation for Long-tailed Learning,
+        https://arxiv.org/abs/2104.10510
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    return scale * divergence(_reweighted(teacher, weights, axis), student, axis)
+    return scale * divergence(_reweight(teacher, weights, axis), student, axis)
 
 
 def reverse_kl_divergence(
@@ -158,24 +173,25 @@ def reverse_kl_divergence(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Kullback–Leibler divergence of the teacher's softened distribution from the student's, times T².
+    """Computes the reverse Kullback–Leibler divergence KL(student ‖ teacher), times T².
 
     T² Σ_c q_c (log q_c − log p_c) with p = softmax(t / T), q = softmax(s / T)
 
-    It punishes a student for what the teacher holds unlikely, rather than for what the student leaves out. MiniLLM
-    estimates its sequence-level form by policy gradients; this is the form of one distribution.
+    It penalises a student for probability on classes that the teacher considers unlikely, rather
+    than for classes that the student misses. MiniLLM estimates the divergence of whole sequences by
+    policy gradients; this is the divergence of a single distribution.
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape.
         temperature: T > 0, a scalar.
-        axis: The axis of the classes.
-        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
-            away, and 0 where none is left.
+        axis: The class axis.
+        where: The classes that count (True), broadcast against the logits; the result is as if the
+            others were sliced away, and 0 where no class counts.
 
     Returns:
-        One value per example: the logits' shape without `axis`, in float32 or wider; infinite where the teacher rules
-        out a class, by −inf, that the student does not.
+        One value per example: the logits' shape without `axis`, in float32 or wider; infinite where
+        the teacher rules out a class, by −inf, that the student does not.
 
     Raises:
         ValueError: If the shapes differ or the temperature is not a positive scalar.
@@ -189,7 +205,8 @@ def reverse_kl_divergence(
         [1.091]
 
     References:
-        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, https://arxiv.org/abs/2306.08543
+        Gu et al., MiniLLM: Knowledge Distillation of Large Language Models,
+        https://arxiv.org/abs/2306.08543
     """
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
     return scale * divergence(student, teacher, axis)
@@ -204,29 +221,32 @@ def jensen_shannon_divergence(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    """Generalised Jensen–Shannon divergence of the softened distributions, times T².
+    """Computes the generalised Jensen–Shannon divergence at a temperature, times T².
 
-    T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, p = softmax(t / T), q = softmax(s / T)
+    T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, p = softmax(t / T),
+    q = softmax(s / T)
 
-    β is the teacher's share of the mixture m, which is one of probabilities. Near its ends the divergence is β times
-    the forward and 1 − β times the reverse KL; at the ends themselves, where that vanishes, 0 stands for
-    `kl_divergence` and 1 for `reverse_kl_divergence`, as in TRL and Liger-Kernel.
+    β is the teacher's share of the mixture m, which is a mixture of probabilities. Near β = 0 the
+    divergence is β times the forward KL, and near β = 1 it is 1 − β times the reverse KL. At β = 0
+    and β = 1, where that vanishes, the function returns `kl_divergence` and `reverse_kl_divergence`
+    instead, as TRL and Liger-Kernel do.
 
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape. A class at −inf contributes nothing.
         temperature: T > 0, a scalar.
         beta: β in [0, 1], a scalar; 0.5 is the symmetric divergence, at most T² log 2.
-        axis: The axis of the classes.
-        where: The classes that count (True), broadcast against the logits; the result is as if the others were sliced
-            away, and 0 where none is left.
+        axis: The class axis.
+        where: The classes that count (True), broadcast against the logits; the result is as if the
+            others were sliced away, and 0 where no class counts.
 
     Returns:
-        One value per example: the logits' shape without `axis`, in float32 or wider. For 0 < β < 1 it is finite
-        whatever classes either side rules out.
+        One value per example: the logits' shape without `axis`, in float32 or wider. For 0 < β < 1
+        it is finite whatever classes student and teacher rule out.
 
     Raises:
-        ValueError: If the shapes differ, the temperature is not a positive scalar or `beta` leaves [0, 1].
+        ValueError: If the shapes differ, the temperature is not a positive scalar or `beta` is not
+            in [0, 1].
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -239,21 +259,31 @@ def jensen_shannon_divergence(
     References:
         Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649
     """
-    check_share("beta", beta)
+    check_fraction("beta", beta)
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
-    beta = jnp.asarray(beta, student.logs.dtype)
-    mixture = log_add_exp(teacher.logs + jnp.log(beta), student.logs + jnp.log1p(-beta))
-    forward, reverse = (expectation(side.probabilities, side.logs - mixture, axis) for side in (teacher, student))
-    return scale * (jnp.where(beta == 0, 1, beta) * forward + jnp.where(beta == 1, 1, 1 - beta) * reverse)
+    beta = jnp.asarray(beta, student.log_probabilities.dtype)
+    # In log space, since log(β p + (1 − β) q) has a NaN gradient where both probabilities are 0.
+    mixture = log_add_exp(
+        teacher.log_probabilities + jnp.log(beta), student.log_probabilities + jnp.log1p(-beta)
+    )
+    forward, reverse = (
+        expectation(softened.probabilities, softened.log_probabilities - mixture, axis)
+        for softened in (teacher, student)
+    )
+    # At β = 0 the mixture is q, so `forward` is KL(p ‖ q), and at β = 1 `reverse` is KL(q ‖ p): a
+    # factor of 1 instead of 0 makes it the result. β may be traced, hence `jnp.where`.
+    return scale * (
+        jnp.where(beta == 0, 1, beta) * forward + jnp.where(beta == 1, 1, 1 - beta) * reverse
+    )
 
 
 def logit_mse_loss(student_logits: ArrayLike, teacher_logits: ArrayLike) -> Array:
-    """Mean squared difference of the logits themselves.
+    """Computes the mean squared difference of the logits.
 
     Σ_c (s_c − t_c)² / C
 
-    Unlike the divergences it is not blind to a constant added to all logits. The paper has half the sum, which is C / 2
-    times this.
+    Unlike a divergence it changes when a constant is added to all logits. The paper takes half the
+    sum, which is C / 2 times this.
 
     Args:
         student_logits: `[..., C]`, finite, floating-point.
@@ -275,27 +305,29 @@ def logit_mse_loss(student_logits: ArrayLike, teacher_logits: ArrayLike) -> Arra
     References:
         Ba and Caruana, Do Deep Nets Really Need to be Deep?, https://arxiv.org/abs/1312.6184
     """
-    student, teacher = logits_pair(student_logits, teacher_logits)
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
     return jnp.square(student - teacher).mean(-1)
 
 
 def standardize_logits(logits: ArrayLike, *, axis: int = -1) -> Array:
-    """Logits of mean 0 and standard deviation 1 over the classes, for student and teacher alike.
+    """Shifts and scales logits to mean 0 and standard deviation 1 over the classes.
 
     (z − mean(z)) / std(z)
 
-    A transform to put before any loss on logits; the temperature of that loss is then the paper's base temperature. The
-    deviation is the paper's, over C classes; its code divides by C − 1 and adds 1e-7.
+    Apply it to the logits of student and teacher before any loss on logits; the temperature of that
+    loss is then the paper's base temperature. The deviation is the paper's, over C classes; its
+    code divides by C − 1 and adds 1e-7.
 
     Args:
-        logits: `[..., C]`, floating-point. A class at −inf stays there and does not count.
-        axis: The axis of the classes.
+        logits: `[..., C]`, floating-point. A class at −inf stays at −inf and is left out of mean
+            and deviation.
+        axis: The class axis.
 
     Returns:
         The logits' shape, in float32 or wider; 0, without a gradient, where all are equal.
 
     Raises:
-        ValueError: If there is no axis of classes.
+        ValueError: If there is no class axis.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -305,28 +337,34 @@ def standardize_logits(logits: ArrayLike, *, axis: int = -1) -> Array:
         [[-1.225  0.     1.225]]
 
     References:
-        Sun et al., Logit Standardization in Knowledge Distillation, https://arxiv.org/abs/2403.01427
+        Sun et al., Logit Standardization in Knowledge Distillation,
+        https://arxiv.org/abs/2403.01427
     """
-    logits = logits_of("logits", logits)
+    logits = check_logits("logits", logits)
     possible = logits != -jnp.inf
     count = jnp.maximum(possible.astype(logits.dtype).sum(axis, keepdims=True), 1)
     finite = jnp.where(possible, logits, 0)
+    # Scaling by the largest logit first keeps the squares from overflowing and underflowing.
     largest = jax.lax.stop_gradient(jnp.abs(finite).max(axis, keepdims=True))
-    finite = finite * inverse(largest)  # so that squares neither overflow nor vanish
+    finite = finite * safe_reciprocal(largest)
     centred = jnp.where(possible, finite - finite.sum(axis, keepdims=True) / count, 0)
     deviation = safe_sqrt(jnp.square(centred).sum(axis, keepdims=True) / count)
-    # Equal logits differ from their rounded mean by an ulp, which a division would blow up to 1.
-    noise = 4 * jnp.finfo(logits.dtype).eps
-    return jnp.where(possible, centred * inverse(jnp.where(deviation <= noise, 0, deviation)), -jnp.inf)
+    # Equal logits differ from their rounded mean by an ulp, which the division would scale up to 1.
+    rounding = 4 * jnp.finfo(logits.dtype).eps
+    deviation = jnp.where(deviation <= rounding, 0, deviation)
+    return jnp.where(possible, centred * safe_reciprocal(deviation), -jnp.inf)
 
 
-def _reweighted(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax:
-    """The teacher's distribution with classes weighted, normalised again."""
+def _reweight(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax:
+    """Multiplies the teacher's probabilities by class weights and normalises them again."""
     if weights is None:
         return teacher
-    weights = check_weights("classes", weights, teacher.logs.dtype)
+    log_probabilities = teacher.log_probabilities
+    weights = check_weights("classes", weights, log_probabilities.dtype)
     try:
-        weights = jnp.broadcast_to(weights, teacher.logs.shape)
+        weights = jnp.broadcast_to(weights, log_probabilities.shape)
     except ValueError:
-        raise ValueError(f"weights {weights.shape} do not broadcast against logits {teacher.logs.shape}") from None
-    return softmax(teacher.logs + log_of(weights), axis)
+        raise ValueError(
+            f"weights {weights.shape} do not broadcast against logits {log_probabilities.shape}"
+        ) from None
+    return softmax(log_probabilities + safe_log(weights), axis)

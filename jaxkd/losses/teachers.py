@@ -1,4 +1,4 @@
-"""Several teachers: their averaged distribution as one teacher, and weighted sums of losses."""
+"""Losses with several teachers: averaged distributions, weighted sums, and weights."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_weights, wide
-from jaxkd.losses._softmax import log_add_exp, log_of, logits_of, logits_pair, softmax
+from jaxkd.losses._arrays import check_positive, check_shape, check_weights, widen, widest_dtype
+from jaxkd.losses._softmax import check_logits, check_logits_pair, log_add_exp, safe_log, softmax
 from jaxkd.losses.labels import hard_cross_entropy
 
 
@@ -19,26 +19,27 @@ def ensemble_logits(
     weights: ArrayLike | Sequence[float] | None = None,
     axis: int = -1,
 ) -> Array:
-    """One teacher out of several: logits whose softened probabilities are the average of theirs.
+    """Combines teachers into the logits of one, whose softened probabilities are their average.
 
     T log Σ_k w_k softmax(t_k / T), so that softmax(ensemble / T) = Σ_k w_k softmax(t_k / T)
 
-    Give it to any loss on logits, at the same temperature. Probabilities are averaged, not logits: the mean of logits
-    is the geometric mean of the distributions, which a single doubtful teacher can veto.
+    Pass the result to any loss on logits, at the same temperature. Probabilities are averaged, not
+    logits: the mean of the logits is the geometric mean of the distributions, in which one teacher
+    with a low probability vetoes a class.
 
     Args:
         teacher_logits: `[K, ..., C]`, floating-point, one entry for each teacher.
-        temperature: T > 0, a scalar; that of the loss.
-        weights: w, at least 0, `[K]` or one for each teacher and example `[K, ...]`; they are divided by their sum. All
-            alike if not given.
-        axis: The axis of the classes.
+        temperature: T > 0, a scalar; the same as that of the loss.
+        weights: w, at least 0, `[K]` or one for each teacher and example `[K, ...]`; they are
+            divided by their sum. By default all teachers have the same weight.
+        axis: The class axis.
 
     Returns:
         Logits `[..., C]`, in float32 or wider; −inf where every teacher has −inf.
 
     Raises:
-        ValueError: If there is no axis of teachers, the temperature is not a positive scalar, or the weights are
-            negative or of another shape.
+        ValueError: If there is no axis of teachers, the temperature is not a positive scalar, or
+            the weights are negative or have another shape.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -52,66 +53,80 @@ def ensemble_logits(
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
     check_positive("temperature", temperature)
-    check_shape(jnp.ndim(teacher_logits) >= 2, f"teacher_logits must be [K, ..., C], got {jnp.shape(teacher_logits)}")
-    logits = logits_of("teacher_logits", teacher_logits)
+    check_shape(
+        jnp.ndim(teacher_logits) >= 2,
+        f"teacher_logits must be [K, ..., C], got {jnp.shape(teacher_logits)}",
+    )
+    logits = check_logits("teacher_logits", teacher_logits)
     axis = axis % logits.ndim
-    check_shape(axis > 0, "axis 0 is that of the teachers; name another one for the classes")
-    examples = logits.shape[:axis] + logits.shape[axis + 1 :]
+    check_shape(axis > 0, "axis 0 is the axis of teachers; pass another axis for the classes")
+    shape_without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
     weights = jnp.ones(logits.shape[0], logits.dtype) if weights is None else weights
-    shares = _shaped(check_weights("teachers", weights, logits.dtype), examples)
-    logs = [
-        softmax(one, axis - 1, temperature=temperature).logs + share
-        for one, share in zip(logits, jnp.expand_dims(softmax(log_of(shares), 0).logs, axis), strict=True)
+    weights = check_weights("teachers", weights, logits.dtype)
+    weights = _expand_weights(weights, shape_without_classes)
+    # The softmax of log-weights is the weights divided by their sum.
+    log_weights = jnp.expand_dims(softmax(safe_log(weights), 0).log_probabilities, axis)
+    # Once a teacher is taken out of `logits`, the class axis is one further to the front.
+    weighted = [
+        softmax(teacher, axis - 1, temperature=temperature).log_probabilities + log_weight
+        for teacher, log_weight in zip(logits, log_weights, strict=True)
     ]
-    averaged = log_add_exp(*logs)
+    averaged = log_add_exp(*weighted)
+    # A traced temperature times −inf would have a NaN gradient.
     possible = averaged != -jnp.inf
     return jnp.where(possible, temperature * jnp.where(possible, averaged, 0), -jnp.inf)
 
 
 def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[float]) -> Array:
-    """Losses by several teachers, or of several kinds, as one.
+    """Adds up losses with weights, such as those of several teachers or of several kinds.
 
     Σ_k w_k L_k
 
-    `losses.weighted_sum([by_large, by_medium], weights=(0.7, 0.3))` learns from two teachers with 0.7 and 0.3. The
-    weights are taken as they are: those of losses of several kinds need not add up to 1.
+    `losses.weighted_sum([large_loss, medium_loss], weights=(0.7, 0.3))` learns from two teachers.
+    The weights are not normalised: those of different kinds of losses need not add up to 1.
 
     Args:
-        terms: K arrays of one shape `[...]`, floating-point, each one value per example.
-        weights: w, `[K]`, or one for each term and example `[K, ...]`, such as `teacher_weights` gives.
+        terms: K arrays of one shape `[...]`, floating-point, each with one value per example.
+        weights: w, `[K]`, or one for each term and example `[K, ...]`, such as the result of
+            `teacher_weights`.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
 
     Raises:
-        ValueError: If the terms' shapes differ or the weights' shape is neither `[K]` nor `[K, ...]`.
+        ValueError: If the terms' shapes differ or the weights' shape is neither `[K]` nor
+            `[K, ...]`.
         TypeError: If a term is not floating-point.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> print(losses.weighted_sum([jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])], weights=(0.7, 0.3)))
+        >>> terms = [jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])]
+        >>> print(losses.weighted_sum(terms, weights=(0.7, 0.3)))
         [1.6 1.4]
 
     References:
         You et al., Learning from Multiple Teacher Networks, https://doi.org/10.1145/3097983.3098135
     """
     shapes = [jnp.shape(term) for term in terms]
-    check_shape(len(set(shapes)) == 1, f"the terms of a sum must have one shape, one value per example; got {shapes}")
-    wider = [wide("a term", term) for term in terms]
-    dtype = max((term.dtype for term in wider), key=lambda dtype: dtype.itemsize)
-    stacked = jnp.stack([term.astype(dtype) for term in wider])
-    weights = _shaped(jnp.asarray(weights, stacked.dtype), stacked.shape)
-    # A term of weight 0 is left out, even where it is infinite.
+    check_shape(
+        len(set(shapes)) == 1,
+        f"the terms of a sum must have the same shape, one value per example; got {shapes}",
+    )
+    widened = [widen("a term", term) for term in terms]
+    dtype = widest_dtype(*widened)
+    stacked = jnp.stack([term.astype(dtype) for term in widened])
+    weights = _expand_weights(jnp.asarray(weights, stacked.dtype), stacked.shape)
+    # A term of weight 0 is left out even where it is infinite, where 0 · inf would be NaN.
     return jnp.where(weights != 0, weights * jnp.where(weights != 0, stacked, 0), 0).sum(0)
 
 
 def teacher_weights(teacher_logits: ArrayLike, labels: ArrayLike) -> Array:
-    """How far to trust each of several teachers with each example, by their cross-entropy with its label.
+    """Computes each teacher's weight for each example from its cross-entropy with the label.
 
     w_k = (1 − exp(CE_k) / Σ_j exp(CE_j)) / (K − 1)
 
-    For `weighted_sum` or `ensemble_logits`. A single teacher has weight 1.
+    Pass the result to `weighted_sum` or `ensemble_logits`. A single teacher has weight 1.
 
     Args:
         teacher_logits: `[K, ..., C]`, floating-point.
@@ -133,25 +148,28 @@ def teacher_weights(teacher_logits: ArrayLike, labels: ArrayLike) -> Array:
          [0.333]]
 
     References:
-        Zhang et al., Confidence-Aware Multi-Teacher Knowledge Distillation, https://arxiv.org/abs/2201.00007
+        Zhang et al., Confidence-Aware Multi-Teacher Knowledge Distillation,
+        https://arxiv.org/abs/2201.00007
     """
-    logits = logits_of("teacher_logits", teacher_logits)
+    logits = check_logits("teacher_logits", teacher_logits)
     check_shape(logits.ndim >= 2, f"teacher_logits must be [K, ..., C], got {logits.shape}")
     if logits.shape[0] == 1:
         return jnp.ones_like(hard_cross_entropy(logits[0], labels))[None]
-    entropies = jnp.stack([hard_cross_entropy(one, labels) for one in logits])
-    # A teacher that rules the label out has no weight, rather than making a NaN of all.
+    entropies = jnp.stack([hard_cross_entropy(teacher, labels) for teacher in logits])
+    # A teacher that rules the label out, with infinite cross-entropy, gets weight 0 instead of NaN.
     entropies = jnp.minimum(entropies, jnp.finfo(entropies.dtype).max)
     return (1 - jax.nn.softmax(entropies, axis=0)) / (logits.shape[0] - 1)
 
 
-def example_weights(student_logits: ArrayLike, teacher_logits: ArrayLike, labels: ArrayLike) -> Array:
-    """How much soft targets are worth to each example: more where the student is worse than the teacher.
+def example_weights(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, labels: ArrayLike
+) -> Array:
+    """Computes weights for soft targets, larger where the student is worse than the teacher.
 
     1 − exp(−CE(label, s) / CE(label, t))
 
-    Multiply a soft loss by it, as the paper does `soft_cross_entropy`, with the gradient stopped here
-    (`jax.lax.stop_gradient`): the weight is not to be minimised.
+    Multiply a soft loss by the weights, as the paper does with `soft_cross_entropy`, and stop their
+    gradient (`jax.lax.stop_gradient`): the weights themselves are not to be minimised.
 
     Args:
         student_logits: `[..., C]`, floating-point.
@@ -159,7 +177,8 @@ def example_weights(student_logits: ArrayLike, teacher_logits: ArrayLike, labels
         labels: `[...]`, integers in [0, C).
 
     Returns:
-        Weights `[...]` in [0, 1]; 1 where the teacher's cross-entropy is 0, and 0 where it is infinite.
+        Weights `[...]` in [0, 1]; 1 where the teacher's cross-entropy is 0, and 0 where it is
+        infinite.
 
     Raises:
         ValueError: If shapes disagree.
@@ -168,25 +187,31 @@ def example_weights(student_logits: ArrayLike, teacher_logits: ArrayLike, labels
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd import losses
-        >>> student, teacher = jnp.log(jnp.array([[0.25, 0.75]])), jnp.log(jnp.array([[0.5, 0.5]]))
+        >>> student = jnp.log(jnp.array([[0.25, 0.75]]))
+        >>> teacher = jnp.log(jnp.array([[0.5, 0.5]]))
         >>> print(losses.example_weights(student, teacher, jnp.array([0])))
         [0.865]
 
     References:
-        Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
-        https://arxiv.org/abs/2102.00650
+        Zhou et al., Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
+        Perspective, https://arxiv.org/abs/2102.00650
     """
-    logits = logits_pair(student_logits, teacher_logits)
-    student, teacher = (hard_cross_entropy(one, labels) for one in logits)
-    unsure = (teacher != 0) & (teacher != jnp.inf)
-    weights = -jnp.expm1(-student / jnp.where(unsure, teacher, 1))
-    return jnp.where(unsure, weights, jnp.where(teacher == 0, 1, 0))
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
+    student_entropy = hard_cross_entropy(student, labels)
+    teacher_entropy = hard_cross_entropy(teacher, labels)
+    # At 0 the quotient is undefined, and at infinity it would be NaN for an infinite student.
+    regular = (teacher_entropy != 0) & (teacher_entropy != jnp.inf)
+    weights = -jnp.expm1(-student_entropy / jnp.where(regular, teacher_entropy, 1))
+    return jnp.where(regular, weights, jnp.where(teacher_entropy == 0, 1, 0))
 
 
-def _shaped(weights: Array, shape: tuple[int, ...]) -> Array:
-    """Weights `[K]` or `[K, ...]` as `[K, ...]`."""
+def _expand_weights(weights: Array, shape: tuple[int, ...]) -> Array:
+    """Broadcasts weights `[K]` or `[K, ...]` to `[K, ...]`."""
     check_shape(
         weights.shape in (shape[:1], shape),
-        f"weights {weights.shape} must have one entry for each of the {shape[0]}, or one for each and example {shape}",
+        f"weights {weights.shape} must have one entry for each of the {shape[0]}, or one for each "
+        f"and example {shape}",
     )
-    return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape)
+    return jnp.broadcast_to(
+        weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape
+    )

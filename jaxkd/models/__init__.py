@@ -1,7 +1,7 @@
 """Models as pairs of pure functions, and the networks that come with the library.
 
-A constructor such as `resnet20` makes a Flax module, which `from_linen` turns into the pair. Nothing outside this
-package imports Flax.
+A constructor such as `resnet20` makes a Flax module, and `from_linen` makes the pair from it. No
+other package of the library imports Flax.
 """
 
 from jaxkd.models.bert import BERT, bert_pooling, distilbert_pooling, mean_pooling
@@ -31,7 +31,15 @@ from jaxkd.models.efficientnet import (
 )
 from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
-from jaxkd.models.model import Model, Outputs, computing_in, from_linen, from_nnx, frozen_statistics, standardized
+from jaxkd.models.model import (
+    Model,
+    Outputs,
+    from_linen,
+    from_nnx,
+    with_compute_dtype,
+    with_frozen_batch_stats,
+    with_input_normalization,
+)
 from jaxkd.models.plain import PlainCNN, plain2, plain4, plain6, plain8, plain10
 from jaxkd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from jaxkd.models.seq2seq import Seq2Seq
@@ -56,7 +64,6 @@ __all__ = [
     "Transformer",
     "WideResNet",
     "bert_pooling",
-    "computing_in",
     "distilbert_pooling",
     "efficientnet_b0",
     "efficientnet_b1",
@@ -69,7 +76,6 @@ __all__ = [
     "efficientnet_lite0",
     "from_linen",
     "from_nnx",
-    "frozen_statistics",
     "max_pool",
     "mean_pooling",
     "mobilenet_v2",
@@ -89,9 +95,11 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
-    "standardized",
     "vgg8",
     "vgg13",
+    "with_compute_dtype",
+    "with_frozen_batch_stats",
+    "with_input_normalization",
     "wrn16_2",
     "wrn40_2",
 ]

@@ -1,4 +1,4 @@
-"""Convolutions in the formulation that the device at hand runs best, equal in value to XLA's own."""
+"""Convolutions in the formulation that the device runs fastest, equal in value to XLA's own."""
 
 import functools
 import operator
@@ -11,117 +11,154 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-SHORT_PATCH = 32  # numbers of a patch, such as 3×3 of three channels, at which patches take no more than the outputs
-_Convolution = Callable[[Array, Array], Array]
+MAX_PATCH_SIZE = 32
+"""Largest patch, in values, that a CPU multiplies as a matrix; 3×3 of three channels has 27.
+
+Up to this size, the patches take no more memory than the outputs of a usual first layer.
+"""
+
+_ConvFn = Callable[[Array, Array], Array]
 
 
 def convolve(
-    inputs: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], **keywords: Any
+    inputs: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **keywords: Any,
 ) -> Array:
-    """Convolves all channels with all, as `flax.linen.Conv` does; for its `conv_general_dilated=convolve`.
+    """Convolves all channels with all, as `flax.linen.Conv` does, for its `conv_general_dilated`.
 
-    Elsewhere than on a CPU it is `lax.conv_general_dilated`. On a CPU a 1×1 kernel is a matrix product, whose gradient
-    by the kernel takes a fifth of the time. Other convolutions take another form where derivatives are taken. A first
-    layer of few channels becomes a product of patches and weights, whose gradient takes half the time. Any other is
-    kept apart from what is around it: XLA would compute normalisation and activation once more within the transposition
-    that the gradient by the kernel begins with, which makes the gradients of ResNet-20 take 1.5 times as long.
+    On any platform other than a CPU, this is `lax.conv_general_dilated`. On a CPU, a 1×1 kernel
+    becomes a matrix product, whose gradient with respect to the kernel takes a fifth of the time.
+    Other kernels are convolved by XLA too, but differentiated in another form:
+
+    - A first layer of few channels becomes a product of patches and weights, whose gradient takes
+      half the time.
+    - Any other layer is separated from its neighbours. Otherwise XLA fuses the normalisation and
+      activation before it into the transposition with which the kernel's gradient begins, and so
+      computes them twice. The gradients of ResNet-20 then take 1.5 times as long.
 
     Args:
         inputs: `[B, H, W, C]`.
         kernel: `[h, w, C, K]`.
-        strides: Vertical and horizontal.
-        padding: "SAME", "VALID", or before and after each axis.
-        **keywords: What else `lax.conv_general_dilated` takes; no dilation, one group.
+        strides: Vertical and horizontal stride.
+        padding: "SAME", "VALID", or the padding before and after each axis.
+        **keywords: Other arguments of `lax.conv_general_dilated`; no dilation, one group.
 
     Returns:
-        `[B, H', W', K]`, of the inputs' dtype.
+        `[B, H', W', K]`, in the inputs' dtype.
     """
 
-    def convolved(inputs: Array, kernel: Array) -> Array:
+    def xla_convolution(inputs: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(inputs, kernel, strides, padding, **keywords)
 
-    def apart(inputs: Array, kernel: Array) -> Array:
-        return _apart_in_gradients(convolved(lax.optimization_barrier(inputs), kernel))
+    def separated_convolution(inputs: Array, kernel: Array) -> Array:
+        outputs = xla_convolution(lax.optimization_barrier(inputs), kernel)
+        return _separate_cotangent(outputs)
 
-    def multiplied(inputs: Array, kernel: Array) -> Array:
-        patches = jnp.concatenate(list(_shifts(inputs, kernel.shape[:2], strides, padding)), -1)
-        return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=keywords.get("precision"))
+    def patch_product(inputs: Array, kernel: Array) -> Array:
+        windows = _shifted_windows(inputs, kernel.shape[:2], strides, padding)
+        # Position by position, channels last: the order of the flattened kernel.
+        patches = jnp.concatenate(list(windows), -1)
+        rows = kernel.reshape(-1, kernel.shape[-1])
+        return jnp.matmul(patches, rows, precision=keywords.get("precision"))
 
     if kernel.shape[:2] == (1, 1):
-        on_cpu = multiplied
+        cpu_convolution = patch_product
     else:
-        short = kernel.size // kernel.shape[-1] <= SHORT_PATCH
-        on_cpu = _differentiated_as(multiplied if short else apart, convolved)
-    return lax.platform_dependent(inputs, kernel, cpu=on_cpu, default=convolved)
+        patch_size = kernel.size // kernel.shape[-1]
+        # Without derivatives, XLA's convolution needs neither patches nor barriers.
+        differentiated = patch_product if patch_size <= MAX_PATCH_SIZE else separated_convolution
+        cpu_convolution = _with_derivatives_of(differentiated, xla_convolution)
+    # The branch is resolved in lowering, so that an exported program holds both formulations.
+    return lax.platform_dependent(inputs, kernel, cpu=cpu_convolution, default=xla_convolution)
 
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
-"""`flax.linen.Conv` that convolves so."""
+"""`flax.linen.Conv` that convolves by `convolve`."""
 
 
-def depthwise(
-    inputs: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], **keywords: Any
+def depthwise_convolve(
+    inputs: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **keywords: Any,
 ) -> Array:
-    """Convolves every channel with a kernel of its own; for `flax.linen.Conv(conv_general_dilated=depthwise)`.
+    """Convolves each channel with its own kernel, for `conv_general_dilated` of `flax.linen.Conv`.
 
-    On a CPU, where XLA convolves group by group on one thread, it is a sum of shifted images, each times a row of
-    weights, which XLA fuses: 20 to 60 times faster, with its gradients 3 to 10 times. Elsewhere it is
-    `lax.conv_general_dilated`.
+    On a CPU, XLA convolves group by group on one thread. There, this is a sum of shifted images,
+    each multiplied by a row of weights, which XLA fuses: 20 to 60 times as fast, with gradients 3
+    to 10 times as fast. On any other platform it is `lax.conv_general_dilated`.
 
     Args:
         inputs: `[B, H, W, C]`.
         kernel: `[h, w, 1, C]`.
-        strides: Vertical and horizontal.
-        padding: "SAME", "VALID", or before and after each axis.
-        **keywords: What else `lax.conv_general_dilated` takes; no dilation.
+        strides: Vertical and horizontal stride.
+        padding: "SAME", "VALID", or the padding before and after each axis.
+        **keywords: Other arguments of `lax.conv_general_dilated`; no dilation.
 
     Returns:
-        `[B, H', W', C]`, of the inputs' dtype; 16-bit numbers are summed in float32.
+        `[B, H', W', C]`, in the inputs' dtype. 16-bit inputs are summed in float32.
     """
 
-    def convolved(inputs: Array, kernel: Array) -> Array:
+    def xla_convolution(inputs: Array, kernel: Array) -> Array:
         return lax.conv_general_dilated(inputs, kernel, strides, padding, **keywords)
 
-    def shifted(inputs: Array, kernel: Array) -> Array:
-        return _sum_of_shifts(inputs, kernel, strides, padding)
+    def cpu_convolution(inputs: Array, kernel: Array) -> Array:
+        return _sum_shifted_windows(inputs, kernel, strides, padding)
 
-    return lax.platform_dependent(inputs, kernel, cpu=shifted, default=convolved)
+    return lax.platform_dependent(inputs, kernel, cpu=cpu_convolution, default=xla_convolution)
 
 
-def _sum_of_shifts(
+def _sum_shifted_windows(
     inputs: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]]
 ) -> Array:
-    dtype, size = jnp.float32 if inputs.dtype.itemsize < 4 else inputs.dtype, kernel.shape[:2]
+    """Sums the shifted images, each multiplied by the weights `[1, 1, 1, C]` of its position."""
+    size = kernel.shape[:2]
+    # In bfloat16, every addition would round to 8 significant bits.
+    dtype = jnp.float32 if inputs.dtype.itemsize < 4 else inputs.dtype
     weights = (kernel[i : i + 1, j : j + 1].astype(dtype) for i, j in np.ndindex(*size))
-    shifts = (shift.astype(dtype) for shift in _shifts(inputs, size, strides, padding))
-    return functools.reduce(operator.add, map(operator.mul, shifts, weights)).astype(inputs.dtype)
+    windows = (window.astype(dtype) for window in _shifted_windows(inputs, size, strides, padding))
+    products = map(operator.mul, windows, weights)
+    return functools.reduce(operator.add, products).astype(inputs.dtype)
 
 
-def _shifts(
-    inputs: Array, size: Sequence[int], strides: Sequence[int], padding: str | Sequence[tuple[int, int]]
+def _shifted_windows(
+    inputs: Array,
+    size: Sequence[int],
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
 ) -> Iterator[Array]:
-    """What each place of a kernel sees, `[B, H', W', C]`, row after row."""
-    borders = lax.padtype_to_pads(inputs.shape[1:3], size, strides, padding) if isinstance(padding, str) else padding
+    """Yields the pixels `[B, H', W', C]` under each position of the kernel, row by row."""
+    borders = (
+        lax.padtype_to_pads(inputs.shape[1:3], size, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
     padded = jnp.pad(inputs, ((0, 0), *borders, (0, 0)))
-    (height, width), (down, right) = padded.shape[1:3], strides
-    below, beside = height - size[0] + 1, width - size[1] + 1
+    _, height, width, _ = padded.shape
+    rows = height - size[0] + 1
+    columns = width - size[1] + 1
     for i, j in np.ndindex(*size):
-        yield padded[:, i : i + below : down, j : j + beside : right]
+        yield padded[:, i : i + rows : strides[0], j : j + columns : strides[1]]
 
 
-def _differentiated_as(trained: _Convolution, convolve: _Convolution) -> _Convolution:
-    """A convolution that takes another form, equal in value, where derivatives are taken."""
-    function = jax.custom_jvp(convolve)
-    function.defjvp(lambda primals, tangents: jax.jvp(trained, primals, tangents))
+def _with_derivatives_of(differentiated: _ConvFn, evaluated: _ConvFn) -> _ConvFn:
+    """Makes a convolution that evaluates one form and differentiates another, equal in value."""
+    function = jax.custom_jvp(evaluated)
+    function.defjvp(lambda primals, tangents: jax.jvp(differentiated, primals, tangents))
     return function
 
 
 @jax.custom_jvp
-def _apart_in_gradients(outputs: Array) -> Array:
-    """The outputs, whose cotangent is computed once before the gradients that need it."""
+def _separate_cotangent(outputs: Array) -> Array:
+    """Returns the outputs; their cotangent is computed once, before the gradients that use it."""
     return outputs
 
 
-@_apart_in_gradients.defjvp
-def _apart_in_gradients_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+# The barrier is on the tangent alone, so that reverse mode has it on the cotangent.
+@_separate_cotangent.defjvp
+def _separate_cotangent_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return primals[0], lax.optimization_barrier(tangents[0])

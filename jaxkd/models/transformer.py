@@ -1,4 +1,4 @@
-"""A small Transformer that reads one sentence and writes another."""
+"""A small encoder-decoder Transformer for pairs of sentences."""
 
 import functools
 from collections.abc import Callable
@@ -15,42 +15,49 @@ from jaxkd.models.model import Outputs
 from jaxkd.models.seq2seq import check_pairs
 
 
-class _Memory(NamedTuple):
-    """What may be attended: keys and values `[B, M, heads, D]`."""
+class _KeysValues(NamedTuple):
+    """Keys and values `[B, M, heads, D]` of an attention."""
 
     keys: Array
     values: Array
 
 
-class _Reading(NamedTuple):
-    """What a decoder knows: each layer's memory of the target and of the source, with the source's tokens that count.
+class _TransformerDecoderState(NamedTuple):
+    """State of a decoder between two tokens.
 
-    `position` `[B]` counts the target's tokens that were read, alike for all sentences.
+    Attributes:
+        target: Cache of each layer for the tokens of the target, 0 where none has been read yet.
+        source: Keys and values of each layer for the source.
+        where: Booleans `[B, S]`, True for tokens of the source.
+        position: Number of tokens of the target read so far, `[B]`, the same for all sentences.
     """
 
-    target: tuple[_Memory, ...]
-    source: tuple[_Memory, ...]
+    target: tuple[_KeysValues, ...]
+    source: tuple[_KeysValues, ...]
     where: Array
+    # One number a sentence, since beam search reorders and repeats the first axis of every leaf.
     position: Array
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder of attention, normalised before each part; one embedding for source, target and output.
+    """Encoder-decoder Transformer with pre-layer normalisation and sinusoidal positions.
 
-    Positions are the paper's sine and cosine waves.
+    Source, target and output share one embedding.
 
     Attributes:
         vocab_size: Number of tokens, of source and target together, and of logits.
-        hidden: Width of the states.
-        heads: Heads of each attention, which divide the width.
-        layers: How many layers the encoder and the decoder have each.
-        intermediate: Width of the hidden layer of each dense part.
-        positions: The longest sentence.
-        dropout: Share of the embeddings and of each part's outputs that training drops.
+        hidden: Width of the states, even.
+        heads: Heads of each attention; must divide `hidden`.
+        layers: Number of layers, of the encoder and of the decoder.
+        intermediate: Width of the hidden layer of each feed-forward network.
+        positions: Length of the longest sentence, in tokens.
+        dropout: Probability of dropping, in training, a value of the embeddings or of the output of
+            an attention or feed-forward network.
 
     References:
         Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762
-        Xiong et al., On Layer Normalization in the Transformer Architecture, https://arxiv.org/abs/2002.04745
+        Xiong et al., On Layer Normalization in the Transformer Architecture,
+        https://arxiv.org/abs/2002.04745
     """
 
     vocab_size: int
@@ -66,146 +73,206 @@ class Transformer(nn.Module):
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1, got {self.layers}")
         if self.hidden % self.heads or self.hidden % 2:
-            raise ValueError(f"hidden must be even and a multiple of heads, got {self.hidden} and {self.heads}")
-        sizes = self.hidden, self.heads, self.intermediate, self.dropout
-        numbers = [str(number + 1) for number in range(self.layers)]
+            raise ValueError(
+                f"hidden must be even and a multiple of heads, got {self.hidden} and {self.heads}"
+            )
+        sizes = (self.hidden, self.heads, self.intermediate, self.dropout)
+        # Flax names the layers of a dict by their keys, such as `encoder_1`.
+        numbers = [str(i + 1) for i in range(self.layers)]
+        # Logits of unit scale: the output multiplies normalised states by the embedding.
         self.embedding = nn.Embed(
             self.vocab_size, self.hidden, embedding_init=nn.initializers.normal(self.hidden**-0.5)
         )
-        self.encoder = {number: _Layer(*sizes) for number in numbers}
-        self.decoder = {number: _Layer(*sizes, reads_source=True) for number in numbers}
+        self.encoder = {number: _TransformerLayer(*sizes) for number in numbers}
+        self.decoder = {
+            number: _TransformerLayer(*sizes, cross_attention=True) for number in numbers
+        }
         self.encoder_norm = LayerNorm()
         self.decoder_norm = LayerNorm()
         self.drop = Dropout(self.dropout)
 
     def __call__(self, inputs: Array, train: bool = False) -> Outputs:
-        """Predicts each of the target's tokens from the source and the tokens before it.
+        """Predicts each token of the target from the source and the tokens before it.
 
         Args:
             inputs: Pairs of sentences `[B, 2, S]`, integers, padded with 0 on the right.
-            train: Whether to drop.
+            train: If true, applies dropout.
 
         Returns:
-            Logits `[B, S − 1, vocab_size]` for the tokens `inputs[:, 1, 1:]`; features `encoder_layer1` …
-            `[B, S, hidden]` and `decoder_layer1` … `[B, S − 1, hidden]` after each layer, `encoder` and `decoder`, the
-            last ones normalised, and `alignment` `[B, S − 1, S]`, the last layer's attention to the source, mean over
-            heads; each 0 at padding.
+            Logits `[B, S − 1, vocab_size]` for the tokens `inputs[:, 1, 1:]`; features
+            `encoder_layer1` … `[B, S, hidden]` and `decoder_layer1` … `[B, S − 1, hidden]` after
+            each layer, `encoder` and `decoder`, the last of these after normalisation, and
+            `alignment` `[B, S − 1, S]`, the attention of the decoder's last layer to the source,
+            averaged over the heads; each 0 at padding.
 
         Raises:
-            ValueError: If the shape is none of pairs, or S is more than `positions`.
+            ValueError: If the inputs are not pairs, or S is more than `positions`.
             TypeError: If the tokens are not integers.
         """
         check_pairs(inputs)
         self._check_length(inputs.shape[2])
-        source, target = inputs[:, 0], inputs[:, 1, :-1]
-        states, named = self._read(source, train)
-        x, weights = self._embed(target, np.arange(target.shape[1])[None], train), jnp.zeros(())
-        seen, where = jnp.tri(target.shape[1], dtype=bool)[None, None], _keys(source != 0)
+        source = inputs[:, 0]
+        target = inputs[:, 1, :-1]
+        encoded, features = self._encode(source, train)
+        x = self._embed(target, np.arange(target.shape[1])[None], train)
+        # Replaced in the loop: there is at least one layer.
+        weights = jnp.zeros(())
+        # Padding is on the right, where the causal mask hides it from every token of the target.
+        causal = jnp.tri(target.shape[1], dtype=bool)[None, None]
+        where = _key_mask(source != 0)
         for number, layer in self.decoder.items():
-            memory = layer.source_memory(states)
-            x, _, weights = layer(x, lambda memory: memory, seen, memory, where, train)
-            named[f"decoder_layer{number}"] = _only(target != 0, x)
+            memory = layer.project_source(encoded)
+            x, _, weights = layer(x, lambda new: new, causal, memory, where, train)
+            features[f"decoder_layer{number}"] = _zero_padding(x, target != 0)
         x = self.decoder_norm(x)
-        named["decoder"], named["alignment"] = _only(target != 0, x), _only(target != 0, weights.mean(1))
-        logits = self.embedding.attend(x.reshape(-1, self.hidden))  # as rows, for the same reason as in `RowDense`
-        return Outputs(logits.reshape(*x.shape[:-1], -1), named)
+        features["decoder"] = _zero_padding(x, target != 0)
+        features["alignment"] = _zero_padding(weights.mean(1), target != 0)
+        # As rows, for the same reason as in `RowDense`.
+        logits = self.embedding.attend(x.reshape(-1, self.hidden))
+        return Outputs(logits.reshape(*x.shape[:-1], -1), features)
 
-    def begin(self, source: Array, max_length: int) -> _Reading:
-        """The state before the target's first token, for sources `[B, S]` and up to `max_length` tokens to read."""
+    def init_state(self, source: Array, max_length: int) -> _TransformerDecoderState:
+        """Returns the state before the first token of the target.
+
+        Args:
+            source: Tokens `[B, S]`.
+            max_length: Largest number of tokens of the target that will be read.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: If S or `max_length` is more than `positions`.
+        """
         self._check_length(source.shape[1])
         self._check_length(max_length)
-        states, _ = self._read(source, train=False)
-        memories = tuple(layer.source_memory(states) for layer in self.decoder.values())
-        shape = len(source), max_length, *memories[0].keys.shape[2:]
-        empty = _Memory(*(jnp.zeros(shape, memories[0].keys.dtype) for _ in range(2)))
-        return _Reading((empty,) * self.layers, memories, source != 0, jnp.zeros(len(source), jnp.int32))
+        encoded, _ = self._encode(source, train=False)
+        memories = tuple(layer.project_source(encoded) for layer in self.decoder.values())
+        # Of full length from the start: a state keeps its shapes in a compiled loop.
+        empty = jnp.zeros(
+            (len(source), max_length, *memories[0].keys.shape[2:]), memories[0].keys.dtype
+        )
+        return _TransformerDecoderState(
+            target=(_KeysValues(empty, empty),) * self.layers,
+            source=memories,
+            where=source != 0,
+            position=jnp.zeros(len(source), jnp.int32),
+        )
 
-    def step(self, reading: _Reading, tokens: Array) -> tuple[Array, _Reading]:
-        """Logits `[B, V]` for what follows tokens `[B]`, and the state after them."""
-        positions = jnp.arange(reading.target[0].keys.shape[1])[None]
-        now = positions == reading.position[:, None]
-        seen, where = _keys(positions <= reading.position[:, None]), _keys(reading.where)
+    def step(
+        self, state: _TransformerDecoderState, tokens: Array
+    ) -> tuple[Array, _TransformerDecoderState]:
+        """Returns the logits `[B, V]` of the next tokens after tokens `[B]`, and the new state."""
+        positions = jnp.arange(state.target[0].keys.shape[1])[None]
+        current = positions == state.position[:, None]
+        causal = _key_mask(positions <= state.position[:, None])
+        where = _key_mask(state.where)
 
-        def keeping(old: _Memory) -> Callable[[_Memory], _Memory]:
-            return lambda new: _Memory(*(_written(*pair, now) for pair in zip(old, new, strict=True)))
+        def make_update(cache: _KeysValues) -> Callable[[_KeysValues], _KeysValues]:
+            return lambda new: _KeysValues(
+                _write_position(cache.keys, new.keys, current),
+                _write_position(cache.values, new.values, current),
+            )
 
-        x, memories = self._embed(tokens[:, None], reading.position[:, None], train=False), []
-        for layer, old, source in zip(self.decoder.values(), reading.target, reading.source, strict=True):
-            x, memory, _ = layer(x, keeping(old), seen, source, where, False)
-            memories.append(memory)
+        x = self._embed(tokens[:, None], state.position[:, None], train=False)
+        caches = []
+        for layer, cache, source in zip(
+            self.decoder.values(), state.target, state.source, strict=True
+        ):
+            x, cache, _ = layer(x, make_update(cache), causal, source, where, False)
+            caches.append(cache)
         logits = self.embedding.attend(self.decoder_norm(x)[:, 0])
-        return logits, reading._replace(target=tuple(memories), position=reading.position + 1)
+        return logits, state._replace(target=tuple(caches), position=state.position + 1)
 
-    def _read(self, source: Array, train: bool) -> tuple[Array, dict[str, Array]]:
-        """The source's states, and the features on the way to them."""
-        named, where = {}, source != 0
+    def _encode(self, source: Array, train: bool) -> tuple[Array, dict[str, Array]]:
+        """Returns the encoder's normalised states and its features."""
+        where = source != 0
+        features = {}
         x = self._embed(source, np.arange(source.shape[1])[None], train)
         for number, layer in self.encoder.items():
-            x, _, _ = layer(x, lambda memory: memory, _keys(where), None, None, train)
-            named[f"encoder_layer{number}"] = _only(where, x)
-        x = named["encoder"] = _only(where, self.encoder_norm(x))
-        return x, named
+            x, _, _ = layer(x, lambda new: new, _key_mask(where), None, None, train)
+            features[f"encoder_layer{number}"] = _zero_padding(x, where)
+        x = features["encoder"] = _zero_padding(self.encoder_norm(x), where)
+        return x, features
 
     def _embed(self, tokens: Array, positions: Array | np.ndarray, train: bool) -> Array:
+        # The paper's factor: embeddings of deviation 1/√hidden get the scale of the positions.
         x = self.embedding(tokens) * self.hidden**0.5
-        waves = jnp.asarray(_waves(self.positions, self.hidden), x.dtype)[positions]
-        return self.drop(x + jnp.broadcast_to(waves, x.shape), deterministic=not train)
+        encoding = jnp.asarray(_sinusoidal_encoding(self.positions, self.hidden), x.dtype)
+        offset = jnp.broadcast_to(encoding[positions], x.shape)
+        return self.drop(x + offset, deterministic=not train)
 
     def _check_length(self, length: int) -> None:
         if length > self.positions:
             raise ValueError(
-                f"a sentence of {length} tokens is longer than the {self.positions} positions of this Transformer: cut "
-                "it, or give the module more positions"
+                f"a sentence of {length} tokens is longer than the {self.positions} positions of "
+                "this Transformer: cut the sentence, or make the module with more positions"
             )
 
 
-class _Layer(nn.Module):
-    """A layer of the encoder, or of the decoder, which attends the source too."""
+class _TransformerLayer(nn.Module):
+    """Layer of the encoder, or of the decoder, which also attends to the source."""
 
     hidden: int
     heads: int
     intermediate: int
     dropout: float
-    reads_source: bool = False
+    cross_attention: bool = False
 
     def setup(self) -> None:
-        self.own_norm, self.own_attention = LayerNorm(), _Attention(self.hidden, self.heads)
-        if self.reads_source:
-            self.source_norm, self.source_attention = LayerNorm(), _Attention(self.hidden, self.heads)
+        self.own_norm = LayerNorm()
+        self.own_attention = _MultiHeadAttention(self.hidden, self.heads)
+        if self.cross_attention:
+            self.source_norm = LayerNorm()
+            self.source_attention = _MultiHeadAttention(self.hidden, self.heads)
         self.dense_norm = LayerNorm()
-        self.intermediate_dense, self.output_dense = RowDense(self.intermediate), RowDense(self.hidden)
+        self.intermediate_dense = RowDense(self.intermediate)
+        self.output_dense = RowDense(self.hidden)
         self.drop = Dropout(self.dropout)
 
     def __call__(
         self,
         x: Array,
-        keep: Callable[[_Memory], _Memory],
-        seen: Array,
-        source: _Memory | None,
+        update: Callable[[_KeysValues], _KeysValues],
+        visible: Array,
+        source: _KeysValues | None,
         where: Array | None,
         train: bool,
-    ) -> tuple[Array, _Memory, Array]:
-        """The states `[B, N, hidden]` after the layer, what it remembers of them, and the weights of its attention.
+    ) -> tuple[Array, _KeysValues, Array]:
+        """Applies the layer.
 
-        `keep` makes the memory of all that was read from that of `x`; `seen` says which of it each state may attend.
+        Args:
+            x: States `[B, N, hidden]`.
+            update: Returns the keys and values to attend to, given those of `x`: the same, or a
+                cache into which they are written.
+            visible: Booleans that broadcast to `[B, heads, N, M]`: the keys that a state may attend
+                to.
+            source: Keys and values of the source; `None` in an encoder.
+            where: Booleans `[B, 1, 1, S]`, True for tokens of the source; `None` in an encoder.
+            train: If true, applies dropout.
+
+        Returns:
+            The new states, the keys and values from `update`, and the weights of the last
+            attention: to the source if there is one.
         """
-        normalised = self.own_norm(x)
-        memory = keep(self.own_attention.memory(normalised))
-        change, weights = self.own_attention(normalised, memory, seen)
+        # Pre-layer normalisation: the sum itself is normalised only after the last layer.
+        normalized = self.own_norm(x)
+        keys_values = update(self.own_attention.project_keys_values(normalized))
+        change, weights = self.own_attention(normalized, keys_values, visible)
         x = x + self.drop(change, deterministic=not train)
         if source is not None:
             change, weights = self.source_attention(self.source_norm(x), source, where)
             x = x + self.drop(change, deterministic=not train)
         change = self.output_dense(nn.relu(self.intermediate_dense(self.dense_norm(x))))
-        return x + self.drop(change, deterministic=not train), memory, weights
+        return x + self.drop(change, deterministic=not train), keys_values, weights
 
-    def source_memory(self, states: Array) -> _Memory:
-        """What the layer remembers of the source."""
-        return self.source_attention.memory(states)
+    def project_source(self, encoded: Array) -> _KeysValues:
+        """Returns this layer's keys and values for the encoder's states."""
+        return self.source_attention.project_keys_values(encoded)
 
 
-class _Attention(nn.Module):
-    """Attention of several heads, whose keys and values can be kept."""
+class _MultiHeadAttention(nn.Module):
+    """Multi-head attention that projects keys and values separately, so that they can be cached."""
 
     hidden: int
     heads: int
@@ -213,37 +280,41 @@ class _Attention(nn.Module):
     def setup(self) -> None:
         self.query, self.key, self.value, self.output = (RowDense(self.hidden) for _ in range(4))
 
-    def memory(self, x: Array) -> _Memory:
-        """Keys and values of states `[B, M, hidden]`."""
-        return _Memory(self._apart(self.key(x)), self._apart(self.value(x)))
+    def project_keys_values(self, x: Array) -> _KeysValues:
+        """Returns the keys and values of states `[B, M, hidden]`."""
+        return _KeysValues(self._split_heads(self.key(x)), self._split_heads(self.value(x)))
 
-    def __call__(self, x: Array, memory: _Memory, where: Array | None) -> tuple[Array, Array]:
-        """What states `[B, N, hidden]` attend, and the weights `[B, heads, N, M]`."""
-        by_head = (array.swapaxes(1, 2) for array in (self._apart(self.query(x)), *memory))
+    def __call__(
+        self, x: Array, keys_values: _KeysValues, where: Array | None
+    ) -> tuple[Array, Array]:
+        """Returns the output for states `[B, N, hidden]` and the weights `[B, heads, N, M]`."""
+        query = self._split_heads(self.query(x))
+        # `attend` contracts the last two axes: [B, heads, N, D].
+        by_head = (array.swapaxes(1, 2) for array in (query, *keys_values))
         context, weights = attention.attend(*by_head, where=where)
         return self.output(context.swapaxes(1, 2).reshape(x.shape)), weights
 
-    def _apart(self, x: Array) -> Array:
+    def _split_heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 @functools.cache
-def _waves(length: int, features: int) -> np.ndarray:
-    """The paper's encoding of positions, sines first, `[length, features]`."""
+def _sinusoidal_encoding(length: int, features: int) -> np.ndarray:
+    """Returns the paper's positional encoding `[length, features]`, sines before cosines."""
     rates = 10000.0 ** (-np.arange(0, features, 2) / features)
     angles = np.arange(length)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], -1)
 
 
-def _keys(where: Array) -> Array:
-    """Booleans `[B, M]` as `attend` takes them."""
+def _key_mask(where: Array) -> Array:
+    """Reshapes booleans `[B, M]` as `attention.attend` takes them for several heads."""
     return where[:, None, None]
 
 
-def _only(where: Array, states: Array) -> Array:
-    return jnp.where(where[..., None], states, 0)
+def _zero_padding(x: Array, where: Array) -> Array:
+    return jnp.where(where[..., None], x, 0)
 
 
-def _written(old: Array, new: Array, now: Array) -> Array:
-    """The memory `[B, M, heads, D]` with new entries `[B, 1, heads, D]` at one place, `[B, M]`."""
-    return jnp.where(now[..., None, None], new, old)
+def _write_position(cache: Array, new: Array, current: Array) -> Array:
+    """Writes `[B, 1, heads, D]` into a cache `[B, M, heads, D]` where `current` is true."""
+    return jnp.where(current[..., None, None], new, cache)

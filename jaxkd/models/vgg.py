@@ -1,4 +1,4 @@
-"""The VGG networks of CIFAR: plain blocks of normalised convolutions, and one dense layer."""
+"""VGG networks for CIFAR: plain blocks of normalised convolutions, and one dense layer."""
 
 from collections.abc import Sequence
 
@@ -8,28 +8,29 @@ from jax import Array
 from jaxkd import layout
 from jaxkd.models.cnn import max_pool
 from jaxkd.models.convolution import Conv
-from jaxkd.models.layers import BatchNorm, check_images, dense_rules, norm_rules
+from jaxkd.models.layers import BatchNorm, batch_norm_rules, check_images, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
 
 class VGG(nn.Module):
-    """Blocks of 3×3 convolutions, each with batch normalisation and ReLU; then the mean and one classifier.
+    """Blocks of 3×3 convolutions with batch normalisation and ReLU, then the mean and a classifier.
 
-    2×2 max-pooling follows the first three blocks, and the fourth too where images are at least 64×64. That is the form
-    that the distillation literature trains on CIFAR: the dense layers of the paper are left out.
+    2×2 max-pooling follows the first three blocks, and the fourth too if the images are at least
+    64×64. The distillation literature trains this form on CIFAR: the paper's dense layers are left
+    out.
 
-    The kernels start as He et al. propose, by fan-out, as in the PyTorch code whose checkpoints `torch_rules` reads;
-    the classifier starts as Flax's.
+    The kernels are initialised as He et al. propose, by fan-out, as in the PyTorch code whose
+    checkpoints `torch_rules` reads. The classifier has Flax's default initialisation.
 
     Attributes:
         widths: Output channels of each convolution of each of the five blocks.
         num_classes: Number of logits.
 
     References:
-        Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-        https://arxiv.org/abs/1409.1556; Tian et al., "Contrastive Representation Distillation",
-        https://arxiv.org/abs/1910.10699
+        Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+        Recognition", https://arxiv.org/abs/1409.1556
+        Tian et al., "Contrastive Representation Distillation", https://arxiv.org/abs/1910.10699
     """
 
     widths: Sequence[Sequence[int]]
@@ -41,39 +42,46 @@ class VGG(nn.Module):
 
         Args:
             inputs: Floating-point images `[B, H, W, C]`, at least 8×8.
-            train: Whether to normalise by the batch's statistics and to move the running ones.
+            train: If true, normalises by the statistics of the batch and updates the running ones.
 
         Returns:
-            Logits `[B, num_classes]`; features after ReLU and before pooling: `stem`, the first block, `[B, H, W, 64]`,
-            `stage1` … `stage4`, the others, `[B, h, w, widths[i][-1]]`, numbered as the literature's hint layers; and
-            `pre_logits`, the mean over the image, `[B, 512]`.
+            Logits `[B, num_classes]`; features after ReLU and before pooling: `stem`, the first
+            block, `[B, H, W, 64]`, and `stage1` … `stage4`, the other blocks,
+            `[B, h, w, widths[i][-1]]`, numbered as the literature's hint layers; and `pre_logits`,
+            the mean over the image, `[B, 512]`.
 
         Raises:
-            ValueError: If the shape is none of images, they are too small, or the weights take other channels.
+            ValueError: If the images are not `[B, H, W, C]`, are too small, or have other channels
+                than the weights.
             TypeError: If the images are not floating-point.
         """
-        check_images(inputs, self.get_variable("params", "block0_conv0"), least=8)
+        check_images(inputs, self.get_variable("params", "block0_conv0"), min_size=8)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        x, named, pooled = inputs, {}, 4 if min(inputs.shape[1:3]) >= 64 else 3
+        num_pooled = 4 if min(inputs.shape[1:3]) >= 64 else 3
+        x = inputs
+        features = {}
         for i, widths in enumerate(self.widths):
-            x = max_pool(x) if 0 < i <= pooled else x
+            # Pooling begins a block instead of ending one, so that hint layers are before it.
+            x = max_pool(x) if 0 < i <= num_pooled else x
             for j, width in enumerate(widths):
                 x = Conv(width, (3, 3), padding=1, kernel_init=init, name=f"block{i}_conv{j}")(x)
                 x = nn.relu(BatchNorm(use_running_average=not train, name=f"block{i}_bn{j}")(x))
-            named[f"stage{i}" if i else "stem"] = x
-        x = named["pre_logits"] = x.mean(axis=(1, 2))
-        return Outputs(nn.Dense(self.num_classes, name="logits")(x), named)
+            features[f"stage{i}" if i else "stem"] = x
+        x = features["pre_logits"] = x.mean(axis=(1, 2))
+        return Outputs(nn.Dense(self.num_classes, name="logits")(x), features)
 
     def torch_rules(self) -> tuple[Rule, ...]:
-        """How PyTorch's weights become this module's.
+        """Makes the rules from the names of PyTorch's weights to this module's variables.
 
         Returns:
-            Rules for the names of HobbitLong/RepDistiller, where convolution j of a block is the layer 3 j.
+            Rules for the names of HobbitLong/RepDistiller, where convolution j of a block is layer
+            3 j.
         """
         rules = []
         for j in range(max(map(len, self.widths))):
+            # A block of PyTorch repeats convolution, normalisation, ReLU.
             rules += dense_rules(f"block{{i}}.{3 * j}", f"block{{i}}_conv{j}", layout.CONV)
-            rules += norm_rules(f"block{{i}}.{3 * j + 1}", f"block{{i}}_bn{j}")
+            rules += batch_norm_rules(f"block{{i}}.{3 * j + 1}", f"block{{i}}_bn{j}")
         return *rules, *dense_rules("classifier", "logits")
 
 
@@ -99,5 +107,5 @@ def vgg8(num_classes: int = 10) -> VGG:
 
 
 def vgg13(num_classes: int = 10) -> VGG:
-    """VGG-13, two convolutions a block, otherwise as `vgg8`; 9,462,180 parameters at 100 classes."""
+    """VGG-13, two convolutions a block, else as `vgg8`; 9,462,180 parameters at 100 classes."""
     return VGG(((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)), num_classes)

@@ -1,14 +1,14 @@
-"""Weight transfer between parameter trees, new architectures that start from old ones, and fine-tuning."""
+"""Weight transfer between trees and architectures, and fine-tuning of the result."""
 
 from jaxkd.transfer.architecture import Channels, deepen, largest_norm, leading, narrow, widen
 from jaxkd.transfer.finetune import freeze, scale_by_path
-from jaxkd.transfer.rules import Renamed, Rule, layer_rules, rename, rename_back
+from jaxkd.transfer.rules import RenamedPath, Rule, layer_rules, rename, rename_back
 from jaxkd.transfer.trees import Mismatch, Report, TransferError, leaves_by_path, transfer
 
 __all__ = [
     "Channels",
     "Mismatch",
-    "Renamed",
+    "RenamedPath",
     "Report",
     "Rule",
     "TransferError",

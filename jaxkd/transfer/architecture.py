@@ -1,7 +1,7 @@
 """Narrower, wider and deeper networks that start from the weights of a trained one.
 
-What belongs together is data: the arrays that make a set of channels and those that read it. A chain of layers is
-changed one set of channels after another.
+Data describe a set of channels: the arrays that produce them and the arrays that consume them.
+Change one set after another to resize a chain of layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,27 +11,40 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxkd.transfer.rules import Rule, match
-from jaxkd.transfer.trees import Dtypes, Report, array_of, check_complete, leaves_by_path, placed, rebuilt, transfer
+from jaxkd.transfer.rules import Rule, match_path
+from jaxkd.transfer.trees import (
+    Dtypes,
+    Report,
+    check_complete,
+    copy_like,
+    leaves_by_path,
+    replace_leaves,
+    to_numpy,
+    transfer,
+)
 
-Choose: TypeAlias = Callable[[Sequence[np.ndarray], int], np.ndarray]
-"""`(kernels, size) -> [size]`: which channels stay, in their order, given the kernels `[..., C]` that make them."""
+ChooseFn: TypeAlias = Callable[[Sequence[np.ndarray], int], np.ndarray]
+"""`(kernels, size) -> indices [size]`: chooses which channels to keep, and their order, from the
+kernels `[..., C]` that produce them."""
 
 
 class Channels(NamedTuple):
-    """A set of channels, by the paths of all arrays that have them and the axes on which they lie.
+    """A set of channels, as the paths of all arrays that hold them and the axes of the channels.
 
-    An array may be in both: the kernels on a residual stream read its channels and make them. An axis that reads may
-    hold the channels several times, the channel fastest, as in a dense layer behind a flatten of H W C.
+    An array may be both produced and consumed: kernels on a residual stream read its channels and
+    write them. A consumed axis may hold the channels several times, with the channel varying
+    fastest, as in a dense layer after a flatten of H W C.
 
     Attributes:
-        produced: Axes of what makes or normalises the channels: kernels, biases, scales, running statistics.
-        consumed: Axes of the kernels that read them.
+        produced: Axes by path, of the arrays that produce or normalise the channels: kernels,
+            biases, scales, running statistics.
+        consumed: Axes by path, of the kernels that read the channels.
 
     Example:
         >>> from jaxkd.transfer import Channels
         >>> conv1 = Channels(
-        ...     produced={"params/conv1/kernel": -1, "params/conv1/bias": 0}, consumed={"params/conv2/kernel": -2}
+        ...     produced={"params/conv1/kernel": -1, "params/conv1/bias": 0},
+        ...     consumed={"params/conv2/kernel": -2},
         ... )
     """
 
@@ -46,72 +59,97 @@ def leading(kernels: Sequence[np.ndarray], size: int) -> np.ndarray:
 
 
 def largest_norm(kernels: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """Chooses the channels whose kernels have the largest L1 norm, summed over all kernels that make them.
+    """Chooses the channels whose kernels have the largest L1 norm.
+
+    The norm is the sum over all kernels that produce a channel.
 
     References:
         Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710
     """
     if not kernels:
-        raise ValueError("largest_norm needs a produced array of at least 2 axes, a kernel; choose by `leading`")
-    norms = sum(np.abs(kernel.astype(np.float32)).sum(axis=tuple(range(kernel.ndim - 1))) for kernel in kernels)
-    return np.sort(np.argsort(-np.asarray(norms), stable=True)[:size])
+        raise ValueError(
+            "largest_norm needs a kernel among the produced arrays, with at least 2 axes; use "
+            "`leading` instead"
+        )
+    # Summed in float32, since a sum of many bfloat16 numbers stops growing.
+    norms = sum(
+        np.abs(kernel.astype(np.float32)).sum(axis=tuple(range(kernel.ndim - 1)))
+        for kernel in kernels
+    )
+    largest = np.argsort(-np.asarray(norms), stable=True)[:size]
+    # argsort orders them by norm; the channels that stay keep the order of the network.
+    return np.sort(largest)
 
 
-def narrow(variables: Any, channels: Channels, size: int, *, choose: Choose = leading) -> Any:
-    """Cuts a set of channels to fewer, wherever they are made and read.
+def narrow(variables: Any, channels: Channels, size: int, *, choose: ChooseFn = leading) -> Any:
+    """Reduces the number of channels in a set, in all arrays that produce and consume them.
 
     Args:
         variables: The tree of a trained network.
-        channels: Where the channels are.
+        channels: The set of channels.
         size: Number of channels to keep.
-        choose: Which to keep: `leading`, `largest_norm`, or any function like them.
+        choose: Chooses the channels to keep: `leading`, `largest_norm`, or a similar function.
 
     Returns:
-        A tree of the same paths with smaller arrays; all are copies.
+        A tree with the same paths and smaller arrays, all of them copies.
 
     Raises:
-        ValueError: If paths or axes do not exist, lengths disagree, or `size` is not between 1 and their number.
+        ValueError: If paths or axes do not exist, lengths differ, or `size` is not between 1 and
+            the number of channels.
 
     Example:
         >>> import numpy as np
         >>> from jaxkd.transfer import Channels, largest_norm, narrow
-        >>> params = {"hidden": {"kernel": np.array([[1.0, -3.0, 2.0]])}, "out": {"kernel": np.ones((3, 10))}}
+        >>> params = {
+        ...     "hidden": {"kernel": np.array([[1.0, -3.0, 2.0]])},
+        ...     "out": {"kernel": np.ones((3, 10))},
+        ... }
         >>> hidden = Channels(produced={"hidden/kernel": -1}, consumed={"out/kernel": -2})
         >>> small = narrow(params, hidden, 2, choose=largest_norm)
         >>> small["hidden"]["kernel"], small["out"]["kernel"].shape
         (array([[-3.,  2.]]), (2, 10))
     """
-    leaves, number = _measured(variables, channels)
-    if not 1 <= size <= number:
-        raise ValueError(f"size must be between 1 and the {number} channels that there are, got {size}")
-    kernels = [np.moveaxis(np.asarray(leaves[path]), axis, -1) for path, axis in channels.produced.items()]
-    chosen = choose([kernel for kernel in kernels if kernel.ndim > 1], size)
-    return rebuilt(variables, _picked(leaves, channels, number, chosen))
+    leaves, num_channels = _read_channels(variables, channels)
+    if not 1 <= size <= num_channels:
+        raise ValueError(
+            f"size must be between 1 and {num_channels}, the number of channels, got {size}"
+        )
+    produced = [
+        np.moveaxis(np.asarray(leaves[path]), axis, -1) for path, axis in channels.produced.items()
+    ]
+    kernels = [array for array in produced if array.ndim > 1]
+    indices = choose(kernels, size)
+    return replace_leaves(variables, _select_channels(leaves, channels, num_channels, indices))
 
 
 def widen(variables: Any, channels: Channels, size: int, *, key: Array) -> Any:
-    """Net2WiderNet: adds copies of channels drawn at random, and divides what reads a channel by its number of copies.
+    """Adds copies of randomly drawn channels without changing the network's function: Net2WiderNet.
 
-    The function stays what it was, in training mode too. Copies get equal gradients: what tells them apart is dropout,
-    or a little noise that you add.
+    The kernels that consume a channel are divided by its number of copies. The function is
+    unchanged in training mode, too. Copies get equal gradients; use dropout or add a little noise
+    to break the symmetry.
 
     Args:
         variables: The tree of a trained network.
-        channels: Where the channels are. What reads them must be linear in each, as convolutions and dense layers are;
-            a normalisation across channels, as layer or group norm, is not.
-        size: Number of channels to have.
-        key: Draws the channels that are copied.
+        channels: The set of channels. The layers that consume them must be linear in each channel,
+            as convolutions and dense layers are. Normalisation across channels, such as layer or
+            group norm, is not.
+        size: Number of channels after widening.
+        key: A random key, which draws the channels to copy.
 
     Returns:
-        A tree of the same paths with larger arrays; all are copies.
+        A tree with the same paths and larger arrays, all of them copies.
 
     Raises:
-        ValueError: If paths or axes do not exist, lengths disagree, or `size` is less than their number.
+        ValueError: If paths or axes do not exist, lengths differ, or `size` is less than the number
+            of channels.
 
     Example:
         >>> import jax, numpy as np
         >>> from jaxkd.transfer import Channels, widen
-        >>> params = {"hidden": {"kernel": np.array([[5.0]])}, "out": {"kernel": np.array([[6.0]])}}
+        >>> params = {
+        ...     "hidden": {"kernel": np.array([[5.0]])}, "out": {"kernel": np.array([[6.0]])}
+        ... }
         >>> hidden = Channels(produced={"hidden/kernel": -1}, consumed={"out/kernel": -2})
         >>> wide = widen(params, hidden, 3, key=jax.random.key(0))
         >>> wide["hidden"]["kernel"], wide["out"]["kernel"].T
@@ -120,13 +158,17 @@ def widen(variables: Any, channels: Channels, size: int, *, key: Array) -> Any:
     References:
         Net2Net: Accelerating Learning via Knowledge Transfer, https://arxiv.org/abs/1511.05641
     """
-    leaves, number = _measured(variables, channels)
-    if size < number:
-        raise ValueError(f"size must be at least the {number} channels that there are, got {size}; see narrow")
-    added = jax.random.randint(key, (size - number,), 0, number)
-    chosen = np.concatenate([np.arange(number), np.asarray(added)])
-    copies = np.bincount(chosen)[chosen]
-    return rebuilt(variables, _picked(leaves, channels, number, chosen, copies))
+    leaves, num_channels = _read_channels(variables, channels)
+    if size < num_channels:
+        raise ValueError(
+            f"size must be at least {num_channels}, the number of channels, got {size}; use narrow "
+            "for fewer channels"
+        )
+    copied = jax.random.randint(key, (size - num_channels,), 0, num_channels)
+    indices = np.concatenate([np.arange(num_channels), np.asarray(copied)])
+    copies = np.bincount(indices)[indices]
+    values = _select_channels(leaves, channels, num_channels, indices, copies)
+    return replace_leaves(variables, values)
 
 
 def deepen(
@@ -138,26 +180,29 @@ def deepen(
     dtypes: Dtypes = "same",
     epsilon: float = 1e-5,
 ) -> tuple[Any, Report]:
-    """Net2DeeperNet: a deeper network whose new layers do nothing yet, and whose others are those of a trained one.
+    """Initialises a deeper network from a trained one; new layers are identities: Net2DeeperNet.
 
-    A new layer stands behind a ReLU and before the next one, or is linear. It is a convolution with an odd kernel and
-    stride 1 that pads as "SAME" does, a dense layer, or a batch norm of either. In training mode a new batch norm
-    normalises by its batch, and the function changes; in inference it does not.
+    A new layer must follow a ReLU and precede the next ReLU, or be linear. It is a convolution with
+    an odd kernel, stride 1 and "SAME" padding, a dense layer, or a batch norm of either. In
+    inference the function is unchanged. In training mode a new batch norm normalises by its batch,
+    which changes the function.
 
     Args:
         source: The tree of the trained network.
         target: The tree of the deeper network, freshly initialised or abstract.
         layers: Patterns, as in `Rule`, of the paths of the new layers in `target`.
-        rules: What the other layers are called in `target`; see `transfer`.
+        rules: Rules that rename the other layers; see `transfer`.
         dtypes: As in `transfer`.
-        epsilon: What the new batch norms add to the variance.
+        epsilon: The constant that the new batch norms add to the variance.
 
     Returns:
-        A tree of the target's structure, and the report, in which the new layers are missing.
+        A tree with the target's structure, and the report, which lists the new layers as missing.
 
     Raises:
-        TransferError: If anything else than the new layers is missing, or `transfer` would raise it.
-        ValueError: If a pattern matches nothing, a new layer also has values in the source, or no identity is known.
+        TransferError: If other paths than those of the new layers are missing, or for any other
+            reason for which `transfer` raises it.
+        ValueError: If a pattern matches nothing, the source also has values for a new layer, or no
+            identity is known.
 
     Example:
         >>> import numpy as np
@@ -173,57 +218,88 @@ def deepen(
         Net2Net: Accelerating Learning via Knowledge Transfer, https://arxiv.org/abs/1511.05641
     """
     leaves = leaves_by_path(target)
-    if idle := [layer for layer in layers if not any(match(layer, path) is not None for path in leaves)]:
-        raise ValueError(f"{idle} match nothing in the target; a pattern matches a whole path, such as {[*leaves][:3]}")
-    new = [path for path in leaves if any(match(layer, path) is not None for layer in layers)]
-    identities = {path: _identity(path, leaves, epsilon) for path in new}
+    matches = {
+        pattern: [path for path in leaves if match_path(pattern, path) is not None]
+        for pattern in layers
+    }
+    if unmatched := [pattern for pattern, paths in matches.items() if not paths]:
+        raise ValueError(
+            f"{unmatched} match nothing in the target; a pattern must match a whole path, such as "
+            f"{[*leaves][:3]}"
+        )
+    new_paths = {path for paths in matches.values() for path in paths}
+    identities = {path: _identity(path, leaves, epsilon) for path in leaves if path in new_paths}
+    # The identities are the target's own values, which a transfer that is not strict keeps.
     filled = jax.tree.unflatten(jax.tree.structure(target), [*{**leaves, **identities}.values()])
     variables, report = transfer(source, filled, rules=rules, strict=False, dtypes=dtypes)
-    if taken := sorted({*new} - {*report.missing}):
-        raise ValueError(f"the source has values for the new layers, {taken}: rename what it has by rules")
-    others = report._replace(missing=tuple(path for path in report.missing if path not in new))
-    check_complete(others, leaves, strict=True)
+    if overwritten := sorted(new_paths - {*report.missing}):
+        raise ValueError(
+            f"the source has values for the new layers, {overwritten}: add rules that rename them"
+        )
+    # Only the new layers may be missing; for everything else the transfer is strict.
+    other_missing = tuple(path for path in report.missing if path not in new_paths)
+    check_complete(report._replace(missing=other_missing), leaves, strict=True)
     return variables, report
 
 
-def _measured(variables: Any, channels: Channels) -> tuple[dict[str, Any], int]:
-    """The leaves by their paths, and the number of channels, once it is clear that every axis has them."""
+def _read_channels(variables: Any, channels: Channels) -> tuple[dict[str, Any], int]:
+    """Returns the leaves by path and the number of channels, after a check of every axis."""
     leaves = leaves_by_path(variables)
-    named = [*channels.produced.items(), *channels.consumed.items()]
-    if unknown := [path for path, _ in named if path not in leaves]:
-        raise ValueError(f"there is nothing at {unknown}, but at {[*leaves]}")
-    if outside := [f"{path} {np.shape(leaves[path])}" for path, axis in named if not _has_axis(leaves[path], axis)]:
-        raise ValueError(f"there is no such axis in {', '.join(outside)}")
-    produced, consumed = ({path: np.shape(leaves[path])[axis] for path, axis in axes.items()} for axes in channels)
+    axes = [*channels.produced.items(), *channels.consumed.items()]
+    if unknown := [path for path, _ in axes if path not in leaves]:
+        raise ValueError(f"the tree has no leaves at {unknown}; its paths are {[*leaves]}")
+    outside = [
+        f"{path} {np.shape(leaves[path])}"
+        for path, axis in axes
+        if not -np.ndim(leaves[path]) <= axis < np.ndim(leaves[path])
+    ]
+    if outside:
+        raise ValueError(f"channels names an axis that does not exist in {', '.join(outside)}")
+    produced = {path: np.shape(leaves[path])[axis] for path, axis in channels.produced.items()}
+    consumed = {path: np.shape(leaves[path])[axis] for path, axis in channels.consumed.items()}
     if len({*produced.values()}) != 1:
-        raise ValueError(f"what makes the channels must have one number of them, got {produced}")
-    (number,) = {*produced.values()}
-    if uneven := {path: length for path, length in consumed.items() if length % number}:
-        raise ValueError(f"what reads the {number} channels must have an axis of a multiple of them, got {uneven}")
-    return leaves, number
+        raise ValueError(f"all produced axes must have the same length, got {produced}")
+    (num_channels,) = {*produced.values()}
+    if uneven := {path: length for path, length in consumed.items() if length % num_channels}:
+        raise ValueError(
+            f"the length of consumed axes must be a multiple of the {num_channels} channels, got "
+            f"{uneven}"
+        )
+    return leaves, num_channels
 
 
-def _has_axis(leaf: Any, axis: int) -> bool:
-    return -np.ndim(leaf) <= axis < np.ndim(leaf)
-
-
-def _picked(
-    leaves: Mapping[str, Any], channels: Channels, number: int, chosen: np.ndarray, copies: np.ndarray | None = None
+def _select_channels(
+    leaves: Mapping[str, Any],
+    channels: Channels,
+    num_channels: int,
+    indices: np.ndarray,
+    copies: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The arrays with the chosen channels, each divided by the number of its copies where it is read."""
-    values = {path: np.take(array_of(path, leaves[path]), chosen, axis) for path, axis in channels.produced.items()}
+    """Takes the channels at `indices` from all arrays of the set.
+
+    Consumed arrays are divided by `copies`, the number of copies of each channel.
+    """
+    values = {
+        path: np.take(to_numpy(path, leaves[path]), indices, axis)
+        for path, axis in channels.produced.items()
+    }
     for path, axis in channels.consumed.items():
-        array = np.moveaxis(values[path] if path in values else array_of(path, leaves[path]), axis, -1)
-        blocks = array.reshape(*array.shape[:-1], -1, number)[..., chosen]
+        # An array on a residual stream has already lost channels on its produced axis.
+        array = values[path] if path in values else to_numpy(path, leaves[path])
+        array = np.moveaxis(array, axis, -1)
+        # After a flatten the channels repeat along the axis, so they are selected in every block.
+        blocks = array.reshape(*array.shape[:-1], -1, num_channels)[..., indices]
         if copies is not None:
+            # In the array's dtype: NumPy would promote floats over integers to float64.
             blocks = blocks / copies.astype(array.dtype)
         values[path] = np.moveaxis(blocks.reshape(*array.shape[:-1], -1), -1, axis)
-    return {path: placed(value, leaves[path]) for path, value in values.items()}
+    return {path: copy_like(value, leaves[path]) for path, value in values.items()}
 
 
 def _identity(path: str, leaves: Mapping[str, Any], epsilon: float) -> Any:
-    """The value of a leaf in a layer that gives back what it gets."""
-    leaf, name = leaves[path], path.rpartition("/")[2]
+    """Returns the value with which the leaf at `path` makes its layer an identity."""
+    leaf = leaves[path]
+    name = path.rpartition("/")[2]
     shape = np.shape(leaf)
     if name == "kernel":
         value = _identity_kernel(path, shape)
@@ -231,17 +307,32 @@ def _identity(path: str, leaves: Mapping[str, Any], epsilon: float) -> Any:
         value = np.zeros(shape)
     elif name == "var":
         value = np.ones(shape)
-    elif name == "scale" and path.partition("/")[2].replace("scale", "var") in {p.partition("/")[2] for p in leaves}:
+    elif name == "scale" and _has_variance(path, leaves):
+        # Cancels the epsilon that the batch norm adds to its variance of 1.
         value = np.full(shape, np.sqrt(1 + epsilon))
     else:
-        raise ValueError(f"no identity is known for {path}: it is no part of a convolution, dense layer or batch norm")
-    return placed(value, leaf, leaf.dtype)
+        raise ValueError(
+            f"no identity is known for {path}: it is not part of a convolution, dense layer or "
+            "batch norm"
+        )
+    return copy_like(value, leaf, leaf.dtype)
+
+
+def _has_variance(path: str, leaves: Mapping[str, Any]) -> bool:
+    """Returns whether a scale belongs to a batch norm: layer and group norms have no variance."""
+    # The collections, "params" and "batch_stats", are cut off: the layer has one path in both.
+    variance = path.partition("/")[2].replace("scale", "var")
+    return any(other.partition("/")[2] == variance for other in leaves)
 
 
 def _identity_kernel(path: str, shape: Sequence[int]) -> np.ndarray:
     spatial = shape[:-2]
     if len(shape) < 2 or shape[-1] != shape[-2] or not all(length % 2 for length in spatial):
-        raise ValueError(f"an identity takes an odd kernel, and as many channels as it gives: {path} has {shape}")
+        raise ValueError(
+            "an identity needs an odd kernel with equally many input and output channels, but "
+            f"{path} has {shape}"
+        )
     kernel = np.zeros(shape)
+    # A Dirac impulse in the centre passes each channel through.
     kernel[tuple(length // 2 for length in spatial)] = np.eye(shape[-1])
     return kernel

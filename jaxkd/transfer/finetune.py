@@ -1,4 +1,4 @@
-"""Fine-tuning: what an optimizer leaves alone, and what it moves less than the rest."""
+"""Fine-tuning: frozen parameters and layer-wise learning rates."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxkd.transfer.rules import match
-from jaxkd.transfer.trees import leaves_by_path, path_of
+from jaxkd.transfer.rules import match_path
+from jaxkd.transfer.trees import join_path, leaves_by_path
 
 
 def freeze(tx: optax.GradientTransformation, *patterns: str) -> optax.GradientTransformation:
-    """Keeps parameters as they are, bit for bit, and no optimizer state for them.
+    """Keeps some parameters unchanged, bit for bit, and without optimizer state.
 
-    Put it around the whole optimizer: what is inside, such as weight decay or clipping by the global norm, sees the
-    other parameters alone. Running statistics are no parameters; see `jaxkd.models.frozen_statistics`.
+    Wrap the whole optimizer: the transformations inside, such as weight decay or clipping by the
+    global norm, see only the other parameters. Running statistics are not parameters; see
+    `jaxkd.models.with_frozen_batch_stats`.
 
     Args:
         tx: The optimizer of the other parameters.
-        *patterns: Which to freeze, by patterns as in `Rule`. Paths begin where the tree does that the optimizer sees:
-            "conv1/kernel", not "params/conv1/kernel".
+        *patterns: Patterns, as in `Rule`, of the parameters to freeze. Paths are those in the tree
+            that the optimizer sees: "conv1/kernel", not "params/conv1/kernel".
 
     Returns:
         The optimizer of all parameters.
@@ -38,23 +39,31 @@ def freeze(tx: optax.GradientTransformation, *patterns: str) -> optax.GradientTr
         [(3,)]
     """
 
-    def labels(params: Any) -> Any:
-        _check_matches(patterns, params)
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, _: "frozen" if _first(patterns, path_of(keys)) is not None else "trained", params
-        )
+    def label(params: Any) -> Any:
+        # Not earlier: only `init` knows the paths.
+        _check_patterns(patterns, params)
+        return jax.tree_util.tree_map_with_path(label_leaf, params)
 
-    return optax.partition({"trained": tx, "frozen": optax.stateless(_stay)}, labels)
+    def label_leaf(keys: tuple[Any, ...], leaf: Array) -> str:
+        del leaf
+        return "trained" if _find_pattern(patterns, join_path(keys)) is None else "frozen"
+
+    # partition hides the frozen leaves from `tx`, which therefore keeps no state for them and does
+    # not count them in a global norm.
+    frozen = optax.stateless(_negative_zero_updates)
+    return optax.partition({"trained": tx, "frozen": frozen}, label)
 
 
 def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Layer-wise learning rates: multiplies updates by factors that patterns of paths choose.
+    """Multiplies updates by factors that depend on the path, for layer-wise learning rates.
 
-    Chain it behind an optimizer: before one such as Adam, which divides by the size of its gradients, it has no effect.
+    Chain it after the optimizer. Before an optimizer such as Adam, which normalises its gradients,
+    it has no effect.
 
     Args:
-        factors: Factors by patterns as in `Rule`. The first pattern that matches decides, in the mapping's order; what
-            none matches keeps its updates. Paths are those of the parameters, as in `freeze`.
+        factors: Factors by pattern, as in `Rule`. The first pattern that matches decides, in the
+            order of the mapping; updates that no pattern matches are unchanged. Paths are those of
+            the parameters, as in `freeze`.
 
     Returns:
         The transformation.
@@ -74,33 +83,46 @@ def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
     factors = dict(factors)
 
     def init(params: optax.Params) -> optax.OptState:
-        _check_matches(factors, params)
+        _check_patterns(factors, params)
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None
+    ) -> tuple[Any, optax.OptState]:
         del params
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
+        return jax.tree_util.tree_map_with_path(scale_leaf, updates), state
 
-    def scaled(keys: tuple[Any, ...], leaf: Array) -> Array:
-        pattern = _first(factors, path_of(keys))
+    def scale_leaf(keys: tuple[Any, ...], leaf: Array) -> Array:
+        pattern = _find_pattern(factors, join_path(keys))
         return leaf if pattern is None else leaf * factors[pattern]
 
     return optax.GradientTransformation(init, update)
 
 
-def _first(patterns: Iterable[str], path: str) -> str | None:
-    """The first pattern that matches a path."""
-    return next((pattern for pattern in patterns if match(pattern, path) is not None), None)
+def _find_pattern(patterns: Iterable[str], path: str) -> str | None:
+    """Returns the first pattern that matches a path."""
+    return next((pattern for pattern in patterns if match_path(pattern, path) is not None), None)
 
 
-def _check_matches(patterns: Iterable[str], params: Any) -> None:
+def _check_patterns(patterns: Iterable[str], params: Any) -> None:
     paths = [*leaves_by_path(params)]
-    idle = [pattern for pattern in patterns if not any(match(pattern, path) is not None for path in paths)]
-    if idle:
-        raise ValueError(f"{idle} match no parameter; a pattern matches a whole path, and there are {paths}")
+    unmatched = [
+        pattern
+        for pattern in patterns
+        if not any(match_path(pattern, path) is not None for path in paths)
+    ]
+    # A typo would otherwise train what should be frozen, without a word.
+    if unmatched:
+        raise ValueError(
+            f"{unmatched} match no parameter; a pattern must match a whole path, and the paths are "
+            f"{paths}"
+        )
 
 
-def _stay(updates: Any, params: Any) -> Any:
-    """Updates of −0, the one number that leaves every other as it is: −0 + 0 is 0, of other bits."""
+def _negative_zero_updates(updates: Any, params: Any) -> Any:
+    """Returns updates of −0, which leave every parameter unchanged.
+
+    An update of 0 would not: −0 + 0 is 0, which has other bits.
+    """
     del params
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)

@@ -1,4 +1,4 @@
-"""Weights moved from one tree to another, every path accounted for."""
+"""Transfer of weights from one tree to another, with a report that accounts for every path."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,19 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.transfer.rules import Renamed, Rule, check_rule, rename
+from jaxkd.transfer.rules import RenamedPath, Rule, check_rule, rename
 
 Dtypes: TypeAlias = Literal["same", "target", "source"]
 
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+_MAX_LISTED_PATHS = 20
+
 
 class Mismatch(NamedTuple):
-    """A path whose array does not fit.
+    """A path whose array has another shape or dtype in the source than in the target.
 
     Attributes:
-        path: Its path in the target.
-        source: Shape and dtype that the source has for it, once laid out as the rule says.
-        target: Shape and dtype of the target.
-        source_path: Its path in the source.
+        path: The path in the target.
+        source: Shape and dtype in the source, after conversion to the target's layout.
+        target: Shape and dtype in the target.
+        source_path: The path in the source.
     """
 
     path: str
@@ -30,15 +33,16 @@ class Mismatch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of every path; `str(report)` is a table.
+    """Outcome of a transfer for every path; `str(report)` formats it as a table.
 
     Attributes:
-        transferred: Pairs of a path in the source and the path in the target that has its values now.
-        missing: Paths of the target for which the source has nothing.
-        unexpected: Paths of the source for which the target has no place.
-        mismatched: Paths of both, of another shape or dtype.
-        left_out: Paths of the source that a rule leaves out.
-        unused: Rules that have a target and match no path of the source.
+        transferred: Pairs of a path in the source and the path in the target that received its
+            value.
+        missing: Paths in the target for which the source has no value.
+        unexpected: Paths in the source that do not exist in the target.
+        mismatched: Paths in both whose shapes or dtypes differ.
+        left_out: Paths in the source that a rule leaves out.
+        unused: Rules that have a target but match no path in the source.
     """
 
     transferred: tuple[tuple[str, str], ...]
@@ -50,73 +54,96 @@ class Report(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether the source gave the whole target, and had nothing else to give."""
+        """True if every target leaf was filled and every source leaf was used.
+
+        Source leaves that a rule leaves out do not count. Every rule with a target must have
+        matched.
+        """
         return not (self.missing or self.unexpected or self.mismatched or self.unused)
 
     def __str__(self) -> str:
-        """The counts, then a table of the paths in the source and in the target."""
-        named = zip(self._fields, self, strict=True)
-        counts = ", ".join(f"{len(paths)} {name.replace('_', ' ')}" for name, paths in named)
-        rows = [("transferred", *pair) for pair in _pairs_summed_up(self.transferred)]
-        rows += [("left out", path, "") for path in _summed_up(self.left_out)]
+        """Formats the counts, and a table of the paths in the source and in the target."""
+        counts = {name.replace("_", " "): len(entries) for name, entries in self._asdict().items()}
+        rules = counts.pop("unused")
+        summary = ", ".join(f"{count} {name}" for name, count in counts.items())
+        summary += f", {rules} unused rule{'' if rules == 1 else 's'}"
+        rows = [("transferred", *pair) for pair in _summarize_pairs(self.transferred)]
+        rows += [("left out", path, "") for path in _summarize_paths(self.left_out)]
+        # What is wrong is listed in full, however long it is.
         rows += [("missing", "", path) for path in self.missing]
         rows += [("unexpected", path, "") for path in self.unexpected]
         for path, source, target, source_path in self.mismatched:
-            rows += [("mismatched", source_path, path), ("", _described(source), _described(target))]
+            rows.append(("mismatched", source_path, path))
+            rows.append(("", _describe_array(source), _describe_array(target)))
         rows += [("unused rule", rule.source, str(rule.target)) for rule in self.unused]
-        return "\n".join([counts, *_aligned([("", "source", "target"), *rows] if rows else [])])
+        if not rows:
+            return summary
+        return "\n".join([summary, *_align_columns([("", "source", "target"), *rows])])
 
 
 class TransferError(ValueError):
-    """A strict transfer in which something is missing, unexpected, mismatched or unused.
+    """Raised by a strict transfer if anything is missing, unexpected, mismatched or unused.
 
     Attributes:
-        report: All of it.
+        report: The report of the transfer.
     """
 
     def __init__(self, message: str, report: Report):
         super().__init__(message)
         self.report = report
 
+    # An exception is unpickled from its message alone, unless it says otherwise.
     def __reduce__(self) -> tuple:  # noqa: D105
         return type(self), (*self.args, self.report)
 
 
 def transfer(
-    source: Any, target: Any, *, rules: Iterable[Rule] = (), strict: bool = True, dtypes: Dtypes = "same"
+    source: Any,
+    target: Any,
+    *,
+    rules: Iterable[Rule] = (),
+    strict: bool = True,
+    dtypes: Dtypes = "same",
 ) -> tuple[Any, Report]:
-    """Gives a tree the weights of another one.
+    """Fills a tree with the weights of another one.
 
-    A path is the keys of dicts, indices of lists and names of attributes on the way to a leaf, joined by "/". The
-    first rule that matches a source's path decides where it goes; without a rule it goes to the same path. Nothing is
-    shared with either tree: every array of the result is a copy.
+    The path of a leaf consists of the dict keys, list indices and attribute names that lead to it,
+    joined by "/". The first rule that matches a source path gives the target path; without a
+    matching rule both are the same. Every array of the result is a copy, so that nothing is shared
+    with either tree.
 
     Args:
-        source: A tree of arrays: parameters, or a flat state dict such as PyTorch's, whose keys are its paths.
-        target: The tree that is to get them. Its leaves may be `jax.ShapeDtypeStruct`, as `jax.eval_shape` makes them:
-            then every one of them must get a value.
-        rules: Which path goes where, and with which layout; see `Rule`.
-        strict: Whether all must fit. If not, the target keeps its own values where the source has none that fit, and
-            the report says where.
-        dtypes: "same": another dtype is a mismatch. "target": cast to the target's, which must be of the same kind
-            (floating, integer, ...). "source": keep the source's.
+        source: A tree of arrays: parameters, or a flat state dict such as PyTorch's, whose keys are
+            its paths.
+        target: The tree to fill. Its leaves may be `jax.ShapeDtypeStruct`, as `jax.eval_shape`
+            returns them; then each of them must receive a value.
+        rules: Rules that rename the paths and convert the layouts; see `Rule`.
+        strict: If True, raises an error unless the report is complete. If False, the target keeps
+            its own value wherever the source has none that fits, and the report lists these paths.
+        dtypes: "same": different dtypes are a mismatch. "target": values are cast to the target's
+            dtype, which must be of the same kind (floating, integer, ...). "source": values keep
+            the source's dtype.
 
     Returns:
-        A tree of the target's structure, and the report. An array is NumPy's where the target's is or is abstract, else
-        JAX's, placed as the target's is.
+        A tree with the target's structure, and the report. An array is a NumPy array if the
+        target's is one or is abstract, else a JAX array placed like the target's.
 
     Raises:
-        TransferError: If `strict`, or for abstract leaves, and something is missing, unexpected or mismatched or a rule
-            matches nothing; the message and its `report` hold all of it.
-        ValueError: If two paths of the source go to one, a pattern cannot be read, a layout does not fit an array, two
-            leaves of a tree have one path, or a tree contains itself.
-        TypeError: If a leaf is no array.
+        TransferError: If `strict` and anything is missing, unexpected or mismatched, or a rule
+            matches nothing. Also if an abstract leaf gets no value, whatever `strict` is. The
+            message and the error's `report` list everything.
+        ValueError: If two source paths are renamed to the same path, a pattern is malformed, a
+            layout does not fit an array, two leaves of a tree have the same path, or a tree
+            contains itself.
+        TypeError: If a leaf is not an array of numbers.
 
     Example:
         >>> import numpy as np
         >>> from jaxkd import layout
         >>> from jaxkd.transfer import Rule, transfer
-        >>> state_dict = {"fc.weight": np.ones((10, 64)), "fc.bias": np.ones(10), "steps": np.array(7)}
+        >>> state_dict = {
+        ...     "fc.weight": np.ones((10, 64)), "fc.bias": np.ones(10), "steps": np.array(7)
+        ... }
         >>> target = {"params": {"logits": {"kernel": np.zeros((64, 10)), "bias": np.zeros(10)}}}
         >>> rules = (
         ...     Rule("fc.weight", "params/logits/kernel", layout.DENSE),
@@ -125,7 +152,7 @@ def transfer(
         ... )
         >>> variables, report = transfer(state_dict, target, rules=rules)
         >>> print(report)
-        2 transferred, 0 missing, 0 unexpected, 0 mismatched, 1 left out, 0 unused
+        2 transferred, 0 missing, 0 unexpected, 0 mismatched, 1 left out, 0 unused rules
                      source     target
         transferred  fc.bias    params/logits/bias
         transferred  fc.weight  params/logits/kernel
@@ -134,33 +161,43 @@ def transfer(
     if dtypes not in get_args(Dtypes):
         raise ValueError(f"dtypes must be one of {get_args(Dtypes)}, got {dtypes!r}")
     rules = tuple(rules)
+    # `rename` stops at the first match, so it would not see a malformed rule behind it.
     for rule in rules:
         check_rule(rule)
-    given, own = leaves_by_path(source), leaves_by_path(target)
-    renamed = {path: rename(path, rules) for path in given}
-    origins = _origins(renamed)
-    values, mismatched = {}, []
-    for path in filter(origins.__contains__, own):
-        name, leaf = origins[path], own[path]
-        value, like = _laid_out(name, given[name], renamed[name].rule), _abstract(path, leaf)
-        if _fits(value, leaf, like, dtypes):
-            values[path] = placed(value, leaf, value.dtype if dtypes == "source" else like.dtype)
+    source_leaves = leaves_by_path(source)
+    target_leaves = leaves_by_path(target)
+    renamed = {source_path: rename(source_path, rules) for source_path in source_leaves}
+    source_paths = _invert(renamed)
+    values = {}
+    mismatched = []
+    for path, leaf in target_leaves.items():
+        if path not in source_paths:
+            continue
+        source_path = source_paths[path]
+        value = _convert(source_path, source_leaves[source_path], renamed[source_path].rule)
+        expected = _shape_and_dtype(path, leaf)
+        if _fits(value, leaf, expected, dtypes):
+            dtype = value.dtype if dtypes == "source" else expected.dtype
+            values[path] = copy_like(value, leaf, dtype)
         else:
-            mismatched.append(Mismatch(path, jax.ShapeDtypeStruct(value.shape, value.dtype), like, name))
+            actual = jax.ShapeDtypeStruct(value.shape, value.dtype)
+            mismatched.append(Mismatch(path, actual, expected, source_path))
     report = Report(
-        transferred=tuple((origins[path], path) for path in values),
-        missing=tuple(path for path in own if path not in origins),
-        unexpected=tuple(name for path, name in origins.items() if path not in own),
+        transferred=tuple((source_paths[path], path) for path in values),
+        missing=tuple(path for path in target_leaves if path not in source_paths),
+        unexpected=tuple(
+            source_path for path, source_path in source_paths.items() if path not in target_leaves
+        ),
         mismatched=tuple(mismatched),
-        left_out=tuple(name for name, (path, _) in renamed.items() if path is None),
-        unused=_unused(rules, renamed),
+        left_out=tuple(source_path for source_path, (path, _) in renamed.items() if path is None),
+        unused=_unused_rules(rules, renamed),
     )
-    check_complete(report, own, strict=strict)
-    return rebuilt(target, values), report
+    check_complete(report, target_leaves, strict=strict)
+    return replace_leaves(target, values), report
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths: keys, indices and names of attributes, joined by "/".
+    """Returns the leaves of a tree by path: keys, indices and attribute names, joined by "/".
 
     Args:
         tree: Any tree.
@@ -169,7 +206,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
         The leaves, in the tree's order.
 
     Raises:
-        ValueError: If two leaves have one path, or the tree contains itself.
+        ValueError: If two leaves have the same path, or the tree contains itself.
 
     Example:
         >>> from jaxkd.transfer import leaves_by_path
@@ -177,89 +214,118 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
         {'bn.mean': 3, 'params/layers/0': 1, 'params/layers/1': 2}
     """
     _check_acyclic(tree, ())
-    leaves, places = {}, {}
+    leaves = {}
+    keys_by_path = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = path_of(keys)
+        path = join_path(keys)
+        # A key may itself contain "/", as in {"a/b": 1, "a": {"b": 2}}.
         if path in leaves:
-            both = f"{jax.tree_util.keystr(places[path])} and {jax.tree_util.keystr(keys)}"
-            raise ValueError(f"two leaves have the path {path!r}: {both}; rename one of them")
-        leaves[path], places[path] = leaf, keys
+            first, second = map(jax.tree_util.keystr, (keys_by_path[path], keys))
+            raise ValueError(
+                f"two leaves have the path {path!r}: {first} and {second}; rename one of them"
+            )
+        leaves[path] = leaf
+        keys_by_path[path] = keys
     return leaves
 
 
-def path_of(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf from the keys on the way to it, as JAX's functions of trees give them."""
+def join_path(keys: tuple[Any, ...]) -> str:
+    """Joins the keys that lead to a leaf, as JAX's tree functions give them, to its path."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def rebuilt(tree: Any, values: Mapping[str, Any]) -> Any:
-    """The tree with these values at their paths; what else it holds is copied."""
-    own = leaves_by_path(tree)
-    leaves = [values[path] if path in values else placed(leaf, leaf) for path, leaf in own.items()]
+def replace_leaves(tree: Any, values: Mapping[str, Any]) -> Any:
+    """Returns the tree with new values at some paths and copies of its leaves at all others."""
+    leaves = [
+        values[path] if path in values else copy_like(leaf, leaf)
+        for path, leaf in leaves_by_path(tree).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def placed(value: Any, like: Any, dtype: Any = None) -> Any:
-    """A copy of an array, in the framework and on the devices of another one."""
+def copy_like(value: Any, like: Any, dtype: Any = None) -> Any:
+    """Copies an array into the framework and onto the devices of another one."""
+    # `order="C"`, since a converted layout is a transposed view, whose strides a copy would keep.
     copy = np.array(value, dtype, order="C")
-    if _is_numpy(like) or isinstance(like, jax.ShapeDtypeStruct):
+    if isinstance(like, (np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return copy
-    return jax.device_put(copy, like.sharding if isinstance(like, jax.Array) and like.committed else None)
+    # Only a committed array fixes its devices; a copy of another one must stay free to move.
+    sharding = like.sharding if isinstance(like, jax.Array) and like.committed else None
+    return jax.device_put(copy, sharding)
 
 
-def array_of(path: str, leaf: Any) -> np.ndarray:
-    """A leaf as an array of the host, not copied where that can be."""
+def to_numpy(path: str, leaf: Any) -> np.ndarray:
+    """Returns a leaf as a NumPy array, without a copy where possible.
+
+    Raises `TypeError` if it is not an array of numbers.
+    """
+    # A Python number gets JAX's default dtype: NumPy's is 64 bits wide and would not fit.
     dtype = jnp.result_type(leaf) if isinstance(leaf, (bool, int, float, complex)) else None
     array = np.asarray(leaf, dtype)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in _KINDS):
-        raise TypeError(f"{path} is no array of numbers, but {type(leaf).__name__}")
+        raise TypeError(f"{path} must be an array of numbers, got {type(leaf).__name__}")
     return array
 
 
 def check_complete(report: Report, target: Mapping[str, Any], *, strict: bool) -> None:
-    """Raises `TransferError` if that is not what was wanted: all, or at least a value for each abstract leaf."""
+    """Raises `TransferError` if the report is incomplete or an abstract leaf has no value.
+
+    Only the latter is checked if not `strict`.
+    """
     if strict and not report.complete:
         raise TransferError(
-            f"the source does not fit the target; transfer(strict=False) takes what fits\n{report}", report
+            "the source does not fit the target; pass strict=False to transfer only what fits\n"
+            f"{report}",
+            report,
         )
-    without = [*report.missing, *(mismatch.path for mismatch in report.mismatched)]
-    if any(isinstance(target[path], jax.ShapeDtypeStruct) for path in without):
-        raise TransferError(f"the target is abstract, and so has no values of its own to keep\n{report}", report)
+    without_value = [*report.missing, *(mismatch.path for mismatch in report.mismatched)]
+    if any(isinstance(target[path], jax.ShapeDtypeStruct) for path in without_value):
+        raise TransferError(
+            "the target is abstract, so every one of its leaves needs a value from the source\n"
+            f"{report}",
+            report,
+        )
 
 
-def _check_acyclic(node: Any, above: tuple[int, ...]) -> None:
-    """JAX would recurse until the interpreter stops it."""
+def _check_acyclic(node: Any, ancestors: tuple[int, ...]) -> None:
+    # JAX itself would recurse until it overflows the stack.
     if not isinstance(node, (dict, list, tuple)):
         return
-    if id(node) in above:
-        raise ValueError(f"the tree contains itself: a {type(node).__name__} is one of its own descendants")
+    if id(node) in ancestors:
+        raise ValueError(
+            f"the tree contains itself: a {type(node).__name__} is one of its own descendants"
+        )
     for child in node.values() if isinstance(node, dict) else node:
-        _check_acyclic(child, (*above, id(node)))
+        _check_acyclic(child, (*ancestors, id(node)))
 
 
-def _origins(renamed: Mapping[str, Renamed]) -> dict[str, str]:
-    """The source's path of each path that something goes to."""
-    origins: dict[str, str] = {}
+def _invert(renamed: Mapping[str, RenamedPath]) -> dict[str, str]:
+    """Returns the source path of every target path; raises `ValueError` if there are several."""
+    source_paths: dict[str, str] = {}
     clashes = []
-    for name, (path, _) in renamed.items():
-        if path in origins:
-            clashes.append(f"{origins[path]!r} and {name!r} both go to {path!r}")
+    for source_path, (path, _) in renamed.items():
+        if path in source_paths:
+            clashes.append(f"{source_paths[path]!r} and {source_path!r} both become {path!r}")
         elif path is not None:
-            origins[path] = name
+            source_paths[path] = source_path
     if clashes:
         raise ValueError(f"clashing rules: {'; '.join(clashes)}")
-    return origins
+    return source_paths
 
 
-def _unused(rules: Sequence[Rule], renamed: Mapping[str, Renamed]) -> tuple[Rule, ...]:
-    """The rules that decide nothing. One that leaves out what is not there has done what it says."""
+def _unused_rules(rules: Sequence[Rule], renamed: Mapping[str, RenamedPath]) -> tuple[Rule, ...]:
+    """Returns the rules that have a target but decide for no path.
+
+    A rule that leaves paths out may match nothing: then there is nothing to leave out.
+    """
+    # By identity: of two equal rules, the second never decides.
     used = {id(rule) for _, rule in renamed.values()}
     return tuple(rule for rule in rules if rule.target is not None and id(rule) not in used)
 
 
-def _laid_out(path: str, leaf: Any, rule: Rule | None) -> np.ndarray:
-    """The array of a leaf as the target lays it out."""
-    array = array_of(path, leaf)
+def _convert(path: str, leaf: Any, rule: Rule | None) -> np.ndarray:
+    """Returns a source leaf as an array in the target's layout."""
+    array = to_numpy(path, leaf)
     if rule is None or rule.layout is None:
         return array
     try:
@@ -268,54 +334,51 @@ def _laid_out(path: str, leaf: Any, rule: Rule | None) -> np.ndarray:
         raise ValueError(f"{path} -> {rule.target}: {error}") from None
 
 
-def _abstract(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else array_of(path, leaf)
+def _shape_and_dtype(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else to_numpy(path, leaf)
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-
-
-def _fits(value: np.ndarray, leaf: Any, like: jax.ShapeDtypeStruct, dtypes: Dtypes) -> bool:
-    if value.shape != like.shape:
+def _fits(value: np.ndarray, leaf: Any, expected: jax.ShapeDtypeStruct, dtypes: Dtypes) -> bool:
+    if value.shape != expected.shape:
         return False
     if dtypes == "same":
-        return value.dtype == like.dtype
+        return value.dtype == expected.dtype
     if dtypes == "target":
-        return any(jnp.issubdtype(value.dtype, kind) and jnp.issubdtype(like.dtype, kind) for kind in _KINDS)
-    return not isinstance(leaf, jax.Array) or jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+        return any(
+            jnp.issubdtype(value.dtype, kind) and jnp.issubdtype(expected.dtype, kind)
+            for kind in _KINDS
+        )
+    # A JAX array would silently hold a float64 value in float32, unless x64 is enabled.
+    return (
+        not isinstance(leaf, jax.Array) or jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+    )
 
 
-def _is_numpy(leaf: Any) -> bool:
-    return isinstance(leaf, (np.ndarray, np.generic))
-
-
-def _described(array: jax.ShapeDtypeStruct) -> str:
+def _describe_array(array: jax.ShapeDtypeStruct) -> str:
     return f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
 
-_LONG = 20
-
-
-def _summed_up(paths: Sequence[str]) -> Sequence[str]:
-    """The paths, or their number in each top-level module if they are many."""
-    if len(paths) <= _LONG:
+def _summarize_paths(paths: Sequence[str]) -> Sequence[str]:
+    """Returns the paths, or the number of paths per top-level module if there are many."""
+    if len(paths) <= _MAX_LISTED_PATHS:
         return paths
-    return [f"{module} ({count})" for module, count in Counter(map(_module, paths)).items()]
+    counts = Counter(map(_top_level_module, paths))
+    return [f"{module} ({count})" for module, count in counts.items()]
 
 
-def _pairs_summed_up(pairs: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    if len(pairs) <= _LONG:
+def _summarize_pairs(pairs: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    if len(pairs) <= _MAX_LISTED_PATHS:
         return pairs
-    return [("", line) for line in _summed_up([path for _, path in pairs])]
+    return [("", line) for line in _summarize_paths([target for _, target in pairs])]
 
 
-def _module(path: str) -> str:
-    """`params/stage1` of `params/stage1/conv1/kernel`, `layer1` of `layer1.0.conv1.weight`."""
+def _top_level_module(path: str) -> str:
+    """Returns `params/stage1` for `params/stage1/conv1/kernel`, `layer1` for `layer1.0.weight`."""
     *modules, leaf = path.split("/")
     return "/".join(modules[:2]) or leaf.partition(".")[0]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

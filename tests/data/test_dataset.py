@@ -15,54 +15,72 @@ def make(train, test=None):
     return dataset.make_dataset("set", train, test or numbered(3), ("a", "b"))
 
 
-@pytest.mark.parametrize(("count", "validation"), [(2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (200, 20)])
+@pytest.mark.parametrize(
+    ("count", "validation"), [(2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (200, 20)]
+)
 def test_validation_is_a_tenth_and_at_least_one(count, validation):
-    made = make(numbered(count))
-    assert (len(made.train.labels), len(made.validation.labels)) == (count - validation, validation)
+    result = make(numbered(count))
+    assert (len(result.train.labels), len(result.validation.labels)) == (
+        count - validation,
+        validation,
+    )
 
 
-def test_cut_keeps_order_and_pairs():
-    made = make(numbered(200))
-    train, validation = made.train.images[:, 0, 0, 0], made.validation.images[:, 0, 0, 0]
+def test_held_out_examples_keep_order_and_labels():
+    result = make(numbered(200))
+    train = result.train.images[:, 0, 0, 0]
+    validation = result.validation.images[:, 0, 0, 0]
     assert (np.diff(train.astype(int)) > 0).all() and (np.diff(validation.astype(int)) > 0).all()
     assert sorted([*train, *validation]) == list(range(200))
-    np.testing.assert_array_equal(made.train.labels, train % 2)
-    np.testing.assert_array_equal(made.validation.labels, validation % 2)
+    np.testing.assert_array_equal(result.train.labels, train % 2)
+    np.testing.assert_array_equal(result.validation.labels, validation % 2)
 
 
-def test_cut_is_drawn_once_and_for_all():
-    # Written down from jax 0.12; another number means that every result with a validation set changes.
+def test_validation_set_is_fixed():
+    # Recorded with jax 0.12; another value changes every result with a validation set.
     assert make(numbered(50)).validation.images[:, 0, 0, 0].tolist() == [0, 1, 19, 36, 40]
 
 
-def test_cut_does_not_depend_on_the_default_generator():
-    expected = make(numbered(50)).validation, dataset.cut_test(numbered(50))
+def test_held_out_examples_do_not_depend_on_the_default_generator():
+    expected = make(numbered(50)).validation, dataset.hold_out_test(numbered(50))
     with jax.default_prng_impl("rbg"):
-        chex.assert_trees_all_equal((make(numbered(50)).validation, dataset.cut_test(numbered(50))), expected)
+        chex.assert_trees_all_equal(
+            (make(numbered(50)).validation, dataset.hold_out_test(numbered(50))), expected
+        )
 
 
-def test_cut_follows_the_key():
-    parts = [dataset.cut(numbered(200), 20, key=jax.random.key(seed))[1].images for seed in (0, 0, 1)]
+def test_held_out_examples_follow_the_key():
+    parts = [
+        dataset.hold_out(numbered(200), 20, key=jax.random.key(seed))[1].images
+        for seed in (0, 0, 1)
+    ]
     assert (parts[0] == parts[1]).all() and (parts[0] != parts[2]).any()
 
 
-def test_test_set_is_cut_by_another_key():
-    train, test = dataset.cut_test(numbered(100))
+def test_test_set_is_held_out_by_another_key():
+    train, test = dataset.hold_out_test(numbered(100))
     assert (len(train.labels), len(test.labels)) == (80, 20)
-    other = dataset.cut(numbered(100), 20, key=jax.random.key(0))[1]
-    assert not np.array_equal(test.images, other.images)
-    chex.assert_trees_all_equal(dataset.cut_test(numbered(100)), (train, test))
+    validation = dataset.hold_out(numbered(100), 20, key=jax.random.key(0))[1]
+    assert not np.array_equal(test.images, validation.images)
+    chex.assert_trees_all_equal(dataset.hold_out_test(numbered(100)), (train, test))
 
 
 def test_grey_images_pass():
-    assert make(numbered(4, shape=(4, 4, 1)), numbered(3, shape=(4, 4, 1))).train.images.shape == (3, 4, 4, 1)
+    result = make(numbered(4, shape=(4, 4, 1)), numbered(3, shape=(4, 4, 1)))
+    assert result.train.images.shape == (3, 4, 4, 1)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((4, 4, 4, 3), np.float32), r"set: train has images float32 \[4, 4, 4, 3\], expected uint8"),
-        (np.zeros((4, 4, 4, 4), np.uint8), r"uint8 \[4, 4, 4, 4\], expected uint8 \[N, H, W, 1 or 3\]: convert"),
+        (
+            np.zeros((4, 4, 4, 3), np.float32),
+            r"set: train has images float32 \[4, 4, 4, 3\], expected uint8",
+        ),
+        (
+            np.zeros((4, 4, 4, 4), np.uint8),
+            r"uint8 \[4, 4, 4, 4\], expected uint8 \[N, H, W, 1 or 3\]: convert",
+        ),
         (np.zeros((4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\], expected"),
     ],
 )
@@ -75,7 +93,9 @@ def test_wrong_images(images, message):
 def test_label_without_a_class(label):
     test = numbered(5)
     test.labels[[3, 4]] = label
-    with pytest.raises(DataError, match=rf"set: test has label {label} at index 3, outside 0..1: choose"):
+    with pytest.raises(
+        DataError, match=rf"set: test has label {label} at index 3, outside 0..1: choose"
+    ):
         make(numbered(4), test)
 
 

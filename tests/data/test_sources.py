@@ -7,33 +7,45 @@ import numpy as np
 import pytest
 
 from jaxkd import data
-from jaxkd.data import embedded, folder_source, sources, tfds_folder, tfds_prepare, tfds_source
+from jaxkd.data import embedded, image_folder, sources, tfds_images, tfds_prepare
+
+pytestmark = pytest.mark.usefixtures("no_download")
 
 
 @pytest.fixture
 def dispatch(monkeypatch):
-    """Tells which source a name goes to instead of reading it."""
-    monkeypatch.setattr(embedded, "read", lambda: "embedded")
-    monkeypatch.setattr(folder_source, "read", lambda path, image_size: ("folder", path, image_size))
-    monkeypatch.setattr(tfds_source, "read", lambda name, data_dir, image_size: ("tfds", name, data_dir))
-    monkeypatch.setattr(sources, "make_dataset", lambda name, *read: read if len(read) > 1 else "".join(read))
+    """Makes `load` return the source that a name selects, and the arguments it passes."""
+    monkeypatch.setattr(
+        image_folder, "read_image_folder", lambda path, image_size: ("folder", path, image_size)
+    )
+    monkeypatch.setattr(
+        tfds_images,
+        "read_tfds_images",
+        lambda name, data_dir, image_size: ("tfds", name, data_dir),
+    )
+    monkeypatch.setattr(sources, "make_dataset", lambda name, *source: source)
 
 
-def test_embedded_set_is_loaded_and_cut():
+def test_embedded_dataset_is_loaded_and_divided():
     dataset = data.load("fashion_mnist_mini")
     assert [len(split.labels) for split in dataset[:3]] == [9000, 1000, 2000]
-    assert all(split.images.dtype == np.uint8 and split.labels.dtype == np.int32 for split in dataset[:3])
+    assert all(
+        split.images.dtype == np.uint8 and split.labels.dtype == np.int32 for split in dataset[:3]
+    )
 
 
 def test_equal_calls_give_equal_arrays():
-    chex.assert_trees_all_equal(data.load("fashion_mnist_mini")[:3], data.load("fashion_mnist_mini")[:3])
+    chex.assert_trees_all_equal(
+        data.load("fashion_mnist_mini")[:3], data.load("fashion_mnist_mini")[:3]
+    )
 
 
 def test_validation_is_part_of_train_and_test_is_untouched():
-    dataset, (train, test, _) = data.load("fashion_mnist_mini"), embedded.read()
-    together = np.concatenate([dataset.train.images, dataset.validation.images]).reshape(10_000, -1)
+    dataset = data.load("fashion_mnist_mini")
+    train, test, _ = embedded.read_embedded()
+    union = np.concatenate([dataset.train.images, dataset.validation.images]).reshape(10_000, -1)
     rows = {row.tobytes() for row in train.images}
-    assert {row.tobytes() for row in together} == rows
+    assert {row.tobytes() for row in union} == rows
     chex.assert_trees_all_equal(dataset.test, test)
 
 
@@ -44,30 +56,32 @@ def test_existing_folder_wins_over_a_dataset_name(dispatch, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["./photos", "photos/fruit", "/photos", "~/photos", "../cifar10"])
-def test_paths_go_to_folders(name, dispatch, tmp_path):
+def test_paths_select_folders(name, dispatch, tmp_path):
     assert data.load(name, tmp_path) == ("folder", Path(name).expanduser(), 64)
 
 
-def test_path_objects_go_to_folders(dispatch, tmp_path):
+def test_path_objects_select_folders(dispatch, tmp_path):
     assert data.load(tmp_path) == ("folder", tmp_path, 64)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10/3.0.2", "cifar10:3.0.2", "mnist_corrupted/fog", "unheard_of"])
-def test_other_names_go_to_tfds(name, dispatch, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar10/3.0.2", "cifar10:3.0.2", "mnist_corrupted/fog", "unheard_of"]
+)
+def test_other_names_select_tfds(name, dispatch, tmp_path):
     assert data.load(name, tmp_path) == ("tfds", name, tmp_path)
 
 
-def test_name_prepared_by_oneself_goes_to_tfds(dispatch, tmp_path):
+def test_prepared_dataset_unknown_to_tfds_selects_tfds(dispatch, tmp_path):
     (tmp_path / "mine").mkdir()
     assert data.load("mine/1.0.0", tmp_path) == ("tfds", "mine/1.0.0", tmp_path)
 
 
 def test_data_dir_defaults_to_that_of_tfds(monkeypatch, tmp_path):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert tfds_folder.resolve(None) == Path.home() / "tensorflow_datasets"
+    assert tfds_prepare.resolve_data_dir(None) == Path.home() / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert tfds_folder.resolve(None) == tmp_path
-    assert tfds_folder.resolve("~/here") == Path.home() / "here"
+    assert tfds_prepare.resolve_data_dir(None) == tmp_path
+    assert tfds_prepare.resolve_data_dir("~/here") == Path.home() / "here"
 
 
 def test_paths_need_no_tfds(monkeypatch, tmp_path):
@@ -78,7 +92,10 @@ def test_paths_need_no_tfds(monkeypatch, tmp_path):
 
 def test_missing_tfds(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(data.DataError, match=r"needs tensorflow_datasets.*pip install 'jaxkd-distill\[experiments\]'"):
+    with pytest.raises(
+        data.DataError,
+        match=r"needs tensorflow_datasets.*pip install 'jaxkd-distill\[experiments\]'",
+    ):
         data.load("cifar10", tmp_path)
 
 
@@ -91,8 +108,7 @@ def test_missing_tfds(monkeypatch, tmp_path):
         ("qqqqqqqq", "unknown dataset 'qqqqqqqq'; give the path of a folder or a name from https"),
     ],
 )
-def test_unknown_name(name, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_prepare, "_is_online", lambda: pytest.fail("the network was asked"))
+def test_unknown_name(name, message, tmp_path):
     with pytest.raises(data.DataError, match=message):
         data.load(name, tmp_path)
 
@@ -105,6 +121,12 @@ def test_image_size_below_one():
 def test_import_needs_jax_and_numpy_alone():
     code = (
         "import sys, jaxkd.data; jaxkd.data.load('fashion_mnist_mini');"
-        "print({'tensorflow_datasets', 'tensorflow', 'PIL', 'rich', 'flax', 'optax'} & set(sys.modules))"
+        "optional = {'tensorflow_datasets', 'tensorflow', 'PIL', 'rich', 'flax', 'optax'};"
+        "print(optional & set(sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )

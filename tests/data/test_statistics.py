@@ -11,15 +11,15 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)
 
 
-def test_by_hand():
+def test_value_by_hand():
     mean, std = channel_statistics(np.array([0, 255, 255, 255], np.uint8).reshape(1, 2, 2, 1))
     np.testing.assert_allclose(mean, [0.75], rtol=1e-6)
     np.testing.assert_allclose(std, [np.sqrt(3) / 4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 10**9])
-def test_equals_float64_reference(images, chunk, monkeypatch):
-    monkeypatch.setattr(statistics, "_CHUNK", chunk)
+@pytest.mark.parametrize("chunk_size", [1, 100, 10**9])
+def test_equals_float64_reference(images, chunk_size, monkeypatch):
+    monkeypatch.setattr(statistics, "_VALUES_PER_CHUNK", chunk_size)
     mean, std = channel_statistics(images)
     scaled = images.astype(np.float64) / 255
     np.testing.assert_allclose(mean, scaled.mean((0, 1, 2)), rtol=1e-6)
@@ -38,7 +38,9 @@ def test_constant_channel_has_deviation_one(images, value):
 def test_faint_channel_keeps_its_deviation():
     images = np.full((1000, 32, 32, 1), 77, np.uint8)
     images[0, 0, 0, 0] = 78
-    np.testing.assert_allclose(channel_statistics(images)[1], images.astype(np.float64).std() / 255, rtol=1e-5)
+    np.testing.assert_allclose(
+        channel_statistics(images)[1], images.astype(np.float64).std() / 255, rtol=1e-5
+    )
 
 
 def test_memory_stays_below_a_hundred_megabytes():

@@ -4,7 +4,9 @@ import pytest
 
 from jaxkd.data import DataError, balanced_subset
 
-LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 60, 50, 4])).astype(np.int32)
+LABELS = (
+    np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 60, 50, 4])).astype(np.int32)
+)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 60, 
         (214, [100, 60, 50, 4]),
     ],
 )
-def test_classes_are_balanced_as_far_as_they_reach(count, expected):
+def test_classes_are_balanced_as_far_as_they_suffice(count, expected):
     indices = balanced_subset(LABELS, count, jax.random.key(0))
     np.testing.assert_array_equal(np.bincount(LABELS[indices], minlength=4), expected)
 
@@ -34,14 +36,16 @@ def test_indices_are_sorted_unique_int32():
     assert indices.dtype == np.int32 and indices.shape == (150,) and (np.diff(indices) > 0).all()
 
 
-def test_key_draws_examples_and_the_odd_class():
+def test_key_draws_examples_and_the_class_of_the_remainder():
     draws = [balanced_subset(LABELS, 40, jax.random.key(seed)).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    odd = {int(LABELS[balanced_subset(LABELS, 1, jax.random.key(seed))[0]]) for seed in range(40)}
-    assert odd == {0, 1, 2, 3}
+    classes = {
+        int(LABELS[balanced_subset(LABELS, 1, jax.random.key(seed))[0]]) for seed in range(40)
+    }
+    assert classes == {0, 1, 2, 3}
 
 
-def test_every_example_of_a_class_is_as_likely():
+def test_examples_of_a_class_are_equally_likely():
     labels = np.repeat([0, 1], 10)
     drawn = np.zeros(20)
     for seed in range(200):
@@ -52,7 +56,10 @@ def test_every_example_of_a_class_is_as_likely():
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (1000, "^1000 labelled images asked for, but the training set has 214: choose at most 214$"),
+        (
+            1000,
+            "^1000 labelled images asked for, but the training set has 214: choose at most 214$",
+        ),
         (215, "choose at most 214"),
         (0, "^0 labelled images asked for, but the training set has 214: choose from 1 to 214$"),
         (-1, "choose from 1 to 214"),

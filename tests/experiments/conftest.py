@@ -1,4 +1,4 @@
-"""A tiny folder of images, the command line on it, and the command lines of the benchmarks."""
+"""A tiny folder of images, and fixtures that run experiments and benchmarks as a user does."""
 
 import os
 import subprocess
@@ -8,32 +8,46 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli
+from experiments.common import cli
 
 CLASSES = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """Noise of 16×16 pixels in three colours: 30 images a class to train on, 10 to test."""
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+def image_dir(tmp_path_factory):
+    """A folder of noise of 16×16 pixels in three colours: 30 training, 10 test images a class."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 10)):
         for name, colour in CLASSES.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(draw.normal(np.multiply(colour, 0.3) + 90, 60, (16, 16, 3)), 0, 255)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+                noise = rng.normal(np.multiply(colour, 0.3) + 90, 60, (16, 16, 3))
+                pixels = np.clip(noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def command(images):
+def command(image_dir):
     """Makes the command line of an experiment on those images, as a user would type it."""
 
     def make(experiment, *options):
-        small = {"--dataset": images, "--image-size": 16, "--seeds": 2, "--epochs": 3, "--batch-size": 16}
-        given = [str(part) for pair in small.items() for part in pair]
-        return [sys.executable, "-m", f"experiments.{experiment}", *given, *map(str, options)]
+        small = {
+            "--dataset": image_dir,
+            "--image-size": 16,
+            "--num-seeds": 2,
+            "--epochs": 3,
+            "--batch-size": 16,
+        }
+        arguments = [part for pair in small.items() for part in pair]
+        return [
+            sys.executable,
+            "-m",
+            f"experiments.{experiment}",
+            *map(str, arguments),
+            *map(str, options),
+        ]
 
     return make
 
@@ -41,16 +55,23 @@ def command(images):
 @pytest.fixture(scope="session")
 def environment():
     """The environment of a user's terminal: no virtual devices."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"COLUMNS": "100"}
+    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return variables | {"COLUMNS": "100"}
 
 
 @pytest.fixture(scope="session")
 def execute(command, environment):
-    """Runs an experiment to its end and returns what it printed."""
+    """Runs an experiment to its end and returns the completed process."""
 
     def run(experiment, *options):
-        line = command(experiment, *options)
-        return subprocess.run(line, env=environment, capture_output=True, text=True, check=True, timeout=600)
+        return subprocess.run(
+            command(experiment, *options),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        )
 
     return run
 
@@ -61,16 +82,23 @@ def benchmark(tmp_path_factory, environment):
 
     def run(experiment, *options):
         folder = tmp_path_factory.mktemp(experiment) / "workdir"
-        line = [sys.executable, "-m", f"experiments.{experiment}", *options, "--workdir", str(folder)]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True, timeout=600)
-        return folder, done.stdout
+        module = f"experiments.{experiment}"
+        process = subprocess.run(
+            [sys.executable, "-m", module, *options, "--workdir", str(folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        )
+        return folder, process.stdout
 
     return run
 
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch):
-    """Gives an experiment options that make no sense, in a folder that it leaves alone, and returns what it says."""
+    """Runs an experiment with invalid options, checks that it wrote nothing, returns its error."""
 
     def run(experiment, *options):
         monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The comparison of methods: every one teaches in a plan, and what it needs beside the student stays behind."""
+"""The comparison of methods: each one trains a student, without a trace of its own parameters."""
 
 import json
 import subprocess
@@ -9,47 +9,72 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import methods
+from jaxkd.distill import LossContext
+from jaxkd.models import Outputs
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, execute):
-    """A run of a method without and one with parameters of its own."""
+def finished_run(tmp_path_factory, execute):
+    """A run of a method without and one with parameters of its own: its folder and its output."""
     folder = tmp_path_factory.mktemp("methods") / "run"
-    options = ("--image-size", 28, "--num-images", 45, "--seeds", 1, "--epochs", 1, "--workdir", folder)
+    options = (
+        "--image-size",
+        28,
+        "--num-images",
+        45,
+        "--num-seeds",
+        1,
+        "--epochs",
+        1,
+        "--workdir",
+        folder,
+    )
     return folder, execute("methods", *options, "--only", "kd", "hint").stdout
 
 
-def test_compares_the_methods_that_were_asked_for(left):
-    folder, printed = left
+def test_compares_the_selected_methods(finished_run):
+    folder, printed = finished_run
     rows = json.loads((folder / "results.json").read_text())
     assert [row["name"] for row in rows] == ["teacher", "labels", "kd", "hint"]
-    assert len({row["parameters"] for row in rows[1:]}) == 1, "a projector is no part of the student"
+    student_sizes = {row["parameters"] for row in rows[1:]}
+    assert len(student_sizes) == 1, "a projector is not part of the student"
     assert "kd is" in printed and "hint is" in printed
 
 
-def test_exports_the_student_alone(left):
-    folder, _ = left
-    assert {name.split("/")[1] for name in load_file(folder / "student.safetensors")} >= {"conv1", "hidden", "logits"}
+def test_exports_the_student_alone(finished_run):
+    folder, _ = finished_run
+    layers = {name.split("/")[1] for name in load_file(folder / "student.safetensors")}
+    assert layers >= {"conv1", "hidden", "logits"}
 
 
 def test_every_method_has_a_finite_gradient():
     config = methods.Config()
-    draws = iter(jax.random.split(jax.random.key(0), 20))
+    keys = iter(jax.random.split(jax.random.key(0), 20))
 
-    def outputs(shape):
-        (first, second), hidden = shape
-        shapes = {"stage1": (6, 13, 13, first), "stage2": (6, 5, 5, second), "pre_logits": (6, hidden)}
-        features = {name: jax.nn.relu(jax.random.normal(next(draws), size)) for name, size in shapes.items()}
-        return methods.Outputs(jax.random.normal(next(draws), (6, 10)), features)
+    def make_outputs(architecture):
+        (first, second), hidden = architecture
+        shapes = {
+            "stage1": (6, 13, 13, first),
+            "stage2": (6, 5, 5, second),
+            "pre_logits": (6, hidden),
+        }
+        features = {
+            name: jax.nn.relu(jax.random.normal(next(keys), shape))
+            for name, shape in shapes.items()
+        }
+        return Outputs(jax.random.normal(next(keys), (6, 10)), features)
 
-    student, teacher = outputs(methods.STUDENT), outputs(methods.TEACHER)
+    student = make_outputs(methods.STUDENT)
+    teacher = make_outputs(methods.TEACHER)
     batch = {"labels": np.arange(6)}
-    for name, method in methods.methods(config).items():
+    for name, method in methods.make_methods(config).items():
         params = () if method.init is None else (method.init(jax.random.key(1)),)
-        loss = methods.with_labels(method)
+        loss = methods.make_loss(method)
 
         def mean(student, *params, loss=loss):
-            return loss(student, (teacher,), batch, *params).mean()
+            own_params = params[0] if params else None
+            context = LossContext(0, 0.0, jax.random.key(2), own_params, None)
+            return loss(student, (teacher,), batch, context).mean()
 
         value, gradients = jax.value_and_grad(mean, tuple(range(1 + len(params))))(student, *params)
         leaves = jax.tree.leaves((value, gradients))
@@ -57,9 +82,13 @@ def test_every_method_has_a_finite_gradient():
         assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients[0])), name
 
 
-def test_unknown_methods_are_told_in_one_line(command, environment):
-    done = subprocess.run(
-        command("methods", "--only", "kd", "telepathy"), env=environment, capture_output=True, text=True
+def test_unknown_method_ends_in_one_line(command, environment):
+    process = subprocess.run(
+        command("methods", "--only", "kd", "telepathy"),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --only telepathy: choose from kd ") and done.stderr.count("\n") == 1
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: --only telepathy: choose from kd ")
+    assert process.stderr.count("\n") == 1

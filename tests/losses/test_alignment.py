@@ -1,4 +1,4 @@
-"""Cross-layer alignment against hand-worked values, float64 references, its limits, and what it learns."""
+"""Tests cross-layer alignment: hand-worked values, float64 references, limits and training."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 
 from jaxkd.losses import alignment
 
-# Layers whose sizes differ either way, and do not divide.
+# The student layer of a pair is larger on some axes and smaller on others, and sizes do not divide.
 SHAPES = {
     "maps": (((5, 4, 6, 3),), ((5, 2, 8, 4), (5, 3, 4, 2))),
     "tokens": (((5, 4, 3), (5, 4, 2)), ((5, 6, 4), (5, 3, 3), (5, 4, 2))),
@@ -26,7 +26,11 @@ def draw(kind="tokens", seed=0, scale=1.0):
     random = np.random.default_rng(seed)
     student, teacher = ([normal(random, shape, scale) for shape in side] for side in SHAPES[kind])
     widths = ([shape[-1] for shape in side] for side in SHAPES[kind])
-    return alignment.init_semantic_calibration(jax.random.key(seed), *widths, features=4), student, teacher
+    return (
+        alignment.init_semantic_calibration(jax.random.key(seed), *widths, features=4),
+        student,
+        teacher,
+    )
 
 
 def draw_aligned(seed=0, scale=1.0):
@@ -39,7 +43,7 @@ LOSSES = {
     "semantic_calibration": (alignment.semantic_calibration_loss, draw),
     "aligned_states": (alignment.aligned_states_loss, draw_aligned),
 }
-EACH_LOSS = pytest.mark.parametrize("loss, make", LOSSES.values(), ids=LOSSES)
+BOTH_LOSSES = pytest.mark.parametrize("loss, draw_inputs", LOSSES.values(), ids=LOSSES)
 
 
 def as_float64(tree):
@@ -52,16 +56,16 @@ def reference_weights(queries, keys):
     return odds / odds.sum()
 
 
-def reference_level(vector):
+def reference_rms_normalize(vector):
     return vector / np.sqrt(np.mean(vector**2))
 
 
-def reference_embed(vector, own):
-    return reference_level(vector) @ own["kernel"] + own["bias"]
+def reference_embed(vector, affine_map):
+    return reference_rms_normalize(vector) @ affine_map["kernel"] + affine_map["bias"]
 
 
 def reference_pool(array, size):
-    """PyTorch's adaptive average pooling of one example, window by window over all spatial axes."""
+    """Applies PyTorch's adaptive average pooling to an example, window by window."""
     pooled = np.zeros((*size, array.shape[-1]))
     for index in np.ndindex(*size):
         window = tuple(
@@ -76,15 +80,23 @@ def reference_semantic_calibration(params, student, teacher):
     params, student, teacher = as_float64((params, student, teacher))
     values = np.zeros(len(student[0]))
     for b in range(len(values)):
-        means = [[x[b].reshape(-1, x.shape[-1]).mean(0) for x in side] for side in (student, teacher)]
-        keys = np.array([reference_embed(*pair) for pair in zip(means[1], params["keys"], strict=True)])
+        means = [
+            [x[b].reshape(-1, x.shape[-1]).mean(0) for x in side] for side in (student, teacher)
+        ]
+        keys = np.array(
+            [reference_embed(*pair) for pair in zip(means[1], params["keys"], strict=True)]
+        )
         for i, state in enumerate(student):
             weights = reference_weights(reference_embed(means[0][i], params["queries"][i]), keys)
             for j, target in enumerate(teacher):
                 size = tuple(np.minimum(state.shape[1:-1], target.shape[1:-1]))
                 projector = params["projectors"][i][j]
                 projected = reference_pool(state[b], size) @ projector["kernel"] + projector["bias"]
-                values[b] += weights[j] * np.mean((projected - reference_pool(target[b], size)) ** 2) / len(student)
+                values[b] += (
+                    weights[j]
+                    * np.mean((projected - reference_pool(target[b], size)) ** 2)
+                    / len(student)
+                )
     return values
 
 
@@ -92,16 +104,20 @@ def reference_aligned_states(params, student, teacher):
     params, student, teacher = as_float64((params, student, teacher))
     values = np.zeros(len(student))
     for b in range(len(values)):
-        keys = np.array([reference_level(state) for state in teacher[b]])
+        keys = np.array([reference_rms_normalize(state) for state in teacher[b]])
         for state in student[b]:
-            context = reference_weights(reference_embed(state, params["queries"]), keys) @ teacher[b]
+            context = (
+                reference_weights(reference_embed(state, params["queries"]), keys) @ teacher[b]
+            )
             projected = state @ params["projector"]["kernel"] + params["projector"]["bias"]
             values[b] += np.mean((projected - context) ** 2) / student.shape[1]
     return values
 
 
 def with_bias(params):
-    return jax.tree.map(lambda x: x + jnp.sin(jnp.arange(x.size, dtype=x.dtype)) if x.ndim == 1 else x, params)
+    return jax.tree.map(
+        lambda x: x + jnp.sin(jnp.arange(x.size, dtype=x.dtype)) if x.ndim == 1 else x, params
+    )
 
 
 def affine(kernel, bias=0.0):
@@ -110,25 +126,34 @@ def affine(kernel, bias=0.0):
 
 
 def test_values_worked_by_hand():
-    # Features of one channel become 1: scores log 3 · 1 and 0, so weights 3/4 and 1/4. The student's map shrinks to its
-    # mean 2, projected to 2 + 1 and 2 · 2: 3/4 (3 − 5)² + 1/4 (4 − 6)² = 4.
+    # Features of one channel become 1: scores log 3 · 1 and 0, so weights 3/4 and 1/4. The
+    # student's map is averaged to 2, projected to 2 + 1 and 2 · 2: 3/4 (3 − 5)² + 1/4 (4 − 6)² = 4.
     params = {
         "queries": [affine([[np.log(3.0)]])],
         "keys": [affine([[1.0]]), affine([[0.0]])],
         "projectors": [[affine([[1.0]], bias=1.0), affine([[2.0]])]],
     }
-    student, teacher = [jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)], [jnp.full((1, 1, 1, 1), x) for x in (5.0, 6.0)]
-    np.testing.assert_allclose(alignment.cross_layer_weights(params, student, teacher), [[[0.75, 0.25]]], rtol=1e-6)
-    np.testing.assert_allclose(alignment.semantic_calibration_loss(params, student, teacher), [4.0], rtol=1e-6)
-    # States along the axes become √2 along the axes: scores √2 √2 w / √2 = log 3 for the layer of the same axis, and 0.
-    # Contexts (3/4 · 8, 1/4 · 2) and (1/4 · 8, 3/4 · 2), and 0 is projected to 0.
+    student = [jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)]
+    teacher = [jnp.full((1, 1, 1, 1), x) for x in (5.0, 6.0)]
+    np.testing.assert_allclose(
+        alignment.cross_layer_weights(params, student, teacher), [[[0.75, 0.25]]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        alignment.semantic_calibration_loss(params, student, teacher), [4.0], rtol=1e-6
+    )
+    # States along the axes become √2 along the axes: scores √2 √2 w / √2 = log 3 for the layer of
+    # the same axis, and 0. Contexts are (3/4 · 8, 1/4 · 2) and (1/4 · 8, 3/4 · 2), and states are
+    # projected to 0.
     params = {
         "queries": affine(np.log(3.0) / np.sqrt(2) * np.eye(2)),
         "projector": affine(np.zeros((2, 2))),
     }
-    student, teacher = jnp.array([[[5.0, 0.0], [0.0, 5.0]]]), jnp.array([[[8.0, 0.0], [0.0, 2.0]]])
+    student = jnp.array([[[5.0, 0.0], [0.0, 5.0]]])
+    teacher = jnp.array([[[8.0, 0.0], [0.0, 2.0]]])
     expected = np.mean([6.0**2, 0.5**2, 2.0**2, 1.5**2])
-    np.testing.assert_allclose(alignment.aligned_states_loss(params, student, teacher), [expected], rtol=1e-6)
+    np.testing.assert_allclose(
+        alignment.aligned_states_loss(params, student, teacher), [expected], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -136,7 +161,9 @@ def test_semantic_calibration_equals_a_float64_reference(kind):
     params, student, teacher = draw(kind)
     params = with_bias(params)
     values = jax.jit(alignment.semantic_calibration_loss)(params, student, teacher)
-    np.testing.assert_allclose(values, reference_semantic_calibration(params, student, teacher), rtol=1e-5)
+    np.testing.assert_allclose(
+        values, reference_semantic_calibration(params, student, teacher), rtol=1e-5
+    )
     weights = alignment.cross_layer_weights(params, student, teacher)
     chex.assert_shape([values, weights], [(5,), (5, len(student), len(teacher))])
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
@@ -147,29 +174,39 @@ def test_aligned_states_equals_a_float64_reference():
     params, student, teacher = draw_aligned()
     params = with_bias(params)
     values = alignment.aligned_states_loss(params, student, teacher)
-    np.testing.assert_allclose(values, reference_aligned_states(params, student, teacher), rtol=1e-5)
+    np.testing.assert_allclose(
+        values, reference_aligned_states(params, student, teacher), rtol=1e-5
+    )
 
 
 def test_one_teacher_layer_gets_all_the_weight():
     params, student, teacher = draw("vectors")
-    params = params | {"keys": params["keys"][:1], "projectors": [row[:1] for row in params["projectors"]]}
-    np.testing.assert_array_equal(alignment.cross_layer_weights(params, student, teacher[:1]), jnp.ones((5, 2, 1)))
+    params = params | {
+        "keys": params["keys"][:1],
+        "projectors": [row[:1] for row in params["projectors"]],
+    }
+    np.testing.assert_array_equal(
+        alignment.cross_layer_weights(params, student, teacher[:1]), jnp.ones((5, 2, 1))
+    )
 
 
 def test_loss_is_zero_where_a_projection_equals_every_layer():
     params, student, _ = draw()
-    own = params["queries"][:1]
-    params = {"queries": own, "keys": own * 2, "projectors": [[affine(np.eye(3))] * 2]}
+    queries = params["queries"][:1]
+    params = {"queries": queries, "keys": queries * 2, "projectors": [[affine(np.eye(3))] * 2]}
     value, gradient = jax.value_and_grad(
         lambda s: alignment.semantic_calibration_loss(params, s, student[:1] * 2).sum()
     )(student[:1])
     assert value == 0
     np.testing.assert_allclose(gradient[0], 0, atol=1e-7)
-    assert alignment.semantic_calibration_loss(params, student[:1], [student[0] + 1, student[0]]).min() > 0
+    assert (
+        alignment.semantic_calibration_loss(params, student[:1], [student[0] + 1, student[0]]).min()
+        > 0
+    )
 
 
 def test_mean_of_distances_is_distance_from_the_mean_plus_the_spread():
-    """The identity between the two losses, Σ α ‖s − t‖² = ‖s − Σ α t‖² + Σ α ‖t − Σ α t‖², for equal parameters."""
+    """Tests Σ α ‖s − t‖² = ‖s − Σ α t‖² + Σ α ‖t − Σ α t‖² on both losses with equal parameters."""
     params, student, teacher = draw_aligned()
     layers = {
         "queries": [params["queries"]] * 2,
@@ -179,7 +216,9 @@ def test_mean_of_distances_is_distance_from_the_mean_plus_the_spread():
     states = list(student.swapaxes(0, 1)), list(teacher.swapaxes(0, 1))
     weights = alignment.cross_layer_weights(layers, *states)
     context = jnp.einsum("bij,bjd->bid", weights, teacher)
-    spread = jnp.einsum("bij,bijd->bid", weights, jnp.square(teacher[:, None] - context[:, :, None])).mean((1, 2))
+    spread = jnp.einsum(
+        "bij,bijd->bid", weights, jnp.square(teacher[:, None] - context[:, :, None])
+    ).mean((1, 2))
     np.testing.assert_allclose(
         alignment.semantic_calibration_loss(layers, *states),
         alignment.aligned_states_loss(params, student, teacher) + spread,
@@ -187,28 +226,28 @@ def test_mean_of_distances_is_distance_from_the_mean_plus_the_spread():
     )
 
 
-@EACH_LOSS
-def test_examples_do_not_see_each_other(loss, make):
-    """Unlike in the authors' code, whose queries and keys are similarities within the batch."""
-    params, student, teacher = make()
+@BOTH_LOSSES
+def test_examples_are_independent(loss, draw_inputs):
+    """In the authors' code they are not: queries and keys are similarities within the batch."""
+    params, student, teacher = draw_inputs()
     order = np.array([3, 0, 4])
-    chosen = jax.tree.map(lambda array: array[order], (student, teacher))
+    selected = jax.tree.map(lambda array: array[order], (student, teacher))
     expected = jax.jit(loss)(params, student, teacher)[order]
-    np.testing.assert_allclose(jax.jit(loss)(params, *chosen), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(params, *selected), expected, rtol=1e-5)
 
 
-def test_weights_do_not_depend_on_the_size_of_a_layers_numbers():
+def test_weights_do_not_depend_on_the_scale_of_a_layer():
     params, student, teacher = draw()
     expected = alignment.cross_layer_weights(params, student, teacher)
     scaled = [100 * student[0], student[1]], [teacher[0], 1e-3 * teacher[1], teacher[2]]
     np.testing.assert_allclose(alignment.cross_layer_weights(params, *scaled), expected, rtol=1e-5)
 
 
-@EACH_LOSS
+@BOTH_LOSSES
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
-def test_degenerate_and_extreme_states_stay_finite(loss, make, scale):
-    """Zeros, tiny and huge numbers; and what is constant, over layers, positions and examples alike."""
-    params, student, teacher = make(scale=scale)
+def test_degenerate_and_extreme_states_stay_finite(loss, draw_inputs, scale):
+    """Tests zero, tiny and huge states, and states constant over layers, positions and examples."""
+    params, student, teacher = draw_inputs(scale=scale)
     constant = jax.tree.map(lambda array: jnp.full_like(array, scale), (student, teacher))
     value_and_grads = jax.jit(jax.value_and_grad(lambda *a: loss(*a).sum(), argnums=(0, 1, 2)))
     for states in ((student, teacher), constant):
@@ -218,36 +257,50 @@ def test_degenerate_and_extreme_states_stay_finite(loss, make, scale):
         assert value == 0
 
 
-@EACH_LOSS
+@BOTH_LOSSES
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_states_are_widened_first(loss, make, dtype):
-    params, student, teacher = make()
+def test_narrow_states_are_widened_first(loss, draw_inputs, dtype):
+    params, student, teacher = draw_inputs()
     loss = jax.jit(loss)
     narrow = jax.tree.map(lambda array: array.astype(dtype), (student, teacher))
     value = loss(params, *narrow)
     assert value.dtype == jnp.float32
     widened = jax.tree.map(lambda array: array.astype(jnp.float32), narrow)
     np.testing.assert_array_equal(value, loss(params, *widened))
-    # The teacher alone may be narrow, and parameters too.
+    # Only the teacher may be narrow, and parameters may be as well.
     np.testing.assert_array_equal(loss(params, widened[0], narrow[1]), value)
-    assert loss(jax.tree.map(lambda array: array.astype(dtype), params), *narrow).dtype == jnp.float32
+    assert (
+        loss(jax.tree.map(lambda array: array.astype(dtype), params), *narrow).dtype == jnp.float32
+    )
 
 
-@EACH_LOSS
-def test_gradients_are_those_of_finite_differences(loss, make):
-    params, student, teacher = make()
+@BOTH_LOSSES
+def test_gradients_are_those_of_finite_differences(loss, draw_inputs):
+    params, student, teacher = draw_inputs()
     examples = jax.tree.map(lambda array: array[:1], (student, teacher))
     check_grads(
-        jax.jit(lambda *a: loss(*a)), (params, *examples), order=1, modes=("rev",), eps=1e-2, atol=2e-2, rtol=2e-2
+        jax.jit(lambda *a: loss(*a)),
+        (params, *examples),
+        order=1,
+        modes=("rev",),
+        eps=1e-2,
+        atol=2e-2,
+        rtol=2e-2,
     )
 
 
 def test_attention_finds_the_layer_that_can_be_learned():
-    """Fifty steps of SGD: the weights go to the teacher's layer that the student's states determine; the loss falls."""
+    """Tests that 50 SGD steps move weight to the layer that the student's states determine."""
     random = np.random.default_rng(0)
     student = normal(random, (64, 6))
-    teacher = [normal(random, (64, 4)), student @ normal(random, (6, 4)) / 2, normal(random, (64, 4))]
-    start = alignment.init_semantic_calibration(jax.random.key(0), [6], [4, 4, 4], features=8)
+    teacher = [
+        normal(random, (64, 4)),
+        student @ normal(random, (6, 4)) / 2,
+        normal(random, (64, 4)),
+    ]
+    initial_params = alignment.init_semantic_calibration(
+        jax.random.key(0), [6], [4, 4, 4], features=8
+    )
 
     def loss(params):
         return alignment.semantic_calibration_loss(params, [student], teacher).mean()
@@ -260,25 +313,30 @@ def test_attention_finds_the_layer_that_can_be_learned():
 
         return jax.lax.scan(step, params, length=50)[0]
 
-    params = train(start)
-    before, after = (alignment.cross_layer_weights(p, [student], teacher).mean(0)[0] for p in (start, params))
+    params = train(initial_params)
+    before, after = (
+        alignment.cross_layer_weights(p, [student], teacher).mean(0)[0]
+        for p in (initial_params, params)
+    )
     assert after[1] > before[1] + 0.2 and after[1] > 0.6, (before, after)
-    assert loss(params) < loss(start) / 2
+    assert loss(params) < loss(initial_params) / 2
 
 
-def test_projecting_and_attending_are_learned_together_by_aligned_states():
+def test_aligned_states_trains_projector_and_queries():
     params, student, teacher = draw_aligned()
-    loss, gradients = jax.value_and_grad(lambda p: alignment.aligned_states_loss(p, student, teacher).mean())(params)
+    loss, gradients = jax.value_and_grad(
+        lambda p: alignment.aligned_states_loss(p, student, teacher).mean()
+    )(params)
     assert all(jnp.abs(gradient).max() > 1e-4 for gradient in jax.tree.leaves(gradients))
     stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
     assert alignment.aligned_states_loss(stepped, student, teacher).mean() < loss
 
 
-def test_parameters_are_drawn_apart():
+def test_parameters_differ():
     params, _, _ = draw()
     kernels = [array for array in jax.tree.leaves(params) if array.ndim == 2]
-    firsts = [float(kernel[0, 0]) for kernel in kernels]
-    assert len(firsts) == 2 + 3 + 6 and len(set(firsts)) == len(firsts)
+    first_entries = [float(kernel[0, 0]) for kernel in kernels]
+    assert len(first_entries) == len(set(first_entries)) == 2 + 3 + 6
 
 
 def test_wrong_layers_raise():
@@ -294,7 +352,9 @@ def test_wrong_layers_raise():
             function(params, student, [teacher[0], teacher[1][:1], teacher[2]])
         with pytest.raises(ValueError, match="all layers must be maps"):
             function(params, student, [teacher[0], teacher[1][:, 0], teacher[2]])
-        with pytest.raises(TypeError, match=r"student_states\[1\] must be floating-point, got int32"):
+        with pytest.raises(
+            TypeError, match=r"student_states\[1\] must be floating-point, got int32"
+        ):
             function(params, [student[0], student[1].astype(jnp.int32)], teacher)
     with pytest.raises(ValueError, match="at least one layer"):
         alignment.init_semantic_calibration(jax.random.key(0), [3], [], features=4)

@@ -1,4 +1,4 @@
-"""What holds for every function of `jaxkd.losses`: compiled, batched, replicated and sharded it is the plain one."""
+"""Tests every function of `jaxkd.losses` under jit, vmap, pmap and sharding, and narrow dtypes."""
 
 import inspect
 
@@ -25,59 +25,106 @@ WIDER = normal(B, 3, 3, 4), normal(B, 3, 3, 6, number=1)
 EMBEDDINGS = normal(B, 6), normal(B, 6, number=1)
 UNEQUAL = normal(B, 6), normal(B, 9, number=1)
 STATES = normal(B, 4, 6), normal(B, 4, 6, number=1)
-LABELS, NEXT = jnp.arange(B) % 5, jnp.arange(3 * B).reshape(B, 3) % 7
-COUNT = jnp.ones((B, 3), bool).at[1, 2].set(False)
+LABELS = jnp.arange(B) % 5
+NEXT_TOKENS = jnp.arange(3 * B).reshape(B, 3) % 7
+TOKEN_MASK = jnp.ones((B, 3), bool).at[1, 2].set(False)
 TEACHERS = normal(B, 2, 5, number=2)
-HEADS = normal(B, 2, 4, 4), normal(B, 2, 4, 4, number=1)
+ATTENTION = normal(B, 2, 4, 4), normal(B, 2, 4, 4, number=1)
 VALUES = normal(B, 4, 2, 3), normal(B, 4, 2, 3, number=1)
-HEADS_OF_VOCABULARY = normal(6, 7, number=3), normal(9, 7, number=4)
+UNEMBEDDINGS = normal(6, 7, number=3), normal(9, 7, number=4)
 BANK = losses.init_bank(KEY, 20, 6)
-INDEX, NEGATIVES = jnp.arange(B), 8 + jnp.arange(4 * B).reshape(B, 4) % 12
-HINT = losses.init_projector(KEY, 6, 9)
+INDEX = jnp.arange(B)
+NEGATIVES = 8 + jnp.arange(4 * B).reshape(B, 4) % 12
+PROJECTOR = losses.init_projector(KEY, 6, 9)
 VARIATIONAL = losses.init_variational_information(KEY, 4, 6)
 CALIBRATION = losses.init_semantic_calibration(KEY, (4, 6), (4, 6), 5)
 ALIGNED = losses.init_aligned_states(KEY, 6, 6)
 
 
-def at(temperature=2.0, **more):
-    return {"temperature": temperature} | more
+def with_temperature(**options):
+    return {"temperature": 2.0} | options
 
 
-# name: (arrays whose first axis is that of the examples, the function of them)
+# name: (arrays whose first axis is the batch, the function of them)
 CASES = {
-    "temperature_softmax": (LOGITS[:1], lambda z: losses.temperature_softmax(z, **at())),
-    "soft_cross_entropy": (LOGITS, lambda s, t: losses.soft_cross_entropy(s, t, weights=jnp.arange(5.0), **at())),
-    "kl_divergence": (LOGITS, lambda s, t: losses.kl_divergence(s, t, weights=jnp.arange(5.0), **at())),
-    "reverse_kl_divergence": (LOGITS, lambda s, t: losses.reverse_kl_divergence(s, t, **at())),
-    "jensen_shannon_divergence": (LOGITS, lambda s, t: losses.jensen_shannon_divergence(s, t, **at(beta=0.3))),
+    "temperature_softmax": (
+        LOGITS[:1],
+        lambda z: losses.temperature_softmax(z, **with_temperature()),
+    ),
+    "soft_cross_entropy": (
+        LOGITS,
+        lambda s, t: losses.soft_cross_entropy(s, t, weights=jnp.arange(5.0), **with_temperature()),
+    ),
+    "kl_divergence": (
+        LOGITS,
+        lambda s, t: losses.kl_divergence(s, t, weights=jnp.arange(5.0), **with_temperature()),
+    ),
+    "reverse_kl_divergence": (
+        LOGITS,
+        lambda s, t: losses.reverse_kl_divergence(s, t, **with_temperature()),
+    ),
+    "jensen_shannon_divergence": (
+        LOGITS,
+        lambda s, t: losses.jensen_shannon_divergence(s, t, **with_temperature(beta=0.3)),
+    ),
     "logit_mse_loss": (LOGITS, losses.logit_mse_loss),
     "standardize_logits": (LOGITS[:1], losses.standardize_logits),
-    "hard_cross_entropy": ((LOGITS[0], LABELS), lambda z, y: losses.hard_cross_entropy(z, y, weights=jnp.arange(5.0))),
-    "label_smoothing_loss": ((LOGITS[0], LABELS), lambda z, y: losses.label_smoothing_loss(z, y, smoothing=0.1)),
-    "virtual_teacher_logits": ((LABELS,), lambda y: losses.virtual_teacher_logits(y, num_classes=5, correct=0.9)),
+    "hard_cross_entropy": (
+        (LOGITS[0], LABELS),
+        lambda z, y: losses.hard_cross_entropy(z, y, weights=jnp.arange(5.0)),
+    ),
+    "label_smoothing_loss": (
+        (LOGITS[0], LABELS),
+        lambda z, y: losses.label_smoothing_loss(z, y, smoothing=0.1),
+    ),
+    "virtual_teacher_logits": (
+        (LABELS,),
+        lambda y: losses.virtual_teacher_logits(y, num_classes=5, correct=0.9),
+    ),
     "distillation_loss": ((*LOGITS, LABELS), losses.distillation_loss),
-    "decoupled_loss": ((*LOGITS, LABELS), lambda s, t, y: losses.decoupled_loss(s, t, y, **at(non_target_weight=8.0))),
+    "decoupled_loss": (
+        (*LOGITS, LABELS),
+        lambda s, t, y: losses.decoupled_loss(s, t, y, **with_temperature(non_target_weight=8.0)),
+    ),
     "normalized_loss": ((*LOGITS, LABELS), losses.normalized_loss),
-    "ensemble_logits": ((TEACHERS,), lambda z: losses.ensemble_logits(z.swapaxes(0, 1), weights=(0.7, 0.3), **at())),
-    "teacher_weights": ((TEACHERS, LABELS), lambda z, y: losses.teacher_weights(z.swapaxes(0, 1), y).T),
+    "ensemble_logits": (
+        (TEACHERS,),
+        lambda z: losses.ensemble_logits(
+            z.swapaxes(0, 1), weights=(0.7, 0.3), **with_temperature()
+        ),
+    ),
+    "teacher_weights": (
+        (TEACHERS, LABELS),
+        lambda z, y: losses.teacher_weights(z.swapaxes(0, 1), y).T,
+    ),
     "example_weights": ((*LOGITS, LABELS), losses.example_weights),
-    "weighted_sum": ((LOGITS[0][:, 0], LOGITS[1][:, 0]), lambda *each: losses.weighted_sum(each, weights=(0.7, 0.3))),
+    "weighted_sum": (
+        (LOGITS[0][:, 0], LOGITS[1][:, 0]),
+        lambda *terms: losses.weighted_sum(terms, weights=(0.7, 0.3)),
+    ),
     "init_projector": (UNEQUAL[:1], lambda x: losses.project(losses.init_projector(KEY, 6, 9), x)),
-    "project": (UNEQUAL[:1], lambda x: losses.project(HINT, x)),
+    "project": (UNEQUAL[:1], lambda x: losses.project(PROJECTOR, x)),
     "hint_loss": (MAPS, losses.hint_loss),
     "attention_transfer_map": (MAPS[:1], losses.attention_transfer_map),
     "attention_transfer_loss": (WIDER, losses.attention_transfer_loss),
     "attention_transfer_mse_loss": (WIDER, losses.attention_transfer_mse_loss),
     "init_variational_information": (
         WIDER,
-        lambda s, t: losses.variational_information_loss(losses.init_variational_information(KEY, 4, 6), s, t),
+        lambda s, t: losses.variational_information_loss(
+            losses.init_variational_information(KEY, 4, 6), s, t
+        ),
     ),
-    "variational_information_loss": (WIDER, lambda s, t: losses.variational_information_loss(VARIATIONAL, s, t)),
+    "variational_information_loss": (
+        WIDER,
+        lambda s, t: losses.variational_information_loss(VARIATIONAL, s, t),
+    ),
     "neuron_selectivity_loss": (WIDER, losses.neuron_selectivity_loss),
     "flow_matrix": (WIDER, losses.flow_matrix),
     "flow_of_solution_procedure_loss": (
         WIDER,
-        lambda s, t: losses.flow_of_solution_procedure_loss(s, t[..., :3], t[..., 2:], s[..., :3][..., ::-1]),
+        lambda s, t: losses.flow_of_solution_procedure_loss(
+            s, t[..., :3], t[..., 2:], s[..., :3][..., ::-1]
+        ),
     ),
     "contrastive_loss": (EMBEDDINGS, lambda s, t: losses.contrastive_loss(s, t, temperature=0.5)),
     "contrastive_bank_loss": (
@@ -91,20 +138,23 @@ CASES = {
     "correlation_congruence_loss": (UNEQUAL, losses.correlation_congruence_loss),
     "linear_cka": (UNEQUAL, losses.linear_cka),
     "linear_cka_loss": (UNEQUAL, losses.linear_cka_loss),
-    "dist_inter_loss": (LOGITS, lambda s, t: losses.dist_inter_loss(s, t, **at())),
-    "dist_intra_loss": (LOGITS, lambda s, t: losses.dist_intra_loss(s, t, **at())),
+    "dist_inter_loss": (LOGITS, lambda s, t: losses.dist_inter_loss(s, t, **with_temperature())),
+    "dist_intra_loss": (LOGITS, lambda s, t: losses.dist_intra_loss(s, t, **with_temperature())),
     "hidden_cosine_loss": (STATES, losses.hidden_cosine_loss),
     "hidden_mse_loss": (STATES, losses.hidden_mse_loss),
-    "attention_map_loss": (HEADS, losses.attention_map_loss),
+    "attention_map_loss": (ATTENTION, losses.attention_map_loss),
     "attention_divergence_loss": (
-        HEADS,
+        ATTENTION,
         lambda s, t: losses.attention_divergence_loss(jax.nn.softmax(s), jax.nn.softmax(t)),
     ),
     "value_relation_loss": (VALUES, losses.value_relation_loss),
     "layers_loss": (
         STATES,
         lambda s, t: losses.layers_loss(
-            losses.hidden_mse_loss, s.swapaxes(0, 1)[:2], t.swapaxes(0, 1), layers=losses.skip_layers(2, 4)
+            losses.hidden_mse_loss,
+            s.swapaxes(0, 1)[:2],
+            t.swapaxes(0, 1),
+            layers=losses.skip_layers(2, 4),
         ),
     ),
     "init_semantic_calibration": (
@@ -127,97 +177,111 @@ CASES = {
     ),
     "aligned_states_loss": (STATES, lambda s, t: losses.aligned_states_loss(ALIGNED, s, t)),
     "token_distillation_loss": (
-        (*TOKENS, NEXT, COUNT),
+        (*TOKENS, NEXT_TOKENS, TOKEN_MASK),
         lambda s, t, y, w: losses.token_distillation_loss(s, t, y, where=w),
     ),
-    "next_tokens": ((TOKENS[0], NEXT, COUNT), lambda z, y, w: losses.next_tokens(z, y, where=w)[0]),
-    "token_mean": ((TOKENS[0][..., 0], COUNT), lambda v, w: losses.token_mean(v, where=w)),
+    "next_tokens": (
+        (TOKENS[0], NEXT_TOKENS, TOKEN_MASK),
+        lambda z, y, w: losses.next_tokens(z, y, where=w)[0],
+    ),
+    "token_mean": ((TOKENS[0][..., 0], TOKEN_MASK), lambda v, w: losses.token_mean(v, where=w)),
     "fused_linear_kl_divergence": (
         UNEQUAL,
         lambda s, t: losses.fused_linear_kl_divergence(
-            s, HEADS_OF_VOCABULARY[0], t, HEADS_OF_VOCABULARY[1], chunk_size=3, **at()
+            s, UNEMBEDDINGS[0], t, UNEMBEDDINGS[1], chunk_size=3, **with_temperature()
         ),
     ),
     "fused_linear_reverse_kl_divergence": (
         UNEQUAL,
         lambda s, t: losses.fused_linear_reverse_kl_divergence(
-            s, HEADS_OF_VOCABULARY[0], t, HEADS_OF_VOCABULARY[1], chunk_size=3, **at()
+            s, UNEMBEDDINGS[0], t, UNEMBEDDINGS[1], chunk_size=3, **with_temperature()
         ),
     ),
     "fused_linear_jensen_shannon_divergence": (
         UNEQUAL,
         lambda s, t: losses.fused_linear_jensen_shannon_divergence(
-            s, HEADS_OF_VOCABULARY[0], t, HEADS_OF_VOCABULARY[1], chunk_size=3, **at(beta=0.3)
+            s, UNEMBEDDINGS[0], t, UNEMBEDDINGS[1], chunk_size=3, **with_temperature(beta=0.3)
         ),
     ),
 }
-# Integers and state in, integers or state out; proven where they live.
-OTHERS = {"uniform_layers", "skip_layers", "last_layers", "custom_layers"}
-OTHERS |= {"ContrastiveBank", "init_bank", "draw_negatives", "calibrate_bank", "update_bank"}
+# These take and return integers or state; the tests of their modules cover them.
+NOT_CASES = {"uniform_layers", "skip_layers", "last_layers", "custom_layers"}
+NOT_CASES |= {"ContrastiveBank", "init_bank", "draw_negatives", "calibrate_bank", "update_bank"}
 
 
-def test_every_function_is_here():
-    assert set(CASES) | OTHERS == set(losses.__all__) and not set(CASES) & OTHERS
+def test_every_function_is_covered():
+    assert set(CASES) | NOT_CASES == set(losses.__all__) and not set(CASES) & NOT_CASES
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_batched_replicated_and_sharded_it_is_the_plain_one(name):
+def test_jit_vmap_pmap_and_sharding_equal_eager(name):
     arrays, function = CASES[name]
-    floating = tuple(i for i, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating))
+    floating = tuple(
+        i for i, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)
+    )
 
-    def both(*arrays):
-        """The value, and the gradient of a sum in which each example counts differently."""
+    def value_and_gradient(*arrays):
+        """Returns the value, and the gradient of a sum with different weights of examples."""
 
-        def total(*arrays):
+        def weighted_total(*arrays):
             value = function(*arrays)
             return (value * jnp.arange(1.0, value.size + 1).reshape(value.shape)).sum(), value
 
         if not floating:
             return function(*arrays)
-        (_, value), gradient = jax.value_and_grad(total, floating, has_aux=True)(*arrays)
+        (_, value), gradient = jax.value_and_grad(weighted_total, floating, has_aux=True)(*arrays)
         return value, gradient
 
-    plain = both(*arrays)
-    compiled = jax.jit(both)
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    chex.assert_tree_all_finite(plain)
-    chex.assert_trees_all_close(compiled(*arrays), plain, **close)
+    eager = value_and_gradient(*arrays)
+    compiled = jax.jit(value_and_gradient)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    chex.assert_tree_all_finite(eager)
+    chex.assert_trees_all_close(compiled(*arrays), eager, **tolerance)
 
     mesh = jax.make_mesh((B,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("batch")))
-    chex.assert_trees_all_close(compiled(*sharded), plain, **close)
+    chex.assert_trees_all_close(compiled(*sharded), eager, **tolerance)
 
-    other = tuple(array[::-1] * 0.5 if i in floating else array for i, array in enumerate(arrays))
-    stacked = jax.tree.map(lambda *pair: jnp.stack(pair), arrays, other)
-    each = jax.tree.map(lambda *pair: jnp.stack(pair), plain, compiled(*other))
-    chex.assert_trees_all_close(jax.vmap(compiled)(*stacked), each, **close)
-    chex.assert_trees_all_close(jax.pmap(both)(*stacked), each, **close)
+    second = tuple(array[::-1] * 0.5 if i in floating else array for i, array in enumerate(arrays))
+    stacked = jax.tree.map(lambda *pair: jnp.stack(pair), arrays, second)
+    expected = jax.tree.map(lambda *pair: jnp.stack(pair), eager, compiled(*second))
+    chex.assert_trees_all_close(jax.vmap(compiled)(*stacked), expected, **tolerance)
+    chex.assert_trees_all_close(jax.pmap(value_and_gradient)(*stacked), expected, **tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_losses_of_narrow_arrays_are_one_float32_value_per_example(name, dtype):
+def test_losses_of_narrow_arrays_are_float32_with_a_value_per_example(name, dtype):
     if name.startswith("fused"):
         pytest.skip("states and kernel share a dtype: tests/losses/test_fused.py")
     arrays, function = CASES[name]
-    narrow = [array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array for array in arrays]
-    value, gradient = jax.value_and_grad(
-        lambda first: (lambda v: (v.sum(), v))(function(first, *narrow[1:])), has_aux=True
-    )(narrow[0])
-    value = value[1]
+    narrow = [
+        array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+        for array in arrays
+    ]
+
+    def total(first):
+        value = function(first, *narrow[1:])
+        return value.sum(), value
+
+    (_, value), gradient = jax.value_and_grad(total, has_aux=True)(narrow[0])
     assert value.dtype == jnp.float32 and value.shape[0] == B
     assert gradient.dtype == dtype
     chex.assert_tree_all_finite((value, gradient))
     np.testing.assert_allclose(value, function(*arrays), rtol=0.2, atol=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
+)
 def test_no_examples_give_no_values(name):
     arrays, function = CASES[name]
     assert function(*(array[:0] for array in arrays)).shape[0] == 0
 
 
-def test_arrays_are_positional_and_the_rest_is_by_keyword():
+def test_arrays_are_positional_and_options_keyword_only():
     for name in losses.__all__:
         for parameter in inspect.signature(getattr(losses, name)).parameters.values():
             assert parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY), name

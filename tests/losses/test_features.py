@@ -1,4 +1,4 @@
-"""Feature losses against hand-worked values, float64 references, their limits and invariances, and degenerate maps."""
+"""Tests feature losses: hand-worked values, float64 references, limits, invariances, zero maps."""
 
 import chex
 import jax
@@ -26,8 +26,10 @@ def variational(student, teacher):
 
 
 def flow(student, teacher):
-    """Between all channels and the first three."""
-    return features.flow_of_solution_procedure_loss(student, student[..., :3], teacher, teacher[..., :3])
+    """Computes the FSP loss between all channels and the first three."""
+    return features.flow_of_solution_procedure_loss(
+        student, student[..., :3], teacher, teacher[..., :3]
+    )
 
 
 def reference_map(activations, power=2):
@@ -51,12 +53,15 @@ def reference_hint(student, teacher):
 
 
 def reference_variational(student, teacher):
-    kernel, bias, raw = (np.asarray(PARAMS[name], np.float64) for name in ("kernel", "bias", "raw_variance"))
+    kernel, bias, raw = (
+        np.asarray(PARAMS[name], np.float64) for name in ("kernel", "bias", "raw_variance")
+    )
     variance = np.log(1 + np.exp(raw)) + 1e-5
     values = []
     for s, t in zip(student.reshape(-1, *student.shape[-3:]), teacher, strict=True):
         units = [
-            (t[h, w, c] - s[h, w] @ kernel[:, c] - bias[c]) ** 2 / (2 * variance[c]) + np.log(np.sqrt(variance[c]))
+            (t[h, w, c] - s[h, w] @ kernel[:, c] - bias[c]) ** 2 / (2 * variance[c])
+            + np.log(np.sqrt(variance[c]))
             for h, w, c in np.ndindex(*t.shape)
         ]
         values.append(np.mean(units))
@@ -69,7 +74,9 @@ def reference_selectivity(student, teacher):
 
     values = []
     for s, t in zip(student, teacher, strict=True):
-        s, t = ([x / np.linalg.norm(x) for x in maps.reshape(-1, maps.shape[-1]).T] for maps in (s, t))
+        s, t = (
+            [x / np.linalg.norm(x) for x in maps.reshape(-1, maps.shape[-1]).T] for maps in (s, t)
+        )
         values.append(kernel(s, s) + kernel(t, t) - 2 * kernel(s, t))
     return np.array(values)
 
@@ -82,7 +89,9 @@ def reference_flow_matrix(first, second):
 
 
 def reference_flow(student, teacher):
-    gap = reference_flow_matrix(student, student[..., :3]) - reference_flow_matrix(teacher, teacher[..., :3])
+    gap = reference_flow_matrix(student, student[..., :3]) - reference_flow_matrix(
+        teacher, teacher[..., :3]
+    )
     return np.array([np.linalg.norm(matrix, "fro") ** 2 for matrix in gap])
 
 
@@ -97,7 +106,7 @@ REFERENCES = {
 LOSSES = pytest.mark.parametrize("loss", REFERENCES, ids=lambda loss: loss.__name__)
 DISTANCES = pytest.mark.parametrize("loss", list(REFERENCES)[:-1], ids=lambda loss: loss.__name__)
 ATTENTION = (features.attention_transfer_loss, features.attention_transfer_mse_loss)
-OF_IMAGES = (*ATTENTION, features.neuron_selectivity_loss)
+IMAGE_LOSSES = (*ATTENTION, features.neuron_selectivity_loss)
 
 
 def value_and_gradients(loss, student, teacher):
@@ -105,7 +114,7 @@ def value_and_gradients(loss, student, teacher):
 
 
 def images(*positions):
-    """One image of a row of positions, each a list of channels."""
+    """Makes an image of one row of positions, given as lists of channels."""
     return jnp.array([[[[float(a) for a in position] for position in positions]]])
 
 
@@ -116,22 +125,32 @@ def test_values_worked_by_hand():
     # Energies 1 + 2² + 2² = 9 and 12, length 15: 3/5 and 4/5 against 1 and 0.
     student, teacher = images([1, 2, -2], [0, 0, np.sqrt(12)]), images([-7], [0])
     np.testing.assert_allclose(features.attention_transfer_map(student), [[0.6, 0.8]], rtol=1e-6)
-    np.testing.assert_allclose(features.attention_transfer_loss(student, teacher), [np.sqrt(0.16 + 0.64)], rtol=1e-6)
-    np.testing.assert_allclose(features.attention_transfer_mse_loss(student, teacher), [0.8 / 2], rtol=1e-6)
+    np.testing.assert_allclose(
+        features.attention_transfer_loss(student, teacher), [np.sqrt(0.16 + 0.64)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        features.attention_transfer_mse_loss(student, teacher), [0.8 / 2], rtol=1e-6
+    )
     # p = 1: |1| + |−2| = 3 and |4| = 4.
     linear = features.attention_transfer_map(images([1, -2], [0, 4]), power=1)
     np.testing.assert_allclose(linear, [[0.6, 0.8]], rtol=1e-6)
-    # Channels (1, 0) and (0, 1) against (3/5, 4/5): student 2/4, teacher 1, between (9/25 + 16/25) / 2.
+    # Channels (1, 0) and (0, 1) against (3/5, 4/5): student 2/4, teacher 1, between them
+    # (9/25 + 16/25) / 2.
     selectivity = features.neuron_selectivity_loss(images([2, 0], [0, 5]), images([3], [4]))
     np.testing.assert_allclose(selectivity, [0.5 + 1 - 2 * 0.5], rtol=1e-6)
-    # (1·3 + 2·4) / 2 and (1·0 + 2·1) / 2; the teacher's matrix is twice that, so the gap is the matrix.
+    # (1·3 + 2·4) / 2 and (1·0 + 2·1) / 2; the teacher's matrix is twice that, so the difference is
+    # the matrix.
     first, second = images([1], [2]), images([3, 0], [4, 1])
     np.testing.assert_allclose(features.flow_matrix(first, second), [[[5.5, 1]]], rtol=1e-6)
     gap = features.flow_of_solution_procedure_loss(first, second, 2 * first, second)
     np.testing.assert_allclose(gap, [5.5**2 + 1], rtol=1e-6)
     # A mean of 2·3 + 1 = 7 against 10, at variance 4 + 10⁻⁵: (9 / 4 + log 4) / 2.
     raw = np.log(np.expm1(4.0))
-    params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([1.0]), "raw_variance": jnp.array([raw])}
+    params = {
+        "kernel": jnp.array([[2.0]]),
+        "bias": jnp.array([1.0]),
+        "raw_variance": jnp.array([raw]),
+    }
     value = features.variational_information_loss(params, jnp.array([[3.0]]), jnp.array([[10.0]]))
     np.testing.assert_allclose(value, [(9 / 4 + np.log(4)) / 2], rtol=1e-5)
 
@@ -150,7 +169,9 @@ def test_powers_equal_the_reference(power):
     """An odd power without the absolute value would let channels of opposite sign cancel."""
     student, _ = draw()
     np.testing.assert_allclose(
-        features.attention_transfer_map(student, power=power), reference_map(student, power), rtol=1e-5
+        features.attention_transfer_map(student, power=power),
+        reference_map(student, power),
+        rtol=1e-5,
     )
 
 
@@ -181,13 +202,18 @@ def test_the_forms_of_attention_transfer_agree():
 @settings(max_examples=25, deadline=None)
 def test_losses_between_directions_are_bounded(seed, channels, dead):
     student, teacher = draw(seed, (2, 2, 2, 4), (2, 2, 2, channels))
-    student = student * (jnp.arange(4) > 1).astype(jnp.float32)[None, None, None] if dead else student
+    student = (
+        student * (jnp.arange(4) > 1).astype(jnp.float32)[None, None, None] if dead else student
+    )
     distance = features.attention_transfer_loss(student, teacher)
     assert (distance >= 0).all() and (distance <= np.sqrt(2) + 1e-6).all()
     selectivity = features.neuron_selectivity_loss(student, teacher)
     assert (selectivity > -1e-6).all() and (selectivity <= 2).all()
     # The discrepancy is the squared distance of two means of x xᵀ, which cannot be negative.
-    outer = [np.einsum("bpc,bqc->bpq", x, x) / x.shape[-1] for x in map(unit_channels, (student, teacher))]
+    outer = [
+        np.einsum("bpc,bqc->bpq", x, x) / x.shape[-1]
+        for x in map(unit_channels, (student, teacher))
+    ]
     np.testing.assert_allclose(selectivity, np.square(outer[0] - outer[1]).sum((1, 2)), atol=1e-5)
 
 
@@ -197,7 +223,7 @@ def unit_channels(maps):
     return np.divide(maps, length, out=np.zeros_like(maps), where=length > 0)
 
 
-@pytest.mark.parametrize("loss", OF_IMAGES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", IMAGE_LOSSES, ids=lambda loss: loss.__name__)
 def test_scale_sign_and_order_of_channels_do_not_matter(loss):
     student, teacher = draw(teacher=(3, 4, 2, 7))
     expected = loss(student, teacher)
@@ -206,25 +232,27 @@ def test_scale_sign_and_order_of_channels_do_not_matter(loss):
     assert (np.abs(loss(student[:, ::-1], teacher) - expected) > 1e-4).all()
 
 
-def test_a_channel_counts_alike_in_neuron_selectivity_whatever_its_size():
+def test_neuron_selectivity_does_not_depend_on_the_scale_of_a_channel():
     student, teacher = draw()
     scales = jnp.array([1.0, 10.0, 0.1, 3.0, 7.0])[None, None, None]
     expected = features.neuron_selectivity_loss(student, teacher)
-    np.testing.assert_allclose(features.neuron_selectivity_loss(student * scales, teacher), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        features.neuron_selectivity_loss(student * scales, teacher), expected, rtol=1e-4
+    )
     assert (np.abs(features.attention_transfer_loss(student * scales, student)) > 1e-2).all()
 
 
-def test_flow_does_not_see_where_in_the_image_and_may_compare_image_sizes():
+def test_flow_ignores_positions_and_compares_images_of_different_sizes():
     student, teacher = draw(teacher=(3, 4, 4, 5))
     expected = flow(student, teacher)
     np.testing.assert_allclose(flow(student[:, ::-1], teacher[:, :, ::-1]), expected, rtol=1e-5)
     np.testing.assert_allclose(flow(jnp.tile(student, (1, 2, 1, 1)), teacher), expected, rtol=1e-5)
-    alone = np.square(reference_flow_matrix(student, student[..., :3])).sum((1, 2))
-    np.testing.assert_allclose(flow(student, 0 * teacher), alone, rtol=1e-5)
+    student_norm = np.square(reference_flow_matrix(student, student[..., :3])).sum((1, 2))
+    np.testing.assert_allclose(flow(student, 0 * teacher), student_norm, rtol=1e-5)
 
 
 @LOSSES
-def test_examples_do_not_see_each_other(loss):
+def test_examples_are_independent(loss):
     student, teacher = draw()
     expected = loss(student, teacher)
     np.testing.assert_allclose(loss(student[1:2], teacher[1:2]), expected[1:2], rtol=1e-5)
@@ -233,24 +261,29 @@ def test_examples_do_not_see_each_other(loss):
 
 @LOSSES
 def test_degenerate_maps_are_finite(loss):
-    drawn, _ = draw()
-    zero, constant, one_dead = jnp.zeros_like(drawn), jnp.ones_like(drawn), drawn.at[..., 0].set(0)
-    for student in (zero, constant, one_dead):
-        for teacher in (zero, constant, drawn):
+    random, _ = draw()
+    zero = jnp.zeros_like(random)
+    constant = jnp.ones_like(random)
+    for student in (zero, constant, random.at[..., 0].set(0)):
+        for teacher in (zero, constant, random):
             chex.assert_tree_all_finite(value_and_gradients(loss, student, teacher))
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2])
-def test_attention_of_a_silent_layer(power):
-    """Where the student is silent the distance is the length of the teacher's map, and there is no way to go."""
-    drawn, _ = draw()
-    sparse = jax.nn.relu(drawn)
-    zero = jnp.zeros_like(drawn)
-    value, gradient = jax.value_and_grad(lambda s: features.attention_transfer_loss(s, drawn, power=power).sum())(zero)
+def test_attention_of_a_layer_of_zeros(power):
+    """The distance is then the length of the teacher's map, 1, and the gradient is 0."""
+    teacher, _ = draw()
+    sparse = jax.nn.relu(teacher)
+    zero = jnp.zeros_like(teacher)
+    value, gradient = jax.value_and_grad(
+        lambda s: features.attention_transfer_loss(s, teacher, power=power).sum()
+    )(zero)
     np.testing.assert_allclose(value, 3, rtol=1e-6)
     chex.assert_trees_all_equal(gradient, zero)
     chex.assert_tree_all_finite(
-        value_and_gradients(lambda s, t: features.attention_transfer_loss(s, t, power=power), sparse, drawn)
+        value_and_gradients(
+            lambda s, t: features.attention_transfer_loss(s, t, power=power), sparse, teacher
+        )
     )
 
 
@@ -278,7 +311,9 @@ def test_narrow_features_are_widened_first(loss, dtype):
     student, teacher = (100 * x.astype(dtype) for x in draw(student=(2, 8, 8, 5)))
     value = loss(student, teacher)
     assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, loss(student.astype(jnp.float32), teacher.astype(jnp.float32)), rtol=1e-6)
+    np.testing.assert_allclose(
+        value, loss(student.astype(jnp.float32), teacher.astype(jnp.float32)), rtol=1e-6
+    )
     assert loss(student.astype(jnp.float32), teacher).dtype == jnp.float32
 
 
@@ -300,7 +335,7 @@ def test_variational_gradients_reach_every_parameter():
 
 
 def test_variational_minimum_is_at_the_variance_of_the_errors():
-    """With a mean of 0 the best σ² is the mean square of the teacher, where the loss is (1 + log σ²) / 2."""
+    """At μ = 0 the best σ² is the mean square of the teacher, with the loss (1 + log σ²) / 2."""
     teacher = 3 * jax.random.normal(jax.random.key(0), (64, 1))
     best = float(jnp.mean(jnp.square(teacher)))
 
@@ -313,7 +348,11 @@ def test_variational_minimum_is_at_the_variance_of_the_errors():
 
 
 def test_variance_has_a_floor():
-    params = PARAMS | {"raw_variance": jnp.full(5, -1e4), "kernel": jnp.zeros((5, 5)), "bias": jnp.zeros(5)}
+    params = PARAMS | {
+        "raw_variance": jnp.full(5, -1e4),
+        "kernel": jnp.zeros((5, 5)),
+        "bias": jnp.zeros(5),
+    }
     for teacher in (jnp.zeros((2, 5)), jnp.full((2, 5), 1e4)):
         value, gradients = jax.value_and_grad(
             lambda p, t=teacher: features.variational_information_loss(p, jnp.ones((2, 5)), t).sum()
@@ -324,9 +363,11 @@ def test_variance_has_a_floor():
 
 
 @pytest.mark.parametrize("variance", [2e-5, 1.0, 5.0, 1e4])
-def test_variance_starts_as_asked(variance):
+def test_initial_variance(variance):
     params = features.init_variational_information(jax.random.key(0), 3, 2, variance=variance)
-    np.testing.assert_allclose(jax.nn.softplus(params["raw_variance"]) + 1e-5, [variance] * 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.nn.softplus(params["raw_variance"]) + 1e-5, [variance] * 2, rtol=1e-5
+    )
 
 
 def test_projector_is_a_linear_map_of_the_channels():
@@ -335,28 +376,34 @@ def test_projector_is_a_linear_map_of_the_channels():
     chex.assert_trees_all_equal(params["bias"], jnp.zeros(50))
     student, _ = draw(student=(2, 3, 400))
     params = params | {"bias": jnp.arange(50, dtype=jnp.float32)}
-    expected = np.asarray(student, np.float64) @ np.asarray(params["kernel"], np.float64) + np.arange(50)
+    expected = np.asarray(student, np.float64) @ np.asarray(
+        params["kernel"], np.float64
+    ) + np.arange(50)
     np.testing.assert_allclose(features.project(params, student), expected, atol=1e-4)
     np.testing.assert_allclose(features.project(params, student[0, 0]), expected[0, 0], atol=1e-4)
-    narrow = features.project(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), student.astype(jnp.bfloat16))
+    narrow = features.project(
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), student.astype(jnp.bfloat16)
+    )
     assert narrow.dtype == jnp.float32
 
 
 def test_power_may_be_traced():
     student, teacher = draw()
     traced = jax.jit(lambda p: features.attention_transfer_loss(student, teacher, power=p))(2)
-    np.testing.assert_allclose(traced, features.attention_transfer_loss(student, teacher), rtol=1e-5)
+    np.testing.assert_allclose(
+        traced, features.attention_transfer_loss(student, teacher), rtol=1e-5
+    )
 
 
 def test_wrong_shapes_raise():
     student, teacher = draw()
     wide, large = jnp.concatenate([teacher, teacher], -1), jnp.concatenate([teacher, teacher], 1)
     for wrong in (wide, large, teacher[:1]):
-        with pytest.raises(ValueError, match="must have one shape.*project.*pool"):
+        with pytest.raises(ValueError, match="must have the same shape.*project.*pool"):
             features.hint_loss(student, wrong)
         with pytest.raises(ValueError, match="init_variational_information.*pool"):
             variational(student, wrong)
-    for loss in OF_IMAGES:
+    for loss in IMAGE_LOSSES:
         for wrong in (large, teacher[:1]):
             with pytest.raises(ValueError, match="all but their channels.*pool"):
                 loss(student, wrong)

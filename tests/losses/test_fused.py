@@ -1,4 +1,4 @@
-"""The fused losses equal the plain ones, in value and every gradient, and hold no logits of all tokens."""
+"""Tests that fused losses equal the plain ones in values and gradients, in less memory."""
 
 import functools
 
@@ -24,18 +24,25 @@ BOTH = pytest.mark.parametrize(("fused", "plain"), PAIRS.values(), ids=PAIRS)
 def draw(tokens=(13,), dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (*tokens, 6), (6, 21), (*tokens, 9), (9, 21)
-    return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
+    return tuple(
+        jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
 
 
-def product_of(plain):
-    return lambda student, head, teacher, old, **more: plain(student @ head, teacher @ old, **more)
+def on_logits(plain):
+    """Returns a plain loss as a function of the operands of a fused one."""
+
+    def loss(student, student_kernel, teacher, teacher_kernel, **options):
+        return plain(student @ student_kernel, teacher @ teacher_kernel, **options)
+
+    return loss
 
 
-def weighted(loss, **more):
-    """A scalar in which each token counts differently."""
+def weighted(loss, **options):
+    """Returns a function to a scalar in which every token has a different weight."""
 
     def value(*operands):
-        values = loss(*operands, temperature=3.0, **more)
+        values = loss(*operands, temperature=3.0, **options)
         return (jnp.arange(1.0, values.size + 1).reshape(values.shape) * values).sum()
 
     return value
@@ -44,17 +51,17 @@ def weighted(loss, **more):
 @BOTH
 @pytest.mark.parametrize("argnums", [(0, 1), (2, 3), (1,), (0, 1, 2, 3)], ids=str)
 def test_value_and_gradients_equal_the_plain_loss(fused, plain, argnums):
-    got = jax.value_and_grad(weighted(fused, chunk_size=4), argnums)(*draw())
-    expected = jax.value_and_grad(weighted(product_of(plain)), argnums)(*draw())
-    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+    result = jax.value_and_grad(weighted(fused, chunk_size=4), argnums)(*draw())
+    expected = jax.value_and_grad(weighted(on_logits(plain)), argnums)(*draw())
+    chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 13, 100])
 def test_chunks_of_any_size_give_the_same(chunk_size):
     fused = losses.fused_linear_kl_divergence
     expected = jax.value_and_grad(weighted(fused, chunk_size=4), (0, 1))(*draw())
-    got = jax.value_and_grad(weighted(fused, chunk_size=chunk_size), (0, 1))(*draw())
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+    result = jax.value_and_grad(weighted(fused, chunk_size=chunk_size), (0, 1))(*draw())
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
@@ -64,7 +71,7 @@ def test_ends_of_beta_are_the_divergences(beta):
     plain = functools.partial(losses.jensen_shannon_divergence, beta=beta)
     chex.assert_trees_all_close(
         jax.value_and_grad(weighted(fused))(*operands),
-        jax.value_and_grad(weighted(product_of(plain)))(*operands),
+        jax.value_and_grad(weighted(on_logits(plain)))(*operands),
         rtol=1e-4,
     )
 
@@ -73,23 +80,26 @@ def test_ends_of_beta_are_the_divergences(beta):
 def test_tokens_that_do_not_count(fused, plain):
     operands = draw(tokens=(3, 5))
     where = jnp.arange(5)[None] < jnp.array([5, 0, 2])[:, None]
-    spoilt = [jnp.where(where[..., None], operands[i], jnp.nan) if i in (0, 2) else operands[i] for i in range(4)]
-    value, gradients = jax.value_and_grad(weighted(fused, where=where, chunk_size=4), (0, 1))(*spoilt)
+    student, student_kernel, teacher, teacher_kernel = operands
+    padded_student = jnp.where(where[..., None], student, jnp.nan)
+    padded_teacher = jnp.where(where[..., None], teacher, jnp.nan)
+    result = jax.value_and_grad(weighted(fused, where=where, chunk_size=4), (0, 1))(
+        padded_student, student_kernel, padded_teacher, teacher_kernel
+    )
 
-    def sliced(student, head):
-        values = plain(student @ head, operands[2] @ operands[3], temperature=3.0)
+    def masked_loss(student, student_kernel):
+        values = plain(student @ student_kernel, teacher @ teacher_kernel, temperature=3.0)
         return jnp.where(where, jnp.arange(1.0, 16).reshape(3, 5) * values, 0).sum()
 
-    chex.assert_trees_all_close(
-        (value, gradients), jax.value_and_grad(sliced, (0, 1))(*operands[:2]), rtol=1e-4, atol=1e-4
-    )
+    expected = jax.value_and_grad(masked_loss, (0, 1))(student, student_kernel)
+    chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @BOTH
 def test_differentiates_the_temperature_and_takes_a_traced_one(fused, plain):
     operands = draw()
     gradient = jax.jit(jax.grad(lambda t: fused(*operands, temperature=t).sum()))(2.0)
-    expected = jax.grad(lambda t: product_of(plain)(*operands, temperature=t).sum())(2.0)
+    expected = jax.grad(lambda t: on_logits(plain)(*operands, temperature=t).sum())(2.0)
     np.testing.assert_allclose(gradient, expected, rtol=1e-3)
 
 
@@ -99,73 +109,84 @@ def test_jit_vmap_and_sharded_tokens_equal_eager(fused, plain):
     gradients = jax.value_and_grad(weighted(fused, chunk_size=5), (0, 1))
     expected = gradients(*operands)
     chex.assert_trees_all_close(jax.jit(gradients)(*operands), expected, rtol=1e-5, atol=1e-5)
-    several = tuple(jnp.stack([one, 2 * one]) for one in operands)
-    first = jax.tree.map(lambda leaf: leaf[0], jax.vmap(gradients)(*several))
+    stacked = tuple(jnp.stack([operand, 2 * operand]) for operand in operands)
+    first = jax.tree.map(lambda leaf: leaf[0], jax.vmap(gradients)(*stacked))
     chex.assert_trees_all_close(first, expected, rtol=1e-5, atol=1e-5)
     mesh = jax.make_mesh((8,), ("tokens",), axis_types=(jax.sharding.AxisType.Auto,))
-    split, whole = jax.NamedSharding(mesh, jax.P("tokens")), jax.NamedSharding(mesh, jax.P())
-    placed = [jax.device_put(one, split if i in (0, 2) else whole) for i, one in enumerate(operands)]
+    sharded = jax.NamedSharding(mesh, jax.P("tokens"))
+    replicated = jax.NamedSharding(mesh, jax.P())
+    shardings = sharded, replicated, sharded, replicated
+    placed = jax.device_put(operands, shardings)
     chex.assert_trees_all_close(jax.jit(gradients)(*placed), expected, rtol=1e-5, atol=1e-4)
 
 
 @BOTH
 def test_shard_map_over_tokens_sums_the_gradient_of_a_shared_kernel(fused, plain):
     operands = draw(tokens=(16,))
-    expected = jax.value_and_grad(lambda *o: product_of(plain)(*o, temperature=3.0).sum(), (0, 1, 2, 3))(*operands)
+    expected = jax.value_and_grad(
+        lambda *o: on_logits(plain)(*o, temperature=3.0).sum(), (0, 1, 2, 3)
+    )(*operands)
     mesh = jax.make_mesh((8,), ("tokens",), axis_types=(jax.sharding.AxisType.Auto,))
-    split, whole = jax.P("tokens"), jax.P()
+    sharded, replicated = jax.P("tokens"), jax.P()
+    in_specs = sharded, replicated, sharded, replicated
 
-    def part(*operands):
+    def sum_over_devices(*operands):
         return jax.lax.psum(fused(*operands, temperature=3.0, chunk_size=1).sum(), "tokens")
 
-    mapped = jax.shard_map(part, mesh=mesh, in_specs=(split, whole, split, whole), out_specs=whole)
-    got = jax.jit(jax.value_and_grad(mapped, (0, 1, 2, 3)))(*operands)
-    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+    mapped = jax.shard_map(sum_over_devices, mesh=mesh, in_specs=in_specs, out_specs=replicated)
+    result = jax.jit(jax.value_and_grad(mapped, (0, 1, 2, 3)))(*operands)
+    chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @BOTH
 def test_temperature_is_not_rounded_to_the_states(fused, plain):
     """At T = 1.7 a bf16 temperature is off by 0.2 %, and T² is not."""
     operands = draw(dtype=jnp.bfloat16)
-    wide = [one.astype(jnp.float32) for one in operands]
-    expected = product_of(plain)(*wide, temperature=1.7)
+    wide = [operand.astype(jnp.float32) for operand in operands]
+    expected = on_logits(plain)(*wide, temperature=1.7)
     np.testing.assert_allclose(fused(*operands, temperature=1.7), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_student_and_teacher_may_differ_in_dtype():
-    student, head, teacher, old = draw()
-    narrow = teacher.astype(jnp.bfloat16), old.astype(jnp.bfloat16)
-    value = losses.fused_linear_kl_divergence(student, head, *narrow, temperature=2.0)
-    wide = [one.astype(jnp.float32) for one in narrow]
-    np.testing.assert_allclose(
-        value, losses.fused_linear_kl_divergence(student, head, *wide, temperature=2.0), rtol=1e-4
+    student, student_kernel, teacher, teacher_kernel = draw()
+    narrow = teacher.astype(jnp.bfloat16), teacher_kernel.astype(jnp.bfloat16)
+    wide = [operand.astype(jnp.float32) for operand in narrow]
+    loss = functools.partial(
+        losses.fused_linear_kl_divergence, student, student_kernel, temperature=2.0
     )
+    np.testing.assert_allclose(loss(*narrow), loss(*wide), rtol=1e-4)
 
 
 @BOTH
 def test_bf16_states_give_float32_values_and_bf16_gradients(fused, plain):
     operands = draw(dtype=jnp.bfloat16)
     value, gradients = jax.value_and_grad(weighted(fused, chunk_size=4), (0, 1))(*operands)
-    assert value.dtype == jnp.float32 and all(gradient.dtype == jnp.bfloat16 for gradient in gradients)
-    wide = [one.astype(jnp.float32) for one in operands]
-    expected, wide_gradients = jax.value_and_grad(weighted(product_of(plain)), (0, 1))(*wide)
+    assert value.dtype == jnp.float32 and all(
+        gradient.dtype == jnp.bfloat16 for gradient in gradients
+    )
+    wide = [operand.astype(jnp.float32) for operand in operands]
+    expected, wide_gradients = jax.value_and_grad(weighted(on_logits(plain)), (0, 1))(*wide)
     np.testing.assert_allclose(value, expected, rtol=2e-2)
     for gradient, wide_gradient in zip(gradients, wide_gradients, strict=True):
         scale = jnp.abs(wide_gradient).max()
-        np.testing.assert_allclose(gradient.astype(jnp.float32) / scale, wide_gradient / scale, atol=3e-2)
+        np.testing.assert_allclose(
+            gradient.astype(jnp.float32) / scale, wide_gradient / scale, atol=3e-2
+        )
 
 
 @BOTH
 def test_extreme_states_stay_finite(fused, plain):
-    student, head, teacher, old = draw()
+    student, kernel, teacher, teacher_kernel = draw()
     for scale in (1e4, 1e-4):
         chex.assert_tree_all_finite(
-            jax.value_and_grad(weighted(fused), (0, 1, 2, 3))(scale * student, head, scale * teacher, old)
+            jax.value_and_grad(weighted(fused), (0, 1, 2, 3))(
+                scale * student, kernel, scale * teacher, teacher_kernel
+            )
         )
 
 
-def held(loss, tokens=2048, features=32, vocabulary=4096):
-    """Bytes that value and gradient hold beside their arguments and results."""
+def temporary_bytes(loss, tokens=2048, features=32, vocabulary=4096):
+    """Returns the bytes that value and gradient need in addition to arguments and results."""
     shapes = (tokens, features), (features, vocabulary), (tokens, features), (features, vocabulary)
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program = jax.jit(jax.value_and_grad(lambda *o: loss(*o, temperature=2.0).mean(), (0, 1)))
@@ -173,18 +194,19 @@ def held(loss, tokens=2048, features=32, vocabulary=4096):
 
 
 @BOTH
-def test_holds_no_logits_of_all_tokens(fused, plain):
-    assert held(functools.partial(fused, chunk_size=128)) < held(product_of(plain)) / 6
+def test_does_not_store_the_logits_of_all_tokens(fused, plain):
+    fused_bytes = temporary_bytes(functools.partial(fused, chunk_size=128))
+    assert fused_bytes < temporary_bytes(on_logits(plain)) / 6
 
 
 def test_nothing_is_computed_for_a_teacher_that_is_not_differentiated():
     operands = draw()
 
-    def products(argnums):
+    def count_products(argnums):
         program = jax.jit(jax.grad(weighted(losses.fused_linear_kl_divergence), argnums))
         return program.lower(*operands).as_text().count("dot_general")
 
-    assert products((0, 1)) < products((0, 1, 2, 3))
+    assert count_products((0, 1)) < count_products((0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
@@ -192,40 +214,50 @@ def test_nothing_is_computed_for_a_teacher_that_is_not_differentiated():
 def test_differentiates_a_compiled_or_rematerialised_loss(wrap, argnums):
     loss = weighted(losses.fused_linear_kl_divergence, chunk_size=4)
     expected = jax.grad(loss, argnums)(*draw())
-    chex.assert_trees_all_close(jax.grad(wrap(loss), argnums)(*draw()), expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.grad(wrap(loss), argnums)(*draw()), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_no_tokens():
-    student, head, teacher, old = draw(tokens=(0,))
-    assert losses.fused_linear_kl_divergence(student, head, teacher, old, temperature=1.0).shape == (0,)
+    student, kernel, teacher, teacher_kernel = draw(tokens=(0,))
+    assert losses.fused_linear_kl_divergence(
+        student, kernel, teacher, teacher_kernel, temperature=1.0
+    ).shape == (0,)
 
 
 @BOTH
 def test_wrong_arguments_raise(fused, plain):
-    student, head, teacher, old = draw()
+    student, kernel, teacher, teacher_kernel = draw()
     with pytest.raises(ValueError, match="an embedding table"):
-        fused(student, head.T, teacher, old, temperature=1.0)
+        fused(student, kernel.T, teacher, teacher_kernel, temperature=1.0)
     with pytest.raises(ValueError, match="vocabularies"):
-        fused(student, head[:, 1:], teacher, old, temperature=1.0)
+        fused(student, kernel[:, 1:], teacher, teacher_kernel, temperature=1.0)
     with pytest.raises(ValueError, match="same leading axes"):
-        fused(student[1:], head, teacher, old, temperature=1.0)
+        fused(student[1:], kernel, teacher, teacher_kernel, temperature=1.0)
     with pytest.raises(ValueError, match="temperature must be positive"):
-        fused(student, head, teacher, old, temperature=0.0)
+        fused(student, kernel, teacher, teacher_kernel, temperature=0.0)
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
-        fused(student, head, teacher, old, temperature=1.0, chunk_size=0)
+        fused(student, kernel, teacher, teacher_kernel, temperature=1.0, chunk_size=0)
     with pytest.raises(ValueError, match="one entry for each token"):
-        fused(student, head, teacher, old, temperature=1.0, where=jnp.ones(5, bool))
+        fused(student, kernel, teacher, teacher_kernel, temperature=1.0, where=jnp.ones(5, bool))
     with pytest.raises(TypeError, match="take mask != 0"):
-        fused(student, head, teacher, old, temperature=1.0, where=jnp.ones(13, jnp.int32))
+        fused(
+            student, kernel, teacher, teacher_kernel, temperature=1.0, where=jnp.ones(13, jnp.int32)
+        )
     with pytest.raises(TypeError, match="floating-point"):
-        fused(jnp.ones((13, 6), jnp.int32), head, teacher, old, temperature=1.0)
+        fused(jnp.ones((13, 6), jnp.int32), kernel, teacher, teacher_kernel, temperature=1.0)
     with pytest.raises(TypeError, match="cast one"):
-        fused(student.astype(jnp.bfloat16), head, teacher, old, temperature=1.0)
+        fused(student.astype(jnp.bfloat16), kernel, teacher, teacher_kernel, temperature=1.0)
 
 
-def test_beta_is_a_number():
+def test_traced_beta_raises():
     operands = draw()
     with pytest.raises(TypeError, match="Python number"):
-        jax.jit(lambda b: losses.fused_linear_jensen_shannon_divergence(*operands, temperature=1.0, beta=b))(0.5)
-    with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\]"):
+        jax.jit(
+            lambda b: losses.fused_linear_jensen_shannon_divergence(
+                *operands, temperature=1.0, beta=b
+            )
+        )(0.5)
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]"):
         losses.fused_linear_jensen_shannon_divergence(*operands, temperature=1.0, beta=2.0)

@@ -1,4 +1,4 @@
-"""Losses that read labels: hand-worked values, float64 references, the papers' identities and limits."""
+"""Tests losses on labels: hand-worked values, float64 references, identities and limits."""
 
 import chex
 import jax
@@ -23,10 +23,12 @@ def draw(seed=0, shape=(6, 10), scale=3.0):
 
 
 def decoupled(student, teacher, labels, **weights):
-    return losses.decoupled_loss(student, teacher, labels, **({"temperature": 4.0, "non_target_weight": 8.0} | weights))
+    return losses.decoupled_loss(
+        student, teacher, labels, **({"temperature": 4.0, "non_target_weight": 8.0} | weights)
+    )
 
 
-TAUGHT = (decoupled, losses.normalized_loss)
+TEACHER_LOSSES = (decoupled, losses.normalized_loss)
 
 
 def softmax(logits):
@@ -36,17 +38,25 @@ def softmax(logits):
 
 def reference_decoupled(student, teacher, labels, temperature, alpha, beta):
     values = []
-    for s, t, label in zip(*(np.asarray(z, np.float64) for z in (student, teacher)), np.asarray(labels), strict=True):
+    for s, t, label in zip(
+        *(np.asarray(z, np.float64) for z in (student, teacher)), np.asarray(labels), strict=True
+    ):
         q, p = softmax(s / temperature), softmax(t / temperature)
-        target = p[label] * np.log(p[label] / q[label]) + (1 - p[label]) * np.log((1 - p[label]) / (1 - q[label]))
+        target = p[label] * np.log(p[label] / q[label]) + (1 - p[label]) * np.log(
+            (1 - p[label]) / (1 - q[label])
+        )
         rest_q, rest_p = (softmax(np.delete(z, label) / temperature) for z in (s, t))
-        values.append(temperature**2 * (alpha * target + beta * (rest_p * np.log(rest_p / rest_q)).sum()))
+        values.append(
+            temperature**2 * (alpha * target + beta * (rest_p * np.log(rest_p / rest_q)).sum())
+        )
     return values
 
 
 def reference_normalized(student, teacher, labels, temperature, gamma):
     values = []
-    for s, t, label in zip(*(np.asarray(z, np.float64) for z in (student, teacher)), np.asarray(labels), strict=True):
+    for s, t, label in zip(
+        *(np.asarray(z, np.float64) for z in (student, teacher)), np.asarray(labels), strict=True
+    ):
         rest_q, rest_p = (softmax(np.delete(z, label) / temperature) for z in (s, t))
         rest = gamma * temperature**2 * (rest_p * np.log(rest_q)).sum()
         values.append(-softmax(t)[label] * np.log(softmax(s)[label]) - rest)
@@ -54,9 +64,11 @@ def reference_normalized(student, teacher, labels, temperature, gamma):
 
 
 def test_values_worked_by_hand():
-    # Binary parts (1/2, 1/2) and (1/4, 3/4): 1/2 log 2 + 1/2 log 2/3. Others (1/2, 1/2) and (1/3, 2/3):
-    # 1/2 log 3/2 + 1/2 log 3/4.
-    value = losses.decoupled_loss(LAST, HALVES, ZERO, temperature=1.0, target_weight=3.0, non_target_weight=5.0)
+    # Binary parts (1/2, 1/2) and (1/4, 3/4): 1/2 log 2 + 1/2 log 2/3. Other classes (1/2, 1/2) and
+    # (1/3, 2/3): 1/2 log 3/2 + 1/2 log 3/4.
+    value = losses.decoupled_loss(
+        LAST, HALVES, ZERO, temperature=1.0, target_weight=3.0, non_target_weight=5.0
+    )
     np.testing.assert_allclose(value, 1.5 * np.log(4 / 3) + 2.5 * np.log(9 / 8), rtol=1e-5)
     # 1/2 log 4 for the true class, and 1.5 times the cross-entropy of (1/3, 2/3) under (1/2, 1/2).
     value = losses.normalized_loss(LAST, HALVES, ZERO)
@@ -70,108 +82,141 @@ def test_values_worked_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_equal_float64_references(temperature):
-    drawn = draw()
-    value = losses.decoupled_loss(*drawn, temperature=temperature, target_weight=0.5, non_target_weight=8.0)
-    np.testing.assert_allclose(value, reference_decoupled(*drawn, temperature, 0.5, 8.0), rtol=2e-4)
-    value = losses.normalized_loss(*drawn, temperature=temperature, gamma=1.5)
-    np.testing.assert_allclose(value, reference_normalized(*drawn, temperature, 1.5), rtol=2e-5)
+    inputs = draw()
+    value = losses.decoupled_loss(
+        *inputs, temperature=temperature, target_weight=0.5, non_target_weight=8.0
+    )
+    np.testing.assert_allclose(
+        value, reference_decoupled(*inputs, temperature, 0.5, 8.0), rtol=2e-4
+    )
+    value = losses.normalized_loss(*inputs, temperature=temperature, gamma=1.5)
+    np.testing.assert_allclose(value, reference_normalized(*inputs, temperature, 1.5), rtol=2e-5)
 
 
-def test_decoupled_with_the_teachers_own_weight_is_the_plain_divergence():
-    """The paper's identity: KL = target term + (1 − p_label) · non-target term."""
+def test_decoupled_with_the_teachers_own_weight_is_the_kl_divergence():
+    """Tests the paper's identity KL = target term + (1 − p_label) · non-target term."""
     student, teacher, labels = draw()
     softened = losses.temperature_softmax(teacher, temperature=4.0)
     weight = 1 - jnp.take_along_axis(softened, labels[:, None], 1)[:, 0]
     for i in range(6):
         value = decoupled(student[i], teacher[i], labels[i], non_target_weight=weight[i])
-        np.testing.assert_allclose(value, losses.kl_divergence(student[i], teacher[i], temperature=4.0), rtol=1e-4)
-
-
-def test_decoupled_is_zero_where_equal_and_blind_to_a_shift():
-    student, teacher, labels = draw()
-    np.testing.assert_allclose(decoupled(student, student + 3, labels), 0, atol=1e-4)
-    for loss in TAUGHT:
         np.testing.assert_allclose(
-            loss(student + 7, teacher - 5, labels), loss(student, teacher, labels), rtol=1e-4, atol=1e-4
+            value, losses.kl_divergence(student[i], teacher[i], temperature=4.0), rtol=1e-4
         )
 
 
-def test_two_classes_leave_the_target_term_alone():
+def test_decoupled_is_zero_where_equal_and_losses_ignore_a_shift():
+    student, teacher, labels = draw()
+    np.testing.assert_allclose(decoupled(student, student + 3, labels), 0, atol=1e-4)
+    for loss in TEACHER_LOSSES:
+        np.testing.assert_allclose(
+            loss(student + 7, teacher - 5, labels),
+            loss(student, teacher, labels),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_two_classes_leave_only_the_target_term():
     student, teacher, labels = draw(shape=(5, 2))
     np.testing.assert_allclose(
-        decoupled(student, teacher, labels), losses.kl_divergence(student, teacher, temperature=4.0), rtol=1e-4
+        decoupled(student, teacher, labels),
+        losses.kl_divergence(student, teacher, temperature=4.0),
+        rtol=1e-4,
     )
     p, q = jax.nn.softmax(teacher), jax.nn.log_softmax(student)
-    chosen = -(p * q)[jnp.arange(5), labels]
-    np.testing.assert_allclose(losses.normalized_loss(student, teacher, labels), chosen, rtol=1e-5)
+    expected = -(p * q)[jnp.arange(5), labels]
+    value = losses.normalized_loss(student, teacher, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_normalized_loss_is_least_at_the_teachers_ranking_of_the_others():
+def test_normalized_loss_is_minimal_where_other_classes_equal_the_teachers():
     _, teacher, labels = draw()
-    others = ~jax.nn.one_hot(labels, 10, dtype=bool)
+    non_target = ~jax.nn.one_hot(labels, 10, dtype=bool)
     gradient = jax.grad(lambda s: losses.normalized_loss(s, teacher, labels).sum())(teacher)
-    # Among the others the student already equals the teacher: only the true class still pulls, on all of them in
-    # proportion to their probability.
+    # On the other classes the student equals the teacher. The gradient that is left is that of the
+    # true class, in proportion to their probabilities.
     p = jax.nn.softmax(teacher)
-    chosen = p[jnp.arange(6), labels][:, None]
-    np.testing.assert_allclose(jnp.where(others, gradient, 0), jnp.where(others, chosen * p, 0), atol=1e-5)
+    confidence = p[jnp.arange(6), labels][:, None]
+    np.testing.assert_allclose(
+        jnp.where(non_target, gradient, 0), jnp.where(non_target, confidence * p, 0), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("loss", TAUGHT)
+@pytest.mark.parametrize("loss", TEACHER_LOSSES)
 @pytest.mark.parametrize("classes", [1, 2, 7])
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_logits_stay_finite(loss, classes, scale):
-    """Trap 14: a mask of −1000 is overtaken by logits of 1e4."""
+    """The paper's code masks by subtracting 1000, which fails for logits of 1e4."""
     student, teacher, labels = draw(shape=(6, classes), scale=scale)
-    chex.assert_tree_all_finite(jax.value_and_grad(lambda s: loss(s, teacher, labels).sum())(student))
+    chex.assert_tree_all_finite(
+        jax.value_and_grad(lambda s: loss(s, teacher, labels).sum())(student)
+    )
 
 
-@pytest.mark.parametrize("loss", TAUGHT)
-def test_ruled_out_classes_count_for_nothing(loss):
+@pytest.mark.parametrize("loss", TEACHER_LOSSES)
+def test_classes_at_minus_infinity_contribute_nothing(loss):
     student, teacher, _ = draw()
     labels = jnp.arange(6)
     masked = [jnp.concatenate([z, jnp.full((6, 2), -jnp.inf)], 1) for z in (student, teacher)]
     expected = jax.value_and_grad(lambda s: loss(s, teacher, labels).sum())(student)
     value, gradient = jax.value_and_grad(lambda s: loss(s, masked[1], labels).sum())(masked[0])
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-    np.testing.assert_allclose(gradient, jnp.pad(expected[1], ((0, 0), (0, 2))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gradient, jnp.pad(expected[1], ((0, 0), (0, 2))), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("loss", TAUGHT)
+@pytest.mark.parametrize("loss", TEACHER_LOSSES)
 def test_gradients_are_those_of_finite_differences(loss):
     student, teacher, labels = draw(shape=(2, 4), scale=1.0)
-    check_grads(lambda s, t: loss(s, t, labels), (student, teacher), 1, ("rev",), atol=2e-2, rtol=2e-2, eps=1e-2)
+    check_grads(
+        lambda s, t: loss(s, t, labels),
+        (student, teacher),
+        1,
+        ("rev",),
+        atol=2e-2,
+        rtol=2e-2,
+        eps=1e-2,
+    )
 
 
 def test_label_smoothing_is_distillation_from_a_uniform_teacher():
     student, _, labels = draw()
     np.testing.assert_allclose(
         losses.label_smoothing_loss(student, labels, smoothing=0.1),
-        losses.distillation_loss(student, jnp.zeros_like(student), labels, temperature=1.0, alpha=0.1),
+        losses.distillation_loss(
+            student, jnp.zeros_like(student), labels, temperature=1.0, alpha=0.1
+        ),
         rtol=1e-5,
     )
 
 
 @given(smoothing=st.floats(0, 1), classes=st.integers(1, 5), seed=st.integers(0, 2**16))
 @settings(max_examples=25, deadline=None)
-def test_label_smoothing_lies_between_its_ends(smoothing, classes, seed):
+def test_label_smoothing_is_between_its_two_terms(smoothing, classes, seed):
     student, _, labels = draw(seed=seed, shape=(3, classes))
-    hard, uniform, value = (losses.label_smoothing_loss(student, labels, smoothing=e) for e in (0.0, 1.0, smoothing))
+    hard, uniform, value = (
+        losses.label_smoothing_loss(student, labels, smoothing=e) for e in (0.0, 1.0, smoothing)
+    )
     np.testing.assert_allclose(hard, losses.hard_cross_entropy(student, labels), rtol=1e-5)
-    assert (value <= jnp.maximum(hard, uniform) + 1e-5).all() and (value >= jnp.minimum(hard, uniform) - 1e-5).all()
+    assert (value <= jnp.maximum(hard, uniform) + 1e-5).all() and (
+        value >= jnp.minimum(hard, uniform) - 1e-5
+    ).all()
 
 
-def test_virtual_teacher_is_right_with_the_given_probability():
+def test_virtual_teacher_gives_the_probability_to_the_label():
     logits = losses.virtual_teacher_logits(jnp.array([[0, 3]]), num_classes=5, correct=0.9)
     probabilities = jax.nn.softmax(logits)
     np.testing.assert_allclose(probabilities.max(-1), 0.9, rtol=1e-6)
     np.testing.assert_allclose(probabilities[0, 1], [0.025, 0.025, 0.025, 0.9, 0.025], rtol=1e-5)
 
 
-def test_class_weights_of_one_change_nothing():
+def test_class_weights_of_1_change_nothing():
     student, _, labels = draw()
     np.testing.assert_array_equal(
-        losses.hard_cross_entropy(student, labels, weights=jnp.ones(10)), losses.hard_cross_entropy(student, labels)
+        losses.hard_cross_entropy(student, labels, weights=jnp.ones(10)),
+        losses.hard_cross_entropy(student, labels),
     )
 
 
@@ -179,21 +224,27 @@ def test_label_out_of_range_is_nan():
     student, teacher, _ = draw()
     labels = jnp.array([-1, 10, 0, 1, 2, 9])
     weighted = losses.hard_cross_entropy(student, labels, weights=jnp.ones(10))
-    for values in (weighted, losses.normalized_loss(student, teacher, labels), decoupled(student, teacher, labels)):
+    for values in (
+        weighted,
+        losses.normalized_loss(student, teacher, labels),
+        decoupled(student, teacher, labels),
+    ):
         np.testing.assert_array_equal(np.isnan(values), [True, True, False, False, False, False])
 
 
-def test_nan_is_not_taken_for_a_class_that_is_ruled_out():
+def test_nan_is_not_treated_as_minus_infinity():
     student, teacher, labels = draw()
     student = student.at[0, 3].set(jnp.nan)
-    for loss in (*TAUGHT, losses.distillation_loss):
-        np.testing.assert_array_equal(np.isnan(loss(student, teacher, labels)), [True] + [False] * 5)
+    for loss in (*TEACHER_LOSSES, losses.distillation_loss):
+        np.testing.assert_array_equal(
+            np.isnan(loss(student, teacher, labels)), [True] + [False] * 5
+        )
 
 
 def test_wrong_arguments_raise():
     student, teacher, labels = draw()
-    for loss in TAUGHT:
-        with pytest.raises(ValueError, match="must have one shape"):
+    for loss in TEACHER_LOSSES:
+        with pytest.raises(ValueError, match="must have the same shape"):
             loss(student[:, 1:], teacher, labels)
         with pytest.raises(ValueError, match="without its last axis"):
             loss(student, teacher, labels[None])
@@ -201,23 +252,23 @@ def test_wrong_arguments_raise():
             loss(student, teacher, student[:, 0])
         with pytest.raises(ValueError, match="temperature must be positive"):
             loss(student, teacher, labels, temperature=0.0)
-    with pytest.raises(ValueError, match=r"smoothing must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\]"):
         losses.label_smoothing_loss(student, labels, smoothing=1.1)
     with pytest.raises(ValueError, match="one entry for each class"):
         losses.hard_cross_entropy(student, labels, weights=jnp.ones(6))
-    with pytest.raises(ValueError, match=r"correct must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"correct must be in \(0, 1\)"):
         losses.virtual_teacher_logits(labels, num_classes=10, correct=1.0)
     with pytest.raises(ValueError, match="two classes"):
         losses.virtual_teacher_logits(labels, num_classes=1, correct=0.9)
 
 
-def test_narrow_labels_are_not_taken_for_other_classes():
+def test_narrow_labels_do_not_wrap_around():
     student, teacher, _ = draw(shape=(2, 300))
     narrow, wide = jnp.array([1, 250], jnp.uint8), jnp.array([1, 250])
-    for loss in (*TAUGHT, losses.distillation_loss):
+    for loss in (*TEACHER_LOSSES, losses.distillation_loss):
         np.testing.assert_array_equal(loss(student, teacher, narrow), loss(student, teacher, wide))
-    marked = losses.virtual_teacher_logits(narrow, num_classes=300, correct=0.9)
-    np.testing.assert_array_equal((marked > -1).sum(-1), 1)
+    logits = losses.virtual_teacher_logits(narrow, num_classes=300, correct=0.9)
+    np.testing.assert_array_equal((logits > -1).sum(-1), 1)
 
 
 def test_alpha_of_zero_needs_no_teacher():
@@ -231,12 +282,12 @@ def test_class_of_weight_zero_may_be_ruled_out():
     assert losses.hard_cross_entropy(logits, jnp.array([0]), weights=jnp.array([0.0, 1.0])) == 0
 
 
-def test_weights_of_terms_are_one_or_one_per_example():
+def test_weights_of_terms_are_scalars_or_per_example():
     student, teacher, labels = draw()
-    each = jnp.arange(6.0)
-    value = decoupled(student, teacher, labels, non_target_weight=each)
+    weights = jnp.arange(6.0)
+    value = decoupled(student, teacher, labels, non_target_weight=weights)
     for i in range(6):
-        single = decoupled(student[i], teacher[i], labels[i], non_target_weight=each[i])
+        single = decoupled(student[i], teacher[i], labels[i], non_target_weight=weights[i])
         np.testing.assert_allclose(value[i], single, rtol=1e-5)
     for wrong in ({"non_target_weight": jnp.ones(5)}, {"target_weight": jnp.ones((6, 1))}):
         with pytest.raises(ValueError, match="one weight per example"):

@@ -1,8 +1,9 @@
-"""Figures of public PyTorch implementations, and how ours relate to them.
+"""Compares the losses with recorded results of public PyTorch implementations.
 
-Each figure is what an implementation gave, in float64, on the inputs of its row: its loss over the batch, and the norm
-of that loss's gradient to the student. Where a convention differs, the row's expression turns ours into theirs, and a
-comment names the difference. None of the packages is needed here.
+The recorded numbers are results of an implementation, in float64, on the inputs of its row: its
+loss over the batch, and the norm of the loss's gradient with respect to the student. Where a
+convention differs, the row's expression converts ours to theirs, and a comment names the
+difference. The packages themselves are not needed.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,15 @@ LABELS = np.array([0, 3, 1, 3])
 CLASS_WEIGHTS = np.array([0.5, 1.0, 2.0, 4.0, 1.5], np.float32)
 TOKENS = np.array([[4, 0, -100], [2, -100, -100]])
 LIGER_LABELS = np.array([4, 0, -100, 2, 6, -100])
-LIGER_COUNTS = LIGER_LABELS != -100
+LIGER_MASK = LIGER_LABELS != -100
 LENGTHS = np.array([3, 2], np.float32)
 VALID = np.array([[True, True, True], [True, True, False]])
-POSITIVES, NEGATIVES = np.array([2, 6, 4, 0]), np.array([[0, 5, 7], [1, 3, 0], [7, 2, 5], [3, 1, 6]])
+POSITIVES = np.array([2, 6, 4, 0])
+NEGATIVES = np.array([[0, 5, 7], [1, 3, 0], [7, 2, 5], [3, 1, 6]])
 
 
 class Row(NamedTuple):
-    """A public implementation's figures; `inputs` are the shapes of the student's array and of the others."""
+    """Results of a public implementation; `inputs` are shapes, the student's array first."""
 
     source: str
     inputs: tuple[tuple[int, ...], ...]
@@ -36,52 +38,66 @@ class Row(NamedTuple):
     scale: float = 1.0
 
 
-LOGITS, WORDS, ENSEMBLE = ((4, 5), (4, 5)), ((2, 3, 7), (2, 3, 7)), ((4, 5), (3, 4, 5))
-HEADS = (6, 4), (7, 4), (6, 3), (7, 3)
-MAPS, WIDER_MAPS = ((3, 4, 4, 6), (3, 4, 4, 6)), ((3, 4, 4, 6), (3, 4, 4, 8))
+LOGITS = (4, 5), (4, 5)
+TOKEN_LOGITS = (2, 3, 7), (2, 3, 7)
+ENSEMBLE = (4, 5), (3, 4, 5)
+LAST_LAYERS = (6, 4), (7, 4), (6, 3), (7, 3)
+MAPS = (3, 4, 4, 6), (3, 4, 4, 6)
+WIDER_MAPS = (3, 4, 4, 6), (3, 4, 4, 8)
 FLOWS = (3, 4, 4, 6), (3, 4, 4, 5), (3, 4, 4, 6), (3, 4, 4, 5)
-EMBEDDINGS, BANK = ((4, 6), (4, 8)), ((4, 6), (4, 6), (8, 6), (8, 6))
-STATES, SCORES, VALUES = ((2, 3, 4), (2, 3, 4)), ((2, 2, 3, 3), (2, 2, 3, 3)), ((2, 2, 3, 4), (2, 2, 3, 5))
+EMBEDDINGS = (4, 6), (4, 8)
+BANK = (4, 6), (4, 6), (8, 6), (8, 6)
+STATES = (2, 3, 4), (2, 3, 4)
+SCORES = (2, 2, 3, 3), (2, 2, 3, 3)
+VALUES = (2, 2, 3, 4), (2, 2, 3, 5)
 LAYERS = (2, 5, 5, 2), (2, 3, 3, 3), (2, 5, 5, 2), (2, 4, 4, 3), (2, 2, 2, 4)
 PROJECTORS = (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)
 
 
 def draw(*shapes, scale=1.0):
-    """Normal numbers that float32 holds exactly, all from one generator in the order of the shapes."""
+    """Draws normal numbers that float32 represents exactly, by one generator in order of shapes."""
     rng = np.random.default_rng(0)
     return [np.float32(scale) * rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def entropy(logits, temperature):
-    """That of the softened distribution: what a cross-entropy has over the divergence."""
+    """Computes the entropy of a softened distribution: cross-entropy minus divergence."""
     return losses.soft_cross_entropy(logits, logits, temperature=temperature) / temperature**2
 
 
-def mean(loss, *others, **options):
-    """The mean over the batch of a loss on student, teacher, others."""
-    return lambda *inputs: loss(*inputs, *others, **options).mean()
+def mean(loss, *arguments, **options):
+    """Returns the mean over the batch of a loss on student, teacher and further arguments."""
+    return lambda *inputs: loss(*inputs, *arguments, **options).mean()
 
 
 def trl(beta):
-    # Theirs is without T²; of logits [B, C] their "batchmean" is the mean over B.
-    return lambda s, t: losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=beta).mean() / 4
+    # Without T². For logits [B, C] their "batchmean" is the mean over B.
+    return lambda s, t: (
+        losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=beta).mean() / 4
+    )
 
 
 def liger(beta):
     def loss(states, kernel, teacher_states, teacher_kernel):
-        # Their weights are [V, D], ours [D, V]; without T²; mean over the tokens that count.
+        # Their weights are [V, D], ours [D, V]. Without T²; the mean is over the tokens that count.
         values = losses.fused_linear_jensen_shannon_divergence(
-            states, kernel.T, teacher_states, teacher_kernel.T, temperature=2.0, beta=beta, where=LIGER_COUNTS
+            states,
+            kernel.T,
+            teacher_states,
+            teacher_kernel.T,
+            temperature=2.0,
+            beta=beta,
+            where=LIGER_MASK,
         )
-        return losses.token_mean(values, where=LIGER_COUNTS) / 4
+        return losses.token_mean(values, where=LIGER_MASK) / 4
 
     return loss
 
 
 def liger_mixed(states, kernel, teacher_states, teacher_kernel):
-    hard = losses.hard_cross_entropy(states @ kernel.T, np.where(LIGER_COUNTS, LIGER_LABELS, 0))
+    hard = losses.hard_cross_entropy(states @ kernel.T, np.where(LIGER_MASK, LIGER_LABELS, 0))
     soft = liger(0.5)(states, kernel, teacher_states, teacher_kernel)
-    return 0.3 * losses.token_mean(hard, where=LIGER_COUNTS) + 0.7 * soft
+    return 0.3 * losses.token_mean(hard, where=LIGER_MASK) + 0.7 * soft
 
 
 def weighted_soft_labels(student, teacher):
@@ -90,19 +106,21 @@ def weighted_soft_labels(student, teacher):
 
 
 def standardized(student, teacher):
-    # Their deviation divides by C − 1 = 4, ours by C = 5, which is another temperature, and T² is of theirs.
+    # Their deviation divides by C − 1 = 4, ours by C = 5, which amounts to another temperature; the
+    # factor is T² of theirs.
     student, teacher = losses.standardize_logits(student), losses.standardize_logits(teacher)
     return losses.kl_divergence(student, teacher, temperature=4 * np.sqrt(5 / 4)).mean() * 4 / 5
 
 
 def teacher_free(student):
-    # Their code takes the teacher's probabilities for logits, T softens them alone, and the mean is over classes too.
+    # Their code uses the teacher's probabilities as logits, softens only these by T, and takes the
+    # mean over classes as well.
     teacher = jnp.exp(losses.virtual_teacher_logits(LABELS, num_classes=5, correct=0.99)) / 20
     return losses.kl_divergence(student, teacher, temperature=1.0).mean() / 5
 
 
 def confidence_aware(student, teacher, teacher_logits):
-    # Theirs divides the weighted sum by the number of teachers once more.
+    # Theirs also divides the weighted sum by the number of teachers.
     weights = losses.teacher_weights(2 * teacher_logits, LABELS)
     terms = [losses.hint_loss(*pair) for pair in zip(student, teacher, strict=True)]
     return losses.weighted_sum(terms, weights=weights).mean() / 3
@@ -114,21 +132,25 @@ def variational(student, teacher, kernel, bias, raw_variance):
 
 
 def probabilistic(student, teacher):
-    """Theirs keeps the pair of an example with itself, whose similarity is 1, and takes the mean over all pairs."""
+    """Adds the pair of an example with itself, of similarity 1, and averages over all pairs."""
 
-    def kept(x):  # the share of the other examples
+    def probability_of_others(x):
         similarities = (1 + jnp.matmul(x, x.T, precision="highest")) / 2
         others = similarities.sum(1) - jnp.diagonal(similarities)
         return others / (1 + others)
 
     unit = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (student, teacher)]
-    q, p = (kept(x) for x in unit)
-    itself = p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q))
-    return (itself + p * losses.probabilistic_transfer_loss(student, teacher)).mean() / len(student)
+    q, p = (probability_of_others(x) for x in unit)
+    own_pair = p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q))
+    return (own_pair + p * losses.probabilistic_transfer_loss(student, teacher)).mean() / len(
+        student
+    )
 
 
 def bank_of(student_rows, teacher_rows):
-    unit = (rows / jnp.linalg.norm(rows, axis=1, keepdims=True) for rows in (student_rows, teacher_rows))
+    unit = (
+        rows / jnp.linalg.norm(rows, axis=1, keepdims=True) for rows in (student_rows, teacher_rows)
+    )
     return losses.ContrastiveBank(*unit, jnp.float32(0), jnp.float32(0))
 
 
@@ -148,8 +170,10 @@ def masked_mean(loss):
 
 
 def value_relation(where):
-    # Heads stand before tokens there.
-    return lambda s, t: losses.value_relation_loss(s.swapaxes(1, 2), t.swapaxes(1, 2), where=where).mean()
+    # In their arrays the head axis precedes the token axis.
+    return lambda s, t: losses.value_relation_loss(
+        s.swapaxes(1, 2), t.swapaxes(1, 2), where=where
+    ).mean()
 
 
 def attention_relation(student, teacher, where=None):
@@ -159,31 +183,39 @@ def attention_relation(student, teacher, where=None):
 
 
 def scores_of_valid_tokens(student, teacher):
-    # Theirs is one mean over the entries of the whole batch, ours one for each example, of 3 × 3 and 2 × 2 entries.
-    values = losses.attention_map_loss(student, teacher, where=VALID[:, None, :, None] & VALID[:, None, None, :])
+    # Theirs is the mean over the entries of the whole batch, ours a mean for each example, of 3 × 3
+    # and 2 × 2 entries.
+    values = losses.attention_map_loss(
+        student, teacher, where=VALID[:, None, :, None] & VALID[:, None, None, :]
+    )
     return (values * LENGTHS**2).sum() / (LENGTHS**2).sum()
 
 
 def scores_of_valid_keys(student, teacher):
-    # Their code counts masked keys in the mean, as pairs that agree.
-    return (losses.attention_map_loss(student, teacher, where=VALID[:, None, None, :]) * LENGTHS / 3).mean()
+    # Their code counts masked keys in the mean, as entries without a difference.
+    return (
+        losses.attention_map_loss(student, teacher, where=VALID[:, None, None, :]) * LENGTHS / 3
+    ).mean()
 
 
 def tokens_as_positions(*states):
-    # [B, N, D] as maps of N × 1 positions; their mean is over the 4 × 5 entries of a flow matrix as well.
+    # [B, N, D] as maps of N × 1 positions. Their mean is also over the 4 × 5 entries of the matrix.
     return losses.flow_of_solution_procedure_loss(*(x[:, :, None] for x in states)).mean() / 20
 
 
-def semantic_calibration(first, second, *others):
-    # Without their networks: at queries and keys of 0 every layer weighs alike, and projections are 1×1 convolutions.
+def semantic_calibration(first, second, *arguments):
+    # Without their networks: with queries and keys of 0 all layers have the same weight, and
+    # projections are 1×1 convolutions.
     params = losses.init_semantic_calibration(jax.random.key(0), (2, 3), (2, 3, 4), features=1)
-    projectors = [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in others[3:]]
+    projectors = [
+        {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in arguments[3:]
+    ]
     params = jax.tree.map(jnp.zeros_like, params) | {"projectors": [projectors[:3], projectors[3:]]}
-    return losses.semantic_calibration_loss(params, [first, second], others[:3]).mean()
+    return losses.semantic_calibration_loss(params, [first, second], arguments[:3]).mean()
 
 
 ROWS = [
-    # Logits. Unless a line says otherwise ours is theirs to the letter, T² and the mean over the batch included.
+    # Logits. Unless a comment says otherwise, both have T² and the mean over the batch.
     Row(
         "RepDistiller DistillKL, mdistiller kd_loss",
         LOGITS,
@@ -193,22 +225,24 @@ ROWS = [
         2,
     ),
     Row(
-        # Their alpha weighs the hard term, and the soft one is a divergence.
+        # Their alpha is the weight of the hard term, and the soft term is a divergence.
         "torchdistill KDLoss",
         LOGITS,
         lambda s, t: (
-            losses.distillation_loss(s, t, LABELS, temperature=4.0, alpha=0.7) - 0.7 * 16 * entropy(t, 4.0)
+            losses.distillation_loss(s, t, LABELS, temperature=4.0, alpha=0.7)
+            - 0.7 * 16 * entropy(t, 4.0)
         ).mean(),
         1.929202114,
         0.3476740956,
         2,
     ),
     Row(
-        # Their mean of the divergence is over classes too; so is that of the teacher assistant's code.
+        # Their mean of the divergence is also over classes, as in the teacher assistant's code.
         "knowledge-distillation-pytorch loss_fn_kd",
         LOGITS,
         lambda s, t: (
-            0.9 * losses.kl_divergence(s, t, temperature=4.0) / 5 + 0.1 * losses.hard_cross_entropy(s, LABELS)
+            0.9 * losses.kl_divergence(s, t, temperature=4.0) / 5
+            + 0.1 * losses.hard_cross_entropy(s, LABELS)
         ).mean(),
         0.544819664,
         0.09639230266,
@@ -224,7 +258,7 @@ ROWS = [
         2,
     ),
     Row(
-        # Of logits that are divided by T.
+        # Logits are divided by T.
         "TextBrewer kd_mse_loss",
         LOGITS,
         lambda s, t: losses.logit_mse_loss(s, t).mean() / 16,
@@ -233,7 +267,7 @@ ROWS = [
         2,
     ),
     Row(
-        # Several teachers: theirs averages logits, where `losses.ensemble_logits` averages probabilities.
+        # Theirs averages the teachers' logits; `losses.ensemble_logits` averages probabilities.
         "TextBrewer MultiTeacherDistiller",
         ENSEMBLE,
         lambda s, t: losses.soft_cross_entropy(s, t.mean(0), temperature=4.0).mean() / 16,
@@ -248,9 +282,10 @@ ROWS = [
     Row(
         # With labels theirs is the mean over the tokens that count, without T².
         "TRL generalized_jsd_loss, labels",
-        WORDS,
+        TOKEN_LOGITS,
         lambda s, t: losses.token_mean(
-            losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=0.3) / 4, where=TOKENS != -100
+            losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=0.3) / 4,
+            where=TOKENS != -100,
         ),
         0.0557743452,
         0.01724924193,
@@ -259,16 +294,32 @@ ROWS = [
     Row(
         # Without labels their "batchmean" is the sum over the tokens of a sequence.
         "TRL generalized_jsd_loss, no labels",
-        WORDS,
-        lambda s, t: losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=0.3).sum(1).mean() / 4,
+        TOKEN_LOGITS,
+        lambda s, t: (
+            losses.jensen_shannon_divergence(s, t, temperature=2.0, beta=0.3).sum(1).mean() / 4
+        ),
         0.3568126859,
         0.0474399206,
         2,
     ),
-    Row("Liger LigerFusedLinearJSDLoss, beta 0", HEADS, liger(0.0), 0.56643385, 0.2382956645),
-    Row("Liger LigerFusedLinearJSDLoss, beta 0.3", HEADS, liger(0.3), 0.09816072689, 0.0342466032),
-    Row("Liger LigerFusedLinearJSDLoss, beta 1", HEADS, liger(1.0), 0.4646374506, 0.1930307192),
-    Row("Liger LigerFusedLinearJSDLoss, hard 0.3 and soft 0.7", HEADS, liger_mixed, 1.387815442, 0.4198121373),
+    Row("Liger LigerFusedLinearJSDLoss, beta 0", LAST_LAYERS, liger(0.0), 0.56643385, 0.2382956645),
+    Row(
+        "Liger LigerFusedLinearJSDLoss, beta 0.3",
+        LAST_LAYERS,
+        liger(0.3),
+        0.09816072689,
+        0.0342466032,
+    ),
+    Row(
+        "Liger LigerFusedLinearJSDLoss, beta 1", LAST_LAYERS, liger(1.0), 0.4646374506, 0.1930307192
+    ),
+    Row(
+        "Liger LigerFusedLinearJSDLoss, hard 0.3 and soft 0.7",
+        LAST_LAYERS,
+        liger_mixed,
+        1.387815442,
+        0.4198121373,
+    ),
     Row(
         "mdistiller dkd_loss",
         LOGITS,
@@ -278,7 +329,7 @@ ROWS = [
         2,
     ),
     Row(
-        # Since the commit that takes the label out of the other classes; the first version left it in.
+        # Since the commit that excludes the label from the other classes.
         "cls_KD NKDLoss",
         LOGITS,
         mean(losses.normalized_loss, LABELS, temperature=2.0),
@@ -323,17 +374,34 @@ ROWS = [
         2,
     ),
     Row(
-        # Theirs also divides by the weights that the labels of the batch have.
+        # Theirs also divides by the sum of the weights of the batch's labels.
         "torch CrossEntropyLoss(weight)",
         LOGITS[:1],
-        lambda s: losses.hard_cross_entropy(s, LABELS, weights=CLASS_WEIGHTS).sum() / CLASS_WEIGHTS[LABELS].sum(),
+        lambda s: (
+            losses.hard_cross_entropy(s, LABELS, weights=CLASS_WEIGHTS).sum()
+            / CLASS_WEIGHTS[LABELS].sum()
+        ),
         2.745222736,
         0.6803782001,
         2,
     ),
     Row("CA-MKD", ((3, 4, 6), (3, 4, 6), (3, 4, 5)), confidence_aware, 0.4102630643, 0.1004572956),
-    Row("DIST_KD logit_relation", LOGITS, mean(losses.dist_inter_loss, temperature=1.0), 1.013231731, 0.2054450259, 2),
-    Row("DIST_KD class_relation", LOGITS, mean(losses.dist_intra_loss, temperature=1.0), 0.9353120522, 0.2208587339, 2),
+    Row(
+        "DIST_KD logit_relation",
+        LOGITS,
+        mean(losses.dist_inter_loss, temperature=1.0),
+        1.013231731,
+        0.2054450259,
+        2,
+    ),
+    Row(
+        "DIST_KD class_relation",
+        LOGITS,
+        mean(losses.dist_intra_loss, temperature=1.0),
+        0.9353120522,
+        0.2208587339,
+        2,
+    ),
     Row(
         "torchdistill DISTLoss, beta",
         LOGITS,
@@ -359,8 +427,20 @@ ROWS = [
         0.01974742858,
         0.007183373367,
     ),
-    Row("torchdistill ATLoss by paper", WIDER_MAPS, mean(losses.attention_transfer_loss), 0.5570461739, 0.1049098304),
-    Row("RepDistiller NSTLoss", WIDER_MAPS, mean(losses.neuron_selectivity_loss), 0.276556274, 0.02636191962),
+    Row(
+        "torchdistill ATLoss by paper",
+        WIDER_MAPS,
+        mean(losses.attention_transfer_loss),
+        0.5570461739,
+        0.1049098304,
+    ),
+    Row(
+        "RepDistiller NSTLoss",
+        WIDER_MAPS,
+        mean(losses.neuron_selectivity_loss),
+        0.276556274,
+        0.02636191962,
+    ),
     Row(
         # Theirs is the mean over the 6 × 5 entries.
         "RepDistiller FSP",
@@ -369,7 +449,13 @@ ROWS = [
         0.1091691976,
         0.01831591569,
     ),
-    Row("TextBrewer fsp_loss", ((2, 3, 4), (2, 3, 5)) * 2, tokens_as_positions, 0.5383933181, 0.2096725716),
+    Row(
+        "TextBrewer fsp_loss",
+        ((2, 3, 4), (2, 3, 5)) * 2,
+        tokens_as_positions,
+        0.5383933181,
+        0.2096725716,
+    ),
     Row(
         "mdistiller vid_loss of a 1x1 convolution, torchdistill VIDLoss",
         (*WIDER_MAPS, (6, 8), (8,), (8,)),
@@ -378,13 +464,29 @@ ROWS = [
         1.291960865,
     ),
     # Relations.
-    Row("RepDistiller Similarity", EMBEDDINGS, mean(losses.similarity_preserving_loss), 0.1126501911, 0.1283001921),
-    Row("RKD RkdDistance", EMBEDDINGS, mean(losses.relational_distance_loss), 0.03532210255, 0.03316113184),
-    Row("RKD RKdAngle", EMBEDDINGS, mean(losses.relational_angle_loss), 0.05225801873, 0.04790865689),
+    Row(
+        "RepDistiller Similarity",
+        EMBEDDINGS,
+        mean(losses.similarity_preserving_loss),
+        0.1126501911,
+        0.1283001921,
+    ),
+    Row(
+        "RKD RkdDistance",
+        EMBEDDINGS,
+        mean(losses.relational_distance_loss),
+        0.03532210255,
+        0.03316113184,
+    ),
+    Row(
+        "RKD RKdAngle", EMBEDDINGS, mean(losses.relational_angle_loss), 0.05225801873, 0.04790865689
+    ),
     Row(
         "torchdistill RKDLoss, RepDistiller RKDLoss, 25 and 50",
         EMBEDDINGS,
-        lambda s, t: (25 * losses.relational_distance_loss(s, t) + 50 * losses.relational_angle_loss(s, t)).mean(),
+        lambda s, t: (
+            25 * losses.relational_distance_loss(s, t) + 50 * losses.relational_angle_loss(s, t)
+        ).mean(),
         3.4959535,
         3.194836666,
     ),
@@ -395,9 +497,15 @@ ROWS = [
         0.01622475392,
         0.02804374866,
     ),
-    Row("FaceX-Zoo CC", EMBEDDINGS, mean(losses.correlation_congruence_loss), 0.03282485099, 0.03652213338),
     Row(
-        # Theirs is the distance, not its square, over the number of pairs; it leaves the normalisation to the caller.
+        "FaceX-Zoo CC",
+        EMBEDDINGS,
+        mean(losses.correlation_congruence_loss),
+        0.03282485099,
+        0.03652213338,
+    ),
+    Row(
+        # Theirs is the distance, not its square, over the number of pairs. The caller normalises.
         "torchdistill CCKDLoss, of normalised features",
         EMBEDDINGS,
         lambda s, t: jnp.sqrt(losses.correlation_congruence_loss(s, t).mean()) / 4,
@@ -411,8 +519,14 @@ ROWS = [
         0.7193548138,
         0.3436995742,
     ),
-    # CRD, of embeddings and rows that are scaled to length 1 first.
-    Row("RepDistiller ContrastMemory and ContrastLoss, Z = 1", BANK, contrast, 9.585063057, 0.772668615),
+    # CRD, where embeddings and rows are scaled to length 1 first.
+    Row(
+        "RepDistiller ContrastMemory and ContrastLoss, Z = 1",
+        BANK,
+        contrast,
+        9.585063057,
+        0.772668615,
+    ),
     Row(
         "RepDistiller ContrastMemory and ContrastLoss, first batch",
         BANK,
@@ -429,11 +543,23 @@ ROWS = [
     ),
     # Transformers.
     Row("TextBrewer hid_mse_loss", STATES, mean(losses.hidden_mse_loss), 1.727162073, 0.5365261835),
-    Row("TextBrewer hid_mse_loss, mask", STATES, masked_mean(losses.hidden_mse_loss), 1.568881794, 0.5601574411),
-    Row("TextBrewer cos_loss", STATES, mean(losses.hidden_cosine_loss), 1.249948764, 0.2962935368),
-    Row("TextBrewer cos_loss, mask", STATES, masked_mean(losses.hidden_cosine_loss), 1.261573899, 0.3327014449),
     Row(
-        # Of the first token.
+        "TextBrewer hid_mse_loss, mask",
+        STATES,
+        masked_mean(losses.hidden_mse_loss),
+        1.568881794,
+        0.5601574411,
+    ),
+    Row("TextBrewer cos_loss", STATES, mean(losses.hidden_cosine_loss), 1.249948764, 0.2962935368),
+    Row(
+        "TextBrewer cos_loss, mask",
+        STATES,
+        masked_mean(losses.hidden_cosine_loss),
+        1.261573899,
+        0.3327014449,
+    ),
+    Row(
+        # Only the first token.
         "TextBrewer pkd_loss",
         STATES,
         lambda s, t: 2 * losses.hidden_cosine_loss(s[:, 0], t[:, 0]).mean(),
@@ -441,7 +567,7 @@ ROWS = [
         1.359452729,
     ),
     Row(
-        # Their mean is over the 4 features too.
+        # Their mean is also over the 4 features.
         "PKD-for-BERT-Model-Compression patience_loss",
         STATES,
         lambda s, t: 2 * losses.hidden_cosine_loss(s, t).mean() / 4,
@@ -471,14 +597,16 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.source for row in ROWS])
-def test_value_and_gradient_are_those_of_public_code(row):
+def test_values_and_gradients_equal_public_code(row):
     value, gradient = jax.jit(jax.value_and_grad(row.loss))(*draw(*row.inputs, scale=row.scale))
     np.testing.assert_allclose(value, row.value, rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(gradient.ravel()), row.gradient, rtol=1e-5)
 
 
-def test_bank_is_updated_as_that_of_public_code():
-    """RepDistiller's ContrastMemory, momentum 0.5: the sum of its rows after a batch, weighed by the last inputs."""
+def test_bank_update_equals_public_code():
+    """Compares a weighted sum of the rows of RepDistiller's ContrastMemory, at momentum 0.5."""
     student, teacher, student_rows, teacher_rows, *probes = draw(*BANK, (8, 6), (8, 6))
     bank = losses.update_bank(bank_of(student_rows, teacher_rows), student, teacher, POSITIVES)
-    np.testing.assert_allclose((bank.student * probes[0] + bank.teacher * probes[1]).sum(), -4.483094892, rtol=1e-5)
+    np.testing.assert_allclose(
+        (bank.student * probes[0] + bank.teacher * probes[1]).sum(), -4.483094892, rtol=1e-5
+    )

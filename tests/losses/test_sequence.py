@@ -1,4 +1,4 @@
-"""Losses of tokens: padding counts for nothing, and a causal model's logits meet the next token."""
+"""Tests losses on tokens: padding has no effect, and the shift of a causal model is right."""
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,33 @@ def draw(seed=0, shape=(3, 5, 7)):
     return student, teacher, tokens
 
 
-def test_each_token_is_an_example():
+def test_tokens_are_independent_examples():
     student, teacher, tokens = draw()
-    value = losses.token_distillation_loss(student, teacher, tokens, where=jnp.ones((3, 5), bool), alpha=0.3)
-    np.testing.assert_allclose(value, losses.distillation_loss(student, teacher, tokens, alpha=0.3), rtol=1e-6)
+    value = losses.token_distillation_loss(
+        student, teacher, tokens, where=jnp.ones((3, 5), bool), alpha=0.3
+    )
+    np.testing.assert_allclose(
+        value, losses.distillation_loss(student, teacher, tokens, alpha=0.3), rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf, 1e30])
-def test_padding_reaches_neither_value_nor_gradient(rubbish):
+@pytest.mark.parametrize("padding", [jnp.nan, jnp.inf, 1e30])
+def test_padding_affects_neither_value_nor_gradient(padding):
     student, teacher, tokens = draw()
-    spoilt = [jnp.where(WHERE[..., None], z, rubbish) for z in (student, teacher)]
+    padded = [jnp.where(WHERE[..., None], z, padding) for z in (student, teacher)]
     labels = jnp.where(WHERE, tokens, -100)
 
     def loss(student, teacher, labels):
-        return losses.token_mean(losses.token_distillation_loss(student, teacher, labels, where=WHERE), where=WHERE)
+        return losses.token_mean(
+            losses.token_distillation_loss(student, teacher, labels, where=WHERE), where=WHERE
+        )
 
-    value, gradient = jax.value_and_grad(loss)(spoilt[0], spoilt[1], labels)
-    rows = [(i, j) for i, length in enumerate(LENGTHS) for j in range(length)]
-    alone = [losses.distillation_loss(student[i, j], teacher[i, j], tokens[i, j]) for i, j in rows]
-    np.testing.assert_allclose(value, np.mean(alone), rtol=1e-5)
+    value, gradient = jax.value_and_grad(loss)(padded[0], padded[1], labels)
+    positions = [(i, j) for i, length in enumerate(LENGTHS) for j in range(length)]
+    expected = [
+        losses.distillation_loss(student[i, j], teacher[i, j], tokens[i, j]) for i, j in positions
+    ]
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(jnp.where(WHERE[..., None], 0, gradient), 0)
 
@@ -44,8 +52,12 @@ def test_more_padding_changes_nothing():
     student, teacher, tokens = draw()
     longer = [jnp.pad(z, ((0, 0), (0, 4), (0, 0)), constant_values=9.0) for z in (student, teacher)]
     where, labels = jnp.pad(WHERE, ((0, 0), (0, 4))), jnp.pad(tokens, ((0, 0), (0, 4)))
-    short = losses.token_mean(losses.token_distillation_loss(student, teacher, tokens, where=WHERE), where=WHERE)
-    long = losses.token_mean(losses.token_distillation_loss(*longer, labels, where=where), where=where)
+    short = losses.token_mean(
+        losses.token_distillation_loss(student, teacher, tokens, where=WHERE), where=WHERE
+    )
+    long = losses.token_mean(
+        losses.token_distillation_loss(*longer, labels, where=where), where=where
+    )
     np.testing.assert_allclose(short, long, rtol=1e-6)
 
 
@@ -57,8 +69,10 @@ def test_next_tokens_shift_by_one_and_drop_padding():
     np.testing.assert_array_equal(shifted[0, :, 0], [0, 1, 2, 3])
     np.testing.assert_array_equal(labels, [[7, 2, 0, 0], [1, 4, 1, 6]])
     np.testing.assert_array_equal(counted, [[True, True, False, False], [True] * 4])
-    # Left padding: the first real token is predicted by nothing.
-    _, _, counted = losses.next_tokens(logits[:1], tokens[:1], where=jnp.array([[False, False, True, True, True]]))
+    # With left padding, no position predicts the first real token.
+    _, _, counted = losses.next_tokens(
+        logits[:1], tokens[:1], where=jnp.array([[False, False, True, True, True]])
+    )
     np.testing.assert_array_equal(counted, [[False, False, True, True]])
 
 
@@ -70,34 +84,38 @@ def test_a_copying_model_is_perfect_after_the_shift():
     np.testing.assert_allclose(value, 0, atol=1e-6)
 
 
-def test_mean_weighs_tokens_alike_and_adds_up_over_parts():
-    """Trap 8: divide by the valid tokens of the whole batch, at least 1."""
+def test_mean_weights_tokens_equally_and_adds_up_over_parts():
+    """The divisor is the number of valid tokens in the whole batch, at least 1."""
     values = jnp.arange(15.0).reshape(3, 5)
     expected = np.asarray(values)[np.asarray(WHERE)].mean()
     np.testing.assert_allclose(losses.token_mean(values, where=WHERE), expected, rtol=1e-6)
-    parts = [losses.token_mean(values[i : i + 1], where=WHERE[i : i + 1], count=WHERE.sum()) for i in range(3)]
+    parts = [
+        losses.token_mean(values[i : i + 1], where=WHERE[i : i + 1], count=WHERE.sum())
+        for i in range(3)
+    ]
     np.testing.assert_allclose(sum(parts), expected, rtol=1e-6)
     assert losses.token_mean(values, where=jnp.zeros((3, 5), bool)) == 0
 
 
-def test_any_divergence_takes_the_mask_of_tokens():
+def test_divergences_accept_the_mask_of_tokens():
     student, teacher, _ = draw()
-    spoilt = jnp.where(WHERE[..., None], student, jnp.nan)
-    value = losses.reverse_kl_divergence(spoilt, teacher, temperature=2.0, where=WHERE[..., None])
+    padded = jnp.where(WHERE[..., None], student, jnp.nan)
+    value = losses.reverse_kl_divergence(padded, teacher, temperature=2.0, where=WHERE[..., None])
     expected = jnp.where(WHERE, losses.reverse_kl_divergence(student, teacher, temperature=2.0), 0)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     gradient = jax.grad(
         lambda s: losses.token_mean(
-            losses.reverse_kl_divergence(s, teacher, temperature=2.0, where=WHERE[..., None]), where=WHERE
+            losses.reverse_kl_divergence(s, teacher, temperature=2.0, where=WHERE[..., None]),
+            where=WHERE,
         )
-    )(spoilt)
+    )(padded)
     assert np.isfinite(gradient).all()
 
 
 def test_wrong_arguments_raise():
-    """Trap 15: vocabularies and shifts must agree; nothing is broadcast."""
+    """Vocabularies and lengths must agree; nothing is broadcast."""
     student, teacher, tokens = draw()
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         losses.token_distillation_loss(student, teacher[..., :6], tokens, where=WHERE)
     with pytest.raises(ValueError, match="without its last axis"):
         losses.token_distillation_loss(student, teacher, tokens[:, 1:], where=WHERE)

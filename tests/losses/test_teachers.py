@@ -1,4 +1,4 @@
-"""Several teachers: averages of probabilities, weighted sums, and weights by trust."""
+"""Tests losses with several teachers: averaged probabilities, weighted sums and weights."""
 
 import chex
 import jax
@@ -20,64 +20,80 @@ def draw(seed=0, teachers=3, shape=(6, 5), scale=3.0):
 @given(seed=st.integers(0, 2**16), temperature=st.floats(0.5, 20), teachers=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_ensemble_averages_probabilities(seed, temperature, teachers):
-    """Trap 13: the mean of logits is another thing."""
+    """The mean of the logits would be a geometric mean."""
     logits, _ = draw(seed, teachers)
     ensemble = losses.ensemble_logits(logits, temperature=temperature)
     averaged = jax.nn.softmax(logits / temperature).mean(0)
-    np.testing.assert_allclose(jax.nn.softmax(ensemble / temperature), averaged, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.nn.softmax(ensemble / temperature), averaged, rtol=1e-3, atol=1e-6
+    )
 
 
-def test_ensemble_weighs_teachers_and_examples():
+def test_ensemble_weights_of_teachers_and_examples():
     logits, _ = draw()
     probabilities = jax.nn.softmax(logits)
-    weighted = jax.nn.softmax(losses.ensemble_logits(logits, temperature=1.0, weights=(7.0, 3.0, 0.0)))
+    weighted = jax.nn.softmax(
+        losses.ensemble_logits(logits, temperature=1.0, weights=(7.0, 3.0, 0.0))
+    )
     np.testing.assert_allclose(weighted, 0.7 * probabilities[0] + 0.3 * probabilities[1], rtol=1e-5)
-    choice = jax.nn.one_hot(jnp.arange(6) % 3, 3, axis=0)
-    chosen = jax.nn.softmax(losses.ensemble_logits(logits, temperature=1.0, weights=choice))
-    np.testing.assert_allclose(chosen, probabilities[jnp.arange(6) % 3, jnp.arange(6)], rtol=1e-5)
+    one_hot = jax.nn.one_hot(jnp.arange(6) % 3, 3, axis=0)
+    selected = jax.nn.softmax(losses.ensemble_logits(logits, temperature=1.0, weights=one_hot))
+    np.testing.assert_allclose(selected, probabilities[jnp.arange(6) % 3, jnp.arange(6)], rtol=1e-5)
 
 
 def test_ensemble_on_another_axis_and_with_classes_ruled_out():
     logits, _ = draw()
     expected = losses.ensemble_logits(logits, temperature=2.0)
     np.testing.assert_allclose(
-        losses.ensemble_logits(jnp.moveaxis(logits, -1, 1), temperature=2.0, axis=1), expected.T, rtol=1e-5, atol=1e-5
+        losses.ensemble_logits(jnp.moveaxis(logits, -1, 1), temperature=2.0, axis=1),
+        expected.T,
+        rtol=1e-5,
+        atol=1e-5,
     )
     masked = logits.at[:, :, 2].set(-jnp.inf).at[0, :, 1].set(-jnp.inf)
     ensemble, gradient = jax.value_and_grad(
-        lambda z: jnp.where(jnp.arange(5) != 2, losses.ensemble_logits(z, temperature=2.0)[0], 0).sum()
+        lambda z: jnp.where(
+            jnp.arange(5) != 2, losses.ensemble_logits(z, temperature=2.0)[0], 0
+        ).sum()
     )(masked)
     chex.assert_tree_all_finite((ensemble, gradient))
     np.testing.assert_array_equal(losses.ensemble_logits(masked, temperature=2.0)[:, 2], -jnp.inf)
 
 
-def test_one_teacher_is_its_own_ensemble():
+def test_ensemble_of_a_single_teacher():
     logits, _ = draw(teachers=1)
     student = logits[0, ::-1]
     for loss in (losses.kl_divergence, losses.soft_cross_entropy):
         ensemble = losses.ensemble_logits(logits, temperature=4.0)
         np.testing.assert_allclose(
-            loss(student, ensemble, temperature=4.0), loss(student, logits[0], temperature=4.0), rtol=1e-4
+            loss(student, ensemble, temperature=4.0),
+            loss(student, logits[0], temperature=4.0),
+            rtol=1e-4,
         )
 
 
-def test_weighted_sum_is_the_missions_mixture():
+def test_weighted_sum_worked_by_hand():
     terms = [jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])]
-    np.testing.assert_allclose(losses.weighted_sum(terms, weights=(0.7, 0.3)), [1.6, 2.9], rtol=1e-6)
-    each = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-    np.testing.assert_allclose(losses.weighted_sum(terms, weights=each), [1.0, 10.0])
+    np.testing.assert_allclose(
+        losses.weighted_sum(terms, weights=(0.7, 0.3)), [1.6, 2.9], rtol=1e-6
+    )
+    weights = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    np.testing.assert_allclose(losses.weighted_sum(terms, weights=weights), [1.0, 10.0])
 
 
-def test_cross_entropies_summed_are_that_of_the_average():
-    """For the soft cross-entropy, linear in the teacher, both ways to have several teachers are one."""
+def test_weighted_sum_of_cross_entropies_is_that_of_the_ensemble():
+    """The soft cross-entropy is linear in the teacher, so that both kinds of mixture agree."""
     logits, _ = draw()
     student = logits[0] + logits[1]
     weights = jnp.array([0.2, 0.5, 0.3])
     summed = losses.weighted_sum(
-        [losses.soft_cross_entropy(student, one, temperature=2.0) for one in logits], weights=weights
+        [losses.soft_cross_entropy(student, teacher, temperature=2.0) for teacher in logits],
+        weights=weights,
     )
     ensemble = losses.ensemble_logits(logits, temperature=2.0, weights=weights)
-    np.testing.assert_allclose(losses.soft_cross_entropy(student, ensemble, temperature=2.0), summed, rtol=1e-4)
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(student, ensemble, temperature=2.0), summed, rtol=1e-4
+    )
 
 
 def test_a_term_of_weight_0_is_left_out():
@@ -88,28 +104,32 @@ def test_a_term_of_weight_0_is_left_out():
     assert value == 3 and np.isfinite(gradient).all()
 
 
-def test_trusted_teachers_worked_by_hand():
+def test_teacher_weights_worked_by_hand():
     # exp(CE) is 1 / p: 5/4 and 5/2, whose shares are 1/3 and 2/3.
     teachers = jnp.log(jnp.array([[[0.8, 0.2]], [[0.4, 0.6]]]))
-    np.testing.assert_allclose(losses.teacher_weights(teachers, jnp.array([0])), [[2 / 3], [1 / 3]], rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.teacher_weights(teachers, jnp.array([0])), [[2 / 3], [1 / 3]], rtol=1e-5
+    )
 
 
-def test_trust_adds_up_to_1_and_follows_the_label():
+def test_teacher_weights_sum_to_1_and_follow_the_label():
     logits, labels = draw(teachers=4)
     weights = losses.teacher_weights(logits, labels)
     np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-5)
-    entropies = jnp.stack([losses.hard_cross_entropy(one, labels) for one in logits])
+    entropies = jnp.stack([losses.hard_cross_entropy(teacher, labels) for teacher in logits])
     np.testing.assert_array_equal(weights.argmax(0), entropies.argmin(0))
     np.testing.assert_array_equal(losses.teacher_weights(logits[:1], labels), jnp.ones((1, 6)))
 
 
-def test_examples_that_the_student_knows_weigh_nothing():
+def test_examples_that_the_student_knows_have_weight_0():
     teacher = jnp.log(jnp.array([[0.5, 0.5]] * 3))
     student = jnp.array([[100.0, 0.0], [0.0, 0.0], [0.0, 100.0]])
     weights = losses.example_weights(student, teacher, jnp.zeros(3, jnp.int32))
     np.testing.assert_allclose(weights, [0, 1 - np.exp(-1), 1], atol=1e-6)
-    sure = jnp.array([[1e4, 0.0]])
-    value, gradient = jax.value_and_grad(lambda s: losses.example_weights(s, sure, jnp.array([0])).sum())(student[1:2])
+    certain = jnp.array([[1e4, 0.0]])
+    value, gradient = jax.value_and_grad(
+        lambda s: losses.example_weights(s, certain, jnp.array([0])).sum()
+    )(student[1:2])
     assert value == 1 and np.isfinite(gradient).all()
 
 
@@ -123,16 +143,20 @@ def test_gradients_and_narrow_dtypes():
         check_grads(function, (logits,), 1, ("rev",), 2e-2, 2e-2, 1e-2)
         for dtype in (jnp.bfloat16, jnp.float16):
             assert function(logits.astype(dtype)).dtype == jnp.float32
-            np.testing.assert_allclose(function(logits.astype(dtype)), function(logits), rtol=0.05, atol=0.05)
+            np.testing.assert_allclose(
+                function(logits.astype(dtype)), function(logits), rtol=0.05, atol=0.05
+            )
         for scale in (1e4, 1e-4):
-            chex.assert_tree_all_finite(jax.value_and_grad(lambda z, f=function: f(z).sum())(scale * logits))
+            chex.assert_tree_all_finite(
+                jax.value_and_grad(lambda z, f=function: f(z).sum())(scale * logits)
+            )
 
 
 def test_wrong_arguments_raise():
     logits, labels = draw()
     with pytest.raises(ValueError, match=r"must be \[K, ..., C\]"):
         losses.ensemble_logits(logits[0, 0], temperature=1.0)
-    with pytest.raises(ValueError, match="axis 0 is that of the teachers"):
+    with pytest.raises(ValueError, match="axis 0 is the axis of teachers"):
         losses.ensemble_logits(logits, temperature=1.0, axis=0)
     with pytest.raises(ValueError, match="temperature must be positive"):
         losses.ensemble_logits(logits, temperature=-1.0)
@@ -140,9 +164,9 @@ def test_wrong_arguments_raise():
         losses.ensemble_logits(logits, temperature=1.0, weights=(0.7, 0.3))
     with pytest.raises(ValueError, match="at least 0"):
         losses.ensemble_logits(logits, temperature=1.0, weights=(0.7, 0.5, -0.2))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         losses.weighted_sum([jnp.ones(2), jnp.ones(3)], weights=(0.7, 0.3))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         losses.weighted_sum([], weights=())
     with pytest.raises(ValueError, match="one entry for each of the 2"):
         losses.weighted_sum([jnp.ones(2), jnp.ones(2)], weights=(0.7, 0.2, 0.1))
@@ -163,5 +187,5 @@ def test_terms_of_several_dtypes_are_widened():
     np.testing.assert_allclose(value, [1.6, 2.6], rtol=1e-6)
     with pytest.raises(TypeError, match="floating-point"):
         losses.weighted_sum([jnp.array([1, 2])], weights=(1.0,))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         losses.example_weights(jnp.zeros((2, 3)), jnp.ones((2, 5)), jnp.zeros(2, jnp.int32))

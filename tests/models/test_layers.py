@@ -1,3 +1,5 @@
+"""Layers of the networks: dropout and layer normalisation."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ from flax import errors
 from jaxkd.models.layers import Dropout, LayerNorm
 
 
-def drop(x, key=0, **given):
-    return Dropout(**given).apply({}, x, rngs={"dropout": jax.random.key(key)})
+def drop(x, key=0, **keywords):
+    return Dropout(**keywords).apply({}, x, rngs={"dropout": jax.random.key(key)})
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -21,25 +23,25 @@ def test_dropout_keeps_the_mean_and_drops_its_share(rate):
 
 def test_neighbours_are_dropped_independently():
     dropped = np.asarray(drop(jnp.ones(40_003), rate=0.5, deterministic=False)) == 0
-    for apart in (1, 2, 3, 4, 128):
-        assert np.mean(dropped[apart:] == dropped[:-apart]) == pytest.approx(0.5, abs=0.02)
+    for distance in (1, 2, 3, 4, 128):
+        assert np.mean(dropped[distance:] == dropped[:-distance]) == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_gradient_passes_what_was_kept():
+def test_the_gradient_uses_the_same_mask():
     x = jax.random.normal(jax.random.key(1), (7, 9))
-    value, gradient = (
-        drop(x, rate=0.3, deterministic=False),
-        jax.grad(lambda x: drop(x, rate=0.3, deterministic=False).sum())(x),
-    )
+    value = drop(x, rate=0.3, deterministic=False)
+    gradient = jax.grad(lambda x: drop(x, rate=0.3, deterministic=False).sum())(x)
     np.testing.assert_allclose(value, gradient * x, rtol=1e-6)
     assert 0 < np.mean(np.asarray(gradient) == 0) < 1
 
 
-def test_keys_differ_and_the_same_key_is_the_same():
+def test_the_mask_depends_on_the_key_alone():
     x = jnp.ones(1000)
-    once, again, other = (np.asarray(drop(x, key, rate=0.5, deterministic=False)) for key in (0, 0, 1))
-    np.testing.assert_array_equal(once, again)
-    assert (once != other).any()
+    first, repeated, other = (
+        np.asarray(drop(x, key, rate=0.5, deterministic=False)) for key in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, repeated)
+    assert (first != other).any()
 
 
 def test_nothing_is_dropped_in_prediction_or_at_rate_0_and_all_at_1():
@@ -56,7 +58,8 @@ def test_nothing_is_dropped_in_prediction_or_at_rate_0_and_all_at_1():
 def test_dropout_under_transforms(transform):
     x = jnp.arange(12.0).reshape(3, 4)
     np.testing.assert_array_equal(
-        transform(lambda x: drop(x, rate=0.5, deterministic=False))(x), drop(x, rate=0.5, deterministic=False)
+        transform(lambda x: drop(x, rate=0.5, deterministic=False))(x),
+        drop(x, rate=0.5, deterministic=False),
     )
 
 

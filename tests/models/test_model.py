@@ -1,4 +1,4 @@
-"""Models as pairs of pure functions, whatever stands behind them."""
+"""Models as pairs of pure functions, from Flax Linen and Flax NNX."""
 
 import chex
 import flax.linen as nn
@@ -9,13 +9,20 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxkd.models import CNN, Outputs, computing_in, from_linen, from_nnx, standardized
-from jaxkd.models.model import frozen_statistics
-from jaxkd.train import make_state, make_train_step
+from jaxkd.distill.step import init_train_state, make_train_step
+from jaxkd.models import (
+    CNN,
+    Outputs,
+    from_linen,
+    from_nnx,
+    with_compute_dtype,
+    with_input_normalization,
+)
+from jaxkd.models.model import with_frozen_batch_stats
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout and a sown feature: everything that a pair has to keep straight."""
+    """A module with batch statistics, dropout and a sown feature."""
 
     @nn.compact
     def __call__(self, x, training):
@@ -47,7 +54,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_pair_is_pure_and_keeps_its_modes_apart(maker):
+def test_pair_is_pure_and_separates_training_from_evaluation(maker):
     model = MAKERS[maker]()
     variables = model.init(jax.random.key(0), inputs())
     assert type(variables["params"]) is dict and set(variables) == {"params", "batch_stats"}
@@ -55,36 +62,39 @@ def test_pair_is_pure_and_keeps_its_modes_apart(maker):
     before = jax.tree.map(jnp.copy, variables)
     apply = jax.jit(model.apply, static_argnames="train")
 
-    evaluated, unmoved = apply(variables, inputs(), train=False)
+    evaluated, unchanged = apply(variables, inputs(), train=False)
     chex.assert_shape(evaluated.logits, (16, 3))
     assert list(evaluated.features) == ["hidden"]
     chex.assert_shape(evaluated.features["hidden"], (16, 8))
-    chex.assert_trees_all_equal(unmoved, variables["batch_stats"])
+    chex.assert_trees_all_equal(unchanged, variables["batch_stats"])
 
-    first, moved = apply(variables, inputs(), train=True, key=jax.random.key(1))
-    again, _ = apply(variables, inputs(), train=True, key=jax.random.key(1))
+    first, updated = apply(variables, inputs(), train=True, key=jax.random.key(1))
+    repeated, _ = apply(variables, inputs(), train=True, key=jax.random.key(1))
     other, _ = apply(variables, inputs(), train=True, key=jax.random.key(2))
-    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(first, repeated)
     assert (first.logits != other.logits).any(), "dropout must follow the key"
-    chex.assert_trees_all_equal_shapes(moved, unmoved)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(unmoved), strict=True))
+    chex.assert_trees_all_equal_shapes(updated, unchanged)
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(updated), jax.tree.leaves(unchanged), strict=True)
+    )
     chex.assert_trees_all_equal(variables, before)
 
 
 def test_linen_and_nnx_agree_on_the_same_weights():
-    linen, other = MAKERS["linen"](), MAKERS["nnx"]()
-    theirs = other.init(jax.random.key(0), inputs())
+    linen, nnx_model = MAKERS["linen"](), MAKERS["nnx"]()
+    nnx_variables = nnx_model.init(jax.random.key(0), inputs())
     names = {"Dense_0": "dense", "BatchNorm_0": "norm", "Dense_1": "out"}
-    ours = {
-        kind: {new: theirs[kind][old] for new, old in names.items() if old in theirs[kind]}
-        for kind in ("params", "batch_stats")
+    linen_variables = {
+        kind: {new: tree[old] for new, old in names.items() if old in tree}
+        for kind, tree in nnx_variables.items()
     }
-    expected, _ = other.apply(theirs, inputs(), train=False)
-    got, _ = linen.apply(ours, inputs(), train=False)
-    chex.assert_trees_all_close(got.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    expected, _ = nnx_model.apply(nnx_variables, inputs(), train=False)
+    actual, _ = linen.apply(linen_variables, inputs(), train=False)
+    chex.assert_trees_all_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-6)
 
 
-def test_nnx_module_gives_the_weights_that_it_holds():
+def test_init_of_an_nnx_module_returns_its_weights():
     module = NNXNet(rngs=nnx.Rngs(3))
     model = from_nnx(module)
     variables = model.init(jax.random.key(0), inputs())
@@ -93,7 +103,9 @@ def test_nnx_module_gives_the_weights_that_it_holds():
     outputs, _ = model.apply(variables, inputs(), train=False)
     chex.assert_trees_all_close(outputs.logits, module(inputs()).logits, rtol=1e-5, atol=1e-6)
     model.apply(variables, inputs(), train=True, key=jax.random.key(1))
-    chex.assert_trees_all_equal(nnx.state(module, nnx.BatchStat), nnx.state(NNXNet(rngs=nnx.Rngs(3)), nnx.BatchStat))
+    chex.assert_trees_all_equal(
+        nnx.state(module, nnx.BatchStat), nnx.state(NNXNet(rngs=nnx.Rngs(3)), nnx.BatchStat)
+    )
 
 
 def test_module_without_a_training_mode():
@@ -117,7 +129,9 @@ class Repeated(nn.Module):
 
 
 def test_repeated_features_are_numbered():
-    outputs, _ = from_linen(Repeated(), train_argument=None).apply({"params": {}}, inputs(), train=False)
+    outputs, _ = from_linen(Repeated(), train_argument=None).apply(
+        {"params": {}}, inputs(), train=False
+    )
     assert {name: value.shape for name, value in outputs.features.items()} == {
         "hidden/0": (16, 4),
         "hidden/1": (16, 1),
@@ -130,48 +144,66 @@ class Cached(nn.Module):
         return x + self.variable("cache", "bias", jnp.zeros, (4,)).value[None]
 
 
-def test_other_collections_are_refused():
-    with pytest.raises(ValueError, match="Cached keeps cache, for which a model has no place"):
+def test_other_collections_raise():
+    with pytest.raises(
+        ValueError, match="in params and batch_stats only, but Cached also keeps cache"
+    ):
         from_linen(Cached(), train_argument=None).init(jax.random.key(0), inputs())
 
 
-def test_standardized_takes_images_as_they_are_stored():
+def test_input_normalization_takes_uint8_images():
     images = jax.random.randint(jax.random.key(0), (2, 8, 8, 3), 0, 256).astype(jnp.uint8)
     mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.3, 0.4], np.float32)
     plain = from_linen(CNN(features=(4,), hidden=4))
-    model = standardized(plain, mean, std)
-    prepared = (np.asarray(images, np.float32) / 255 - mean.reshape(1, 1, 1, 3)) / std.reshape(1, 1, 1, 3)
+    model = with_input_normalization(plain, mean, std)
+    normalized = (np.asarray(images, np.float32) / 255 - mean.reshape(1, 1, 1, 3)) / std.reshape(
+        1, 1, 1, 3
+    )
     variables = model.init(jax.random.key(1), images)
-    chex.assert_trees_all_equal(variables, plain.init(jax.random.key(1), jnp.asarray(prepared)))
-    got, _ = model.apply(variables, images, train=False)
-    expected, _ = plain.apply(variables, jnp.asarray(prepared), train=False)
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(variables, plain.init(jax.random.key(1), jnp.asarray(normalized)))
+    actual, _ = model.apply(variables, images, train=False)
+    expected, _ = plain.apply(variables, jnp.asarray(normalized), train=False)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_computes_roughly_and_trains_in_full():
-    """Weights, statistics, gradients and logits are float32; what lies between them is not."""
-    plain, tx = from_linen(CNN(features=(4, 8), hidden=8)), optax.sgd(1.0)
-    half, images = computing_in(plain, jnp.bfloat16), jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+def test_half_precision_computes_in_bfloat16_and_trains_in_float32():
+    """Weights, statistics, gradients and logits are float32; features are bfloat16."""
+    plain = from_linen(CNN(features=(4, 8), hidden=8))
+    half = with_compute_dtype(plain, jnp.bfloat16)
+    tx = optax.sgd(1.0)
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     variables = half.init(jax.random.key(1), images)
     chex.assert_trees_all_equal(variables, plain.init(jax.random.key(1), images))
     with jax.numpy_dtype_promotion("standard"):
-        (rough, _), (exact, _) = (one.apply(variables, images, train=False) for one in (half, plain))
-        step = make_train_step(half, tx, lambda student, teachers, batch: jnp.square(student.logits - 1).sum(-1))
-        state, metrics = step(make_state(variables, tx), {"inputs": images}, (), jax.random.key(2))
+        rough, _ = half.apply(variables, images, train=False)
+        exact, _ = plain.apply(variables, images, train=False)
+        step = make_train_step(
+            half,
+            tx,
+            lambda student, teachers, batch, context: jnp.square(student.logits - 1).sum(-1),
+        )
+        state, metrics = step(
+            init_train_state(variables, tx), {"inputs": images}, (), jax.random.key(2)
+        )
     assert all(leaf.dtype == jnp.bfloat16 for leaf in rough.features.values())
     assert rough.logits.dtype == metrics["loss"].dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert 1e-4 < np.abs(rough.logits - exact.logits).max() < 0.05
-    moved = jax.tree.map(lambda before, after: np.abs(after - before).max(), variables["params"], state.params)
-    assert all(change > 0 for change in jax.tree.leaves(moved))
+    changes = jax.tree.map(
+        lambda before, after: np.abs(after - before).max(), variables["params"], state.params
+    )
+    assert all(change > 0 for change in jax.tree.leaves(changes))
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_frozen_statistics_are_used_and_kept_in_training(maker):
+def test_frozen_batch_stats_are_used_and_unchanged_in_training(maker):
     model = MAKERS[maker]()
-    frozen, variables = frozen_statistics(model), model.init(jax.random.key(0), inputs())
+    frozen = with_frozen_batch_stats(model)
+    variables = model.init(jax.random.key(0), inputs())
     variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
-    chex.assert_trees_all_equal(frozen.init(jax.random.key(0), inputs()), model.init(jax.random.key(0), inputs()))
+    chex.assert_trees_all_equal(
+        frozen.init(jax.random.key(0), inputs()), model.init(jax.random.key(0), inputs())
+    )
     expected, _ = model.apply(variables, inputs(), train=False)
     for train in (False, True):
         outputs, batch_stats = frozen.apply(variables, inputs(), train=train, key=jax.random.key(1))
@@ -179,11 +211,16 @@ def test_frozen_statistics_are_used_and_kept_in_training(maker):
         chex.assert_trees_all_equal(batch_stats, variables["batch_stats"])
 
 
-def test_frozen_statistics_leave_scale_and_bias_to_be_trained():
-    model = frozen_statistics(MAKERS["linen"]())
-    variables, tx = model.init(jax.random.key(0), inputs()), optax.sgd(0.1)
-    step = make_train_step(model, tx, lambda student, teachers, batch: jnp.square(student.logits - 1).sum(-1))
-    state, _ = step(make_state(variables, tx), {"inputs": inputs()}, (), jax.random.key(1))
+def test_frozen_batch_stats_leave_scale_and_bias_trainable():
+    model = with_frozen_batch_stats(MAKERS["linen"]())
+    variables = model.init(jax.random.key(0), inputs())
+    tx = optax.sgd(0.1)
+    step = make_train_step(
+        model, tx, lambda student, teachers, batch, context: jnp.square(student.logits - 1).sum(-1)
+    )
+    state, _ = step(init_train_state(variables, tx), {"inputs": inputs()}, (), jax.random.key(1))
     chex.assert_trees_all_equal(state.batch_stats, variables["batch_stats"])
-    for before, after in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params), strict=True
+    ):
         assert (before != after).any()

@@ -1,4 +1,4 @@
-"""The networks of CIFAR in PyTorch, with the names of the public checkpoints, and a comparison with them."""
+"""CIFAR's networks in PyTorch, named as the public checkpoints, and a comparison with them."""
 
 import chex
 import jax
@@ -14,10 +14,10 @@ nn, F = torch.nn, torch.nn.functional
 
 
 def assert_equal(module, reference, *, size=32):
-    """Random weights, moved across, give the same outputs, statistics and gradients, at rest and in training.
+    """Checks that equal random weights give equal outputs, statistics and gradients.
 
-    Training is compared in float64: in float32 a unit that is within rounding errors of zero may pass a gradient in one
-    of the two and none in the other, which a deep network shows in its second digit.
+    Training is compared in float64. In float32, a unit within rounding errors of zero may pass a
+    gradient in one network and none in the other, and in a deep network the second digit differs.
     """
     randomize(reference)
     images = np.random.default_rng(1).normal(size=(4, size, size, 3)).astype(np.float32)
@@ -28,40 +28,56 @@ def assert_equal(module, reference, *, size=32):
     outputs, batch_stats = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
     chex.assert_trees_all_equal(batch_stats, variables["batch_stats"])
     with torch.no_grad():
-        rest = reference.eval()(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
-    assert_close({"logits": outputs.logits}, {"logits": rest}, 1e-5)
+        expected = reference.eval()(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    assert_close({"logits": outputs.logits}, {"logits": expected}, 1e-5)
 
-    # Flax's normalisation promotes its input with float32, which strict promotion forbids in float64.
-    wide = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-    with wide, jax.numpy_dtype_promotion("standard"):
-        double = jax.tree.map(np.float64, (variables, images))
-        assert_close(training(model, *double), torch_training(reference, double[1], shapes, module.torch_rules()), 1e-8)
+    # Flax's normalisation promotes its input with float32, which strict promotion forbids for
+    # float64.
+    x64 = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+    with x64, jax.numpy_dtype_promotion("standard"):
+        variables, images = jax.tree.map(np.float64, (variables, images))
+        assert_close(
+            training(model, variables, images),
+            torch_training(reference, images, shapes, module.torch_rules()),
+            1e-8,
+        )
 
 
 def training(model, variables, images):
-    """Logits, moved statistics, and the gradients of the sum of the squared logits."""
+    """Returns the logits, updated statistics and gradients of the sum of the squared logits."""
 
     def objective(params):
         outputs, batch_stats = model.apply({**variables, "params": params}, images, train=True)
         return (outputs.logits**2).sum(), (outputs.logits, batch_stats)
 
-    (_, (logits, batch_stats)), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
+    (_, (logits, batch_stats)), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+        variables["params"]
+    )
     return {"logits": logits, "batch_stats": batch_stats, "params": gradients}
 
 
 def torch_training(reference, images, shapes, rules):
+    """Returns the same as `training`, computed by PyTorch."""
     logits = reference.double().train()(torch.tensor(images.transpose(0, 3, 1, 2)))
     (logits**2).sum().backward()
     arrays = {name: array for name, array in state(reference).items() if "running" in name}
     arrays |= {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
-    return {"logits": logits.detach().numpy(), **transfer(arrays, shapes, rules=rules, dtypes="source")[0]}
+    return {
+        "logits": logits.detach().numpy(),
+        **transfer(arrays, shapes, rules=rules, dtypes="source")[0],
+    }
 
 
-def assert_close(found, wanted, tolerance):
-    """Relative to the largest entry of an array, or of a layer: biases before a normalisation have a gradient of 0."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, jax.tree.map(jnp.asarray, wanted))
+def assert_close(actual, expected, tolerance):
+    """Compares relative to the largest entry of an array, or of a layer.
+
+    A bias before a normalisation has a gradient of 0, so that only rounding errors remain.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, jax.tree.map(jnp.asarray, expected))
     pairs = zip(
-        jax.tree_util.tree_leaves_with_path(found, is_layer), jax.tree.leaves(wanted, is_leaf=is_layer), strict=True
+        jax.tree_util.tree_leaves_with_path(actual, is_layer),
+        jax.tree.leaves(expected, is_leaf=is_layer),
+        strict=True,
     )
     for (path, ours), theirs in pairs:
         errors = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), ours, theirs))
@@ -74,11 +90,13 @@ def is_layer(tree):
 
 
 def randomize(reference):
-    """Weights and running statistics that are nowhere at their defaults, small enough to keep activations near one."""
+    """Draws weights and running statistics, none at its default, that keep activations near one."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in reference.state_dict().items():
         if tensor.ndim > 1:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5)
+            tensor.copy_(
+                torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+            )
         elif tensor.is_floating_point():
             low, high = (-0.5, 0.5) if name.endswith(("bias", "mean")) else (0.5, 1.5)
             tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
@@ -93,7 +111,7 @@ def conv3(inputs, outputs, stride=1):
 
 
 class ResidualBlock(nn.Module):
-    """`projection` chooses between option B, a module `downsample`, and option A, which has no parameters."""
+    """Basic block, with `projection` of option B, a module `downsample`, else of option A."""
 
     def __init__(self, inputs, outputs, stride, projection):
         super().__init__()
@@ -101,7 +119,9 @@ class ResidualBlock(nn.Module):
         self.conv2, self.bn2 = conv3(outputs, outputs), nn.BatchNorm2d(outputs)
         self.stride, self.extra, self.downsample = stride, outputs - inputs, None
         if projection and (stride > 1 or inputs != outputs):
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -116,9 +136,12 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3(3, widths[0]), nn.BatchNorm2d(widths[0])
         for i in (1, 2, 3):
-            before = [widths[i - 1]] + [widths[i]] * (blocks - 1)
+            in_channels = [widths[i - 1]] + [widths[i]] * (blocks - 1)
             strides = [2 if i > 1 else 1] + [1] * (blocks - 1)
-            layer = [ResidualBlock(b, widths[i], s, projection) for b, s in zip(before, strides, strict=True)]
+            layer = [
+                ResidualBlock(channels, widths[i], stride, projection)
+                for channels, stride in zip(in_channels, strides, strict=True)
+            ]
             setattr(self, f"layer{i}", nn.Sequential(*layer))
         self.classifier = "fc" if projection else "linear"
         setattr(self, self.classifier, nn.Linear(widths[3], num_classes))
@@ -133,7 +156,9 @@ class WideBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3(inputs, outputs, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv3(outputs, outputs)
-        self.convShortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.convShortcut = (
+            None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -148,9 +173,12 @@ class WideResNet(nn.Module):
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = conv3(3, widths[0])
         for i in (1, 2, 3):
-            before = [widths[i - 1]] + [widths[i]] * (blocks - 1)
+            in_channels = [widths[i - 1]] + [widths[i]] * (blocks - 1)
             strides = [2 if i > 1 else 1] + [1] * (blocks - 1)
-            layer = [WideBlock(b, widths[i], s, dropout) for b, s in zip(before, strides, strict=True)]
+            layer = [
+                WideBlock(channels, widths[i], stride, dropout)
+                for channels, stride in zip(in_channels, strides, strict=True)
+            ]
             block = nn.Module()
             block.layer = nn.Sequential(*layer)
             setattr(self, f"block{i}", block)
@@ -164,14 +192,18 @@ class WideResNet(nn.Module):
 class VGG(nn.Module):
     def __init__(self, widths, num_classes):
         super().__init__()
-        before = 3
+        in_channels = 3
         for i, block in enumerate(widths):
             layers = []
             for width in block:
-                layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-                before = width
+                layers += [
+                    nn.Conv2d(in_channels, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+                in_channels = width
             setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))
-        self.classifier = nn.Linear(before, num_classes)
+        self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, x):
         fourth = (lambda x: F.max_pool2d(x, 2)) if x.shape[2] == 64 else (lambda x: x)
@@ -185,13 +217,17 @@ class VGG(nn.Module):
 class PlainCNN(nn.Module):
     def __init__(self, stages, hidden, num_classes, size=32):
         super().__init__()
-        layers, before = [], 3
+        layers, in_channels = [], 3
         for stage in stages:
             for width in stage:
-                layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-                before = width
+                layers += [
+                    nn.Conv2d(in_channels, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+                in_channels = width
             layers.append(nn.MaxPool2d(2))
-        flat = before * (size >> len(stages)) ** 2
+        flat = in_channels * (size >> len(stages)) ** 2
         dense = [nn.Linear(flat, hidden), nn.ReLU()] if hidden else []
         self.conv_layers = nn.Sequential(*layers)
         self.fc_layers = nn.Sequential(*dense, nn.Linear(hidden or flat, num_classes))

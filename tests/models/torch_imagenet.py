@@ -1,7 +1,7 @@
-"""The ImageNet networks in plain PyTorch, as functions of a state dict, and what it takes to compare them with ours.
+"""ImageNet's networks in plain PyTorch, as functions of a state dict, compared with ours.
 
-Each network is written from its paper with the names of the weights in torchvision, or of EfficientNet-Lite's file,
-and takes the numbers from our module. PyTorch is needed only where a network is evaluated.
+Each network is written from its paper, with the names of the weights in torchvision or in
+EfficientNet-Lite's file. Its sizes come from our module. PyTorch is needed only to evaluate one.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from any_model import HAS_TORCH, shapes
+from any_model import HAS_TORCH, variable_shapes
 from jaxkd.models import from_linen
 from jaxkd.transfer import leaves_by_path, rename_back, transfer
 
@@ -23,21 +23,31 @@ F = importlib.import_module("torch.nn.functional") if HAS_TORCH else None
 
 
 class Network:
-    """The layers of a network by their names; the training mode moves the running statistics in place."""
+    """Layers of a network by name; in training, they update the running statistics in place."""
 
     def __init__(self, state, *, train, momentum=0.1, epsilon=1e-5, same=False):
-        self.state, self.train, self.momentum, self.epsilon, self.same = state, train, momentum, epsilon, same
+        self.state = state
+        self.train = train
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.same = same
 
     def conv(self, x, name, stride=1, groups=1):
-        weight, size = self.state[f"{name}.weight"], self.state[f"{name}.weight"].shape[-1]
+        weight = self.state[f"{name}.weight"]
+        size = weight.shape[-1]
         if self.same:
-            short = [max((math.ceil(n / stride) - 1) * stride + size - n, 0) for n in (x.shape[3], x.shape[2])]
-            x = F.pad(x, [part for n in short for part in (n // 2, n - n // 2)])
+            missing = [
+                max((math.ceil(n / stride) - 1) * stride + size - n, 0)
+                for n in (x.shape[3], x.shape[2])
+            ]
+            x = F.pad(x, [part for n in missing for part in (n // 2, n - n // 2)])
         padding = 0 if self.same else size // 2
         return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding, groups=groups)
 
     def norm(self, x, name):
-        mean, var, scale, bias = (self.state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, scale, bias = (
+            self.state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.batch_norm(x, mean, var, scale, bias, self.train, self.momentum, self.epsilon)
 
     def dense(self, x, name):
@@ -78,7 +88,8 @@ def mobilenet(module, state, x, train):
 
 
 def efficientnet(module, state, x, train):
-    net = Network(state, train=train, momentum=1 - module.style.momentum, epsilon=module.style.epsilon)
+    config = module.config
+    net = Network(state, train=train, momentum=1 - config.momentum, epsilon=config.epsilon)
     x = F.silu(net.norm(net.conv(x, "features.0.0", 2), "features.0.1"))
     for i, (expansion, channels, blocks, first_stride, _) in enumerate(module.stages, start=1):
         for j, stride in enumerate((first_stride, *[1] * (blocks - 1))):
@@ -92,7 +103,9 @@ def efficientnet(module, state, x, train):
             y = net.norm(net.conv(y, f"{name}.{k + 2}.0"), f"{name}.{k + 2}.1")
             x = x + y if stride == 1 and x.shape[1] == channels else y
     last = f"features.{len(module.stages) + 1}"
-    return net.dense(F.silu(net.norm(net.conv(x, f"{last}.0"), f"{last}.1")).mean((2, 3)), "classifier.1")
+    return net.dense(
+        F.silu(net.norm(net.conv(x, f"{last}.0"), f"{last}.1")).mean((2, 3)), "classifier.1"
+    )
 
 
 def efficientnet_lite(module, state, x, train):
@@ -103,21 +116,28 @@ def efficientnet_lite(module, state, x, train):
             y, name, n = x, f"_blocks.{n}", n + 1
             if expansion > 1:
                 y = F.relu6(net.norm(net.conv(y, f"{name}._expand_conv"), f"{name}._bn0"))
-            y = F.relu6(net.norm(net.conv(y, f"{name}._depthwise_conv", stride, y.shape[1]), f"{name}._bn1"))
+            y = F.relu6(
+                net.norm(net.conv(y, f"{name}._depthwise_conv", stride, y.shape[1]), f"{name}._bn1")
+            )
             y = net.norm(net.conv(y, f"{name}._project_conv"), f"{name}._bn2")
             x = x + y if stride == 1 and x.shape[1] == channels else y
     return net.dense(F.relu6(net.norm(net.conv(x, "_conv_head"), "_bn1")).mean((2, 3)), "_fc")
 
 
 def draw(module):
-    """Variables that are random, and by their names in PyTorch, so that anyone can draw the same ones there."""
-    tree, rules = shapes(module), module.torch_rules()
-    leaves = [_drawn(rename_back(path, rules).path, leaf.shape) for path, leaf in leaves_by_path(tree).items()]
+    """Draws random variables that depend on their names in PyTorch, to be drawn there too."""
+    tree = variable_shapes(module)
+    rules = module.torch_rules()
+    leaves = [
+        _draw_array(rename_back(path, rules).path, leaf.shape)
+        for path, leaf in leaves_by_path(tree).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _drawn(name, shape):
-    rng, kind = np.random.default_rng(zlib.crc32(name.encode())), name.rpartition(".")[2]
+def _draw_array(name, shape):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    kind = name.rpartition(".")[2]
     if kind == "running_var" or (kind == "weight" and len(shape) == 1):
         return jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
     scale = math.sqrt(2 / math.prod(shape[:-1])) if len(shape) > 1 else 0.2
@@ -125,13 +145,14 @@ def _drawn(name, shape):
 
 
 def images(*shape):
-    """Random images, or other numbers."""
+    """Draws images, or other arrays."""
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def state_dict(module, tree):
-    """The arrays of a tree of variables, or of a part of them, as PyTorch has them."""
-    state, rules = {}, module.torch_rules()
+    """Converts a tree of variables, or a part of it, to a state dict of PyTorch."""
+    state = {}
+    rules = module.torch_rules()
     for path, leaf in leaves_by_path(tree).items():
         name, rule = rename_back(path, rules)
         state[name] = np.asarray(rule.layout.to_torch(np.asarray(leaf)) if rule.layout else leaf)
@@ -139,7 +160,7 @@ def state_dict(module, tree):
 
 
 def evaluate(module, variables, inputs, weights, *, train):
-    """Logits, running statistics, and the gradients of the weighted logits to the parameters and the images."""
+    """Returns logits, running statistics, and gradients of the sum of the weighted logits."""
     model = from_linen(module)
 
     def objective(params, inputs):
@@ -153,43 +174,59 @@ def evaluate(module, variables, inputs, weights, *, train):
 
 
 def evaluate_torch(module, network, variables, inputs, weights, *, train):
-    """The same in PyTorch."""
-    state = {name: torch.tensor(array.copy()) for name, array in state_dict(module, variables).items()}
-    trained = {name: leaf.requires_grad_() for name, leaf in state.items() if "running" not in name}
+    """Returns the same as `evaluate`, computed by PyTorch."""
+    state = {
+        name: torch.tensor(array.copy()) for name, array in state_dict(module, variables).items()
+    }
+    parameters = {
+        name: leaf.requires_grad_() for name, leaf in state.items() if "running" not in name
+    }
     inputs = torch.tensor(inputs.transpose(0, 3, 1, 2).copy(), requires_grad=True)
     logits = network(module, state, inputs, train)
     (logits * torch.tensor(weights)).sum().backward()
-    found = {"logits": logits, "images": inputs.grad.permute(0, 2, 3, 1)} | state
-    found |= {name: leaf.grad for name, leaf in trained.items()}
-    return {name: leaf.detach().numpy() for name, leaf in found.items()}
+    results = {"logits": logits, "images": inputs.grad.permute(0, 2, 3, 1)} | state
+    results |= {name: leaf.grad for name, leaf in parameters.items()}
+    return {name: leaf.detach().numpy() for name, leaf in results.items()}
 
 
 def check_equals_torch(module, network, inputs, *, train):
-    """Logits, statistics and gradients to 1e-4 of the largest entry of each array."""
-    variables, weights = draw(module), images(len(inputs), module.num_classes)
-    found = evaluate(module, variables, inputs, weights, train=train)
-    wanted = evaluate_torch(module, network, variables, inputs, weights, train=train)
-    assert np.std(found["logits"], axis=0).min() > 0.01  # the images matter
-    assert {*found} == {*wanted}
-    largest = {name: abs(array).max() for name, array in wanted.items()}
-    # A shift before a normalisation has no gradient but rounding: that is measured by the largest of all.
-    scale = {name: max(largest[name], 1e-2 * max(largest.values())) for name in wanted}
-    errors = {name: abs(found[name] - wanted[name]).max() / scale[name] for name in wanted}
+    """Compares logits, statistics and gradients to 1e-4 of the largest entry of each array."""
+    variables = draw(module)
+    weights = images(len(inputs), module.num_classes)
+    actual = evaluate(module, variables, inputs, weights, train=train)
+    expected = evaluate_torch(module, network, variables, inputs, weights, train=train)
+    assert np.std(actual["logits"], axis=0).min() > 0.01  # the logits depend on the images
+    assert {*actual} == {*expected}
+    largest = {name: abs(array).max() for name, array in expected.items()}
+    # The gradient of a shift before a normalisation consists of rounding errors: it is compared
+    # relative to the largest of all arrays.
+    scale = {name: max(largest[name], 1e-2 * max(largest.values())) for name in expected}
+    errors = {name: abs(actual[name] - expected[name]).max() / scale[name] for name in expected}
     assert max(errors.values()) < 1e-4, errors
 
 
-def check_figures(module, inputs, figures, *, train):
-    """The first image's first logits are those that PyTorch gave with the weights of `draw`."""
-    outputs, _ = jax.jit(functools.partial(from_linen(module).apply, train=train))(draw(module), inputs)
-    np.testing.assert_allclose(outputs.logits[0, : len(figures)], figures, atol=1e-4 * abs(outputs.logits).max())
+def check_logits(module, inputs, expected, *, train):
+    """Compares the first logits of the first image with PyTorch's for the weights of `draw`."""
+    outputs, _ = jax.jit(functools.partial(from_linen(module).apply, train=train))(
+        draw(module), inputs
+    )
+    np.testing.assert_allclose(
+        outputs.logits[0, : len(expected)], expected, atol=1e-4 * abs(outputs.logits).max()
+    )
 
 
 def check_rules(module):
-    """Every variable has a name in PyTorch that leads back to it, with its values; every rule is needed."""
+    """Checks that the rules are invertible and that all batch counters are omitted."""
     variables = draw(module)
     state = state_dict(module, variables)
-    counters = {name.replace("running_var", "num_batches_tracked"): np.array(1) for name in state if "_var" in name}
-    found, report = transfer(state | counters, shapes(module), rules=module.torch_rules())
-    chex.assert_trees_all_equal(found, variables)
+    counters = {
+        name.replace("running_var", "num_batches_tracked"): np.array(1)
+        for name in state
+        if "_var" in name
+    }
+    restored, report = transfer(
+        state | counters, variable_shapes(module), rules=module.torch_rules()
+    )
+    chex.assert_trees_all_equal(restored, variables)
     assert report.complete and len(report.left_out) == len(counters) > 0
     assert len(report.transferred) == len(jax.tree.leaves(variables))

@@ -1,4 +1,4 @@
-"""Narrower, wider and deeper networks: the function that they compute, on real models in both modes."""
+"""Tests of narrower, wider and deeper networks: the functions that they compute in both modes."""
 
 import functools
 
@@ -11,11 +11,21 @@ import pytest
 
 from jaxkd.models import CNN, Outputs, from_linen
 from jaxkd.models.layers import BatchNorm
-from jaxkd.transfer import Channels, Rule, TransferError, deepen, largest_norm, leading, narrow, transfer, widen
+from jaxkd.transfer import (
+    Channels,
+    Rule,
+    TransferError,
+    deepen,
+    largest_norm,
+    leading,
+    narrow,
+    transfer,
+    widen,
+)
 
 
 class Net(nn.Module):
-    """Batch norm, a depth-wise convolution, a residual stream, and layers that can be added."""
+    """A network with batch norm, a depth-wise convolution, a residual stream and extra layers."""
 
     width: int = 4
     stream: int = 3
@@ -23,17 +33,17 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, train=False):
-        def normed(x, name):
+        def normalize(x, name):
             return BatchNorm(use_running_average=not train, name=name)(x)
 
-        x = nn.relu(normed(nn.Conv(self.stream, (3, 3), name="stem")(inputs), "bn0"))
-        y = nn.relu(normed(nn.Conv(self.width, (3, 3), name="conv1")(x), "bn1"))
+        x = nn.relu(normalize(nn.Conv(self.stream, (3, 3), name="stem")(inputs), "bn0"))
+        y = nn.relu(normalize(nn.Conv(self.width, (3, 3), name="conv1")(x), "bn1"))
         y = nn.Conv(self.width, (3, 3), feature_group_count=self.width, name="depthwise")(y)
         x = x + nn.Conv(self.stream, (1, 1), name="conv2")(nn.relu(y))
         x = nn.relu(x + nn.Conv(self.stream, (1, 1), use_bias=False, name="mix")(x))
         if "conv" in self.extra:
             x = nn.Conv(self.stream, (3, 5), name="conv3")(x)
-            x = nn.relu(normed(x, "bn3") if "bn" in self.extra else x)
+            x = nn.relu(normalize(x, "bn3") if "bn" in self.extra else x)
         x = x[:, ::2, ::2].reshape(len(x), -1)
         if "dense" in self.extra:
             x = nn.Dense(x.shape[-1], name="hidden")(x)
@@ -67,8 +77,12 @@ STREAM = Channels(
     },
     consumed={"params/conv1/kernel": -2, "params/mix/kernel": 2, "params/logits/kernel": 0},
 )
-CNN_CONV = Channels({"params/conv2/kernel": -1, "params/conv2/bias": 0}, {"params/hidden/kernel": 0})
-CNN_HIDDEN = Channels({"params/hidden/kernel": -1, "params/hidden/bias": 0}, {"params/logits/kernel": -2})
+CNN_CONV = Channels(
+    {"params/conv2/kernel": -1, "params/conv2/bias": 0}, {"params/hidden/kernel": 0}
+)
+CNN_HIDDEN = Channels(
+    {"params/hidden/kernel": -1, "params/hidden/bias": 0}, {"params/logits/kernel": -2}
+)
 
 
 def images():
@@ -79,30 +93,39 @@ def shapes(module):
     return jax.eval_shape(from_linen(module).init, jax.random.key(0), images())
 
 
-def drawn(module, seed=0):
-    """Variables of which none is what it is at the start."""
+def draw(module, seed=0):
+    """Draws all variables, so that none has the value of its initializer."""
     rng = np.random.default_rng(seed)
-    draw = {"params": lambda shape: rng.normal(size=shape) / 2, "batch_stats": lambda shape: rng.uniform(0.2, 2, shape)}
-    return {
-        kind: jax.tree.map(lambda leaf: jnp.asarray(draw[kind](leaf.shape), leaf.dtype), tree)  # noqa: B023
-        for kind, tree in shapes(module).items()
-    }
+    variables = shapes(module)
+
+    def draw_param(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype)
+
+    def draw_statistic(leaf):
+        return jnp.asarray(rng.uniform(0.2, 2, leaf.shape), leaf.dtype)
+
+    samplers = {"params": draw_param, "batch_stats": draw_statistic}
+    return {kind: jax.tree.map(samplers[kind], tree) for kind, tree in variables.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def applied(module, variables, train):
+def apply(module, variables, train):
     outputs, batch_stats = from_linen(module).apply(variables, images(), train=train)
     return outputs.logits, batch_stats
 
 
-def assert_same_function(module, variables, other, others, modes=(False, True)):
+def assert_same_function(module, variables, new_module, new_variables, modes=(False, True)):
+    """Compares the logits, and the statistics of the channels that both networks have."""
     for train in modes:
-        (expected, statistics), (got, moved) = applied(module, variables, train), applied(other, others, train)
-        assert float(jnp.abs(expected).max()) > 0.1
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+        expected, statistics = apply(module, variables, train)
+        actual, new_statistics = apply(new_module, new_variables, train)
+        magnitude = float(jnp.abs(expected).max())
+        assert magnitude > 0.1
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * magnitude)
         for layer, values in statistics.items():
             for name, old in values.items():
-                np.testing.assert_allclose(moved[layer][name][: len(old)], old, rtol=1e-5, atol=1e-5)
+                new = new_statistics[layer][name][: len(old)]
+                np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +137,19 @@ def assert_same_function(module, variables, other, others, modes=(False, True)):
         (CNN_HIDDEN, 7, CNN(features=(2, 3), hidden=4), CNN(features=(2, 3), hidden=7)),
     ],
 )
-def test_wider_is_the_same_function(channels, size, small, large):
-    variables = drawn(small)
+def test_widen_keeps_the_function(channels, size, small, large):
+    variables = draw(small)
     wide = widen(variables, channels, size, key=jax.random.key(3))
     chex.assert_trees_all_equal_shapes_and_dtypes(wide, shapes(large))
     assert_same_function(small, variables, large, wide)
 
 
-def test_wider_copies_what_the_key_draws():
-    variables = drawn(Net())
-    wide = [widen(variables, WIDTH, 12, key=jax.random.key(seed))["params"]["conv1"]["bias"] for seed in (0, 0, 1)]
+def test_widen_copies_the_channels_that_the_key_draws():
+    variables = draw(Net())
+    wide = [
+        widen(variables, WIDTH, 12, key=jax.random.key(seed))["params"]["conv1"]["bias"]
+        for seed in (0, 0, 1)
+    ]
     assert (wide[0] == wide[1]).all() and (wide[0] != wide[2]).any()
     np.testing.assert_array_equal(wide[0][:4], variables["params"]["conv1"]["bias"])
     assert {*np.asarray(wide[0])} == {*np.asarray(wide[0][:4])}
@@ -131,42 +157,51 @@ def test_wider_copies_what_the_key_draws():
 
 @pytest.mark.parametrize("choose", [leading, largest_norm])
 @pytest.mark.parametrize(
-    ("channels", "old", "new", "dead"),
+    ("channels", "old", "new", "layers"),
     [
         (WIDTH, Net(width=5), Net(width=3), ("conv1", "bn1", "depthwise")),
         (CNN_CONV, CNN(features=(2, 5), hidden=4), CNN(features=(2, 3), hidden=4), ("conv2",)),
     ],
 )
-def test_narrower_is_the_same_function_if_the_others_were_dead(channels, old, new, dead, choose):
-    variables = drawn(old)
-    for layer in dead:
-        alive = np.array([True, True, True, False, False] if choose is leading else [False, True, True, False, True])
+def test_narrow_keeps_the_function_if_the_other_channels_are_zero(
+    channels, old, new, layers, choose
+):
+    variables = draw(old)
+    nonzero = np.array([True, True, True, False, False])
+    if choose is largest_norm:
+        nonzero = np.array([False, True, True, False, True])
+    for layer in layers:
         for name, leaf in variables["params"][layer].items():
-            variables["params"][layer][name] = jnp.where(np.broadcast_to(alive, leaf.shape), leaf, 0)
+            mask = np.broadcast_to(nonzero, leaf.shape)
+            variables["params"][layer][name] = jnp.where(mask, leaf, 0)
     small = narrow(variables, channels, 3, choose=choose)
     chex.assert_trees_all_equal_shapes_and_dtypes(small, shapes(new))
-    (expected, _), (got, _) = applied(old, variables, True), applied(new, small, True)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+    expected, _ = apply(old, variables, True)
+    actual, _ = apply(new, small, True)
+    magnitude = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * magnitude)
 
 
 def test_largest_norm_worked_by_hand():
-    kernel, other = np.array([[1.0, -5.0, 3.0], [1.0, 2.0, -3.0]]), np.array([[8.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(largest_norm([kernel], 2), [1, 2])  # 2, 7, 6
-    np.testing.assert_array_equal(largest_norm([kernel, other], 2), [0, 1])  # 10, 7, 6
+    kernel = np.array([[1.0, -5.0, 3.0], [1.0, 2.0, -3.0]])
+    second = np.array([[8.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(largest_norm([kernel], 2), [1, 2])  # norms 2, 7, 6
+    np.testing.assert_array_equal(largest_norm([kernel, second], 2), [0, 1])  # norms 10, 7, 6
     np.testing.assert_array_equal(leading([kernel], 2), [0, 1])
     with pytest.raises(ValueError, match="at least 2 axes"):
         largest_norm([], 2)
 
 
-def test_a_flatten_reads_channels_fastest():
+def test_channels_vary_fastest_after_a_flatten():
     params = {"a": {"bias": np.array([1, 2, 3])}, "b": {"kernel": np.arange(6)[:, None]}}
-    small = narrow(params, Channels({"a/bias": 0}, {"b/kernel": 0}), 1, choose=lambda kernels, size: np.array([1]))
+    channels = Channels({"a/bias": 0}, {"b/kernel": 0})
+    small = narrow(params, channels, 1, choose=lambda kernels, size: np.array([1]))
     np.testing.assert_array_equal(small["a"]["bias"], [2])
     np.testing.assert_array_equal(small["b"]["kernel"], [[1], [4]])
 
 
 @pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
-def test_arrays_stay_what_they_are_and_are_copies(make):
+def test_results_are_copies_of_the_same_type_and_dtype(make):
     tree = {"a": make(np.ones(3)), "b": make(np.ones((3, 2), jnp.bfloat16)), "c": make(np.ones(4))}
     channels = Channels({"a": 0}, {"b": 0})
     for new in (narrow(tree, channels, 3), widen(tree, channels, 6, key=jax.random.key(0))):
@@ -178,14 +213,18 @@ def test_arrays_stay_what_they_are_and_are_copies(make):
 @pytest.mark.parametrize(
     ("channels", "size", "match"),
     [
-        (Channels({"a": 0, "x": 0}, {"y": 0}), 1, r"nothing at \['x', 'y'\], but at \['a', 'b'\]"),
-        (Channels({"a": 1}, {"b": -3}), 1, r"no such axis in a \(4,\), b \(4, 6\)"),
-        (Channels({"a": 0, "b": 1}, {}), 1, "one number of them, got {'a': 4, 'b': 6}"),
-        (Channels({}, {"b": 0}), 1, "one number of them, got {}"),
-        (Channels({"a": 0}, {"b": 1}), 1, "a multiple of them, got {'b': 6}"),
+        (
+            Channels({"a": 0, "x": 0}, {"y": 0}),
+            1,
+            r"no leaves at \['x', 'y'\]; its paths are \['a', 'b'\]",
+        ),
+        (Channels({"a": 1}, {"b": -3}), 1, r"axis that does not exist in a \(4,\), b \(4, 6\)"),
+        (Channels({"a": 0, "b": 1}, {}), 1, "the same length, got {'a': 4, 'b': 6}"),
+        (Channels({}, {"b": 0}), 1, "the same length, got {}"),
+        (Channels({"a": 0}, {"b": 1}), 1, "a multiple of the 4 channels, got {'b': 6}"),
     ],
 )
-def test_channels_that_are_not_there(channels, size, match):
+def test_invalid_channels_raise(channels, size, match):
     tree = {"a": np.zeros(4), "b": np.zeros((4, 6))}
     with pytest.raises(ValueError, match=match):
         narrow(tree, channels, size)
@@ -193,56 +232,74 @@ def test_channels_that_are_not_there(channels, size, match):
         widen(tree, channels, 8, key=jax.random.key(0))
 
 
-def test_sizes_that_make_no_sense():
-    tree, channels = {"a": np.zeros(4)}, Channels({"a": 0}, {})
+def test_invalid_sizes_raise():
+    tree = {"a": np.zeros(4)}
+    channels = Channels({"a": 0}, {})
     for size in (0, 5):
-        with pytest.raises(ValueError, match=f"between 1 and the 4 channels that there are, got {size}"):
+        with pytest.raises(
+            ValueError, match=f"between 1 and 4, the number of channels, got {size}"
+        ):
             narrow(tree, channels, size)
-    with pytest.raises(ValueError, match="at least the 4 channels that there are, got 3"):
+    with pytest.raises(ValueError, match="at least 4, the number of channels, got 3"):
         widen(tree, channels, 3, key=jax.random.key(0))
 
 
-NEW = {"conv": "params/conv3/{leaf}", "bn": "{kind}/bn3/{leaf}", "dense": "params/hidden/{leaf}"}
+NEW_LAYERS = {
+    "conv": "params/conv3/{leaf}",
+    "bn": "{kind}/bn3/{leaf}",
+    "dense": "params/hidden/{leaf}",
+}
 
 
 @pytest.mark.parametrize(
     ("extra", "abstract"),
-    [(("conv",), False), (("conv", "bn"), True), (("conv", "bn", "dense"), False), (("dense",), True)],
+    [
+        (("conv",), False),
+        (("conv", "bn"), True),
+        (("conv", "bn", "dense"), False),
+        (("dense",), True),
+    ],
 )
-def test_deeper_is_the_same_function(extra, abstract):
+def test_deepen_keeps_the_function(extra, abstract):
     shallow, deep = Net(), Net(extra=extra)
-    variables, target = drawn(shallow), drawn(deep, seed=8)
-    if abstract:
-        target = shapes(deep)
-    result, report = deepen(variables, target, layers=[NEW[name] for name in extra])
+    variables = draw(shallow)
+    target = shapes(deep) if abstract else draw(deep, seed=8)
+    result, report = deepen(variables, target, layers=[NEW_LAYERS[name] for name in extra])
     chex.assert_trees_all_equal_shapes_and_dtypes(result, target)
     assert len(report.missing) == 2 * len(extra) + 2 * ("bn" in extra) and not report.unexpected
-    # In training mode a new batch norm normalises.
-    assert_same_function(shallow, variables, deep, result, modes=(False,) if "bn" in extra else (False, True))
+    # In training mode a new batch norm normalises by its batch, so the function changes.
+    modes = (False,) if "bn" in extra else (False, True)
+    assert_same_function(shallow, variables, deep, result, modes)
 
 
 def test_epsilon_of_the_new_batch_norm():
-    source, shape = {}, jax.ShapeDtypeStruct((2,), np.float32)
-    target = {"params": {"bn": {"scale": shape}}, "batch_stats": {"bn": {"mean": shape, "var": shape}}}
-    result, _ = deepen(source, target, layers=["{kind}/bn/{leaf}"], epsilon=0.21)
+    shape = jax.ShapeDtypeStruct((2,), np.float32)
+    target = {
+        "params": {"bn": {"scale": shape}},
+        "batch_stats": {"bn": {"mean": shape, "var": shape}},
+    }
+    result, _ = deepen({}, target, layers=["{kind}/bn/{leaf}"], epsilon=0.21)
     np.testing.assert_allclose(result["params"]["bn"]["scale"], 1.1, rtol=1e-6)
 
 
-def test_deeper_with_renamed_layers():
+def test_deepen_with_renamed_layers():
     source = {"conv1": {"bias": np.ones(2)}, "conv2": {"bias": np.full(2, 2.0)}}
     target = {f"conv{i}": {"bias": np.full(2, 9.0)} for i in (1, 2, 3)}
     with pytest.raises(ValueError, match=r"has values for the new layers, \['conv2/bias'\]"):
         deepen(source, target, layers=["conv2/bias"])
-    result, _ = deepen(source, target, layers=["conv2/bias"], rules=[Rule("conv2/{leaf}", "conv3/{leaf}")])
+    result, _ = deepen(
+        source, target, layers=["conv2/bias"], rules=[Rule("conv2/{leaf}", "conv3/{leaf}")]
+    )
     assert [result[f"conv{i}"]["bias"][0] for i in (1, 2, 3)] == [1, 0, 2]
     np.testing.assert_array_equal(target["conv2"]["bias"], [9, 9])
 
 
-def test_deeper_is_strict_but_for_the_new_layers():
+def test_deepen_is_strict_except_for_the_new_layers():
     target = {"new": {"bias": np.zeros(2)}, "old": {"bias": np.zeros(2)}}
-    with pytest.raises(TransferError) as caught:
+    with pytest.raises(TransferError) as error:
         deepen({"other": np.zeros(2)}, target, layers=["new/bias"])
-    assert caught.value.report.missing == ("old/bias",) and caught.value.report.unexpected == ("other",)
+    report = error.value.report
+    assert report.missing == ("old/bias",) and report.unexpected == ("other",)
 
 
 @pytest.mark.parametrize(
@@ -255,19 +312,18 @@ def test_deeper_is_strict_but_for_the_new_layers():
         ({"scale": np.zeros(2), "bias": np.zeros(2)}, "no identity is known for new/scale"),
     ],
 )
-def test_layers_without_an_identity(layer, match):
+def test_layers_without_an_identity_raise(layer, match):
     with pytest.raises(ValueError, match=match):
         deepen({}, {"new": layer}, layers=["new/{leaf}"])
 
 
-def test_new_layers_that_are_not_there():
+def test_new_layers_that_do_not_exist_raise():
     with pytest.raises(ValueError, match=r"\['conv3'\] match nothing in the target"):
         deepen({}, {"conv3": {"bias": np.zeros(2)}}, layers=["conv3"])
 
 
-def test_narrow_then_transfer_starts_a_student():
-    """What the two are for: a student of the teacher's shape but for its width."""
+def test_narrowed_teacher_initializes_a_student():
     teacher, student = Net(width=5), Net(width=3)
-    cut = narrow(drawn(teacher), WIDTH, 3, choose=largest_norm)
-    _, report = transfer(cut, shapes(student))
+    variables = narrow(draw(teacher), WIDTH, 3, choose=largest_norm)
+    _, report = transfer(variables, shapes(student))
     assert report.complete

@@ -1,4 +1,4 @@
-"""Fine-tuning through the real training step: what stays, what moves, and how far."""
+"""Tests of frozen parameters and layer-wise learning rates, through the training step."""
 
 import chex
 import jax
@@ -7,14 +7,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import losses, train
+from jaxkd import distill, losses
 from jaxkd.models import CNN, from_linen
 from jaxkd.transfer import freeze, scale_by_path
 
 
 @pytest.fixture(autouse=True)
-def _as_optax_promotes():
-    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes floats and integers
+def _standard_promotion():
+    # optax's Adam mixes floats and integers, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
         yield
 
 
@@ -22,21 +23,25 @@ MODEL = from_linen(CNN(features=(3,), hidden=5, num_classes=4))
 
 
 def batch():
-    return {"inputs": jax.random.normal(jax.random.key(0), (8, 6, 6, 1)), "labels": jnp.arange(8) % 4}
+    return {
+        "inputs": jax.random.normal(jax.random.key(0), (8, 6, 6, 1)),
+        "labels": jnp.arange(8) % 4,
+    }
 
 
-def loss(student, teachers, batch):
+def loss(student, teachers, batch, context):
     return losses.hard_cross_entropy(student.logits, batch["labels"])
 
 
-def start():
+def init_variables():
     variables = MODEL.init(jax.random.key(1), batch()["inputs"])
     variables["params"]["conv1"]["bias"] = jnp.array([-0.0, 0.0, 1e-30])
     return variables
 
 
-def trained(tx, steps=2):
-    state, step = train.make_state(start(), tx), train.make_train_step(MODEL, tx, loss)
+def train(tx, steps=2):
+    state = distill.init_train_state(init_variables(), tx)
+    step = distill.make_train_step(MODEL, tx, loss)
     for _ in range(steps):
         state, _ = step(state, batch(), (), jax.random.key(2))
     return state
@@ -48,11 +53,16 @@ def bits(tree):
 
 @pytest.mark.parametrize(
     "tx",
-    [optax.adamw(0.1, weight_decay=0.5), optax.sgd(0.1, momentum=0.9), optax.chain(optax.clip(0.1), optax.lion(0.1))],
+    [
+        optax.adamw(0.1, weight_decay=0.5),
+        optax.sgd(0.1, momentum=0.9),
+        optax.chain(optax.clip(0.1), optax.lion(0.1)),
+    ],
     ids=["adamw", "sgd", "lion"],
 )
 def test_frozen_leaves_keep_their_bits_and_have_no_state(tx):
-    before, state = start()["params"], trained(freeze(tx, "conv1/{rest...}", "{layer}/bias"))
+    before = init_variables()["params"]
+    state = train(freeze(tx, "conv1/{rest...}", "{layer}/bias"))
     after = state.params
     chex.assert_trees_all_equal(bits(after["conv1"]), bits(before["conv1"]))
     for layer in ("hidden", "logits"):
@@ -62,8 +72,8 @@ def test_frozen_leaves_keep_their_bits_and_have_no_state(tx):
     assert shapes == {before["hidden"]["kernel"].shape, before["logits"]["kernel"].shape}
 
 
-def test_what_is_not_frozen_is_trained_as_without():
-    """Clipping by the global norm sees the trained leaves alone, as if the others did not exist."""
+def test_other_leaves_are_trained_as_if_the_frozen_ones_did_not_exist():
+    """Clipping by the global norm sees only the leaves that are trained."""
     params = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1))
     frozen = freeze(tx, "a")
@@ -74,42 +84,51 @@ def test_what_is_not_frozen_is_trained_as_without():
     assert updates["a"] == 0
 
 
-def test_everything_may_be_frozen():
-    params, tx = start()["params"], freeze(optax.adam(0.1), "{all...}")
+def test_all_parameters_can_be_frozen():
+    params = init_variables()["params"]
+    tx = freeze(optax.adam(0.1), "{all...}")
     updates, _ = tx.update(params, tx.init(params), params)
     chex.assert_trees_all_equal(bits(optax.apply_updates(params, updates)), bits(params))
 
 
 def test_layer_wise_learning_rates():
     factors = {"logits/bias": 2.0, "logits/{leaf}": 0.5, "conv1/{leaf}": 0.0}
-    plain, scaled = (
-        trained(optax.sgd(0.1), steps=1),
-        trained(optax.chain(optax.sgd(0.1), scale_by_path(factors)), steps=1),
-    )
-    for path, factor in (
-        (("logits", "bias"), 2.0),
-        (("logits", "kernel"), 0.5),
-        (("conv1", "kernel"), 0.0),
-        (("hidden", "kernel"), 1.0),
+    initial = init_variables()["params"]
+    plain = train(optax.sgd(0.1), steps=1).params
+    scaled = train(optax.chain(optax.sgd(0.1), scale_by_path(factors)), steps=1).params
+    for layer, name, factor in (
+        ("logits", "bias", 2.0),
+        ("logits", "kernel", 0.5),
+        ("conv1", "kernel", 0.0),
+        ("hidden", "kernel", 1.0),
     ):
-        first, one, other = (tree[path[0]][path[1]] for tree in (start()["params"], plain.params, scaled.params))
-        assert (one != first).any()
-        chex.assert_trees_all_close(other - first, factor * (one - first), atol=1e-6)
+        plain_update = plain[layer][name] - initial[layer][name]
+        scaled_update = scaled[layer][name] - initial[layer][name]
+        assert (plain[layer][name] != initial[layer][name]).any()
+        chex.assert_trees_all_close(scaled_update, factor * plain_update, atol=1e-6)
 
 
-def test_both_together_and_dtypes_stay():
+def test_freeze_and_scale_by_path_together_keep_dtypes():
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2), "c": jnp.ones(2)}
     tx = freeze(optax.chain(optax.sgd(1.0), scale_by_path({"a": 0.5})), "c")
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    chex.assert_trees_all_equal(updates, {"a": jnp.full(2, -0.5, jnp.bfloat16), "b": -jnp.ones(2), "c": jnp.zeros(2)})
+    chex.assert_trees_all_equal(
+        updates, {"a": jnp.full(2, -0.5, jnp.bfloat16), "b": -jnp.ones(2), "c": jnp.zeros(2)}
+    )
     chex.assert_trees_all_equal_dtypes(updates, params)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: freeze(optax.sgd(0.1), "conv1/{r...}", p), lambda p: scale_by_path({p: 2.0})]
+    "make",
+    [
+        lambda pattern: freeze(optax.sgd(0.1), "conv1/{rest...}", pattern),
+        lambda pattern: scale_by_path({pattern: 2.0}),
+    ],
 )
-def test_a_pattern_that_matches_nothing(make):
-    with pytest.raises(ValueError, match=r"\['params/conv1/kernel'\] match no parameter.*'conv1/kernel'"):
-        train.make_state(start(), make("params/conv1/kernel"))
-    with pytest.raises(ValueError, match="no pattern"):
-        train.make_state(start(), make("{conv"))
+def test_a_pattern_that_matches_nothing_raises(make):
+    with pytest.raises(
+        ValueError, match=r"\['params/conv1/kernel'\] match no parameter.*'conv1/kernel'"
+    ):
+        distill.init_train_state(init_variables(), make("params/conv1/kernel"))
+    with pytest.raises(ValueError, match="not a pattern"):
+        distill.init_train_state(init_variables(), make("{conv"))

@@ -1,4 +1,4 @@
-"""Renaming by rules: forwards, backwards, and what is no pattern."""
+"""Tests of renaming by rules, in both directions, and of malformed patterns."""
 
 import pytest
 from hypothesis import given, settings
@@ -26,15 +26,17 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("torch", "flax"), NAMES.items())
-def test_names_both_ways(torch, flax):
-    there, back = rename(torch, TORCHVISION), rename_back(flax, TORCHVISION)
-    assert (there.path, back.path) == (flax, torch)
-    assert there.rule is back.rule and (there.rule is None) == (torch == "fc.bias")
+def test_names_in_both_directions(torch, flax):
+    forward = rename(torch, TORCHVISION)
+    backward = rename_back(flax, TORCHVISION)
+    assert (forward.path, backward.path) == (flax, torch)
+    assert forward.rule is backward.rule and (forward.rule is None) == (torch == "fc.bias")
 
 
-def test_left_out_has_no_name_on_the_other_side():
+def test_a_path_that_is_left_out_has_no_target():
     assert rename("layer1.0.bn1.num_batches_tracked", TORCHVISION) == (None, TORCHVISION[0])
-    assert rename("num_batches_tracked", TORCHVISION).path == "num_batches_tracked", "the dot is part of the pattern"
+    # The pattern of the first rule includes the dot.
+    assert rename("num_batches_tracked", TORCHVISION).path == "num_batches_tracked"
 
 
 @pytest.mark.parametrize(
@@ -60,27 +62,36 @@ def test_a_pattern_matches_a_whole_path(pattern, path, matches):
 
 def test_the_first_rule_that_matches_decides():
     rules = (Rule("fc.bias", "head"), Rule("fc.{name}", "logits/{name}"))
-    assert [rename(path, rules).path for path in ("fc.bias", "fc.weight")] == ["head", "logits/weight"]
+    assert [rename(path, rules).path for path in ("fc.bias", "fc.weight")] == [
+        "head",
+        "logits/weight",
+    ]
     assert rename_back("logits/weight", rules).path == "fc.weight"
     assert rename_back("head", rules).path == "fc.bias"
-    assert rename_back("logits/bias", rules) == ("logits/bias", None), "fc.bias goes to head"
+    # The second rule would give fc.bias, but the first renames that to head.
+    assert rename_back("logits/bias", rules) == ("logits/bias", None)
 
 
-def test_backwards_a_name_that_was_taken_away_is_nowhere():
+def test_a_source_name_that_was_renamed_does_not_exist_in_the_target():
     assert rename_back("fc", [Rule("fc", "logits")]).path is None
     assert rename_back("fc", [Rule("fc", None)]).path is None
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.text("ab+./", max_size=3), st.text("ab01_", min_size=1, max_size=4)), max_size=3),
+    st.lists(
+        st.tuples(st.text("ab+./", max_size=3), st.text("ab01_", min_size=1, max_size=4)),
+        max_size=3,
+    ),
     st.permutations(range(3)),
     st.sampled_from(["", "..."]),
 )
-def test_every_name_comes_back(parts, order, dots):
-    literals, values = [f"{literal}." for literal, _ in parts], [value for _, value in parts]
-    there = [f"{literal}{{n{i}{dots}}}" for i, literal in enumerate(literals)]
-    rules = (Rule("".join(there), "to/" + "/".join(there[i] for i in order if i < len(there))),)
+def test_renaming_is_inverted(parts, order, dots):
+    literals = [f"{literal}." for literal, _ in parts]
+    values = [value for _, value in parts]
+    patterns = [f"{literal}{{n{i}{dots}}}" for i, literal in enumerate(literals)]
+    target_pattern = "to/" + "/".join(patterns[i] for i in order if i < len(patterns))
+    rules = (Rule("".join(patterns), target_pattern),)
     path = "".join(map(str.__add__, literals, values))
     target = rename(path, rules)
     assert target.rule is rules[0] and target.path.startswith("to/")
@@ -92,20 +103,20 @@ def test_every_name_comes_back(parts, order, dots):
 @pytest.mark.parametrize(
     ("rule", "match"),
     [
-        (Rule("layer{i", "a"), "'layer{i' is no pattern: write {name}"),
-        (Rule("layer}", "a"), "no other braces"),
-        (Rule("layer{}", "a"), "no other braces"),
-        (Rule("layer{0}", "a{0}"), "no other braces"),
-        (Rule("{i}.{i}", "a{i}"), "'{i}.{i}' is no pattern: a name may stand in it once"),
+        (Rule("layer{i", "a"), "'layer{i' is not a pattern: use braces only as {name}"),
+        (Rule("layer}", "a"), "use braces only"),
+        (Rule("layer{}", "a"), "use braces only"),
+        (Rule("layer{0}", "a{0}"), "use braces only"),
+        (Rule("{i}.{i}", "a{i}"), "'{i}.{i}' is not a pattern: a name may occur only once"),
         (Rule("{i}.{i...}", "a{i}"), "once"),
         (Rule("layer{i}", "stage{i}/block{i}"), "once"),
         (Rule("layer{i}", "stage{j}"), "'layer{i}' and 'stage{j}' must have the same names"),
         (Rule("layer{i}.{j}", "stage{i}"), "the same names"),
         (Rule("layer{i...}", "stage{i}"), "the same names"),
-        (Rule("layer{i", None), "no pattern"),
+        (Rule("layer{i", None), "not a pattern"),
     ],
 )
-def test_what_is_no_rule(rule, match):
+def test_malformed_rules_raise(rule, match):
     with pytest.raises(ValueError, match=match):
         rename("path", [rule])
     with pytest.raises(ValueError, match=match):
@@ -114,8 +125,9 @@ def test_what_is_no_rule(rule, match):
 
 def test_every_second_layer():
     rules = layer_rules("encoder/layer{i}/{rest...}", (0, 2, 4, 6, 8, 10))
-    there = [rename(f"encoder/layer{i}/attention/bias", rules).path for i in range(12)]
-    assert there[::2] == [f"encoder/layer{i}/attention/bias" for i in range(6)] and there[1::2] == [None] * 6
+    targets = [rename(f"encoder/layer{i}/attention/bias", rules).path for i in range(12)]
+    assert targets[::2] == [f"encoder/layer{i}/attention/bias" for i in range(6)]
+    assert targets[1::2] == [None] * 6
     assert rename_back("encoder/layer5/out", rules).path == "encoder/layer10/out"
     assert rename("pooler/bias", rules).path == "pooler/bias"
 
@@ -129,6 +141,6 @@ def test_every_second_layer():
         ("layer{i}", (-1,), "numbers of the source's layers"),
     ],
 )
-def test_layers_that_make_no_sense(pattern, layers, match):
+def test_invalid_layers_raise(pattern, layers, match):
     with pytest.raises(ValueError, match=match):
         layer_rules(pattern, layers)

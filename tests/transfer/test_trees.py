@@ -1,4 +1,4 @@
-"""Transfer between trees: values, copies, dtypes, and a report that misses nothing."""
+"""Tests of transfer between trees: values, copies, dtypes, and the completeness of the report."""
 
 import collections
 import dataclasses
@@ -45,7 +45,7 @@ MAKERS = {"numpy": np.zeros, "jax": jnp.zeros, "abstract": jax.ShapeDtypeStruct}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_values_go_where_the_rules_say(make):
+def test_rules_move_values(make):
     source = torch_like()
     result, report = transfer(source, flax_like(make), rules=RULES)
     expected = {
@@ -53,7 +53,10 @@ def test_values_go_where_the_rules_say(make):
         "logits": {"kernel": source["fc.weight"].T, "bias": source["fc.bias"]},
     }
     chex.assert_trees_all_equal(result, {"params": expected})
-    assert all(isinstance(leaf, jax.Array if make is jnp.zeros else np.ndarray) for leaf in jax.tree.leaves(result))
+    assert all(
+        isinstance(leaf, jax.Array if make is jnp.zeros else np.ndarray)
+        for leaf in jax.tree.leaves(result)
+    )
     assert report.complete and report.left_out == ("bn.num_batches_tracked",)
     assert report.transferred == (
         ("conv.weight", "params/conv/kernel"),
@@ -73,7 +76,7 @@ class Record:
     scale: object
 
 
-def test_paths_are_keys_indices_and_names():
+def test_paths_consist_of_keys_indices_and_attribute_names():
     tree = {"a": [1, (2, 3)], "b": Pair(first=4, second={"x.y": 5}), "c": Record(6, [7]), 8: None}
     tree.pop(8)
     assert leaves_by_path(tree) == {
@@ -88,7 +91,9 @@ def test_paths_are_keys_indices_and_names():
 
 
 LEAVES = st.sampled_from([np.float32, np.int32, jnp.bfloat16, np.bool_]).flatmap(
-    lambda dtype: st.sampled_from([(), (2,), (0, 3), (2, 1, 3)]).map(lambda shape: numbers(*shape, dtype=dtype))
+    lambda dtype: st.sampled_from([(), (2,), (0, 3), (2, 1, 3)]).map(
+        lambda shape: numbers(*shape, dtype=dtype)
+    )
 )
 TREES = st.recursive(
     LEAVES | LEAVES.map(jnp.asarray),
@@ -105,7 +110,7 @@ TREES = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(TREES)
-def test_a_tree_gives_itself_everything(tree):
+def test_transfer_of_a_tree_to_itself_is_complete(tree):
     result, report = transfer(tree, tree)
     assert report.complete and len(report.transferred) == len(jax.tree.leaves(tree))
     assert jax.tree.structure(result) == jax.tree.structure(tree)
@@ -118,11 +123,11 @@ def test_a_tree_gives_itself_everything(tree):
 
 
 @pytest.mark.parametrize("make", [np.zeros, jnp.zeros])
-@pytest.mark.parametrize("made", [np.array, jnp.array])
-def test_nothing_is_shared(made, make):
+@pytest.mark.parametrize("make_source", [np.array, jnp.array])
+def test_nothing_is_shared(make_source, make):
     rules = (*RULES[:3], Rule("bn.num_batches_tracked", None))
-    source, target = jax.tree.map(made, torch_like()), flax_like(make)
-    target["params"]["own"] = make((64, 64), np.float32)
+    source, target = jax.tree.map(make_source, torch_like()), flax_like(make)
+    target["params"]["extra"] = make((64, 64), np.float32)
     before = jax.tree.map(np.array, (source, target))
     result, _ = transfer(source, target, rules=rules, strict=False)
     chex.assert_trees_all_equal((source, target), before)
@@ -142,12 +147,13 @@ def test_the_result_may_be_donated():
     source = {"weight": numbers(64, 64)}
     before = source["weight"].copy()
     result, _ = transfer(source, {"weight": jnp.zeros((64, 64))})
-    doubled = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2, tree), donate_argnums=0)(result)
+    double = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2, tree), donate_argnums=0)
+    doubled = double(result)
     np.testing.assert_array_equal(source["weight"], before)
     np.testing.assert_array_equal(doubled["weight"], 2 * before)
 
 
-def test_placed_as_the_target_is():
+def test_arrays_are_placed_like_the_target():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     target = {"split": jax.device_put(jnp.zeros(8), sharding), "free": jnp.zeros(2)}
@@ -170,66 +176,77 @@ def test_peak_memory_is_source_and_result():
 
 
 @pytest.mark.parametrize("make", [np.zeros, jnp.zeros])
-@pytest.mark.parametrize(("there", "here"), [(np.float32, jnp.bfloat16), (jnp.bfloat16, np.float32)])
-def test_dtypes(there, here, make):
-    source, target = {"weight": numbers(3, dtype=there)}, {"weight": make(3, here)}
+@pytest.mark.parametrize(
+    ("source_dtype", "target_dtype"), [(np.float32, jnp.bfloat16), (jnp.bfloat16, np.float32)]
+)
+def test_dtypes(source_dtype, target_dtype, make):
+    source = {"weight": numbers(3, dtype=source_dtype)}
+    target = {"weight": make(3, target_dtype)}
     with pytest.raises(TransferError, match="1 mismatched"):
         transfer(source, target)
-    for dtypes, wanted in (("target", here), ("source", there)):
+    for dtypes, expected in (("target", target_dtype), ("source", source_dtype)):
         result, _ = transfer(source, target, dtypes=dtypes)
-        assert result["weight"].dtype == wanted
+        assert result["weight"].dtype == expected
         np.testing.assert_array_equal(np.asarray(result["weight"], np.float32), [1, 2, 3])
 
 
 def test_another_kind_of_number_is_a_mismatch():
-    _, report = transfer({"step": numbers(2)}, {"step": np.zeros(2, np.int32)}, dtypes="target", strict=False)
+    _, report = transfer(
+        {"step": numbers(2)}, {"step": np.zeros(2, np.int32)}, dtypes="target", strict=False
+    )
     assert [mismatch.path for mismatch in report.mismatched] == ["step"]
 
 
-def test_float64_is_not_cut_in_secret():
+def test_float64_is_not_narrowed_silently():
     source = {"weight": numbers(3, dtype=np.float64)}
-    kept, report = transfer(source, {"weight": np.zeros(3, np.float32)}, dtypes="source")
-    assert kept["weight"].dtype == np.float64
+    result, _ = transfer(source, {"weight": np.zeros(3, np.float32)}, dtypes="source")
+    assert result["weight"].dtype == np.float64
     with pytest.raises(TransferError, match="mismatched"):
         transfer(source, {"weight": jnp.zeros(3)}, dtypes="source")
 
 
-def test_python_numbers_are_leaves_too():
+def test_python_numbers_are_leaves():
     result, _ = transfer({"step": 3, "scale": np.float32(0.5)}, {"step": 0, "scale": 1.0})
     assert result == {"step": 3, "scale": 0.5} and result["step"].dtype == np.int32
 
 
-# --- what does not fit ---
+# --- mismatches ---
 
 
-def misfit():
-    source = torch_like() | {"fc.weight": numbers(3, 2), "extra.weight": numbers(1), "fc.bias": numbers(2, dtype=int)}
+def mismatched_trees():
+    source = torch_like() | {
+        "fc.weight": numbers(3, 2),
+        "extra.weight": numbers(1),
+        "fc.bias": numbers(2, dtype=int),
+    }
     target = flax_like()
     target["params"]["new"] = {"bias": np.full(2, 7.0, np.float32)}
     return source, target
 
 
-def test_strict_names_everything_at_once():
-    source, target = misfit()
-    with pytest.raises(TransferError) as caught:
+def test_strict_reports_everything_at_once():
+    source, target = mismatched_trees()
+    with pytest.raises(TransferError) as error:
         transfer(source, target, rules=(*RULES, Rule("gamma{i}", "params/scale{i}")))
-    report = caught.value.report
+    report = error.value.report
     assert report.missing == ("params/new/bias",) and report.unexpected == ("extra.weight",)
     assert [(m.source_path, m.path, m.source.shape, m.target.shape) for m in report.mismatched] == [
         ("fc.bias", "params/logits/bias", (2,), (2,)),
         ("fc.weight", "params/logits/kernel", (2, 3), (2, 2)),
     ]
     assert [rule.source for rule in report.unused] == ["gamma{i}"]
-    assert str(report) in str(caught.value) and "strict=False" in str(caught.value)
-    assert pickle.loads(pickle.dumps(caught.value)).report == report
+    assert str(report) in str(error.value) and "strict=False" in str(error.value)
+    assert pickle.loads(pickle.dumps(error.value)).report == report
 
 
-def test_not_strict_keeps_the_own_values():
-    source, target = misfit()
+def test_not_strict_keeps_the_values_of_the_target():
+    source, target = mismatched_trees()
     result, report = transfer(source, target, rules=RULES, strict=False)
     np.testing.assert_array_equal(result["params"]["new"]["bias"], [7, 7])
     np.testing.assert_array_equal(result["params"]["logits"]["kernel"], np.zeros((2, 2)))
-    np.testing.assert_array_equal(result["params"]["conv"]["kernel"], source["conv.weight"].transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(
+        result["params"]["conv"]["kernel"], source["conv.weight"].transpose(2, 3, 1, 0)
+    )
     assert not report.complete
 
 
@@ -241,73 +258,93 @@ def test_not_strict_keeps_the_own_values():
         ({"a": np.zeros(1)}, {"a": np.zeros(2)}, "1 mismatched"),
     ],
 )
-def test_each_kind_alone_is_an_error(source, target, counts):
+def test_each_kind_of_mismatch_raises_by_itself(source, target, counts):
     with pytest.raises(TransferError, match=counts):
         transfer(source, target)
     transfer(source, target, strict=False)
 
 
-def test_an_abstract_target_has_nothing_to_keep():
-    target = {"a": jax.ShapeDtypeStruct((1,), np.float32), "b": jax.ShapeDtypeStruct((1,), np.float32)}
+def test_an_abstract_target_needs_every_value():
+    target = {
+        "a": jax.ShapeDtypeStruct((1,), np.float32),
+        "b": jax.ShapeDtypeStruct((1,), np.float32),
+    }
     for source in ({"a": numbers(1)}, {"a": numbers(1), "b": numbers(2)}):
         with pytest.raises(TransferError, match="abstract"):
             transfer(source, target, strict=False)
     transfer({"a": numbers(1), "b": numbers(1), "c": numbers(1)}, target, strict=False)
 
 
-def test_a_rule_that_matches_nothing():
+def test_a_rule_that_matches_nothing_is_reported():
     rules = (Rule("conv{i}.weight", "c{i}"), Rule("{x...}.num_batches_tracked", None))
-    with pytest.raises(TransferError, match=r"(?s)1 unused.*unused rule +conv\{i\}.weight +c\{i\}"):
+    with pytest.raises(
+        TransferError, match=r"(?s)1 unused rule\n.*unused rule +conv\{i\}.weight +c\{i\}"
+    ):
         transfer({"a": numbers(1)}, {"a": np.zeros(1, np.float32)}, rules=rules)
-    _, report = transfer({"a": numbers(1)}, {"a": np.zeros(1, np.float32)}, rules=rules, strict=False)
-    assert report.unused == rules[:1], "nothing to leave out is no mistake"
+    _, report = transfer(
+        {"a": numbers(1)}, {"a": np.zeros(1, np.float32)}, rules=rules, strict=False
+    )
+    # A rule that leaves paths out may match nothing.
+    assert report.unused == rules[:1]
 
 
-def test_clashing_rules_are_all_named():
+def test_all_clashing_rules_are_listed():
     rules = (Rule("a{i}", "x{i}"), Rule("b{i}", "x{i}"))
-    with pytest.raises(ValueError, match="clashing rules: 'a1' and 'b1' both go to 'x1'; 'a2' and 'b2' .* 'x2'"):
+    with pytest.raises(
+        ValueError, match="clashing rules: 'a1' and 'b1' both become 'x1'; 'a2' and 'b2' .* 'x2'"
+    ):
         transfer({key: numbers(1) for key in ("a1", "b1", "a2", "b2")}, {}, rules=rules)
-    with pytest.raises(ValueError, match="'a1' and 'x1' both go to 'x1'"):
+    with pytest.raises(ValueError, match="'a1' and 'x1' both become 'x1'"):
         transfer({"a1": numbers(1), "x1": numbers(1)}, {}, rules=rules[:1])
 
 
-def test_a_layout_that_does_not_fit_names_the_path():
-    with pytest.raises(ValueError, match=r"fc.bias -> out: an array \(2,\) does not fit the axes 'o i'"):
-        transfer({"fc.bias": numbers(2)}, {"out": numbers(2)}, rules=[Rule("fc.bias", "out", layout.DENSE)])
+def test_the_error_of_a_layout_that_does_not_fit_names_the_path():
+    with pytest.raises(
+        ValueError, match=r"fc.bias -> out: an array \(2,\) does not fit the axes 'o i'"
+    ):
+        transfer(
+            {"fc.bias": numbers(2)},
+            {"out": numbers(2)},
+            rules=[Rule("fc.bias", "out", layout.DENSE)],
+        )
 
 
-def test_malformed_rules_are_found_even_behind_others():
-    with pytest.raises(ValueError, match="no pattern"):
+def test_malformed_rules_raise_even_after_a_match():
+    with pytest.raises(ValueError, match="not a pattern"):
         transfer({"a": numbers(1)}, {"a": numbers(1)}, rules=[Rule("a", "a"), Rule("{b", "c")])
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_two_leaves_of_one_path(swap):
+def test_two_leaves_with_the_same_path_raise(swap):
     trees = [{"a/b": numbers(1), "a": {"b": numbers(1)}}, {"a/b": numbers(1)}]
-    with pytest.raises(ValueError, match=r"two leaves have the path 'a/b': \['a'\]\['b'\] and \['a/b'\]"):
+    with pytest.raises(
+        ValueError, match=r"two leaves have the path 'a/b': \['a'\]\['b'\] and \['a/b'\]"
+    ):
         transfer(*trees[:: -1 if swap else 1])
 
 
-def test_a_tree_that_contains_itself():
-    for loop in ({}, []):
-        inner = (loop,)
-        loop.update(inner=inner) if isinstance(loop, dict) else loop.append(inner)
+def test_a_tree_that_contains_itself_raises():
+    cyclic_dict = {}
+    cyclic_dict["inner"] = (cyclic_dict,)
+    cyclic_list = []
+    cyclic_list.append((cyclic_list,))
+    for tree in (cyclic_dict, cyclic_list):
         with pytest.raises(ValueError, match="contains itself"):
-            transfer(loop, {})
+            transfer(tree, {})
     shared = {"a": numbers(1)}
     transfer({"x": shared, "y": shared}, {"x": shared, "y": shared})
 
 
 @pytest.mark.parametrize("leaf", ["text", object(), jax.ShapeDtypeStruct((1,), np.float32)])
-def test_leaves_that_are_no_arrays(leaf):
-    with pytest.raises(TypeError, match="a is no array of numbers, but"):
+def test_leaves_that_are_not_arrays_raise(leaf):
+    with pytest.raises(TypeError, match="a must be an array of numbers, got"):
         transfer({"a": leaf}, {"a": numbers(1)})
     if not isinstance(leaf, jax.ShapeDtypeStruct):
-        with pytest.raises(TypeError, match="a is no array"):
+        with pytest.raises(TypeError, match="a must be an array of numbers, got"):
             transfer({"a": numbers(1)}, {"a": leaf})
 
 
-def test_unknown_dtypes():
+def test_unknown_dtypes_raise():
     with pytest.raises(ValueError, match="'same', 'target', 'source'.*got 'bf16'"):
         transfer({}, {}, dtypes="bf16")
 
@@ -315,11 +352,11 @@ def test_unknown_dtypes():
 # --- the report ---
 
 
-def test_the_table_has_both_sides():
-    source, target = misfit()
+def test_the_table_lists_source_and_target_paths():
+    source, target = mismatched_trees()
     _, report = transfer(source, target, rules=RULES, strict=False)
     assert str(report).splitlines() == [
-        "1 transferred, 1 missing, 1 unexpected, 2 mismatched, 1 left out, 0 unused",
+        "1 transferred, 1 missing, 1 unexpected, 2 mismatched, 1 left out, 0 unused rules",
         "             source                  target",
         "transferred  conv.weight             params/conv/kernel",
         "left out     bn.num_batches_tracked",
@@ -332,21 +369,35 @@ def test_the_table_has_both_sides():
     ]
 
 
-def test_long_lists_are_summed_up_but_never_mismatches():
+def test_long_lists_are_summarized_except_mismatches():
     source = {f"layer{i}.{j}.weight": numbers(1 + (i == 3)) for i in range(4) for j in range(10)}
-    target = {"params": {f"stage{i}": {f"block{j}": {"bias": numbers(1)} for j in range(10)} for i in range(4)}}
+    target = {
+        "params": {
+            f"stage{i}": {f"block{j}": {"bias": numbers(1)} for j in range(10)} for i in range(4)
+        }
+    }
     rules = [Rule("layer{i}.{j}.weight", "params/stage{i}/block{j}/bias")]
     _, report = transfer(source, target, rules=rules, strict=False)
     lines = str(report).splitlines()
-    assert [line.split() for line in lines[2:5]] == [["transferred", f"params/stage{i}", "(10)"] for i in range(3)]
+    assert [line.split() for line in lines[2:5]] == [
+        ["transferred", f"params/stage{i}", "(10)"] for i in range(3)
+    ]
     assert sum(line.startswith("mismatched") for line in lines) == 10
     assert max(map(len, lines)) <= 100
 
 
 def test_layers_of_a_deeper_source():
-    source = {"encoder": {f"layer{i}": {"bias": numbers(2) * i} for i in range(6)}, "out": numbers(1)}
-    target = {"encoder": {f"layer{i}": {"bias": np.zeros(2, np.float32)} for i in range(3)}, "out": numbers(1)}
-    result, report = transfer(source, target, rules=layer_rules("encoder/layer{i}/{rest...}", (0, 2, 5)))
+    source = {
+        "encoder": {f"layer{i}": {"bias": numbers(2) * i} for i in range(6)},
+        "out": numbers(1),
+    }
+    target = {
+        "encoder": {f"layer{i}": {"bias": np.zeros(2, np.float32)} for i in range(3)},
+        "out": numbers(1),
+    }
+    result, report = transfer(
+        source, target, rules=layer_rules("encoder/layer{i}/{rest...}", (0, 2, 5))
+    )
     assert [result["encoder"][f"layer{i}"]["bias"][0] for i in range(3)] == [0, 2, 5]
     assert len(report.left_out) == 3
     transfer(target, target, rules=layer_rules("encoder/layer{i}/{rest...}", (0, 1, 2)))

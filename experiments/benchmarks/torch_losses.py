@@ -1,0 +1,350 @@
+"""The losses of `jaxkd.losses` in plain PyTorch, as PyTorch's users write them.
+
+`experiments.benchmarks.losses` times them. Each takes the arrays of the loss of the same name in
+`jaxkd.losses` and returns the mean over the examples. Images are B H W C, which in memory is
+PyTorch's format `channels_last`. Masks, classes at −inf and zero vectors are not supported.
+"""
+
+import importlib
+import math
+from typing import Any
+
+# Imported by name, so that the type checker runs where PyTorch is not installed.
+torch: Any = importlib.import_module("torch")
+functional: Any = importlib.import_module("torch.nn.functional")
+
+Tensor = Any
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes the cross-entropy with the teacher's softened probabilities as targets."""
+    # PyTorch's cross_entropy takes probabilities as well as labels.
+    targets = torch.softmax(teacher / temperature, -1)
+    return temperature**2 * functional.cross_entropy(student / temperature, targets)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes KL(teacher ‖ student) of the softened probabilities."""
+    return temperature**2 * _kl(
+        _log_probabilities(student, temperature), _log_probabilities(teacher, temperature)
+    )
+
+
+def reverse_kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes KL(student ‖ teacher) of the softened probabilities."""
+    return kl_divergence(teacher, student, temperature=temperature)
+
+
+def jensen_shannon_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, beta: float
+) -> Tensor:
+    """Computes the generalised Jensen–Shannon divergence; β weighs the teacher in the mixture."""
+    student = _log_probabilities(student, temperature)
+    teacher = _log_probabilities(teacher, temperature)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return temperature**2 * (beta * _kl(mixture, teacher) + (1 - beta) * _kl(mixture, student))
+
+
+def logit_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of logits."""
+    return functional.mse_loss(student, teacher)
+
+
+def standardized_kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes the KL divergence of logits scaled to mean 0 and standard deviation 1."""
+    return kl_divergence(_standardize(student), _standardize(teacher), temperature=temperature)
+
+
+def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    """Computes the cross-entropy with smoothed labels."""
+    return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 0.5,
+) -> Tensor:
+    """Computes the weighted sum of the softened term and the cross-entropy with the labels."""
+    soft = soft_cross_entropy(student, teacher, temperature=temperature)
+    return alpha * soft + (1 - alpha) * functional.cross_entropy(student, labels)
+
+
+def decoupled_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    non_target_weight: float,
+) -> Tensor:
+    """Computes DKD: the label against all other classes, and the other classes among themselves."""
+    target = functional.one_hot(labels, student.shape[-1]).bool()
+    student = student / temperature
+    teacher = teacher / temperature
+    binary = [_binary(logits, labels, target) for logits in (student, teacher)]
+    # A logit of −inf removes the label from the softmax over the other classes.
+    student_others, teacher_others = (
+        torch.log_softmax(logits.masked_fill(target, -math.inf), -1)
+        for logits in (student, teacher)
+    )
+    # The label's own term is −inf minus −inf.
+    gap = (teacher_others - student_others).masked_fill(target, 0)
+    terms = teacher_others.exp() * gap
+    return temperature**2 * (_kl(*binary) + non_target_weight * terms.sum(-1).mean())
+
+
+def normalized_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    gamma: float = 1.5,
+) -> Tensor:
+    """Computes NKD: the label weighted by the teacher's trust, and the other classes normalised."""
+    target = functional.one_hot(labels, student.shape[-1]).bool()
+    trust = torch.softmax(teacher, -1).gather(1, labels[:, None])
+    label_term = (trust * torch.log_softmax(student, -1).gather(1, labels[:, None])).mean()
+    student, teacher = (
+        logits.masked_fill(target, -math.inf) / temperature for logits in (student, teacher)
+    )
+    terms = torch.softmax(teacher, -1) * torch.log_softmax(student, -1).masked_fill(target, 0)
+    return -label_term - gamma * temperature**2 * terms.sum(-1).mean()
+
+
+def ensemble_kl_divergence(student: Tensor, teachers: Tensor, *, temperature: float) -> Tensor:
+    """Computes the KL divergence from the average of the teachers' softened probabilities."""
+    targets = torch.softmax(teachers / temperature, -1).mean(0)
+    return temperature**2 * functional.kl_div(
+        _log_probabilities(student, temperature), targets, reduction="batchmean"
+    )
+
+
+def dist_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes DIST: one minus the correlation over classes, and one minus that over examples."""
+    student, teacher = (torch.softmax(logits / temperature, -1) for logits in (student, teacher))
+    inter, intra = (_correlation(student, teacher, dim).mean() for dim in (-1, 0))
+    return temperature**2 * (2 - inter - intra)
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of feature maps."""
+    return functional.mse_loss(student, teacher)
+
+
+def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the distance of the normalised activation maps."""
+    return (_activation_map(student) - _activation_map(teacher)).norm(dim=-1).mean()
+
+
+def attention_transfer_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of the normalised activation maps."""
+    return functional.mse_loss(_activation_map(student), _activation_map(teacher))
+
+
+def neuron_selectivity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes NST with the polynomial kernel."""
+    student, teacher = (
+        functional.normalize(features.flatten(1, 2), dim=1) for features in (student, teacher)
+    )
+
+    def kernel(first: Tensor, second: Tensor) -> Tensor:
+        return torch.bmm(first.mT, second).square().mean()
+
+    return kernel(teacher, teacher) + kernel(student, student) - 2 * kernel(student, teacher)
+
+
+def flow_of_solution_procedure_loss(
+    student_first: Tensor, student_second: Tensor, teacher_first: Tensor, teacher_second: Tensor
+) -> Tensor:
+    """Computes the squared distance of the FSP matrices."""
+    gap = _flow_matrix(student_first, student_second) - _flow_matrix(teacher_first, teacher_second)
+    return gap.square().sum((1, 2)).mean()
+
+
+def variational_information_loss(
+    kernel: Tensor, bias: Tensor, raw_variance: Tensor, student: Tensor, teacher: Tensor
+) -> Tensor:
+    """Computes VID with a 1×1 convolution for the mean."""
+    variance = functional.softplus(raw_variance) + 1e-5
+    mean = functional.linear(student, kernel.mT, bias)
+    return ((teacher - mean).square() / variance + variance.log()).mean() / 2
+
+
+def contrastive_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes CRD with the other examples of the batch as negatives."""
+    student = functional.normalize(student, dim=-1)
+    teacher = functional.normalize(teacher, dim=-1)
+    batch = len(student)
+    log_odds = student @ teacher.mT / temperature - math.log((batch - 1) / batch)
+    return functional.softplus(log_odds).sum(1).mean() - log_odds.diagonal().mean()
+
+
+def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes SP: the mean squared difference of the normalised Gram matrices."""
+    student = functional.normalize(_gram(student), dim=-1)
+    teacher = functional.normalize(_gram(teacher), dim=-1)
+    return (student - teacher).square().mean()
+
+
+def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes RKD on distances."""
+    return functional.huber_loss(_relative_distances(student), _relative_distances(teacher))
+
+
+def relational_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes RKD on angles."""
+    return functional.huber_loss(_angles(student), _angles(teacher))
+
+
+def probabilistic_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes PKT without the pairs of an example with itself."""
+    student = _neighbour_probabilities(student)
+    teacher = _neighbour_probabilities(teacher)
+    # The clamp keeps the pairs of an example with itself, whose probability is 0, out of log(0).
+    return (teacher * (teacher.clamp(min=1e-30) / student.clamp(min=1e-30)).log()).sum(-1).mean()
+
+
+def correlation_congruence_loss(student: Tensor, teacher: Tensor, *, gamma: float = 0.4) -> Tensor:
+    """Computes CC with a Gaussian kernel expanded to the second order."""
+    student, teacher = (
+        _gram(functional.normalize(features, dim=-1)) for features in (student, teacher)
+    )
+    rate = 2 * gamma
+    gap = rate * (student - teacher) + rate**2 / 2 * (student.square() - teacher.square())
+    return math.exp(-2 * rate) * gap.square().mean()
+
+
+def linear_cka_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes one minus the linear centred kernel alignment, from the Gram matrices."""
+    student = _gram(student - student.mean(0))
+    teacher = _gram(teacher - teacher.mean(0))
+    return 1 - (student * teacher).sum() / (student.norm() * teacher.norm())
+
+
+def hidden_cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes one minus the cosine of hidden states."""
+    return 1 - functional.cosine_similarity(student, teacher, -1).mean()
+
+
+def hidden_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of hidden states."""
+    return functional.mse_loss(student, teacher)
+
+
+def attention_map_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of attention weights."""
+    return functional.mse_loss(student, teacher)
+
+
+def attention_divergence_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the KL divergence of attention weights."""
+    return functional.kl_div(student.log(), teacher, reduction="none").sum(-1).mean()
+
+
+def value_relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the KL divergence of the relations between values."""
+    student = _log_relations(student)
+    teacher = _log_relations(teacher)
+    return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
+
+
+def linear_kl_divergence(
+    states: Tensor, kernel: Tensor, teacher_states: Tensor, teacher_kernel: Tensor
+) -> Tensor:
+    """Computes the KL divergence of the logits of a last layer, at T = 1."""
+    return kl_divergence(
+        *_last_layer_logits(states, kernel, teacher_states, teacher_kernel), temperature=1.0
+    )
+
+
+def linear_reverse_kl_divergence(
+    states: Tensor, kernel: Tensor, teacher_states: Tensor, teacher_kernel: Tensor
+) -> Tensor:
+    """Computes the reverse KL divergence of the logits of a last layer, at T = 1."""
+    return reverse_kl_divergence(
+        *_last_layer_logits(states, kernel, teacher_states, teacher_kernel), temperature=1.0
+    )
+
+
+def linear_jensen_shannon_divergence(
+    states: Tensor, kernel: Tensor, teacher_states: Tensor, teacher_kernel: Tensor
+) -> Tensor:
+    """Computes the Jensen–Shannon divergence of the logits of a last layer, at T = 1."""
+    logits = _last_layer_logits(states, kernel, teacher_states, teacher_kernel)
+    return jensen_shannon_divergence(*logits, temperature=1.0, beta=0.5)
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    # The default reduction would also divide by the number of classes.
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _standardize(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
+
+
+def _binary(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """Returns the log-probabilities of the label and of all other classes together."""
+    label = torch.log_softmax(logits, -1).gather(1, labels[:, None])
+    other_classes = logits.masked_fill(target, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([label, other_classes - logits.logsumexp(-1, keepdim=True)], -1)
+
+
+def _correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    first, second = (x - x.mean(dim, keepdim=True) for x in (first, second))
+    # PyTorch's default eps of 1e-8 would bias the correlation of nearly constant probabilities.
+    return functional.cosine_similarity(first, second, dim, eps=1e-30)
+
+
+def _activation_map(features: Tensor) -> Tensor:
+    return functional.normalize(features.square().sum(-1).flatten(1), dim=-1)
+
+
+def _flow_matrix(first: Tensor, second: Tensor) -> Tensor:
+    first = first.flatten(1, 2)
+    second = second.flatten(1, 2)
+    return torch.bmm(first.mT, second) / first.shape[1]
+
+
+def _gram(features: Tensor) -> Tensor:
+    features = features.flatten(1)
+    return features @ features.mT
+
+
+def _relative_distances(features: Tensor) -> Tensor:
+    # The expansion by a matrix product loses the digits of small distances.
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    batch = len(features)
+    return distances * (batch * (batch - 1)) / distances.sum()
+
+
+def _angles(features: Tensor) -> Tensor:
+    directions = functional.normalize(features[None] - features[:, None], dim=-1)
+    return torch.bmm(directions, directions.mT)
+
+
+def _neighbour_probabilities(features: Tensor) -> Tensor:
+    similarities = (1 + _gram(functional.normalize(features, dim=-1))) / 2
+    similarities = similarities * (1 - torch.eye(len(similarities), device=similarities.device))
+    return similarities / similarities.sum(-1, keepdim=True)
+
+
+def _log_relations(values: Tensor) -> Tensor:
+    values = values.transpose(-3, -2)
+    return torch.log_softmax(values @ values.mT / math.sqrt(values.shape[-1]), -1)
+
+
+def _last_layer_logits(
+    states: Tensor, kernel: Tensor, teacher_states: Tensor, teacher_kernel: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Softmax and divergences need float32, whatever the dtype of the matrix products.
+    return (states @ kernel).float(), (teacher_states @ teacher_kernel).float()

@@ -1,0 +1,234 @@
+"""Options, networks, stages and runs of the experiments on images."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.common import options as common_options
+from experiments.common import plans
+from experiments.common.cli import OptionError, require
+from jaxkd import data, distill, models
+from jaxkd.distill import Examples, LossFn
+from jaxkd.weights import from_torch, load_weights
+
+DataFn = Callable[[int], dict[str, Any]]
+"""`seed -> examples`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common_options.Options):
+    """Options of an experiment on images."""
+
+    dataset: str = "fashion_mnist_mini"
+    """`fashion_mnist_mini`, which is included; a TFDS name such as `cifar10`; or a folder with
+    train/CLASS/ and test/CLASS/."""
+    data_dir: str | None = None
+    """Folder of the TFDS data sets. By default the one that TFDS uses."""
+    image_size: int = 64
+    """Side in pixels to which a folder's images are resized."""
+    augment: bool = False
+    """Crops and flips the images at random."""
+    views: int | None = None
+    """With --augment: number of views of each image. The epochs show them in turn, so that a
+    teacher needs to see each view only once. By default, a new view is drawn at every step."""
+
+    @property
+    def can_cache_teachers(self) -> bool:
+        """Returns whether everything that a student will see is known in advance."""
+        return not self.augment or self.views is not None
+
+    def check(self) -> None:
+        """Raises `OptionError` for an invalid value."""
+        super().check()
+        require(
+            self.views is None or (self.augment and self.views >= 1),
+            f"--views {self.views}: needs at least 1, together with --augment",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftTargetOptions(common_options.SoftTargetOptions, Options):
+    """Options of an experiment on images that distils with soft targets."""
+
+
+def load(options: Options) -> data.Dataset:
+    """Loads the images that the options name."""
+    return data.load(options.dataset, options.data_dir, image_size=options.image_size)
+
+
+def make_network(module: Any, mean: Any, std: Any, options: Options) -> models.Model:
+    """Makes a model for uint8 images, in the precision of the options.
+
+    Args:
+        module: A module of `jaxkd.models`.
+        mean: Mean of each channel, in units of full brightness.
+        std: Standard deviation of each channel, in the same units.
+        options: The options.
+    """
+    model = common_options.make_model(module, options)
+    return models.with_input_normalization(model, np.asarray(mean), np.asarray(std))
+
+
+def make_cnn(
+    features: Sequence[int], hidden: int, dataset: data.Dataset, options: Options
+) -> models.Model:
+    """Makes a CNN for a data set, normalised by the statistics of its training images.
+
+    Args:
+        features: Number of channels of each convolution.
+        hidden: Number of units before the logits.
+        dataset: The data set.
+        options: The options.
+
+    Raises:
+        OptionError: If the images are too small for the network.
+    """
+    module = models.CNN(tuple(features), hidden, len(dataset.class_names))
+    model = make_network(module, *data.channel_statistics(dataset.train.images), options)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), dataset.train.images[:1])
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"the images do not fit the network: {reason}") from error
+    return model
+
+
+def load_pretrained(
+    name: str,
+    module: Any,
+    path: str | Path,
+    images: Any,
+    options: Options,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> distill.Pretrained:
+    """Loads a network with the weights of a PyTorch or safetensors file, for uint8 images.
+
+    Args:
+        name: Its name in the plan.
+        module: A module of `jaxkd.models` that knows PyTorch's names.
+        path: The file.
+        images: Some of the images.
+        options: The options.
+        mean: Mean of each channel that it was trained with, in units of full brightness.
+        std: Standard deviation of each channel, in the same units.
+
+    Raises:
+        OptionError: If the images are grey, or the file does not hold these weights.
+    """
+    module_name = type(module).__name__
+    require(
+        images.shape[-1] == 3,
+        f"the images are grey, but {module_name} was trained on colour images",
+    )
+    model = make_network(module, mean, std, options)
+    target = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+    try:
+        variables, _ = from_torch(load_weights(path), target, module.torch_rules())
+    except ValueError as error:
+        # The first two lines, without the list of everything that is missing.
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise OptionError(
+            f"--weights {path}: {reason}; `python -m jaxkd convert` shows the details"
+        ) from error
+    return distill.Pretrained(name, model, jax.device_put(variables))
+
+
+def make_few_labels(dataset: data.Dataset, count: int) -> tuple[DataFn, DataFn]:
+    """Draws `count` training images that keep their label, balanced over classes, for each seed.
+
+    Args:
+        dataset: The data set.
+        count: Number of labelled images.
+
+    Returns:
+        Two functions of the seed. The first returns the labelled images alone, the second all
+        images, with `labelled` true for those.
+
+    Raises:
+        DataError: If a class has too few images.
+    """
+    images, labels = dataset.train
+    data.balanced_subset(labels, count, jax.random.key(0))  # fails now for an impossible count
+
+    def draw(seed: int) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return data.balanced_subset(labels, count, key)
+
+    def labelled_only(seed: int) -> dict[str, Any]:
+        indices = draw(seed)
+        return {"inputs": images[indices], "labels": labels[indices]}
+
+    def partly_labelled(seed: int) -> dict[str, Any]:
+        labelled = np.isin(np.arange(len(labels)), draw(seed))
+        # A label that is not kept must not reach the student in any way.
+        return {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
+
+    return labelled_only, partly_labelled
+
+
+def num_steps(options: Options, dataset: data.Dataset, *, epochs: int | None = None) -> int:
+    """Returns the number of steps of the options' epochs, or of `epochs`, over all images."""
+    return common_options.num_steps(options, len(dataset.train.labels), epochs=epochs)
+
+
+def make_stage(
+    name: str,
+    model: models.Model,
+    examples: Examples,
+    loss: LossFn,
+    options: Options,
+    *,
+    steps: int,
+    **kwargs: Any,
+) -> distill.Stage:
+    """Makes a stage with the options' optimizer, batch size and augmentation.
+
+    The arguments are those of `plans.make_stage`.
+    """
+    augmentation: dict[str, Any] = {}
+    if options.augment:
+        augmentation = {"augment": data.crop_and_flip, "views": options.views}
+    return plans.make_stage(
+        name, model, examples, loss, options, steps=steps, **augmentation | kwargs
+    )
+
+
+def run(
+    experiment: str,
+    options: Options,
+    dataset: data.Dataset,
+    plan: plans.Plan,
+    **kwargs: Any,
+) -> plans.RunOutputs:
+    """Runs a plan on images; saves results, report, figures and the best student.
+
+    Args:
+        experiment: Name of the script, for the run's folder.
+        options: Its options.
+        dataset: The images.
+        plan: The plan.
+        **kwargs: Further arguments of `plans.save_results`: title, students, comparisons and so on.
+
+    Returns:
+        Folder, rows and models.
+    """
+    opened = plans.open_run(experiment, options, options.dataset, list_arrays(dataset))
+    trained = plans.train(opened, options, plan, validation=to_examples(dataset.validation))
+    return plans.save_results(opened, plan, trained, to_examples(dataset.test), **kwargs)
+
+
+def list_arrays(dataset: data.Dataset) -> list[np.ndarray]:
+    """Returns all arrays of a data set, for the run's fingerprint."""
+    splits = (dataset.train, dataset.validation, dataset.test)
+    return [array for split in splits for array in split]
+
+
+def to_examples(split: data.Split) -> dict[str, np.ndarray]:
+    """Returns a split's images and labels as a plan takes them."""
+    return {"inputs": split.images, "labels": split.labels}

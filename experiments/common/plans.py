@@ -1,0 +1,247 @@
+"""Stages, losses and results that experiments share."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.common.options import Options, SoftTargetOptions, make_placement
+from jaxkd import distill, losses, models, runs, weights
+from jaxkd.distill import Batch, Examples, LossContext, LossFn, TrainedModel
+from jaxkd.models import Outputs
+from jaxkd.runs import report
+from jaxkd.transfer import Rule, transfer
+
+Plan = Sequence[distill.Stage | distill.Pretrained]
+"""Stages and pretrained models."""
+
+
+def make_stage(
+    name: str,
+    model: models.Model,
+    examples: Examples,
+    loss: LossFn,
+    options: Options,
+    *,
+    steps: int,
+    **kwargs: Any,
+) -> distill.Stage:
+    """Makes a stage with the options' optimizer and batch size.
+
+    Args:
+        name: Name of the stage.
+        model: The student.
+        examples: Its examples.
+        loss: Its loss.
+        options: The options.
+        steps: Number of training steps.
+        **kwargs: Further attributes of the stage, or others in place of the options'.
+    """
+    tx = optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps))
+    defaults: dict[str, Any] = {"tx": tx, "batch_size": options.batch_size}
+    return distill.Stage(name, model, examples, loss, steps=steps, **defaults | kwargs)
+
+
+def supervised_loss(
+    student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+) -> Any:
+    """Computes the cross-entropy with the labels."""
+    return losses.hard_cross_entropy(student.logits, batch["labels"])
+
+
+def make_soft_target_loss(options: SoftTargetOptions) -> LossFn:
+    """Makes the loss of a student with one teacher and the options' temperature and alpha.
+
+    If the batch has `labelled`, an example without a label gives all weight to the soft targets.
+    """
+
+    def loss(
+        student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
+    ) -> Any:
+        (teacher,) = teachers
+        alpha: Any = options.alpha
+        if "labelled" in batch:
+            alpha = jnp.where(batch["labelled"], options.alpha, 1.0)
+        return losses.distillation_loss(
+            student.logits,
+            teacher.logits,
+            batch["labels"],
+            temperature=options.temperature,
+            alpha=alpha,
+        )
+
+    return loss
+
+
+def transfer_all_but_head(source: dict, fresh: dict) -> dict:
+    """Returns the weights of another network, with the last layer of a fresh one."""
+    rules = (Rule("params/logits/{rest...}", None),)
+    return transfer(source, fresh, rules=rules, strict=False)[0]
+
+
+def choose_folder(experiment: str, options: Options, data_name: str) -> Path:
+    """Returns the run's folder: the options' workdir, or one in runs/ named after data and
+    options."""
+    if options.workdir:
+        return Path(options.workdir).expanduser()
+    values = dataclasses.asdict(options).items()
+    identifying = {name: value for name, value in values if name not in runs.IGNORED_OPTIONS}
+    digest = hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / experiment / f"{Path(data_name).name}-{digest}"
+
+
+def open_run(
+    experiment: str, options: Options, data_name: str, arrays: Iterable[np.ndarray]
+) -> runs.Run:
+    """Starts the run of an experiment, or resumes it.
+
+    Args:
+        experiment: Name of the script.
+        options: Its options.
+        data_name: Name of the data set.
+        arrays: All of the data, for its fingerprint.
+    """
+    config = {"experiment": experiment} | dataclasses.asdict(options)
+    return runs.open_run(choose_folder(experiment, options, data_name), config, arrays=arrays)
+
+
+def train(
+    run: runs.Run,
+    options: Options,
+    plan: Plan,
+    *,
+    validation: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> dict[str, list[TrainedModel]]:
+    """Runs a plan for the options' seeds, where and as the options say.
+
+    Args:
+        run: The run, from `open_run`.
+        options: The options.
+        plan: The plan.
+        validation: `inputs` and `labels`.
+        seeds: Other seeds than the options'.
+        **kwargs: Further arguments of `distill.run_plan`.
+    """
+    if seeds is None:
+        seeds = range(options.seed, options.seed + options.num_seeds)
+    return distill.run_plan(
+        plan,
+        seeds,
+        run,
+        validation=validation,
+        save_every=options.save_every,
+        evaluations=options.evaluations,
+        placement=make_placement(options, plan),
+        teacher_cache=options.teacher_cache,
+        **kwargs,
+    )
+
+
+def find_best(
+    trained: Mapping[str, Sequence[TrainedModel]], names: Sequence[str]
+) -> tuple[str, int]:
+    """Returns the stage with the highest mean validation accuracy, and its best seed's position."""
+
+    def accuracies(name: str) -> list[float]:
+        return [model.validation_accuracy for model in trained[name]]
+
+    best = max(names, key=lambda name: sum(accuracies(name)))
+    return best, int(np.argmax(accuracies(best)))
+
+
+class RunOutputs(NamedTuple):
+    """The results of a run.
+
+    Attributes:
+        folder: The run's folder.
+        rows: The rows of the table.
+        trained: The trained models of each stage, one per seed.
+    """
+
+    folder: Path
+    rows: list[runs.ResultRow]
+    trained: Mapping[str, Sequence[TrainedModel]]
+
+
+def save_results(
+    run: runs.Run,
+    plan: Plan,
+    trained: Mapping[str, Sequence[TrainedModel]],
+    test: Mapping[str, Any],
+    *,
+    title: str,
+    students: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    reference: str = "teacher",
+    unlisted: Sequence[str] = (),
+    make_remarks: Callable[[Sequence[runs.ResultRow], Path], Sequence[str]] | None = None,
+    **kwargs: Any,
+) -> RunOutputs:
+    """Measures a plan of classifiers; saves results, report, figures and the best student.
+
+    Args:
+        run: The run, from `open_run`.
+        plan: The plan.
+        trained: The trained models, from `train`.
+        test: `inputs` and `labels`.
+        title: Title of the report.
+        students: The stages of which the best one is exported, by validation accuracy.
+        comparisons: Pairs of a stage and the baseline that the report compares it with.
+        reference: Name of the model with which agreement is measured.
+        unlisted: Names that are left out of the tables.
+        make_remarks: `(rows, folder) -> paragraphs` in Markdown for the report. It draws the
+            figures that they show into the folder.
+        **kwargs: Further arguments of `distill.evaluate_plan`.
+
+    Returns:
+        Folder, rows and models.
+    """
+    listed = [entry for entry in plan if entry.name not in unlisted]
+    rows = distill.evaluate_plan(listed, trained, test, reference=reference, **kwargs)
+    outputs = RunOutputs(run.folder, rows, trained)
+    if not distill.is_primary_process():
+        return outputs
+    run.write_results(rows)
+    report.write_report(
+        run.folder,
+        title=title,
+        rows=rows,
+        metrics=run.metrics(),
+        comparisons=comparisons,
+        settings=run.config,
+        environment=run.environment,
+        remarks=make_remarks(rows, run.folder) if make_remarks else (),
+    )
+    best, seed = find_best(trained, students)
+    export_student(run.folder, plan, best, trained[best][seed], test["inputs"][0])
+    report.print_table(rows)
+    for name, baseline in comparisons:
+        print(report.compare_rows(rows, name, baseline))
+    print(f"Exported the best student by validation accuracy, {best}.")
+    print(f"Everything is in {run.folder}: start with report.md")
+    return outputs
+
+
+def export_student(
+    folder: Path, plan: Plan, name: str, trained: TrainedModel, example: Any
+) -> None:
+    """Saves a student's weights and its program, which run without this project.
+
+    Args:
+        folder: The run's folder.
+        plan: The plan.
+        name: Name of the student's stage.
+        trained: The trained student.
+        example: One input, without the axis of the batch.
+    """
+    model = next(entry.model for entry in plan if entry.name == name)
+    weights.save_safetensors(folder / "student.safetensors", trained.variables)
+    weights.save_program(folder / "student.jaxexport", model, trained.variables, example)

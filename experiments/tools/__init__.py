@@ -1,0 +1,1 @@
+"""Scripts for maintainers, which no experiment and no user needs."""

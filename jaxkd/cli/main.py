@@ -1,0 +1,64 @@
+"""The entry point of the `jaxkd` command."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from jaxkd.cli.convert import ConvertCommand
+    from jaxkd.cli.verify import VerifyCommand
+
+_DESCRIPTION = """Knowledge distillation for JAX.
+
+Run `python -m jaxkd COMMAND --help` for the options of a command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand.
+
+    An expected error ends in one line on stderr and exit status 1. Invalid options end in exit
+    status 2, and Ctrl-C in exit status 130.
+
+    Args:
+        arguments: The arguments of the command. Defaults to those of the command line.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _parse(arguments or ["--help"]).execute()
+    except ImportError as error:
+        # Some of the library's own errors name a smaller extra.
+        advice = (
+            "" if "pip install" in str(error) else ": run pip install 'jaxkd-distill[experiments]'"
+        )
+        sys.exit(f"error: {error}{advice}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str]) -> "ConvertCommand | VerifyCommand":
+    # Not at the top of the module, because `main` reports a missing tyro.
+    import tyro
+
+    from jaxkd.cli import convert, verify
+
+    def describe(name: str, description: str) -> str:
+        # tyro also shows the description in the list of commands, where examples would be clutter.
+        return description if arguments[0] == name else description.partition("\n")[0]
+
+    return tyro.cli(
+        Annotated[
+            convert.ConvertCommand,
+            tyro.conf.subcommand("convert", description=describe("convert", convert.DESCRIPTION)),
+        ]
+        | Annotated[
+            verify.VerifyCommand,
+            tyro.conf.subcommand("verify", description=describe("verify", verify.DESCRIPTION)),
+        ],
+        prog="jaxkd" if Path(sys.argv[0]).stem == "jaxkd" else "python -m jaxkd",
+        description=_DESCRIPTION,
+        args=arguments,
+    )

@@ -1,0 +1,67 @@
+"""The subcommand `jaxkd verify`: a repetition of a finished run and a comparison of both."""
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from jaxkd.runs.verify import Verdict
+
+# Each paragraph is one short line: see jaxkd.cli.convert.
+DESCRIPTION = """Repeat a finished run and compare the results bit for bit.
+
+The new run has the recorded options, and takes as long as the first one.
+
+Everything but times is compared: metrics, checkpoints, results, student.
+
+The exit status is 0 if all are identical, and 1 otherwise.
+
+Examples:
+  python -m jaxkd verify runs/teacher_assistant/fashion_mnist_mini-0123abcd
+  python -m jaxkd verify RUN --keep runs/again
+
+The second example keeps the new run, and resumes it if it was stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyCommand:
+    """Options of `jaxkd verify`."""
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder of the finished run."""
+    keep: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: a temporary folder)"),
+    ] = None
+    """Folder for the new run, which is kept."""
+
+    def execute(self) -> None:
+        """Repeats the run, prints the differences and exits with status 1 if there are any."""
+        from jaxkd.runs.verify import verify
+
+        with tempfile.TemporaryDirectory(prefix="jaxkd-verify-") as temporary:
+            verdicts = verify(self.run, self.keep or temporary)
+        for folder, verdict in verdicts.items():
+            _print_verdict(folder, verdict)
+        if any(verdict.differences for verdict in verdicts.values()):
+            sys.exit(1)
+
+
+def _print_verdict(folder: Path, verdict: "Verdict") -> None:
+    if verdict.differences:
+        print(f"{folder}: differs")
+    else:
+        print(f"{folder}: identical ({verdict.compared})")
+    for line in verdict.differences:
+        print(f"  {line}")
+    for line in verdict.conditions:
+        print(f"  recorded: {line}")
+    if verdict.differences and not verdict.conditions:
+        print(
+            "  options, data and environment are identical; "
+            "a GPU repeats bits only if both runs had --deterministic"
+        )

@@ -1,0 +1,55 @@
+"""Text classification datasets prepared by TensorFlow Datasets (TFDS)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxkd.data import tfds_prepare, tfds_reader
+from jaxkd.data.errors import import_or_raise
+
+Columns = tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]
+"""Texts, labels and origins of a split."""
+
+
+def read_tfds_texts(name: str, data_dir: Path) -> tuple[dict[str, Columns], tuple[str, ...]]:
+    """Reads a TensorFlow dataset, and prepares it first if it is missing.
+
+    Args:
+        name: `name`, `name/config`, either with `:version` or `/version`; without a version, the
+            newest that is prepared.
+        data_dir: The folder of all datasets.
+
+    Returns:
+        The splits `train`, `validation` and `test`, without those that are missing or unlabelled,
+        and the names of the classes.
+
+    Raises:
+        DataError: If the dataset is unknown, cannot be prepared, is damaged, or does not classify
+            texts.
+    """
+    folder = tfds_prepare.find_or_prepare(name, data_dir)
+    prepared = tfds_reader.open_prepared(folder, name, data_dir)
+    features = import_or_raise("tensorflow_datasets").features
+    expected = "a text classification set"
+    text = tfds_reader.only_feature(prepared, features.Text, expected=expected)
+    label = tfds_reader.only_feature(prepared, features.ClassLabel, expected=expected)
+    splits = {}
+    for split in ("train", "validation", "test"):
+        if split not in prepared.builder.info.splits:
+            continue
+        examples = tfds_reader.read_examples(prepared, split)
+        columns = _to_columns(f"{name}, {split}", [(row[text], row[label]) for row in examples])
+        # TFDS gives the label -1 to the examples of an unlabelled split.
+        if (columns[1] >= 0).all():
+            splits[split] = columns
+    return splits, tuple(prepared.builder.info.features[label].names)
+
+
+def _to_columns(origin: str, rows: list[tuple[Any, Any]]) -> Columns:
+    # TFDS leaves texts as UTF-8 bytes unless a dataset decodes them itself.
+    texts = tuple(
+        text.decode("utf-8") if isinstance(text, bytes) else str(text) for text, _ in rows
+    )
+    labels = np.array([label for _, label in rows], np.int32)
+    return texts, labels, tuple(f"{origin}, example {i + 1}" for i in range(len(texts)))

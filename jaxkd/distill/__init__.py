@@ -1,0 +1,59 @@
+"""Plans of stages, the training step, and the devices on which they run."""
+
+from jaxkd.distill._compile import group_by_program
+from jaxkd.distill._stage_run import TrainedModel
+from jaxkd.distill.distributed import (
+    broadcast_from_primary,
+    initialize_distributed,
+    is_primary_process,
+)
+from jaxkd.distill.placement import (
+    MeshPlacement,
+    Placement,
+    PmapPlacement,
+    VectorizedPlacement,
+    make_mesh,
+    single_device,
+)
+from jaxkd.distill.plan import Examples, Pretrained, Stage, order
+from jaxkd.distill.runner import evaluate_plan, run_plan
+from jaxkd.distill.step import (
+    Batch,
+    BatchInfo,
+    LossContext,
+    LossFn,
+    TrainState,
+    init_train_state,
+    make_train_step,
+)
+from jaxkd.distill.top_k import TopK, expand_top_k, top_k
+
+__all__ = [
+    "Batch",
+    "BatchInfo",
+    "Examples",
+    "LossContext",
+    "LossFn",
+    "MeshPlacement",
+    "Placement",
+    "PmapPlacement",
+    "Pretrained",
+    "Stage",
+    "TopK",
+    "TrainState",
+    "TrainedModel",
+    "VectorizedPlacement",
+    "broadcast_from_primary",
+    "evaluate_plan",
+    "expand_top_k",
+    "group_by_program",
+    "init_train_state",
+    "initialize_distributed",
+    "is_primary_process",
+    "make_mesh",
+    "make_train_step",
+    "order",
+    "run_plan",
+    "single_device",
+    "top_k",
+]

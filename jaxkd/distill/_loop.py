@@ -1,0 +1,273 @@
+"""The training loop of a group of students that share a program.
+
+Without a vectorised placement, a group is one student.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.distill._batches import BatchSelector, DeviceArrays
+from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel
+from jaxkd.distill.distributed import is_primary_process
+from jaxkd.distill.placement import Placement
+from jaxkd.distill.step import BatchInfo, TrainState
+from jaxkd.distill.teacher_cache import TeacherCache
+from jaxkd.runs import Run, RunError, checkpoints
+
+
+class TrainingLoop:
+    """Trains a group from its current step to the end."""
+
+    def __init__(
+        self,
+        group: RunGroup,
+        run: Run,
+        *,
+        placement: Placement,
+        arrays: DeviceArrays,
+        teacher_cache: TeacherCache,
+        buckets: LengthBuckets | None,
+        save_every: float,
+        evaluations: int,
+    ) -> None:
+        """Takes the group and its surroundings. Nothing is put onto the devices yet.
+
+        Args:
+            group: The runs that train together.
+            run: Takes the metrics and checkpoints.
+            placement: Where the group trains.
+            arrays: The arrays that are on the devices already.
+            teacher_cache: The cached logits of teachers.
+            buckets: The lengths to which batches of tokens are cut.
+            save_every: Seconds between two checkpoints.
+            evaluations: Number of evaluations over the whole training.
+        """
+        self.group = group
+        self._run = run
+        self._placement = placement
+        self._arrays = arrays
+        self._teacher_cache = teacher_cache
+        self._buckets = buckets
+        self._save_every = save_every
+        self._evaluation_steps = {
+            -(-group.steps * (i + 1) // evaluations) for i in range(evaluations)
+        }
+        self._seconds = [stage_run.progress.seconds for stage_run in group.stage_runs]
+        self._accuracies: list[Any] = [
+            stage_run.progress.validation_accuracy for stage_run in group.stage_runs
+        ]
+        self._reset_losses([stage_run.progress.losses for stage_run in group.stage_runs])
+
+    def train(self, on_advance: Callable[[int], None]) -> list[TrainedModel]:
+        """Takes all remaining steps, with evaluations and checkpoints.
+
+        Args:
+            on_advance: Called with the number of steps taken since its last call.
+
+        Returns:
+            The trained model of each run of the group.
+
+        Raises:
+            RunError: If a loss is not finite, or the records of a finished training are lost.
+        """
+        group = self.group
+        for stage_run in group.stage_runs:
+            # Records after the checkpoint belong to steps that are taken again.
+            self._run.rewind_metrics(stage_run.seed, stage_run.stage.name, group.first_step)
+        if group.first_step == group.steps:
+            return self._collect([stage_run.state for stage_run in group.stage_runs])
+        self._put_on_devices()
+        saved_at = time.monotonic()
+        try:
+            for step, next_step in itertools.pairwise(self._stops()):
+                self._take_steps(range(step, next_step))
+                on_advance(next_step - step)
+                if next_step in self._evaluation_steps:
+                    # Evaluate before saving: on a restart, a record newer than the checkpoint is
+                    # dropped and written again, while a missing one would be lost.
+                    self._evaluate(next_step)
+                if next_step == group.steps or time.monotonic() - saved_at > self._save_every:
+                    self._save(next_step)
+                    saved_at = time.monotonic()
+        except KeyboardInterrupt:
+            self._save_if_consistent()
+            raise
+        return self._collect(self._get_states())
+
+    def _stops(self) -> list[int]:
+        """Returns the first step, and the steps at which the loop looks up from the device."""
+        stops = {
+            *self._evaluation_steps,
+            *range(0, self.group.steps, self._placement.steps_per_call),
+        }
+        first = self.group.first_step
+        return [first, *sorted(stop for stop in stops if stop > first)]
+
+    def _put_on_devices(self) -> None:
+        group, placement = self.group, self._placement
+        examples = [self._prepare(stage_run) for stage_run in group.stage_runs]
+        teachers = []
+        for stage_run in group.stage_runs:
+            teachers.append(() if stage_run.stage.cache_teachers else stage_run.teachers)
+        self._selector = BatchSelector(
+            [stage_run.key for stage_run in group.stage_runs],
+            [batch["inputs"] for batch, _ in examples],
+            group.batch_size,
+            self._buckets,
+        )
+        self._put_examples = functools.cache(functools.partial(self._put_cut_examples, examples))
+        self._state = placement.put_states([stage_run.state for stage_run in group.stage_runs])
+        self._teachers = placement.put_teachers(teachers)
+        self._keys = placement.put_keys([stage_run.key for stage_run in group.stage_runs])
+        self._started = time.monotonic()
+
+    def _put_cut_examples(
+        self, examples: Sequence[tuple[Mapping[str, Any], BatchInfo]], length: int | None
+    ) -> Any:
+        """Puts the examples onto the devices, with their inputs cut to a bucket length."""
+        on_devices = []
+        for arrays, info in examples:
+            others = {name: array for name, array in arrays.items() if name != "inputs"}
+            inputs = self._arrays.get(arrays["inputs"], length)
+            others, info = jax.tree.map(self._arrays.get, (others, info))
+            on_devices.append((others | {"inputs": inputs}, info))
+        return self._placement.put_examples(on_devices)
+
+    def _prepare(self, stage_run: StageRun) -> tuple[Mapping[str, Any], BatchInfo]:
+        """Returns the user's arrays, and apart from them what the library adds."""
+        stage = stage_run.stage
+        inputs = stage_run.examples["inputs"]
+        info = BatchInfo()
+        if stage.views is not None:
+            index, num_examples = _make_index(len(inputs))
+            info = BatchInfo(index, num_examples, stage_run.view_key)
+        if stage.cache_teachers:
+            logits = []
+            for name, variables in zip(stage.teachers, stage_run.teachers, strict=True):
+                logits.append(
+                    self._teacher_cache.get(
+                        name,
+                        variables,
+                        inputs,
+                        augment=stage.augment,
+                        num_views=stage.views,
+                        # Without views, the logits do not depend on the seed's key.
+                        view_key=None if stage.views is None else stage_run.view_key,
+                        top_k=stage.cache_top_k,
+                    )
+                )
+            info = info._replace(teacher_logits=tuple(logits))
+        return stage_run.examples, info
+
+    def _take_steps(self, steps: Iterable[int]) -> None:
+        """Takes steps. Consecutive steps in the same bucket are one call."""
+        batches = map(self._selector.select, steps)
+        for length, selected in itertools.groupby(batches, key=lambda batch: batch[0]):
+            indices = np.stack([rows for _, rows in selected])
+            self._state, losses = self.group.multi_step(
+                self._state, self._put_examples(length), indices, self._teachers, self._keys
+            )
+            self._losses.append(losses)
+
+    def _evaluate(self, step: int) -> None:
+        """Scores every student on the validation split and records the result."""
+        losses = self._get_losses()
+        for i, state in enumerate(self._get_states()):
+            stage_run = self.group.stage_runs[i]
+            record = _evaluate(stage_run, state, step, losses[i])
+            self._run.append_metrics(record)
+            self._accuracies[i] = record["validation_accuracy"]
+        self._reset_losses([[] for _ in self.group.stage_runs])
+
+    def _save(self, step: int) -> None:
+        """Saves a checkpoint of each student, as if it trained alone."""
+        # The losses since the last evaluation are saved, so that the next record of a resumed run
+        # equals that of an unbroken run.
+        losses = self._get_losses()
+        share = (time.monotonic() - self._started) / len(self.group)
+        states = self._get_states()
+        for i, stage_run in enumerate(self.group.stage_runs):
+            self._seconds[i] = stage_run.progress.seconds + share
+            if is_primary_process():
+                notes = {
+                    "seconds": self._seconds[i],
+                    "losses": losses[i].tolist(),
+                    "stage": stage_run.compiled.fingerprint,
+                    "validation_accuracy": self._accuracies[i],
+                }
+                checkpoints.save(stage_run.folder, step, jax.device_get(states[i]), notes=notes)
+
+    def _save_if_consistent(self) -> None:
+        """Saves a checkpoint on Ctrl-C, unless the interrupt hit inside a step.
+
+        A step donates its state: an interrupted one has deleted the old state without returning the
+        new one, or has returned it without its losses being kept.
+        """
+        if self._state.step.is_deleted():
+            return
+        step = int(self._state.step.ravel()[0])
+        last_evaluation = max((s for s in self._evaluation_steps if s <= step), default=0)
+        if step and sum(map(len, self._losses)) == step - last_evaluation:
+            self._save(step)
+
+    def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:
+        """Returns the trained models, after a check that their records are there."""
+        recorded = {(r["seed"], r["stage"], r["step"]) for r in self._run.metrics()}
+        models = []
+        for i, (stage_run, state) in enumerate(zip(self.group.stage_runs, states, strict=True)):
+            name, seed = stage_run.stage.name, stage_run.seed
+            if is_primary_process() and (seed, name, self.group.steps) not in recorded:
+                raise RunError(
+                    f"{self._run.folder}/metrics.jsonl has lost the records of {stage_run.label}: "
+                    f"delete {stage_run.folder} to train it again"
+                )
+            variables = jax.tree.map(jnp.asarray, state.variables)
+            models.append(TrainedModel(variables, self._seconds[i], self._accuracies[i]))
+        return models
+
+    def _get_states(self) -> list[TrainState]:
+        return self._placement.get_states(self._state, len(self.group))
+
+    def _get_losses(self) -> np.ndarray:
+        """Returns the losses of each student since the last evaluation, `[P, K]`."""
+        return np.ascontiguousarray(np.concatenate(jax.device_get(self._losses)).T)
+
+    def _reset_losses(self, losses: Sequence[Sequence[float]]) -> None:
+        """Starts with these losses of each student."""
+        self._losses: list[Any] = [np.array(losses, np.float32).T]
+
+
+@functools.cache
+def _make_index(count: int) -> tuple[np.ndarray, np.int32]:
+    """Returns the indices of all examples and their number, the same arrays for every stage."""
+    return np.arange(count, dtype=np.int32), np.int32(count)
+
+
+def _evaluate(
+    stage_run: StageRun, state: TrainState, step: int, losses: np.ndarray
+) -> dict[str, Any]:
+    """Returns the record of an evaluation."""
+    loss = float(np.mean(losses))
+    score = stage_run.compiled.score(jax.tree.map(jnp.asarray, state.variables))
+    if not np.isfinite(loss) or not np.isfinite(score.loss):
+        raise RunError(
+            f"{stage_run.label}: the loss is {loss} by step {step}, and training has diverged; "
+            "try a smaller learning rate"
+        )
+    return {
+        "seed": stage_run.seed,
+        "stage": stage_run.stage.name,
+        "step": step,
+        "epoch": step * stage_run.stage.batch_size / len(stage_run.examples["inputs"]),
+        "loss": loss,
+        "validation_loss": score.loss,
+        "validation_accuracy": score.accuracy,
+    }

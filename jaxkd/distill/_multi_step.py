@@ -1,0 +1,88 @@
+"""Functions that take several training steps: in one loop on a device, or step by step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+STEPS_PER_CALL = 32
+"""Number of steps that run in one loop on an accelerator."""
+MAX_STEPS_IN_FLIGHT = 8
+"""Number of steps queued on several CPU devices. JAX up to 0.11.2 deadlocks from about 32 on."""
+
+MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Array]]
+"""`(states, examples, indices [K, P, B], teachers, keys) -> (states, losses [K, P])`.
+
+Takes K steps of P students. `indices` select the examples of each step's batch.
+"""
+
+
+def for_one_student(repeat: Callable[..., tuple[Any, Array]]) -> MultiStep:
+    """Adds the axis of students to a function `indices [K, B] -> losses [K]`."""
+
+    def multi_step(
+        states: Any, examples: Any, indices: np.ndarray, teachers: Any, keys: Any
+    ) -> tuple[Any, Array]:
+        states, losses = repeat(states, examples, indices[:, 0], teachers, keys)
+        return states, losses[:, None]
+
+    return multi_step
+
+
+def repeat_step(
+    take_step: Callable[..., tuple[Any, Array]], num_devices: int, steps_per_call: int
+) -> Callable[..., tuple[Any, Array]]:
+    """Compiles a step and repeats it: in one loop on an accelerator, one by one on a CPU."""
+    if steps_per_call == 1:
+        return step_by_step(jax.jit(take_step, donate_argnums=0), num_devices)
+
+    # The number of steps is an argument, so that one program serves every number of steps.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(
+        state: Any, examples: Any, indices: Array, count: Array, teachers: Any, key: Array
+    ) -> tuple[Any, Array]:
+        def body(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            state, losses = carry
+            state, loss = take_step(state, examples, indices[i], teachers, key)
+            return state, losses.at[i].set(loss)
+
+        losses = jnp.zeros(indices.shape[:-1], jnp.float32)
+        return lax.fori_loop(0, count, body, (state, losses))
+
+    def repeat(
+        state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
+    ) -> tuple[Any, Array]:
+        count = len(indices)
+        padding = -count % STEPS_PER_CALL
+        zeros = np.zeros((padding, *indices.shape[1:]), indices.dtype)
+        padded = np.concatenate([indices, zeros])
+        state, losses = loop(state, examples, padded, np.int32(count), teachers, key)
+        return state, losses[:count]
+
+    return repeat
+
+
+def step_by_step(
+    take_step: Callable[..., tuple[Any, Array]], num_devices: int
+) -> Callable[..., tuple[Any, Array]]:
+    def repeat(
+        state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
+    ) -> tuple[Any, Array]:
+        losses = []
+        for number, batch_indices in enumerate(indices):
+            state, loss = take_step(state, examples, batch_indices, teachers, key)
+            losses.append(loss)
+            if num_devices > 1 and number % MAX_STEPS_IN_FLIGHT == 0:
+                jax.block_until_ready(loss)
+        return state, jnp.stack(losses)
+
+    return repeat
+
+
+def default_steps_per_call(mesh: jax.sharding.Mesh) -> int:
+    """Returns 1 on a CPU, where XLA runs convolutions slowly inside a loop, and more elsewhere."""
+    return 1 if mesh.devices.flat[0].platform == "cpu" else STEPS_PER_CALL

@@ -1,0 +1,56 @@
+"""The order of the trainings of a plan, and the groups that train in one program."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxkd.distill._compile import CompiledStage
+
+Job = tuple[CompiledStage, int]
+"""A stage and a seed."""
+
+Round = list[list[Job]]
+"""Groups of jobs, one after another. Arrays stay on the devices until the round ends."""
+
+
+def make_schedule(
+    stages: Sequence[CompiledStage], seeds: Sequence[int], max_students: int
+) -> list[Round]:
+    """Schedules every stage for every seed.
+
+    Args:
+        stages: The compiled stages, each after those it learns from.
+        seeds: The seeds.
+        max_students: Largest number of students in a group.
+
+    Returns:
+        One round per seed if students train alone. Otherwise one round per program, in which groups
+        hold the seeds and the stages that share it.
+    """
+    if max_students == 1:
+        return [[[(stage, seed)] for stage in stages] for seed in seeds]
+    programs: dict[Any, list[CompiledStage]] = {}
+    for stage in stages:
+        shapes = _shapes(stage.stage.examples(seeds[0]))
+        # Stages of a program may still depend on each other, as born-again generations do.
+        level = _level(stage, stages)
+        programs.setdefault((stage.multi_step, shapes, level), []).append(stage)
+    rounds = []
+    for sharing in sorted(programs.values(), key=lambda group: _level(group[0], stages)):
+        # Seeds come first: the cached logits of a seed's teacher serve one student after another.
+        jobs = [(stage, seed) for seed in seeds for stage in sharing]
+        rounds.append([jobs[i : i + max_students] for i in range(0, len(jobs), max_students)])
+    return rounds
+
+
+def _level(stage: CompiledStage, stages: Sequence[CompiledStage]) -> int:
+    """Returns the length of the longest chain of stages that a stage learns from."""
+    needed = [other for other in stages if other.stage.name in stage.stage.needs]
+    return 1 + max((_level(other, stages) for other in needed), default=-1)
+
+
+def _shapes(examples: Mapping[str, Any]) -> frozenset[tuple]:
+    return frozenset(
+        (name, jnp.shape(array), jnp.result_type(array)) for name, array in examples.items()
+    )

@@ -1,0 +1,216 @@
+"""The training of a stage for one seed: its start or its checkpoint, and its group."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxkd._files import describe_differences
+from jaxkd.distill._compile import CompiledStage
+from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
+from jaxkd.distill.plan import Stage
+from jaxkd.distill.step import Purpose, TrainState, init_train_state
+from jaxkd.runs import Run, RunError, checkpoints
+
+
+class TrainedModel(NamedTuple):
+    """The result of a stage for one seed.
+
+    Attributes:
+        variables: The final parameters and running statistics.
+        seconds: Training time over all restarts. Students that train together share their time.
+        validation_accuracy: Accuracy on the validation split at the end, in [0, 1].
+    """
+
+    variables: dict
+    seconds: float
+    validation_accuracy: float
+
+
+class StageProgress(NamedTuple):
+    """What a checkpoint holds beside the training state.
+
+    Attributes:
+        step: Number of steps taken.
+        seconds: Training time.
+        losses: The losses since the last evaluation.
+        validation_accuracy: Accuracy of the last evaluation; `None` before the first.
+    """
+
+    step: int
+    seconds: float
+    losses: list[float]
+    validation_accuracy: float | None
+
+
+class StageRun(NamedTuple):
+    """The training of a stage for one seed, before its next step.
+
+    Attributes:
+        compiled: The stage and its compiled functions.
+        seed: The seed.
+        key: The PRNG key of the training.
+        view_key: The PRNG key of the views, which all stages of the seed share.
+        examples: The examples.
+        teachers: The variables of each teacher.
+        state: The training state.
+        progress: Steps, time and evaluation so far.
+        folder: Folder of the checkpoints.
+    """
+
+    compiled: CompiledStage
+    seed: int
+    key: Array
+    view_key: Array
+    examples: Mapping[str, Any]
+    teachers: tuple[dict, ...]
+    state: TrainState
+    progress: StageProgress
+    folder: Path
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self.compiled.stage
+
+    @property
+    def label(self) -> str:
+        """Stage and seed, for messages."""
+        return f"{self.stage.name}, seed {self.seed}"
+
+
+class RunGroup:
+    """Runs that share a program and take the same step next, so that they train together."""
+
+    def __init__(self, stage_runs: Sequence[StageRun]) -> None:
+        """Takes at least one run."""
+        self.stage_runs = list(stage_runs)
+        first = self.stage_runs[0]
+        self.steps = first.stage.steps
+        self.batch_size = first.stage.batch_size
+        self.multi_step = first.compiled.multi_step
+        self.first_step = first.progress.step
+
+    def __len__(self) -> int:
+        """Returns the number of students."""
+        return len(self.stage_runs)
+
+    @property
+    def label(self) -> str:
+        """The first run's stage and seed, and the number of others."""
+        others = f", and {len(self) - 1} more in one program" if len(self) > 1 else ""
+        return self.stage_runs[0].label + others
+
+
+def group_by_step(stage_runs: Sequence[StageRun]) -> list[RunGroup]:
+    """Groups runs by their step. A kill between two saves leaves some runs behind the others."""
+    by_step: dict[int, list[StageRun]] = {}
+    for stage_run in stage_runs:
+        by_step.setdefault(stage_run.progress.step, []).append(stage_run)
+    return [RunGroup(by_step[step]) for step in sorted(by_step)]
+
+
+def start_or_resume(
+    compiled: CompiledStage,
+    seed: int,
+    trained: Mapping[str, Mapping[int, TrainedModel]],
+    run: Run,
+) -> StageRun:
+    """Returns the training of a stage for a seed, from its newest checkpoint or from step 0.
+
+    Args:
+        compiled: The stage.
+        seed: The seed.
+        trained: The models trained so far, by name and seed.
+        run: The run, which holds the checkpoints.
+
+    Raises:
+        RunError: If the checkpoints belong to another training.
+        ValueError: If the stage cannot start from the weights that it names.
+    """
+    stage = compiled.stage
+    folder = run.checkpoint_folder(seed, stage.name)
+    variables = {name: trained[name][seed].variables for name in stage.needs}
+    # The key depends on the name alone, so that adding a stage does not move another one's bits.
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
+    examples = stage.examples(seed)
+    start = variables[stage.start] if stage.start else None
+    state = _init_state(compiled, key, start, examples["inputs"])
+    state, progress = _restore(compiled, state, folder)
+    teachers = tuple(variables[name] for name in stage.teachers)
+    return StageRun(
+        compiled, seed, key, _view_key(seed), examples, teachers, state, progress, folder
+    )
+
+
+@functools.cache
+def _view_key(seed: int) -> Array:
+    """Returns the key of a seed's views. It is one object, which the teacher cache compares."""
+    return jax.random.fold_in(jax.random.key(seed), Purpose.VIEW)
+
+
+def _init_state(
+    compiled: CompiledStage, key: Array, start: dict | None, inputs: Array
+) -> TrainState:
+    stage = compiled.stage
+    variables = compiled.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
+    if start is not None:
+        if stage.transfer is not None:
+            start = stage.transfer(start, variables)
+        _check_same_tree(stage, start, variables)
+        variables = start
+    loss_params = None
+    if stage.init_loss is not None:
+        loss_params = stage.init_loss(jax.random.fold_in(key, Purpose.LOSS_INIT))
+    return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+
+
+def _restore(
+    compiled: CompiledStage, state: TrainState, folder: Path
+) -> tuple[TrainState, StageProgress]:
+    """Returns the newest checkpoint's state and progress, or the given state at step 0."""
+    try:
+        restored = checkpoints.restore(folder, state) if is_primary_process() else None
+    except ValueError as error:
+        raise RunError(
+            f"{error}: it belongs to another plan; name another folder for the run"
+        ) from error
+    notes: dict[str, Any] = {"step": 0}
+    if restored is not None:
+        notes = restored.notes | {"step": restored.step}
+        state = restored.tree
+    notes, state = broadcast_from_primary(notes, state)
+    state = jax.tree.map(jnp.asarray, state)
+    if not notes["step"]:
+        return state, StageProgress(0, 0.0, [], None)
+    if notes["stage"] != compiled.fingerprint:
+        differences = describe_differences(notes["stage"], compiled.fingerprint)
+        raise RunError(
+            f"{folder} holds another training ({differences}): name another folder for the run"
+        )
+    fields = {name: notes[name] for name in StageProgress._fields}
+    return state, StageProgress(**fields)
+
+
+def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:
+    source, target = (
+        {
+            jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (start, fresh)
+    )
+    differing = sorted(
+        path for path in source.keys() | target.keys() if source.get(path) != target.get(path)
+    )
+    if differing:
+        listed = "; ".join(
+            f"{path} is {source.get(path)} in {stage.start!r} and {target.get(path)} in the stage"
+            for path in differing
+        )
+        raise ValueError(f"stage {stage.name!r} cannot start from {stage.start!r}: {listed}")

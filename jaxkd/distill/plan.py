@@ -1,0 +1,176 @@
+"""Plans: which model learns from which teachers, as data.
+
+Direct distillation, teacher assistants, several teachers, born-again generations and distillation
+after a weight transfer are all plans.
+"""
+
+import graphlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jax import Array
+
+from jaxkd.data.views import Augment
+from jaxkd.distill.step import LossFn
+from jaxkd.models.model import Model
+
+Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
+"""Arrays and scalars by name, or a function of the seed that returns them."""
+
+
+class Pretrained(NamedTuple):
+    """A pretrained model of a plan. It teaches, or stages start from its weights.
+
+    Attributes:
+        name: Name of the model, unique in the plan.
+        model: The model.
+        variables: Its parameters and running statistics.
+    """
+
+    name: str
+    model: Model
+    variables: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a plan.
+
+    Attributes:
+        name: Name of the stage, unique in the plan. It names the stage's folder and is folded into
+            its PRNG key.
+        model: The student.
+        data: The examples by name: arrays of one length, `inputs` among them, of which a step
+            selects a batch, and scalars that every batch has. The loss reads them by name. A
+            function of the seed may return them, if seeds learn from different examples; their
+            number must be equal. Stages whose steps compile to the same program, such as stages
+            that differ in a scalar temperature, share it.
+        loss: `(student, teachers, batch, context) -> [B]`, see `LossFn` and `LossContext`.
+        tx: The optimizer.
+        steps: Number of training steps.
+        teachers: Names of the stages or pretrained models that teach, in the order in which the
+            loss gets their outputs.
+        start: Name of the stage or pretrained model whose weights this stage starts from; `None`
+            for random weights.
+        transfer: `(source, fresh) -> variables`. Converts the weights of `start` to this stage's
+            architecture, for example
+            `lambda source, fresh: transfer.transfer(source, fresh, strict=False)[0]`. `None` takes
+            them as they are.
+        batch_size: Number of examples in a batch.
+        augment: `(key, inputs) -> inputs`, run inside the step.
+        views: Number of augmented views of each example. The epochs show them in turn, to student
+            and teachers, and all stages of a seed share them. `None` draws a new view at every
+            step.
+        cache_teachers: Computes the teachers' logits once for all examples and views and keeps them
+            on disk, instead of running the teachers at every step. The teachers' outputs then have
+            no features.
+        cache_top_k: Number of the largest logits to cache of each output. The other classes share
+            their total weight evenly. `None` caches all.
+        init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector.
+            They are trained with the student and are in `LossContext.params`.
+        loss_tx: The optimizer of these parameters; `None` for `tx` with a state of its own.
+    """
+
+    name: str
+    model: Model
+    data: Examples
+    loss: LossFn
+    tx: optax.GradientTransformation
+    steps: int
+    teachers: tuple[str, ...] = ()
+    start: str | None = None
+    transfer: Callable[[dict, dict], dict] | None = None
+    batch_size: int = 128
+    augment: Augment | None = None
+    views: int | None = None
+    cache_teachers: bool = False
+    cache_top_k: int | None = None
+    init_loss: Callable[[Array], Any] | None = None
+    loss_tx: optax.GradientTransformation | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` if the attributes contradict each other."""
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                "a stage's name is also a folder's name: use letters, digits, '_', '-' and '.', "
+                f"not {self.name!r}"
+            )
+        if not callable(self.data):
+            self.examples(0)
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
+        if self.transfer is not None and self.start is None:
+            raise ValueError(
+                f"stage {self.name!r} has a transfer but no start: "
+                "name the stage whose weights it takes"
+            )
+        if self.views is not None and (self.augment is None or self.views < 1):
+            raise ValueError(
+                f"stage {self.name!r} has views={self.views}: "
+                "views need an augment and a number of at least 1"
+            )
+        if self.cache_teachers and self.augment is not None and self.views is None:
+            raise ValueError(
+                f"stage {self.name!r} caches logits of its teachers for inputs that augment draws "
+                "at every step: drop augment or cache_teachers, or set the number of views"
+            )
+        if self.cache_top_k is not None and (not self.cache_teachers or self.cache_top_k < 1):
+            raise ValueError(
+                f"stage {self.name!r} has cache_top_k={self.cache_top_k}: it needs cache_teachers "
+                "and a number of at least 1"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names that must come before this stage: its teachers and its start."""
+        return self.teachers if self.start is None else (*self.teachers, self.start)
+
+    def examples(self, seed: int) -> Mapping[str, Any]:
+        """Returns the examples of a seed.
+
+        Raises:
+            ValueError: If there are no `inputs`, or the arrays differ in length.
+        """
+        data = self.data(seed) if callable(self.data) else self.data
+        lengths = {name: len(array) for name, array in data.items() if np.ndim(array)}
+        if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
+            raise ValueError(
+                f"stage {self.name!r} needs `inputs` and arrays of the same length, at least 1, "
+                f"got the lengths {lengths}"
+            )
+        return data
+
+
+def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
+    """Sorts a plan so that every stage comes after those it learns from.
+
+    Args:
+        plan: Stages and pretrained models in any order.
+
+    Returns:
+        The same stages and models, sorted.
+
+    Raises:
+        ValueError: If two entries share a name, a stage names an unknown one, or stages depend on
+            each other in a cycle.
+    """
+    entries = {entry.name: entry for entry in plan}
+    if len(entries) != len(plan):
+        raise ValueError(f"stages must have different names, got {[entry.name for entry in plan]}")
+    needs = {entry.name: entry.needs if isinstance(entry, Stage) else () for entry in plan}
+    for name, needed in needs.items():
+        unknown = [other for other in needed if other not in entries]
+        if unknown:
+            raise ValueError(
+                f"stage {name!r} learns from {unknown}, but the plan has only {list(entries)}"
+            )
+    try:
+        return tuple(entries[name] for name in graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(
+            f"stages depend on each other in a cycle: {' -> '.join(error.args[1])}"
+        ) from error

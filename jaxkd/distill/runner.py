@@ -1,0 +1,245 @@
+"""Runs a plan: compile, schedule, train, collect.
+
+A finished stage is read from disk. A stage that was interrupted is resumed from its newest valid
+checkpoint and ends with the bits of an unbroken run.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.distill._batches import DeviceArrays
+from jaxkd.distill._compile import compile_stages
+from jaxkd.distill._loop import TrainingLoop
+from jaxkd.distill._progress import PlanProgress
+from jaxkd.distill._schedule import Round, make_schedule
+from jaxkd.distill._stage_run import RunGroup, TrainedModel, group_by_step, start_or_resume
+from jaxkd.distill.placement import Placement, single_device
+from jaxkd.distill.plan import Pretrained, Stage, order
+from jaxkd.distill.teacher_cache import TeacherCache
+from jaxkd.evaluate import PredictFn, Score, ScoreFn, make_classifier_score, make_predict
+from jaxkd.models.model import Model
+from jaxkd.runs import ResultRow, Run, summarize
+
+Plan = Sequence[Stage | Pretrained]
+"""Stages and pretrained models, in any order."""
+
+MakeScore = Callable[[Model], ScoreFn]
+"""`model -> ((variables, examples) -> Score)`."""
+
+
+def run_plan(
+    plan: Plan,
+    seeds: Iterable[int],
+    run: Run,
+    *,
+    validation: Mapping[str, Any],
+    placement: Placement | None = None,
+    save_every: float = 15.0,
+    evaluations: int = 10,
+    teacher_cache: str | os.PathLike | None = None,
+    buckets: LengthBuckets | None = None,
+    make_score: MakeScore | None = None,
+) -> dict[str, list[TrainedModel]]:
+    """Trains every stage of a plan for every seed, and resumes what an earlier call began.
+
+    All draws of a stage derive from `jax.random.key(seed)` and the stage's name. Stages may be
+    added to a plan, and seeds to a run, without changing a bit of the others.
+
+    Args:
+        plan: The stages and pretrained models.
+        seeds: The whole plan is trained once for each seed.
+        run: Takes the metrics and the checkpoints.
+        validation: `inputs` and `labels`, on which each student is evaluated as it trains.
+        placement: Where the stages train, such as `MeshPlacement(make_mesh())` for all devices. By
+            default the first device. A run may be resumed with another placement. A
+            `VectorizedPlacement` trains together the seeds, and the stages that share a program.
+        save_every: Seconds between two checkpoints of a stage. A checkpoint is also saved at its
+            end and on Ctrl-C.
+        evaluations: Number of evaluations of each stage, evenly spread, the last one at its end.
+        teacher_cache: Folder of the cached logits of teachers, which runs may share. By default a
+            folder of this run.
+        buckets: For tokens `[N, ..., S]`, padded with 0 on the right: examples of similar length
+            make a batch, cut to one of these lengths. Each length is compiled.
+        make_score: `model -> ((variables, validation) -> Score)`, for models that do not predict
+            one class per example.
+
+    Returns:
+        The trained models by name, in the order of the plan, one per seed. A pretrained model has
+        its own variables.
+
+    Raises:
+        ValueError: If the plan is inconsistent, or `evaluations` is less than 1.
+        RunError: If a loss is not finite, or the run holds checkpoints of another plan.
+        OSError: If the run's folder cannot be written.
+    """
+    if evaluations < 1:
+        raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    names = [entry.name for entry in plan]
+    plan = order(plan)
+    seeds = list(seeds)
+    placement = placement or single_device()
+    with PlanProgress(plan, seeds, run.folder) as progress:
+        predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
+        scores = _make_scores(plan, predict_fns, validation, make_score)
+        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores)
+        cache = TeacherCache(
+            {entry.name: entry.model for entry in plan},
+            predict_fns,
+            run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
+        )
+        trained = _collect_pretrained(plan, seeds, scores)
+        make_loop = functools.partial(
+            TrainingLoop,
+            run=run,
+            placement=placement,
+            teacher_cache=cache,
+            buckets=buckets,
+            save_every=save_every,
+            evaluations=evaluations,
+        )
+        for round_ in make_schedule(stages, seeds, placement.max_students):
+            _train_round(round_, run, placement, trained, make_loop, progress)
+    return {name: [trained[name][seed] for seed in seeds] for name in names}
+
+
+def evaluate_plan(
+    plan: Plan,
+    trained: Mapping[str, Sequence[TrainedModel]],
+    test: Mapping[str, Any],
+    *,
+    reference: str,
+    buckets: LengthBuckets | None = None,
+    throughput_batch: int = 256,
+    repeats: int = 50,
+) -> list[ResultRow]:
+    """Measures the models of a plan on a test set.
+
+    Args:
+        plan: The stages and pretrained models.
+        trained: The result of `run_plan`.
+        test: `inputs` and `labels`.
+        reference: Name of the model with which agreement is measured, seed by seed.
+        buckets: As for `run_plan`. Latency and FLOPs are those of inputs of full length.
+        throughput_batch: Size of the larger batch that is timed.
+        repeats: Number of calls that are timed.
+
+    Returns:
+        A row for each stage and model, in the order of the plan. A model that all seeds share, such
+        as a pretrained one, is measured once.
+    """
+    predict_fns = _make_predict_fns(plan, make_predict, buckets)
+    models = {entry.name: _unique(trained[entry.name]) for entry in plan}
+    logits = {}
+    for name, seeds in models.items():
+        logits[name] = [predict_fns[name](model.variables, test["inputs"]) for model in seeds]
+    rows = []
+    for entry in plan:
+        seeds = models[entry.name]
+        reference_logits = None
+        if entry.name != reference:
+            reference_logits = _match_seeds(logits[reference], len(seeds))
+        rows.append(
+            summarize(
+                entry.name,
+                entry.model,
+                [model.variables for model in seeds],
+                logits[entry.name],
+                test["inputs"],
+                test["labels"],
+                reference_logits=reference_logits,
+                seconds=[model.seconds for model in seeds],
+                throughput_batch=throughput_batch,
+                repeats=repeats,
+            )
+        )
+    return rows
+
+
+def _train_round(
+    round_: Round,
+    run: Run,
+    placement: Placement,
+    trained: dict[str, dict[int, TrainedModel]],
+    make_loop: Callable[..., TrainingLoop],
+    progress: PlanProgress,
+) -> None:
+    """Trains the groups of a round, one after another, and adds their models to `trained`."""
+    arrays = DeviceArrays(placement.put_array)
+    for jobs in round_:
+        stage_runs = [start_or_resume(stage, seed, trained, run) for stage, seed in jobs]
+        for group in group_by_step(stage_runs):
+            progress.start_group(group.label, group.steps, len(group))
+            progress.advance(group.first_step, restored=True)
+            models = make_loop(group, arrays=arrays).train(progress.advance)
+            for stage_run, model in zip(group.stage_runs, models, strict=True):
+                trained[stage_run.stage.name][stage_run.seed] = model
+            progress.end_group(_describe_results(group, models))
+
+
+def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[str]:
+    """Returns a line for each training of a group."""
+    lines = []
+    for stage_run, model in zip(group.stage_runs, models, strict=True):
+        if group.first_step == group.steps:
+            lines.append(f"{stage_run.label}: already trained")
+            continue
+        resumed = f", resumed at step {group.first_step}" if group.first_step else ""
+        lines.append(
+            f"{stage_run.label}: {model.validation_accuracy:.1%} on validation after "
+            f"{group.steps} steps and {model.seconds:.1f} s{resumed}"
+        )
+    return lines
+
+
+def _collect_pretrained(
+    plan: Plan, seeds: Sequence[int], scores: Mapping[str, Callable[[dict], Score]]
+) -> dict[str, dict[int, TrainedModel]]:
+    """Returns the models by name and seed, with the pretrained ones filled in."""
+    trained: dict[str, dict[int, TrainedModel]] = {entry.name: {} for entry in plan}
+    for entry in plan:
+        if isinstance(entry, Pretrained):
+            variables = dict(entry.variables)
+            accuracy = scores[entry.name](variables).accuracy
+            # One object for all seeds, by which `evaluate_plan` sees that they share it.
+            trained[entry.name] = dict.fromkeys(seeds, TrainedModel(variables, 0.0, accuracy))
+    return trained
+
+
+def _make_predict_fns(
+    plan: Plan, make: Callable[..., PredictFn], buckets: LengthBuckets | None
+) -> dict[str, PredictFn]:
+    """Makes a predict function by name. Entries with the same model share one and its program."""
+    make_once = functools.cache(functools.partial(make, buckets=buckets))
+    return {entry.name: make_once(entry.model) for entry in plan}
+
+
+def _make_scores(
+    plan: Plan,
+    predict_fns: Mapping[str, PredictFn],
+    validation: Mapping[str, Any],
+    make_score: MakeScore | None,
+) -> dict[str, Callable[[dict], Score]]:
+    """Makes a function that scores on the validation split, by name."""
+
+    @functools.cache
+    def make_once(model: Model, predict: PredictFn) -> Callable[[dict], Score]:
+        score = make_classifier_score(predict) if make_score is None else make_score(model)
+        return lambda variables: score(variables, validation)
+
+    return {entry.name: make_once(entry.model, predict_fns[entry.name]) for entry in plan}
+
+
+def _unique(seeds: Sequence[TrainedModel]) -> Sequence[TrainedModel]:
+    """Returns one model if all seeds share it."""
+    return seeds[:1] if all(model is seeds[0] for model in seeds) else seeds
+
+
+def _match_seeds(logits: Sequence[np.ndarray], num_seeds: int) -> Sequence[np.ndarray]:
+    """Returns one array per seed. A model that all seeds share has only one."""
+    return list(logits[:1]) * num_seeds if len(logits) == 1 else logits[:num_seeds]

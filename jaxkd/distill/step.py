@@ -1,0 +1,324 @@
+"""The training step: teachers outside the gradient, the student inside it."""
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from jaxkd.data.views import Augment, augment_views
+from jaxkd.distill.top_k import TopK, expand_top_k
+from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
+
+StepFn = Callable[..., tuple["TrainState", dict[str, Array]]]
+"""`(state, batch, teacher_variables, key, info) -> (state, metrics)`, see `make_train_step`."""
+
+Batch = Mapping[str, Any]
+"""The user's arrays of a step: `inputs` [B, ...] and what the loss reads, such as `labels` [B]."""
+
+LossFn = Callable[..., Array]
+"""`(student, teachers, batch, context) -> [B]`, one value per example.
+
+`student` is an `Outputs`, `teachers` a tuple of them, `batch` a `Batch`, `context` a `LossContext`.
+"""
+
+
+class Purpose(enum.IntEnum):
+    """The purpose of a random draw, folded into the key so that no two purposes share bits."""
+
+    INIT = 0
+    ORDER = 1
+    AUGMENT = 2
+    MODEL = 3
+    LOSS_INIT = 4
+    VIEW = 5
+    BUCKET = 6
+    LOSS = 7
+
+
+class LossContext(NamedTuple):
+    """What a loss may depend on besides the outputs and the user's batch.
+
+    Attributes:
+        step: Number of steps taken so far, int32 scalar.
+        progress: `step` as a fraction of all steps, float32 scalar in [0, 1); `None` if
+            `make_train_step` was not given `num_steps`. A temperature or a weight may follow it.
+        key: PRNG key for the loss's own draws in this step.
+        params: The loss's own parameters, `None` if it has none.
+        view: `[B]`, int32, the view of each example; `None` unless views are fixed.
+    """
+
+    step: Array
+    progress: Array | None
+    key: Array
+    params: Any
+    view: Array | None
+
+
+class BatchInfo(NamedTuple):
+    """What the library knows about a batch. It is kept apart from the user's arrays.
+
+    Attributes:
+        index: `[B]`, int32, the index of each example in the data set. Needed for views.
+        num_examples: Number of examples in the data set, int32 scalar. Needed for views.
+        view_key: The PRNG key that draws the views.
+        teacher_logits: Cached logits of each teacher, `[B, ..., C]` or their `TopK`. With V views
+            they are `[B, V, ..., C]`.
+    """
+
+    index: Any = None
+    num_examples: Any = None
+    view_key: Any = None
+    teacher_logits: tuple = ()
+
+
+class LossState(NamedTuple):
+    """The state of a loss that has parameters of its own.
+
+    Attributes:
+        params: The parameters.
+        opt_state: The state of their optimizer.
+    """
+
+    params: Any
+    opt_state: Any
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes.
+
+    Attributes:
+        params: The student's parameters.
+        batch_stats: Its running statistics, `{}` if it has none.
+        opt_state: The optimizer's state.
+        step: Number of steps taken so far, int32 scalar.
+        loss: The state of the loss, if it has parameters of its own. It is not part of the trained
+            student.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    step: Array
+    loss: LossState | None = None
+
+    @property
+    def variables(self) -> dict:
+        """The student's variables, as `Model.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_train_state(
+    variables: dict,
+    tx: optax.GradientTransformation,
+    *,
+    loss_params: Any = None,
+    loss_tx: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        variables: The result of `model.init`, or pretrained weights. They are copied, because a
+            step donates its state and donated buffers must have no other owner.
+        tx: The optimizer.
+        loss_params: Parameters of the loss, copied as well. `None` for a loss without any.
+        loss_tx: Their optimizer. By default `tx`, with a state of its own. Pass another one if `tx`
+            depends on the student's tree, as an optimizer that freezes some weights does.
+
+    Returns:
+        The state at step 0.
+    """
+    variables, loss_params = jax.tree.map(
+        lambda leaf: jnp.array(leaf, copy=True), (variables, loss_params)
+    )
+    params = variables["params"]
+    loss = None
+    if loss_params is not None:
+        loss = LossState(loss_params, (loss_tx or tx).init(loss_params))
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params, variables.get("batch_stats", {}), tx.init(params), step, loss)
+
+
+def make_train_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    loss: LossFn,
+    *,
+    teachers: Sequence[Model] = (),
+    augment: Augment | None = None,
+    views: int | None = None,
+    loss_tx: optax.GradientTransformation | None = None,
+    num_steps: int | None = None,
+    axis_name: str | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Makes the compiled training step of a student.
+
+    The teachers see the same augmented inputs as the student and use their running statistics. They
+    are evaluated outside the gradient: nothing of theirs is differentiated, updated or moved.
+
+    Args:
+        model: The student.
+        tx: The optimizer.
+        loss: `(student, teachers, batch, context) -> [B]`. The step minimises the mean.
+        teachers: The models of the teachers, in the order in which the loss gets their outputs.
+        augment: `(key, inputs) -> inputs`, run inside the step.
+        views: Number of augmented views of each example, which the epochs show in turn. `None`
+            draws a new view at every step. With views, the step needs `index`, `num_examples` and
+            `view_key` of a `BatchInfo`.
+        loss_tx: The optimizer of the loss's own parameters. By default `tx`, as in
+            `init_train_state`.
+        num_steps: Number of steps of the whole training, for `LossContext.progress`.
+        axis_name: Name of the mapped axis if the step runs under `jax.pmap` or `jax.shard_map`.
+            Every device gets the whole batch and augments it, runs the networks on its share, and
+            the loss gets the outputs of all devices. The result is that of one device, except for
+            the student's own draws, such as dropout. Batch norm must know the axis, as
+            `jaxkd.models.BatchNorm` does.
+
+    Returns:
+        `step(state, batch, teacher_variables, key, info=BatchInfo()) -> (state, metrics)`.
+        `teacher_variables` has one entry per teacher. `key` is the key of the whole training: each
+        step folds its number in, so a resumed training draws the same bits. `metrics` holds `loss`,
+        the mean over the batch. The old state is donated and must not be used afterwards.
+
+    Raises:
+        ValueError: When first called, if the loss does not return one value per example, or the
+            number of `teacher_variables` is not the number of teachers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxkd import distill, losses, models
+        >>> model = models.from_linen(models.CNN(features=(8,), hidden=8))
+        >>> batch = {"inputs": jnp.ones((4, 8, 8, 1)), "labels": jnp.arange(4)}
+        >>> variables = model.init(jax.random.key(0), batch["inputs"])
+        >>> tx = optax.sgd(0.1)
+        >>> def loss(student, teachers, batch, context):
+        ...     return losses.hard_cross_entropy(student.logits, batch["labels"])
+        >>> step = distill.make_train_step(model, tx, loss)
+        >>> state = distill.init_train_state(variables, tx)
+        >>> state, metrics = step(state, batch, (), jax.random.key(1))
+        >>> int(state.step), metrics["loss"].shape
+        (1, ())
+    """
+    teachers = tuple(teachers)
+
+    def step(
+        state: TrainState,
+        batch: Batch,
+        teacher_variables: tuple[dict, ...],
+        key: Array,
+        info: BatchInfo = BatchInfo(),  # noqa: B008  (a NamedTuple is immutable)
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if len(teacher_variables) != len(teachers):
+            raise ValueError(
+                f"{len(teachers)} teachers, but variables for {len(teacher_variables)}: "
+                "pass one entry each"
+            )
+        view = None if views is None else _get_view(info, state.step, views)
+        inputs = batch["inputs"]
+        if augment is not None and view is not None:
+            inputs = augment_views(augment, info.view_key, inputs, info.index, view)
+        elif augment is not None:
+            inputs = augment(_fold_in(key, Purpose.AUGMENT, state.step), inputs)
+        share = _take_share(inputs, axis_name)
+        live_outputs = tuple(
+            _gather(teacher.apply(variables, share, train=False)[0], axis_name)
+            for teacher, variables in zip(teachers, teacher_variables, strict=True)
+        )
+        progress = None
+        if num_steps is not None:
+            progress = state.step.astype(jnp.float32) / num_steps
+        context = LossContext(
+            state.step, progress, _fold_in(key, Purpose.LOSS, state.step), None, view
+        )
+
+        def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, dict]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            model_key = _fold_in(key, Purpose.MODEL, state.step)
+            with cross_replica_batch_stats(axis_name):
+                student, batch_stats = model.apply(
+                    variables, share, train=True, key=_for_device(model_key, axis_name)
+                )
+            student = _gather(student, axis_name)
+            cached_outputs = _get_cached_outputs(info, view, student.logits.shape[-1])
+            outputs = live_outputs + cached_outputs
+            own_params = loss_params[0] if loss_params else None
+            values = loss(student, outputs, batch, context._replace(params=own_params))
+            if values.shape != inputs.shape[:1]:
+                raise ValueError(
+                    "the loss must return one value per example "
+                    f"{inputs.shape[:1]}, got the shape {values.shape}"
+                )
+            return _take_share(values, axis_name).sum() / len(values), batch_stats
+
+        trained = (state.params,) if state.loss is None else (state.params, state.loss.params)
+        value_and_grad = jax.value_and_grad(
+            mean_loss, argnums=tuple(range(len(trained))), has_aux=True
+        )
+        (value, batch_stats), gradients = value_and_grad(*trained)
+        if axis_name is not None:
+            # Each device has the sum over its share, divided by the size of the whole batch.
+            value, gradients = lax.psum((value, gradients), axis_name)
+        params, opt_state = _update(tx, gradients[0], state.opt_state, state.params)
+        loss_state = None
+        if state.loss is not None:
+            loss_state = LossState(
+                *_update(loss_tx or tx, gradients[1], state.loss.opt_state, state.loss.params)
+            )
+        state = TrainState(params, batch_stats, opt_state, state.step + 1, loss_state)
+        return state, {"loss": value}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _get_view(info: BatchInfo, step: Array, count: int) -> Array:
+    """Returns the view of each example. A batch that spans two epochs has two views."""
+    batch_size = len(info.index)
+    positions = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    return positions // info.num_examples % count
+
+
+def _get_cached_outputs(
+    info: BatchInfo, view: Array | None, num_classes: int
+) -> tuple[Outputs, ...]:
+    """Returns the outputs of teachers whose logits are cached. They have no features."""
+    cached = info.teacher_logits
+    if view is not None:
+        cached = jax.tree.map(lambda array: array[jnp.arange(len(array)), view], cached)
+    outputs = []
+    for logits in cached:
+        if isinstance(logits, TopK):
+            logits = expand_top_k(logits, num_classes=num_classes)
+        outputs.append(Outputs(logits, {}))
+    return tuple(outputs)
+
+
+def _update(
+    tx: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    updates, opt_state = tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def _take_share(array: Array, axis_name: str | None) -> Array:
+    """Returns this device's share of a batch that every device holds whole."""
+    if axis_name is None:
+        return array
+    size = len(array) // lax.psum(1, axis_name)
+    return lax.dynamic_slice_in_dim(array, lax.axis_index(axis_name) * size, size)
+
+
+def _gather(tree: Any, axis_name: str | None) -> Any:
+    """Joins the shares of all devices."""
+    return tree if axis_name is None else lax.all_gather(tree, axis_name, tiled=True)
+
+
+def _for_device(key: Array, axis_name: str | None) -> Array:
+    """Returns a key of this device's own, so that devices draw different dropout masks."""
+    return key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+
+
+def _fold_in(key: Array, purpose: Purpose, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, purpose), step)

@@ -1,0 +1,283 @@
+"""Teacher logits that are computed once for a data set, and kept on disk and in memory."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxkd.data.views import Views, augment_views
+from jaxkd.distill.top_k import TopK, top_k
+from jaxkd.evaluate import PredictFn
+from jaxkd.models.model import Model
+from jaxkd.runs import fingerprint
+from jaxkd.runs.checkpoints import load, save
+
+
+class TeacherCache:
+    """The logits of a plan's teachers, each computed once for the stages and seeds that share them.
+
+    The logits are kept on disk. Those of each teacher's latest call are also kept in memory.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        predict_fns: Mapping[str, PredictFn],
+        folder: str | os.PathLike,
+    ) -> None:
+        """Makes an empty cache.
+
+        Args:
+            models: The models of the plan by name.
+            predict_fns: Functions that predict with them, by the same names.
+            folder: Folder of the logits. It may be shared by several runs.
+        """
+        self._models = models
+        self._predict_fns = predict_fns
+        # Several processes predict together. A process that found the logits on its own disk would
+        # not take part, and the others would wait for it.
+        self._folder = Path(folder) if jax.process_count() == 1 else None
+        self._latest: dict[str, tuple[tuple, Any]] = {}
+
+    def get(
+        self,
+        name: str,
+        variables: dict,
+        inputs: ArrayLike,
+        *,
+        augment: Any,
+        num_views: int | None,
+        view_key: Any,
+        top_k: int | None,
+    ) -> Any:
+        """Returns the logits of a teacher for all inputs.
+
+        Args:
+            name: Name of the teacher in the plan.
+            variables: Its variables.
+            inputs: `[N, ...]`, all examples.
+            augment: `(key, inputs) -> inputs`, the augmentation that makes the views.
+            num_views: Number of views of each example; `None` for the inputs as they are.
+            view_key: The PRNG key of the views.
+            top_k: Number of the largest logits to keep; `None` keeps all.
+
+        Returns:
+            The result of `teacher_logits`. Equal arguments return the identical arrays, which are
+            then put onto the devices only once.
+        """
+        arguments = (variables, inputs, augment, num_views, view_key, top_k)
+        if name in self._latest:
+            latest_arguments, logits = self._latest[name]
+            if all(a is b for a, b in zip(arguments, latest_arguments, strict=True)):
+                return logits
+        views = None if num_views is None else Views(augment, view_key, num_views)
+        logits = teacher_logits(
+            self._predict_fns[name],
+            variables,
+            inputs,
+            views=views,
+            top_k=top_k,
+            folder=self._folder,
+            notes={"program": _hash_program(self._models[name], variables, inputs)},
+        )
+        self._latest[name] = arguments, logits
+        return logits
+
+
+def teacher_logits(
+    predict: Callable[[Any, Any], ArrayLike],
+    variables: Any,
+    inputs: ArrayLike,
+    *,
+    views: Views | None = None,
+    top_k: int | None = None,
+    folder: str | os.PathLike | None = None,
+    notes: Mapping[str, Any] | None = None,
+    chunk_size: int = 2048,
+) -> Any:
+    """Returns a teacher's logits for all examples, from disk if they are there.
+
+    The logits on disk are used if their checksums hold and they were computed from the same
+    weights, inputs, views, `top_k`, `notes` and `chunk_size`, with the same JAX version, precision
+    and kind of device. To compare the views, all of them are drawn. An augmentation that was
+    edited, or that closes over other values, is therefore noticed, whatever function it is.
+
+    Args:
+        predict: `(variables, inputs [N, ...]) -> logits [N, ..., C]`, such as
+            `jaxkd.evaluate.make_predict` makes.
+        variables: The teacher's variables.
+        inputs: `[N, ...]`.
+        views: The views that the teacher sees of each example; `None` for the inputs as they are.
+        top_k: Number of the largest logits to keep; `None` keeps all.
+        folder: Folder of the logits, made if it does not exist. Runs may share it. Each combination
+            of teacher, views and so on gets a folder of its own inside, which may be deleted.
+            Several processes must all see it; the primary one writes. `None` keeps nothing on disk.
+        notes: JSON values of whatever else the logits depend on, such as the model's configuration:
+            two models may have weights of the same names and shapes.
+        chunk_size: Number of examples to predict at a time, with all their logits in memory. Make
+            it a multiple of the batch size of `predict`.
+
+    Returns:
+        Arrays on the host: logits `[N, ..., C]`, float32, or `[N, V, ..., C]` for V views; with
+        `top_k`, their `TopK`.
+
+    Raises:
+        ValueError: If there is no example, or `chunk_size` or `top_k` is out of range.
+        OSError: If the folder cannot be written.
+
+    Example:
+        >>> import jax, numpy as np, tempfile
+        >>> from jaxkd.data import random_flip, views
+        >>> from jaxkd.distill import teacher_cache
+        >>> predict = lambda variables, inputs: inputs.mean((1, 3)) @ variables["kernel"]
+        >>> teacher = {"kernel": np.eye(8, 4)}
+        >>> images = np.random.default_rng(0).random((6, 8, 8, 3))
+        >>> four_views = views.Views(random_flip, jax.random.key(0), 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     logits = teacher_cache.teacher_logits(
+        ...         predict, teacher, images, views=four_views, folder=folder
+        ...     )
+        >>> logits.shape
+        (6, 4, 4)
+        >>> indices = np.array([5, 0])
+        >>> view = four_views.at(9)  # in epoch 9
+        >>> batch = views.augment_views(random_flip, four_views.key, images[indices], indices, view)
+        >>> np.allclose(predict(teacher, batch), logits[indices, view])
+        True
+    """
+    inputs = np.asarray(inputs)
+    if not len(inputs) or chunk_size < 1:
+        raise ValueError(
+            "teacher_logits needs at least one example and a chunk_size of at least 1, "
+            f"got inputs of the shape {inputs.shape} and chunk_size={chunk_size}"
+        )
+    iterate_views = _make_view_iterator(inputs, views, chunk_size)
+    compute = functools.partial(_compute, predict, variables, iterate_views, views, top_k)
+    if folder is None:
+        return compute()
+    expected_notes = _describe_origin(variables, iterate_views, views, top_k, notes)
+    digest = hashlib.sha256(json.dumps(expected_notes, sort_keys=True).encode()).hexdigest()
+    path = Path(folder) / digest[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of computing, not after
+    saved = load(path)
+    if saved is not None and saved.notes == expected_notes:
+        return saved.tree["logits"] if top_k is None else TopK(**saved.tree)
+    is_primary = not jax.process_index()
+    if is_primary:
+        shutil.rmtree(path, ignore_errors=True)  # damaged logits are of no use
+    logits = compute()
+    if is_primary:
+        _save(path, {"logits": logits} if top_k is None else logits._asdict(), expected_notes)
+    return logits
+
+
+_IterateViews = Callable[[], Iterator[Iterable[np.ndarray]]]
+"""Iterates over the views, and within each over chunks of all examples."""
+
+
+def _make_view_iterator(inputs: np.ndarray, views: Views | None, chunk_size: int) -> _IterateViews:
+    starts = range(0, len(inputs), chunk_size)
+    if views is None:
+        return lambda: iter([[inputs[start : start + chunk_size] for start in starts]])
+    draw = jax.jit(functools.partial(augment_views, views.augment, views.key))
+
+    def draw_chunk(start: int, view: int) -> np.ndarray:
+        # The last chunk is filled up, so that one program serves all chunks.
+        rows = np.arange(start, start + min(chunk_size, len(inputs)), dtype=np.int32)
+        rows = np.minimum(rows, len(inputs) - 1)
+        return np.asarray(draw(inputs[rows], rows, np.int32(view)))[: len(inputs) - start]
+
+    def iterate() -> Iterator[Iterable[np.ndarray]]:
+        for view in range(views.count):
+            yield (draw_chunk(start, view) for start in starts)
+
+    return iterate
+
+
+def _compute(
+    predict: Callable[[Any, Any], ArrayLike],
+    variables: Any,
+    iterate_views: _IterateViews,
+    views: Views | None,
+    k: int | None,
+) -> Any:
+    reduce = (lambda logits: logits) if k is None else jax.jit(functools.partial(top_k, k=k))
+
+    def predict_chunk(inputs: np.ndarray) -> Any:
+        return jax.device_get(reduce(np.asarray(predict(variables, inputs), np.float32)))
+
+    per_view = [_join(np.concatenate, map(predict_chunk, chunks)) for chunks in iterate_views()]
+    return per_view[0] if views is None else _join(functools.partial(np.stack, axis=1), per_view)
+
+
+def _join(join: Callable[[Any], np.ndarray], trees: Iterable[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: join(leaves), *trees)
+
+
+def _describe_origin(
+    variables: Any,
+    iterate_views: _IterateViews,
+    views: Views | None,
+    k: int | None,
+    notes: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Returns everything that the logits depend on, as JSON values."""
+    config: Any = jax.config
+    device = jax.devices()[0]
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(variables))
+    origin = {
+        "variables": {
+            jax.tree_util.keystr(path): fingerprint([np.asarray(leaf)]) for path, leaf in leaves
+        },
+        "inputs": fingerprint(itertools.chain.from_iterable(iterate_views())),
+        "views": None if views is None else views.count,
+        "top_k": k,
+        "jax": jax.__version__,
+        "platform": device.platform,
+        "device": device.device_kind,
+        "x64": config.jax_enable_x64,
+        "matmul_precision": config.jax_default_matmul_precision,
+        "notes": dict(notes or {}),
+    }
+    # Through JSON and back, so that it compares equal to what a manifest holds.
+    return json.loads(json.dumps(origin, allow_nan=False))
+
+
+def _hash_program(model: Model, variables: dict, inputs: ArrayLike) -> str:
+    """Returns a digest of the computation of a model, which its weights do not determine."""
+    inputs = np.asarray(inputs)
+    shapes = jax.eval_shape(lambda: variables)
+    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    forward = jax.jit(
+        lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits
+    )
+    text = forward.lower(shapes, example).as_text()
+    digest = hashlib.sha256(text.encode())
+    # Host callbacks, and constants that JAX makes arguments, are not in the text. The logits of an
+    # example take their place.
+    if any(marker in text for marker in ("callback", "host_transfer", "jax.const")):
+        digest.update(np.asarray(forward(variables, inputs[:1])).tobytes())
+    return digest.hexdigest()
+
+
+def _save(path: Path, tree: Any, notes: dict[str, Any]) -> None:
+    """Saves to a temporary folder and renames it, because another run may save the same logits."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
+        temporary_path = Path(temporary) / path.name
+        save(temporary_path, 0, tree, notes=notes)
+        try:
+            temporary_path.rename(path)
+        except OSError:
+            # If the path exists, another run has saved the same logits in the meantime.
+            if not path.exists():
+                raise

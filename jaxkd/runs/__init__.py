@@ -1,0 +1,20 @@
+"""Runs: folders with configuration, metrics, checkpoints and results, reports, and repetitions."""
+
+from jaxkd.runs.environment import DETERMINISM_FLAGS, describe_environment, enable_determinism
+from jaxkd.runs.errors import RunError
+from jaxkd.runs.results import ResultRow, summarize
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, fingerprint, open_run, read_run
+
+__all__ = [
+    "DETERMINISM_FLAGS",
+    "IGNORED_OPTIONS",
+    "ResultRow",
+    "Run",
+    "RunError",
+    "describe_environment",
+    "enable_determinism",
+    "fingerprint",
+    "open_run",
+    "read_run",
+    "summarize",
+]

@@ -1,0 +1,297 @@
+"""Checkpoints of arrays that are either sound or do not count.
+
+Orbax writes the arrays, and its folder appears in one rename. Because orbax restores a flipped bit
+silently, a manifest of checksums is written beside the folder once that is complete. A folder
+without a manifest, or with one that disagrees with it, does not count.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxkd._files import describe_differences, write_atomically
+from jaxkd.runs.errors import add_install_command
+
+
+class Restored(NamedTuple):
+    """A restored checkpoint.
+
+    Attributes:
+        step: Step of the checkpoint.
+        tree: The arrays.
+        notes: The JSON values that were saved with them.
+    """
+
+    step: int
+    tree: Any
+    notes: dict[str, Any]
+
+
+def save(
+    folder: str | os.PathLike,
+    step: int,
+    tree: Any,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> None:
+    """Saves a tree of arrays as the newest checkpoint in a folder.
+
+    Checkpoints of later steps are deleted: training that comes to this step has passed over them
+    because they are damaged. Files that are not checkpoints are left alone. Ctrl-C takes effect
+    after the save.
+
+    Args:
+        folder: The folder with the checkpoints of one training. It is created if absent.
+        step: Step of the checkpoint. An older checkpoint of this step is replaced.
+        tree: A pytree of arrays.
+        notes: JSON values to save with the arrays.
+        keep: Number of the newest checkpoints that are kept. With two, one may become damaged.
+
+    Raises:
+        OSError: If the checkpoint cannot be written. Those of earlier steps are kept.
+        ImportError: If orbax is missing.
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _delay_interrupts():
+        _save(folder, step, tree, notes or {}, keep)
+
+
+def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
+    """Restores the newest sound checkpoint in a folder.
+
+    A damaged checkpoint is passed over with a warning.
+
+    Args:
+        folder: The folder with the checkpoints of one training.
+        like: A tree with the structure, shapes and dtypes that were saved. The leaves are arrays or
+            `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The checkpoint, its leaves placed as those of `like`, or `None` if there is no sound one.
+
+    Raises:
+        ValueError: If the newest sound checkpoint has another structure, shape or dtype.
+        ImportError: If orbax is missing.
+    """
+    folder = Path(folder).absolute()
+    newest = _find_newest_sound(folder)
+    if newest is None:
+        return None
+    step, manifest = newest
+    saved = manifest["tree"]
+    expected = _describe_tree(like)
+    if saved != expected:
+        # A few paths are enough, of possibly hundreds.
+        paths = sorted(
+            path for path in saved.keys() | expected.keys() if saved.get(path) != expected.get(path)
+        )[:3]
+        differences = describe_differences(
+            {path: saved.get(path) for path in paths}, {path: expected.get(path) for path in paths}
+        )
+        raise ValueError(f"checkpoint {folder / str(step)} is of another tree ({differences})")
+    with _make_checkpointer() as checkpointer:
+        tree = checkpointer.restore(folder / str(step), jax.tree.map(_to_abstract, like))
+    return Restored(step, tree, manifest["notes"])
+
+
+def load(folder: str | os.PathLike) -> Restored | None:
+    """Loads the newest sound checkpoint in a folder into host memory, whatever its structure.
+
+    A damaged checkpoint is passed over with a warning.
+
+    Args:
+        folder: The folder with the checkpoints of one training.
+
+    Returns:
+        The checkpoint with a tree of nested dicts and lists of NumPy arrays, or `None` if there is
+        no sound one.
+
+    Raises:
+        ImportError: If orbax is missing.
+    """
+    folder = Path(folder).absolute()
+    newest = _find_newest_sound(folder)
+    if newest is None:
+        return None
+    step, manifest = newest
+    with add_install_command():
+        import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder / str(step)).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(folder / str(step), restore_args=on_host)
+    return Restored(step, tree, manifest["notes"])
+
+
+@contextlib.contextmanager
+def _delay_interrupts() -> Generator[None]:
+    """Delays Ctrl-C until the end of the block.
+
+    After an interrupted save, orbax's threads would continue to write.
+    """
+    # Only the main thread receives signals and may handle them.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _silence_orbax() -> Generator[None]:
+    """Keeps orbax from logging the traceback of an error that it also raises."""
+    logger = logging.getLogger("absl")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def _to_os_error(error: ValueError, path: Path) -> OSError:
+    """Extracts the OS error from orbax's message, which fills a page."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is None:
+        return OSError(f"{path} cannot be written: {_first_line(error)}")
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
+
+
+def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: int) -> None:
+    # The manifest is the last file to be written and the first to be deleted: while it is there,
+    # the folder is complete.
+    _delete(folder, step)
+    try:
+        with _silence_orbax(), _make_checkpointer() as checkpointer:
+            checkpointer.save(folder / str(step), tree)
+            checkpointer.wait_until_finished()
+    except ValueError as error:  # orbax raises it even for a full disk
+        raise _to_os_error(error, folder / str(step)) from error
+    content = {
+        "files": _compute_checksums(folder / str(step)),
+        "tree": _describe_tree(tree),
+        "notes": dict(notes),
+    }
+    manifest = {"sha256": _digest(content), **content}
+    write_atomically(_manifest_path(folder, step), _encode(manifest))
+    _delete_others(folder, [number for number in _find_steps(folder) if number <= step][:keep])
+
+
+def _delete_others(folder: Path, steps: list[int]) -> None:
+    """Deletes all checkpoints but those of some steps, and what killed processes left of others."""
+    for path in folder.iterdir():
+        match = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
+        if match is None:
+            continue
+        step = match[1]
+        if int(step) not in steps or path.name not in (step, f"{step}.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _find_newest_sound(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Returns the step and the manifest of the newest sound checkpoint."""
+    for step in _find_steps(folder):
+        try:
+            return step, _read_sound_manifest(folder, step)
+        except (ValueError, OSError) as error:
+            warnings.warn(
+                f"checkpoint {folder / str(step)} is damaged and passed over: {_first_line(error)}",
+                stacklevel=3,
+            )
+    return None
+
+
+def _read_sound_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """Returns a checkpoint's manifest, or raises `ValueError` if a checksum differs."""
+    content = _manifest_path(folder, step).read_bytes()
+    manifest = json.loads(content)
+    # Parsing hides some flipped bits: 1e-5 and 1E-5 are one bit apart.
+    if not isinstance(manifest, dict) or content != _encode(manifest):
+        raise ValueError("its manifest is not as it was written")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError("its manifest differs from its checksum")
+    if manifest["files"] != _compute_checksums(folder / str(step)):
+        raise ValueError("its files differ from their checksums")
+    return manifest
+
+
+def _make_checkpointer() -> Any:
+    with add_install_command():
+        import orbax.checkpoint as ocp
+
+    # By default orbax waits for all processes, but only the primary one saves.
+    active_processes = {jax.process_index()} if jax.process_count() > 1 else None
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes=active_processes
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _to_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe_tree(tree: Any) -> dict[str, str]:
+    """Returns dtype and shape of each leaf by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _encode(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _manifest_path(folder: Path, step: int) -> Path:
+    return folder / f"{step}.json"
+
+
+def _find_steps(folder: Path) -> list[int]:
+    """Returns the steps that have a manifest, newest first."""
+    steps = (int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
+    return sorted(steps, reverse=True)
+
+
+def _delete(folder: Path, step: int) -> None:
+    _manifest_path(folder, step).unlink(missing_ok=True)
+    shutil.rmtree(folder / str(step), ignore_errors=True)
+
+
+def _compute_checksums(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }

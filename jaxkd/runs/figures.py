@@ -1,0 +1,270 @@
+"""Figures of a run: curves of training, accuracy, and accuracy against size."""
+
+import io
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxkd._files import write_atomically
+from jaxkd.runs.errors import add_install_command
+from jaxkd.runs.results import ResultRow, format_mean_and_std
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metric = Mapping[str, Any]
+"""A record of `metrics.jsonl`: `seed`, `stage`, `step`, `epoch` and `loss`, and on the validation
+split `validation_loss` and `validation_accuracy`."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The palette of Okabe and Ito without its yellow, which is hard to see on white."""
+
+_STYLE = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+}
+
+
+def plot_curves(
+    metrics: Sequence[Metric], path: str | os.PathLike, *, names: Sequence[str] = ()
+) -> None:
+    """Draws validation loss and accuracy against the step: the mean over seeds ± its deviation.
+
+    The loss is the cross-entropy with the labels for every stage, whatever loss it is trained with,
+    so that stages can be compared.
+
+    Args:
+        metrics: The records of any stages and seeds.
+        path: The PNG file. Its folder must exist. The same metrics give the same bytes.
+        names: Stages in the order of their colours, as in the other figures. Further stages follow
+            in the order of their records.
+
+    Raises:
+        ValueError: If there is no record.
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jaxkd.runs import figures
+        >>> metric = {"seed": 0, "stage": "student", "validation_accuracy": 0.8}
+        >>> metrics = [metric | {"step": step, "validation_loss": 1 / step} for step in (1, 2, 3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figures.plot_curves(metrics, pathlib.Path(folder) / "curves.png")
+    """
+    if not metrics:
+        raise ValueError("there are no metrics to draw")
+    stages = dict.fromkeys([*names, *(metric["stage"] for metric in metrics)])
+    with new_figure(path, 9, 3.8) as figure:
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        for index, stage in enumerate(stages):
+            # A stage without records keeps its colour, so that all figures agree.
+            stage_metrics = [metric for metric in metrics if metric["stage"] == stage]
+            if stage_metrics:
+                _plot_curve(loss_axes, stage_metrics, "validation_loss", 1, index)
+                _plot_curve(accuracy_axes, stage_metrics, "validation_accuracy", 100, index)
+        loss_axes.set(title="Validation loss (cross-entropy)", xlabel="step")
+        accuracy_axes.set(title="Validation accuracy (%)", xlabel="step")
+        handles, labels = loss_axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def plot_accuracy(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
+    """Draws the test accuracy of each row: mean ± standard deviation, and below it each seed.
+
+    Args:
+        rows: The rows, drawn from top to bottom. Each needs an accuracy.
+        path: The PNG file. Its folder must exist. The same rows give the same bytes.
+
+    Raises:
+        ValueError: If there is no row, or one has no accuracy.
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jaxkd.runs import ResultRow, figures
+        >>> row = ResultRow("student", accuracy=(0.86, 0.87))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figures.plot_accuracy([row], pathlib.Path(folder) / "accuracy.png")
+    """
+    points = _accuracy_points(rows)
+    with new_figure(path, 7, 1.2 + 0.45 * len(rows)) as figure:
+        axes = figure.subplots()
+        # Dots instead of bars, because the axis does not begin at 0.
+        for index, (row, (mean, std)) in enumerate(zip(rows, points, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.errorbar(mean, index, xerr=std, fmt="o", color=colour, capsize=4, ms=7)
+            seeds = 100 * np.array(row.accuracy)
+            heights = np.full(len(seeds), index + 0.28)
+            axes.plot(seeds, heights, "o", color=colour, ms=3.5, alpha=0.6)
+            text = format_mean_and_std(row.accuracy, scale=100)
+            axes.annotate(text, (1.02, index), xycoords=axes.get_yaxis_transform(), va="center")
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set(
+            ylim=(len(rows) - 0.4, -0.6),
+            xlabel="test accuracy (%); mean ± std over seeds, and each seed below",
+        )
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+
+
+def plot_size(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
+    """Draws the test accuracy of each row against its number of parameters.
+
+    Args:
+        rows: The rows. Each needs an accuracy and a number of parameters.
+        path: The PNG file. Its folder must exist. The same rows give the same bytes.
+
+    Raises:
+        ValueError: If there is no row, or one has no accuracy or number of parameters.
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jaxkd.runs import ResultRow, figures
+        >>> row = ResultRow("student", accuracy=(0.86, 0.87), parameters=167562)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figures.plot_size([row], pathlib.Path(folder) / "size.png")
+    """
+    accuracies = _accuracy_points(rows)
+    sizes = [row.parameters for row in rows if row.parameters is not None]
+    if len(sizes) < len(rows):
+        raise ValueError("each row to draw needs a number of parameters")
+    points = [(size, mean) for size, (mean, _) in zip(sizes, accuracies, strict=True)]
+    with new_figure(path, 7, 4.5) as figure:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+        axes = figure.subplots()
+        for index, (point, (_, std)) in enumerate(zip(points, accuracies, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            axes.errorbar(
+                *point, yerr=std, fmt="o", color=colour, capsize=3, lw=1, ms=7, mec="white"
+            )
+        ratio = max(max(sizes) / min(sizes), 30)
+        axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
+        # The names need room on the right.
+        axes.set_xlim(min(sizes) / ratio**0.1, max(sizes) * ratio**0.35)
+        axes.margins(y=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
+        _label_points(figure, axes, [row.name for row in rows], points)
+
+
+@contextmanager
+def new_figure(path: str | os.PathLike, width: float, height: float) -> Generator["Figure"]:
+    """Makes a figure in the common style and saves it when the block ends.
+
+    No window is opened, and no global state of matplotlib changes.
+
+    Args:
+        path: The PNG file. Its folder must exist.
+        width: Width in inches.
+        height: Height in inches.
+
+    Yields:
+        The figure to draw in.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    with add_install_command("experiments"):
+        import matplotlib.style
+        from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(width, height))
+        yield figure
+        content = io.BytesIO()
+        # By default the file names matplotlib's version, and its bytes would change with it.
+        figure.savefig(content, format="png", metadata={"Software": None})
+    write_atomically(path, content.getvalue())
+
+
+def _accuracy_points(rows: Sequence[ResultRow]) -> list[tuple[float, float]]:
+    """Returns mean and standard deviation of each row's accuracy, in percent."""
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    points = []
+    for row in rows:
+        if row.accuracy_mean is None:
+            raise ValueError(f"the row {row.name} has no accuracy to draw")
+        points.append((100 * row.accuracy_mean, 100 * (row.accuracy_std or 0)))
+    return points
+
+
+def _plot_curve(
+    axes: "Axes", metrics: Sequence[Metric], key: str, scale: float, index: int
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    steps = sorted({metric["step"] for metric in metrics})
+    values_by_step = [
+        [scale * metric[key] for metric in metrics if metric["step"] == step] for step in steps
+    ]
+    mean = np.array([np.mean(values) for values in values_by_step])
+    std = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in values_by_step])
+    colour = COLOURS[index % len(COLOURS)]
+    # Stages that share a colour differ in the style of the line.
+    style = ("-", "--", ":")[index // len(COLOURS) % 3]
+    axes.plot(steps, mean, style, color=colour, label=metrics[0]["stage"], marker="o", ms=2.5)
+    axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _label_points(
+    figure: "Figure", axes: "Axes", names: Sequence[str], points: Sequence[tuple[float, float]]
+) -> None:
+    """Writes each name to the right of its point, higher or lower where names would overlap."""
+    # The layout fixes the position of the axes, and so of each point, only when it draws.
+    figure.draw_without_rendering()
+    heights = 72 / figure.dpi * axes.transData.transform(points)[:, 1]
+    shifts = _spread_out(heights, 13) - heights
+    for index, (name, point, shift) in enumerate(zip(names, points, shifts, strict=True)):
+        line = {
+            "arrowstyle": "-",
+            "color": COLOURS[index % len(COLOURS)],
+            "relpos": (0, 0.5),
+            "shrinkB": 5,
+        }
+        axes.annotate(
+            name,
+            point,
+            (24, shift),
+            textcoords="offset points",
+            va="center",
+            in_layout=False,
+            arrowprops=line,
+        )
+
+
+def _spread_out(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Moves heights as little as possible, in their order, so that neighbours are a gap apart."""
+    # Each block is a list of indices whose heights are placed a gap apart around their mean.
+    blocks: list[list[int]] = []
+    for index in np.argsort(heights, kind="stable"):
+        block = [index]
+        while blocks and _overlap(heights, blocks[-1], block, gap):
+            block = blocks.pop() + block
+        blocks.append(block)
+    placed = np.empty_like(heights)
+    for block in blocks:
+        placed[block] = heights[block].mean() + gap * (np.arange(len(block)) - (len(block) - 1) / 2)
+    return placed
+
+
+def _overlap(heights: np.ndarray, lower: list[int], upper: list[int], gap: float) -> bool:
+    distance = heights[upper].mean() - heights[lower].mean()
+    return bool(distance < gap * (len(lower) + len(upper)) / 2)

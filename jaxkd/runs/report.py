@@ -1,0 +1,315 @@
+"""Tables, comparisons and the report of a run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxkd._files import write_atomically
+from jaxkd.runs.errors import add_install_command
+from jaxkd.runs.figures import Metric, plot_accuracy, plot_curves, plot_size
+from jaxkd.runs.results import COLUMNS, Column, ResultRow
+from jaxkd.runs.run import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def results_table(rows: Sequence[ResultRow]) -> str:
+    """Formats the table of results in GitHub's Markdown.
+
+    Args:
+        rows: The rows. A value of `None` gives an empty cell.
+
+    Returns:
+        The table, one line per row. `±` is the sample standard deviation over seeds. The training
+        time is the mean over seeds.
+
+    Raises:
+        ValueError: If there is no row.
+        ImportError: If tabulate is missing.
+
+    Example:
+        >>> from jaxkd.runs import ResultRow, report
+        >>> row = ResultRow("student", accuracy=(0.86, 0.87), parameters=9, seconds=(40.0, 42.0))
+        >>> line = report.results_table([row]).splitlines()[-1]
+        >>> [cell.strip() for cell in line.split("|") if cell.strip()]
+        ['student', '86.5 ± 0.7', '9', '41']
+    """
+    if not rows:
+        raise ValueError("a table of results needs at least one row")
+    cells = [[column.cell(row) for column in COLUMNS] for row in rows]
+    return markdown_table([column.title for column in COLUMNS], cells)
+
+
+def print_table(rows: Sequence[ResultRow], *, console: "Console | None" = None) -> None:
+    """Prints the table of results. A narrow console leaves out the less important columns.
+
+    Args:
+        rows: The rows.
+        console: The console to print on. Defaults to standard output.
+
+    Raises:
+        ValueError: If there is no row.
+        ImportError: If rich is missing.
+
+    Example:
+        >>> import sys
+        >>> from rich.console import Console
+        >>> from jaxkd.runs import ResultRow, report
+        >>> row = ResultRow("student", accuracy=(0.86, 0.87), parameters=167562)
+        >>> console = Console(file=sys.stdout, width=28)
+        >>> report.print_table([row], console=console)  # doctest: +NORMALIZE_WHITESPACE
+                   accuracy
+        name              %   params
+        ────────────────────────────
+        student  86.5 ± 0.7  167,562
+    """
+    with add_install_command("experiments"):
+        from rich.console import Console
+        from rich.measure import Measurement
+
+    if not rows:
+        raise ValueError("a table of results needs at least one row")
+    console = console or Console()
+    unbounded = console.options.update(width=10_000)
+    by_priority = sorted(COLUMNS, key=lambda column: column.priority)
+    for count in range(len(COLUMNS), 1, -1):
+        table = _console_table(rows, by_priority[:count])
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+    else:
+        table = _console_table(rows, by_priority[:1])
+    console.print(table)
+
+
+def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
+    """Describes the difference in accuracy between two models, in percentage points.
+
+    mean ± sample standard deviation of the differences accuracy_i(name) − accuracy_i(baseline)
+
+    The differences are those of equal seeds, because students of one seed share their teacher and
+    their labelled images. The text says so if a difference is not larger than its deviation, or
+    comes from a single seed. A row with one accuracy, such as that of a pretrained teacher, counts
+    for all seeds.
+
+    Args:
+        rows: The rows.
+        name: Name of the row to judge.
+        baseline: Name of the row to compare it with.
+
+    Returns:
+        One or two sentences.
+
+    Raises:
+        ValueError: If there is no row of such a name, a row has no accuracy, or the numbers of
+            seeds differ and neither is 1.
+
+    Example:
+        >>> from jaxkd.runs import ResultRow, report
+        >>> alone = ResultRow("alone", accuracy=(0.82, 0.83))
+        >>> distilled = ResultRow("distilled", accuracy=(0.86, 0.88))
+        >>> print(report.compare_rows([alone, distilled], "distilled", "alone"))
+        Over 2 seeds, distilled is 4.5 ± 0.7 points above alone (82.5 % → 87.0 %).
+    """
+    accuracies = _find_accuracies(rows, name)
+    baseline_accuracies = _find_accuracies(rows, baseline)
+    counts = len(accuracies), len(baseline_accuracies)
+    if counts[0] != counts[1] and 1 not in counts:
+        raise ValueError(
+            f"{name} has {counts[0]} seeds and {baseline} {counts[1]}: pairs need the same seeds"
+        )
+    differences = 100 * (accuracies - baseline_accuracies)
+    mean = differences.mean()
+    change = f"({100 * baseline_accuracies.mean():.1f} % → {100 * accuracies.mean():.1f} %)"
+    # Rounded first: a difference that is printed as 0.0 is neither above nor below.
+    side = {1: "above", 0: "from", -1: "below"}[int(np.sign(mean.round(1)))]
+    if len(differences) == 1:
+        return (
+            f"With one seed, {name} is {abs(mean):.1f} points {side} {baseline} {change}. "
+            "One seed cannot tell such a difference from chance."
+        )
+    std = differences.std(ddof=1)
+    sentence = (
+        f"Over {len(differences)} seeds, {name} is {abs(mean):.1f} ± {std:.1f} points "
+        f"{side} {baseline} {change}."
+    )
+    return sentence if abs(mean) > std else f"{sentence} That is within the spread over seeds."
+
+
+def write_report(
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    rows: Sequence[ResultRow],
+    metrics: Sequence[Metric],
+    comparisons: Sequence[tuple[str, str]],
+    settings: Mapping[str, object],
+    environment: Mapping[str, object],
+    remarks: Sequence[str] = (),
+) -> Path:
+    """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
+
+    Args:
+        folder: The folder of the report. It is created if absent.
+        title: The heading.
+        rows: The rows of the table of results.
+        metrics: The records of the evaluations during training.
+        comparisons: Names of a row and its baseline, for `compare_rows`.
+        settings: The configuration, such as epochs and temperature.
+        environment: Versions, device and the like, as from `jaxkd.runs.describe_environment`.
+        remarks: Further paragraphs in Markdown, before the settings.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        ValueError: If there are no rows or metrics, or a comparison names an unknown row.
+        ImportError: If matplotlib or tabulate is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxkd.runs import ResultRow, report
+        >>> row = ResultRow("student", accuracy=(0.86,), parameters=9)
+        >>> metric = {"seed": 0, "stage": "student", "step": 1}
+        >>> metric |= {"validation_loss": 0.5, "validation_accuracy": 0.8}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = report.write_report(
+        ...         folder,
+        ...         title="Run",
+        ...         rows=[row],
+        ...         metrics=[metric],
+        ...         comparisons=[],
+        ...         settings={"epochs": 1},
+        ...         environment={},
+        ...     )
+        ...     path.read_text(encoding="utf-8").splitlines()[0]
+        '# Run'
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sentences = [f"- {compare_rows(rows, name, baseline)}" for name, baseline in comparisons]
+    paragraphs = [
+        f"# {title}",
+        results_table(rows),
+        "± is the standard deviation over seeds; "
+        "the interval is Wilson's, for the choice of the test examples.",
+        *(["\n".join(sentences)] if sentences else []),
+        "![Test accuracy of each model](accuracy.png)",
+        "![Test accuracy against number of parameters](size.png)",
+        "![Validation loss and accuracy in training](curves.png)",
+        *remarks,
+        "## Settings",
+        markdown_table(["setting", "value"], list(settings.items())),
+        "## Environment",
+        markdown_table(["item", "value"], list(environment.items())),
+    ]
+    plot_curves(metrics, folder / "curves.png", names=[row.name for row in rows])
+    plot_accuracy(rows, folder / "accuracy.png")
+    plot_size(rows, folder / "size.png")
+    # The text comes last, so that a report never refers to a figure that is missing.
+    path = folder / "report.md"
+    write_atomically(path, ("\n\n".join(paragraphs) + "\n").encode())
+    return path
+
+
+def report_run(
+    run: Run,
+    rows: Sequence[ResultRow],
+    *,
+    title: str,
+    comparisons: Sequence[tuple[str, str]] = (),
+    remarks: Sequence[str] = (),
+) -> Path:
+    """Writes `results.json`, `report.md` and its figures into a run's folder.
+
+    Args:
+        run: The run, whose metrics, configuration and environment the report shows.
+        rows: The rows of the table of results, such as from `jaxkd.distill.evaluate_plan`.
+        title: The heading.
+        comparisons: Names of a row and its baseline, for `compare_rows`.
+        remarks: Further paragraphs in Markdown.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        ValueError: If there are no rows or metrics, or a comparison names an unknown row.
+        ImportError: If matplotlib or tabulate is missing.
+    """
+    run.write_results(rows)
+    return write_report(
+        run.folder,
+        title=title,
+        rows=rows,
+        metrics=run.metrics(),
+        comparisons=comparisons,
+        settings=run.config,
+        environment=run.environment,
+        remarks=remarks,
+    )
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Formats a table in GitHub's Markdown.
+
+    The first column is aligned to the left, and the others to the right if there are more than two.
+
+    Args:
+        headers: The headings.
+        rows: The cells of each row.
+
+    Returns:
+        The table, without a line break at the end.
+
+    Raises:
+        ImportError: If tabulate is missing.
+
+    Example:
+        >>> from jaxkd.runs import report
+        >>> print(report.markdown_table(["name", "BLEU", "chrF"], [["student", "30.1", "55.2"]]))
+        | name    |   BLEU |   chrF |
+        |:--------|-------:|-------:|
+        | student |   30.1 |   55.2 |
+    """
+    with add_install_command():
+        from tabulate import tabulate
+
+    other_columns = "right" if len(headers) > 2 else "left"
+    alignment = ("left", *[other_columns] * (len(headers) - 1))
+    return tabulate(
+        # Escaped, because a | would end the cell.
+        [[str(cell).replace("|", r"\|") for cell in row] for row in rows],
+        headers=list(headers),
+        tablefmt="pipe",
+        disable_numparse=True,
+        # tabulate 0.9 fails on the alignment of a table without rows.
+        colalign=alignment if rows else None,
+    )
+
+
+def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    # Not in the order of their priority.
+    columns = [column for column in COLUMNS if column in columns]
+    for column in columns:
+        justify = "left" if column.title == "name" else "right"
+        table.add_column(column.short_title, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
+    return table
+
+
+def _find_accuracies(rows: Sequence[ResultRow], name: str) -> np.ndarray:
+    by_name = {row.name: row for row in rows}
+    if name not in by_name:
+        raise ValueError(f"there is no row named {name!r}: choose from {', '.join(by_name)}")
+    if not by_name[name].accuracy:
+        raise ValueError(f"the row {name} has no accuracy to compare")
+    return np.asarray(by_name[name].accuracy, float)

@@ -1,0 +1,290 @@
+"""The rows of the table of results: a typed record, and its form in `results.json`."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxkd import evaluate
+
+if TYPE_CHECKING:
+    from jaxkd.models.model import Model
+
+TIMINGS = (
+    "latency_ms",
+    "latency_p95_ms",
+    "throughput_latency_ms",
+    "throughput_latency_p95_ms",
+    "seconds",
+)
+"""Fields that differ from one run to the next. A comparison of reruns ignores them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultRow:
+    """The test results of one model of a plan, over its seeds.
+
+    Attributes:
+        name: Name of the stage or the pretrained model.
+        accuracy: Test accuracy of each seed, in [0, 1].
+        accuracy_interval: Wilson's 95 % interval of the mean accuracy, for the choice of the test
+            examples.
+        agreement: Share of the test examples with the same prediction as the reference, mean over
+            seeds; `None` without a reference.
+        ece: Expected calibration error, mean over seeds.
+        parameters: Number of trained parameters.
+        bytes: Memory of parameters and statistics.
+        flops: Floating-point operations of one prediction; `None` where they cannot be counted.
+        latency_ms: Median time of predicting one example.
+        latency_p95_ms: 95th percentile of the same.
+        throughput_batch: Size of the larger batch that is timed.
+        throughput_latency_ms: Median time of predicting it.
+        throughput_latency_p95_ms: 95th percentile of the same.
+        seconds: Training time of each seed.
+        extra: Further values of an experiment, such as BLEU, by name. JSON values.
+    """
+
+    name: str
+    accuracy: tuple[float, ...] = ()
+    accuracy_interval: tuple[float, float] | None = None
+    agreement: float | None = None
+    ece: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    flops: float | None = None
+    latency_ms: float | None = None
+    latency_p95_ms: float | None = None
+    throughput_batch: int | None = None
+    throughput_latency_ms: float | None = None
+    throughput_latency_p95_ms: float | None = None
+    seconds: tuple[float, ...] = ()
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def accuracy_mean(self) -> float | None:
+        """Mean accuracy over the seeds; `None` without any."""
+        return float(np.mean(self.accuracy)) if self.accuracy else None
+
+    @property
+    def accuracy_std(self) -> float | None:
+        """Sample standard deviation of the accuracy over the seeds; `None` for fewer than two."""
+        return float(np.std(self.accuracy, ddof=1)) if len(self.accuracy) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the row as JSON values: all fields, mean and deviation, and those of `extra`."""
+        row: dict[str, Any] = {}
+        # The last field is `extra`, whose values get keys of their own.
+        for field in dataclasses.fields(self)[:-1]:
+            value = getattr(self, field.name)
+            row[field.name] = list(value) if isinstance(value, tuple) else value
+            if field.name == "accuracy":
+                row |= {"accuracy_mean": self.accuracy_mean, "accuracy_std": self.accuracy_std}
+        return row | dict(self.extra)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "ResultRow":
+        """Returns the row that `to_json` wrote.
+
+        Raises:
+            ValueError: If the row has no name, or a value of another type.
+        """
+        if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+            raise ValueError(f"a row of results needs a name, got {str(row)[:80]}")
+        values: dict[str, Any] = {"name": row["name"]}
+        for field in dataclasses.fields(cls)[1:-1]:
+            if field.name in row:
+                values[field.name] = _from_json_value(field.name, row[field.name])
+        # Mean and deviation follow from the accuracies.
+        known = {*values, "accuracy_mean", "accuracy_std"}
+        extra = {name: value for name, value in row.items() if name not in known}
+        return cls(**values, extra=extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the table of results.
+
+    Attributes:
+        title: The heading.
+        short_title: The heading on a console, with a line break where it may be narrow.
+        cell: Returns a row's cell, empty where the row has no such value.
+        priority: A narrow console leaves out the columns with the largest numbers first.
+    """
+
+    title: str
+    short_title: str
+    cell: Callable[[ResultRow], str]
+    priority: int
+
+
+def format_mean_and_std(values: Any, *, scale: float = 1.0) -> str:
+    """Formats the mean of values and, for more than one, their sample standard deviation.
+
+    Args:
+        values: One value per seed, or none.
+        scale: Factor of both, such as 100 for percentages.
+
+    Returns:
+        Text such as "86.4 ± 0.5", empty without a value.
+
+    Example:
+        >>> format_mean_and_std([0.86, 0.87], scale=100)
+        '86.5 ± 0.7'
+    """
+    values = scale * np.asarray(values, float)
+    if not values.size:
+        return ""
+    std = f" ± {values.std(ddof=1):.1f}" if values.size > 1 else ""
+    return f"{values.mean():.1f}{std}"
+
+
+def _from_json_value(name: str, value: Any) -> Any:
+    """Returns a field's value, a tuple for a list. Raises `ValueError` for another type."""
+    if value is None and name not in ("accuracy", "seconds"):
+        return None
+    if name not in ("accuracy", "accuracy_interval", "seconds"):
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number, got {str(value)[:80]}")
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
+        raise ValueError(f"{name} must be a list of numbers, got {str(value)[:80]}")
+    return tuple(value)
+
+
+def _format(value: float | None, scale: float = 1.0, form: str = ".1f") -> str:
+    return "" if value is None else format(scale * value, form)
+
+
+def _format_interval(row: ResultRow) -> str:
+    if row.accuracy_interval is None:
+        return ""
+    low, high = row.accuracy_interval
+    return f"{_format(low, 100)}–{_format(high, 100)}"
+
+
+def _format_bytes(row: ResultRow) -> str:
+    if row.bytes is None:
+        return ""
+    if row.bytes < 1e6:
+        return f"{row.bytes / 1e3:,.0f} kB"
+    return f"{row.bytes / 1e6:,.1f} MB"
+
+
+COLUMNS = (
+    Column("name", "name", lambda row: row.name, 0),
+    Column(
+        "accuracy %", "accuracy\n%", lambda row: format_mean_and_std(row.accuracy, scale=100), 1
+    ),
+    Column("95 % interval", "95 %\ninterval", _format_interval, 4),
+    Column("agreement %", "agrees\n%", lambda row: _format(row.agreement, 100), 7),
+    Column("ECE %", "ECE\n%", lambda row: _format(row.ece, 100), 9),
+    Column("parameters", "params", lambda row: _format(row.parameters, 1, ",.0f"), 2),
+    Column("size", "size", _format_bytes, 5),
+    Column("MFLOPs", "MFLOPs", lambda row: _format(row.flops, 1e-6, ",.1f"), 6),
+    Column("latency ms", "latency\nms", lambda row: _format(row.latency_ms, 1, ".2f"), 3),
+    Column(
+        "training s",
+        "train\ns",
+        lambda row: _format(float(np.mean(row.seconds)) if row.seconds else None, 1, ",.0f"),
+        8,
+    ),
+)
+"""The columns of the table of results, from left to right."""
+
+
+def summarize(
+    name: str,
+    model: "Model",
+    variables: Sequence[dict],
+    logits: Sequence[ArrayLike],
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    seconds: Sequence[float],
+    reference_logits: Sequence[ArrayLike] | None = None,
+    throughput_batch: int = 256,
+    repeats: int = 50,
+) -> ResultRow:
+    """Measures a model over its seeds.
+
+    Two sources of chance are kept apart. The standard deviation of the accuracy is its spread over
+    seeds. The interval covers the choice of the N test examples: it is Wilson's 95 % interval of
+    the mean accuracy. Costs are measured with the first seed's variables.
+
+    Args:
+        name: Name of the row.
+        model: The model.
+        variables: The variables of each seed.
+        logits: The predictions for `inputs`, one `[N, C]` per seed.
+        inputs: `[N, ...]`, the test examples.
+        labels: `[N]`, integers in [0, C).
+        seconds: Training time of each seed.
+        reference_logits: The logits to agree with, one `[N, C]` per seed.
+        throughput_batch: Size of the larger batch that is timed, at most N.
+        repeats: Number of calls that are timed.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: If there is not one entry per seed, or shapes disagree.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from jaxkd.models import CNN, from_linen
+        >>> from jaxkd.runs import summarize
+        >>> model = from_linen(CNN(features=(4,), hidden=8))
+        >>> images = np.zeros((4, 8, 8, 3), np.float32)
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> logits = np.eye(4, 10)
+        >>> row = summarize(
+        ...     "tiny", model, [variables], [logits], images, np.arange(4), seconds=[1.0]
+        ... )
+        >>> row.accuracy, row.accuracy_std, row.parameters
+        ((1.0,), None, 498)
+    """
+    references = [None] * len(logits) if reference_logits is None else reference_logits
+    counts = [len(variables), len(logits), len(references), len(seconds)]
+    if not logits or len(set(counts)) > 1:
+        raise ValueError(
+            f"{name}: variables, logits, references and seconds need one entry per seed, "
+            f"got {counts}"
+        )
+    metrics = [
+        evaluate.classification_metrics(seed_logits, labels, reference_logits=reference)
+        for seed_logits, reference in zip(logits, references, strict=True)
+    ]
+    accuracies = tuple(seed.accuracy for seed in metrics)
+    agreements = [seed.agreement for seed in metrics if seed.agreement is not None]
+    # A mean over seeds need not be a whole number of correct predictions.
+    total = np.size(labels)
+    inputs = np.asarray(inputs)
+    batch = inputs[:throughput_batch]
+    latency = evaluate.latency(model, variables[0], inputs[:1], repeats=repeats)
+    throughput = evaluate.latency(model, variables[0], batch, repeats=repeats)
+    return ResultRow(
+        name=name,
+        accuracy=accuracies,
+        accuracy_interval=evaluate.accuracy_interval(float(np.mean(accuracies)) * total, total),
+        agreement=float(np.mean(agreements)) if len(agreements) == len(metrics) else None,
+        ece=float(np.mean([seed.ece for seed in metrics])),
+        parameters=evaluate.parameter_count(variables[0]),
+        bytes=evaluate.parameter_bytes(variables[0]),
+        flops=evaluate.flops(model, variables[0], inputs),
+        latency_ms=latency.median_ms,
+        latency_p95_ms=latency.p95_ms,
+        throughput_batch=len(batch),
+        throughput_latency_ms=throughput.median_ms,
+        throughput_latency_p95_ms=throughput.p95_ms,
+        seconds=tuple(float(value) for value in seconds),
+    )
+
+
+def rows_without_timings(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
+    """Returns the JSON values of each row by its name, without the `TIMINGS`."""
+    return {
+        row.name: {name: value for name, value in row.to_json().items() if name not in TIMINGS}
+        for row in rows
+    }

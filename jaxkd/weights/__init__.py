@@ -1,0 +1,19 @@
+"""Files of weights in and out: PyTorch, safetensors, exported programs and hub folders."""
+
+from jaxkd.weights.programs import save_program
+from jaxkd.weights.safetensors_files import load_safetensors, read_safetensors, save_safetensors
+from jaxkd.weights.torch_files import from_torch, load_weights, save_torch, to_torch
+from jaxkd.weights.torch_pickle import read_torch
+
+# `hub` is left out, because it imports Flax: use `from jaxkd.weights import hub`.
+__all__ = [
+    "from_torch",
+    "load_safetensors",
+    "load_weights",
+    "read_safetensors",
+    "read_torch",
+    "save_program",
+    "save_safetensors",
+    "save_torch",
+    "to_torch",
+]

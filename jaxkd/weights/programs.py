@@ -1,0 +1,82 @@
+"""Saving of a model as one serialized program that contains its weights."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, export
+
+from jaxkd._files import write_atomically
+
+if TYPE_CHECKING:
+    from jaxkd.models.model import Model
+
+
+def save_program(
+    path: str | os.PathLike, model: "Model", variables: dict, example: jax.ShapeDtypeStruct
+) -> None:
+    """Saves a model as one program for CPU, CUDA and TPU and for batches of any size.
+
+    The program contains the weights. It maps inputs `[B, ...]` to logits `[B, C]` in prediction
+    mode. Running it needs only JAX and flatbuffers::
+
+        from pathlib import Path
+        from jax import export
+        program = export.deserialize(bytearray(Path("student.jaxexport").read_bytes()))
+        logits = program.call(images)
+
+    The same variables give the same bytes on one version of JAX. Later versions can read the file
+    for at least six months.
+
+    Args:
+        path: The file. Its folder must exist.
+        model: The model. Its computation must not branch on the batch size.
+        variables: The model's variables.
+        example: Shape and dtype of one input, without the batch axis.
+
+    Raises:
+        ImportError: If the package flatbuffers is missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.weights import save_program
+        >>> from jaxkd.models import CNN, from_linen
+        >>> model = from_linen(CNN(features=(4,), hidden=8))
+        >>> images = jnp.zeros((3, 8, 8, 1))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "student.jaxexport"
+        ...     save_program(path, model, variables, jax.ShapeDtypeStruct((8, 8, 1), jnp.float32))
+        ...     program = jax.export.deserialize(bytearray(path.read_bytes()))
+        >>> program.call(images).shape
+        (3, 10)
+
+    References:
+        Exporting and serializing, https://docs.jax.dev/en/latest/export/export.html
+    """
+    # Constants that are sharded over N devices would make a program that runs only on N devices.
+    weights = jax.tree.map(np.asarray, variables)
+
+    def logits(inputs: Array) -> Array:
+        return model.apply(jax.tree.map(jnp.asarray, weights), inputs, train=False)[0].logits
+
+    batch = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *example.shape), example.dtype)
+    write_atomically(path, bytes(_export_without_paths(logits, batch).serialize()))
+
+
+def _export_without_paths(
+    function: Callable[[Array], Array], batch: jax.ShapeDtypeStruct
+) -> export.Exported:
+    """Exports a program without the source file names and line numbers of its operations."""
+    config: Any = jax.config  # the type stubs of older versions lack the attribute
+    limit = config.jax_traceback_in_locations_limit
+    # Paths would make the bytes depend on where the package is installed, and reveal it.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        return export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(batch)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)

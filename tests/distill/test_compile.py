@@ -1,0 +1,298 @@
+"""Stages whose steps are the same program share it, and no others do."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_plans import (
+    TRAIN,
+    add_noise,
+    get_variables,
+    hard_loss,
+    make_model,
+    make_stage,
+    soft_loss,
+    train,
+    vectorized_placement,
+)
+
+from jaxkd import distill
+from jaxkd.distill import _compile
+
+
+def get_groups(*plan):
+    """Returns the names of the stages of each program."""
+    return [[stage.name for stage in group] for group in distill.group_by_program(plan)]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the stages that were lowered for their digest."""
+    names = []
+    hash_step = _compile._hash_step
+
+    def record_and_hash(program, *args):
+        names.append(program.stages[0].name)
+        return hash_step(program, *args)
+
+    monkeypatch.setattr(_compile, "_hash_step", record_and_hash)
+    return names
+
+
+def scale_loss(factor):
+    return lambda *args: factor * hard_loss(*args)
+
+
+# Sharing
+
+
+def test_equal_optimizers_share_a_program(hashed):
+    first, second = (make_stage(name, tx=optax.adam(1e-3)) for name in ("first", "second"))
+    assert first.tx != second.tx, "optax compares its optimizers by identity"
+    assert get_groups(first, second) == [["first", "second"]]
+    assert hashed == ["first", "second"]
+    assert get_groups(first, make_stage("other", tx=optax.adam(1e-2))) == [["first"], ["other"]]
+
+
+def test_equal_losses_and_augmentations_share_a_program():
+    stages = [
+        make_stage(name, loss=scale_loss(2.0), augment=lambda key, x: add_noise(key, x))
+        for name in ("first", "second")
+    ]
+    assert get_groups(*stages) == [["first", "second"]]
+
+
+def make_student(name, teacher, **options):
+    return make_stage(name, teachers=(teacher,), loss=soft_loss, **options)
+
+
+def test_students_of_different_assistants_share_a_program_if_logits_are_cached():
+    teachers = [make_stage("wide", 16), make_stage("narrow", 8)]
+    cached = [make_student(f"from_{t.name}", t.name, cache_teachers=True) for t in teachers]
+    assert get_groups(*teachers, *cached)[2:] == [["from_wide", "from_narrow"]]
+    live = [make_student(f"from_{t.name}", t.name) for t in teachers]
+    assert get_groups(*teachers, *live)[2:] == [["from_wide"], ["from_narrow"]]
+
+
+def test_students_of_live_teachers_of_one_architecture_share_a_program():
+    teachers = [make_stage("first", 8), make_stage("second", 8)]
+    students = [make_student(f"from_{t.name}", t.name) for t in teachers]
+    assert get_groups(*teachers, *students) == [["first", "second"], ["from_first", "from_second"]]
+
+
+def test_pretrained_models_are_not_grouped():
+    model = make_model()
+    pretrained = distill.Pretrained(
+        "pretrained", model, model.init(jax.random.key(0), TRAIN["inputs"])
+    )
+    student = make_student("student", "pretrained")
+    assert get_groups(pretrained, student) == [["student"]]
+
+
+# Not sharing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 13},
+        {"batch_size": 8},
+        {"augment": add_noise},
+        {"augment": add_noise, "views": 2},
+        {"model": make_model(5)},
+        {"data": TRAIN | {"more": np.zeros(45)}},
+        {"data": TRAIN | {"inputs": TRAIN["inputs"][:, :4]}},
+        {"data": TRAIN | {"labels": TRAIN["labels"].astype(np.int8)}},
+        {"init_loss": lambda key: jnp.ones(3)},
+        {"loss": scale_loss(2.0)},
+        {"tx": optax.sgd(0.2, momentum=0.9)},
+    ],
+    ids=str,
+)
+def test_stages_that_differ_in_their_step_do_not_share(options):
+    assert get_groups(make_stage("first"), make_stage("other", **options)) == [["first"], ["other"]]
+
+
+def test_number_of_steps_separates_stages_that_read_the_progress():
+    def loss(student, teachers, batch, context):
+        return context.progress * hard_loss(student, teachers, batch, context)
+
+    stages = [make_stage(f"{steps}_steps", loss=loss, steps=steps) for steps in (12, 13, 12)]
+    stages[2] = dataclasses.replace(stages[2], name="12_again")
+    assert get_groups(*stages) == [["12_steps", "12_again"], ["13_steps"]]
+
+
+@pytest.mark.parametrize(("views", "expected"), [(2, 1), (3, 2)])
+def test_number_of_views_separates_stages(views, expected):
+    options = {"augment": add_noise, "cache_teachers": True}
+    stages = [make_student(f"{i}", "teacher", views=v, **options) for i, v in enumerate((2, views))]
+    assert len(get_groups(make_stage("teacher", 16), *stages)) == 1 + expected
+
+
+LARGE = np.zeros(10_000, np.float32)
+LARGE_CHANGED = np.where(np.arange(10_000) == 9_999, np.float32(1), LARGE)
+CONSTANTS = {
+    "numbers": (1.0, 2.0),
+    "NumPy scalars": (np.float32(1), np.float32(2)),
+    "NumPy arrays": (np.array([1, 2], np.float32), np.array([1, 3], np.float32)),
+    "JAX arrays": (jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])),
+    "large NumPy arrays": (LARGE, LARGE_CHANGED),
+    "large JAX arrays": (jnp.asarray(LARGE), jnp.asarray(LARGE_CHANGED)),
+}
+
+
+def make_stages_that_close_over(constants):
+    """Makes a stage for each constant, whose loss multiplies by its sum in the compiled step."""
+
+    def make_loss(constant):
+        return lambda *args: jnp.sum(constant, dtype=jnp.float32) * hard_loss(*args)
+
+    return [make_stage(f"s{i}", loss=make_loss(value)) for i, value in enumerate(constants)]
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_losses_that_close_over_different_constants_do_not_share(kind):
+    first, second = CONSTANTS[kind]
+    stages = make_stages_that_close_over((first, second, first))
+    assert get_groups(*stages) == [["s0", "s2"], ["s1"]]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="0.7 fails to lower under this option")
+def test_constants_that_jax_makes_arguments_are_not_overlooked():
+    stages = make_stages_that_close_over(CONSTANTS["large JAX arrays"])
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+        assert get_groups(*stages) == [["s0"], ["s1"]]
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+
+
+def test_losses_that_close_over_different_keys_do_not_share():
+    def make_loss(key):
+        return lambda *args: jax.random.uniform(key) * hard_loss(*args)
+
+    stages = [make_stage(f"s{seed}", loss=make_loss(jax.random.key(seed))) for seed in (0, 1)]
+    assert get_groups(*stages) == [["s0"], ["s1"]]
+
+
+def test_losses_that_call_different_functions_of_the_host_do_not_share():
+    def make_loss(factor):
+        def loss(student, teachers, batch, context):
+            values = hard_loss(student, teachers, batch, context)
+            shape = jax.ShapeDtypeStruct(values.shape, values.dtype)
+            factors = jax.pure_callback(lambda x: np.full_like(x, factor), shape, batch["labels"])
+            return factors * values
+
+        return loss
+
+    stages = [make_stage(f"s{factor}", loss=make_loss(factor)) for factor in (2, 3)]
+    assert get_groups(*stages) == [["s2"], ["s3"]]
+
+
+# Scalars
+
+
+def scale_by_example(student, teachers, batch, context):
+    return batch["scale"] * hard_loss(student, teachers, batch, context)
+
+
+def test_stages_that_differ_in_name_and_data_are_not_lowered(hashed):
+    first = make_stage("first", data=TRAIN | {"scale": np.float32(1)}, loss=scale_by_example)
+    others = [
+        dataclasses.replace(first, name=f"times_{scale}", data=TRAIN | {"scale": np.float32(scale)})
+        for scale in (2, 3)
+    ]
+    assert get_groups(first, *others) == [["first", "times_2", "times_3"]]
+    assert get_groups(first, make_stage("unlike", 5)) == [["first"], ["unlike"]]
+    assert hashed == []
+
+
+def test_stages_that_differ_in_numbers_alone_are_traced_once(tmp_path):
+    loss = chex.assert_max_traces(
+        lambda *args: scale_by_example(*args),
+        n=1,
+    )
+    first = make_stage("first", data=TRAIN | {"scale": np.float32(1)}, loss=loss, steps=2)
+    plan = [
+        dataclasses.replace(first, name=f"times_{scale}", data=TRAIN | {"scale": np.float32(scale)})
+        for scale in (1, 2, 3)
+    ]
+    trained, _ = train(tmp_path, plan)
+    kernels = [
+        np.asarray(seeds[0].variables["params"]["Dense_1"]["kernel"]) for seeds in trained.values()
+    ]
+    assert np.abs(kernels[0] - kernels[2]).max() > 1e-4
+
+
+def test_python_number_and_numpy_scalar_do_not_share():
+    """A Python number takes the dtype of what it is combined with, a NumPy scalar keeps its own."""
+    stages = [
+        make_stage(type(scale).__name__, data=TRAIN | {"scale": scale}, loss=scale_by_example)
+        for scale in (2.0, np.float32(2))
+    ]
+    assert get_groups(*stages) == [["float"], ["float32"]]
+    changed = [
+        dataclasses.replace(stages[i], name="3", data=TRAIN | {"scale": scale})
+        for i, scale in enumerate((3.0, np.float32(3)))
+    ]
+    assert get_groups(stages[0], changed[0]) == [["float", "3"]]
+    assert get_groups(stages[1], changed[1]) == [["float32", "3"]]
+
+
+# Training
+
+
+def count_traces(loss):
+    traces = []
+
+    def count_and_call(*args):
+        traces.append(1)
+        return loss(*args)
+
+    return count_and_call, traces
+
+
+def test_program_is_traced_for_its_digest_and_once_more_to_train(tmp_path):
+    plan, traces = [], []
+    for name in ("first", "second", "third"):
+        loss, stage_traces = count_traces(hard_loss)
+        plan.append(make_stage(name, loss=loss, steps=2))
+        traces.append(stage_traces)
+    assert get_groups(*plan) == [["first", "second", "third"]]
+    for stage_traces in traces:
+        assert len(stage_traces) == 1
+        stage_traces.clear()
+    train(tmp_path, plan)
+    # The arrays of a training are placed on a mesh, which makes its trace another one.
+    assert [len(stage_traces) for stage_traces in traces] == [2, 1, 1]
+
+
+def test_lone_stage_is_traced_once(tmp_path):
+    loss = chex.assert_max_traces(lambda *args: hard_loss(*args), n=1)
+    train(tmp_path, [make_stage("first", loss=loss, steps=2), make_stage("unlike", 5, steps=2)])
+
+
+@pytest.mark.parametrize("make_placement", [lambda: None, vectorized_placement])
+def test_stages_of_a_program_train_with_their_own_loss(tmp_path, make_placement):
+    def make_plan():
+        """Makes two stages with equal losses and one whose loss closes over another number."""
+        factors = {"first": 1.0, "second": 1.0, "other": 3.0}
+        return [
+            make_stage(name, loss=scale_loss(factor), tx=optax.sgd(0.1))
+            for name, factor in factors.items()
+        ]
+
+    plan = make_plan()
+    assert get_groups(*plan) == [["first", "second"], ["other"]]
+    together, _ = train(tmp_path / "together", plan, placement=make_placement())
+    for stage in make_plan():
+        alone, _ = train(tmp_path / stage.name, [stage])
+        expected = get_variables(alone)[stage.name]
+        chex.assert_trees_all_close(
+            get_variables(together)[stage.name], expected, rtol=1e-5, atol=1e-6
+        )

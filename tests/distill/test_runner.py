@@ -1,0 +1,191 @@
+"""Plans run: what is learnt, what is measured, and what does not depend on the rest of the plan."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+from small_plans import (
+    TRAIN,
+    VALIDATION,
+    add_noise,
+    get_variables,
+    make_model,
+    make_stage,
+    soft_loss,
+    train,
+)
+
+from jaxkd import distill, evaluate, runs
+from jaxkd.distill import placement
+
+
+def make_chain():
+    """Makes a plan with every way to learn: labels, live and cached teachers, another's weights."""
+    options = {"dropout": 0.1, "steps": 40}
+    return [
+        make_stage("teacher", 32, **options),
+        make_stage(
+            "assistant", 8, teachers=("teacher",), loss=soft_loss, augment=add_noise, **options
+        ),
+        make_stage(
+            "student",
+            teachers=("teacher", "assistant"),
+            loss=soft_loss,
+            cache_teachers=True,
+            **options,
+        ),
+        make_stage("longer", start="student", teachers=("assistant",), loss=soft_loss, **options),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained_chain(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("chain"), make_chain(), (0, 1))
+
+
+def test_plan_trains_and_evaluates_every_stage(trained_chain):
+    trained, run = trained_chain
+    assert list(trained) == ["teacher", "assistant", "student", "longer"]
+    rows = distill.evaluate_plan(make_chain(), trained, VALIDATION, reference="teacher")
+    assert [row.name for row in rows] == list(trained)
+    for row in rows:
+        assert list(row.accuracy) == [model.validation_accuracy for model in trained[row.name]]
+        assert row.accuracy_mean > 0.6
+    assert rows[0].agreement is None and rows[2].agreement > 0.6
+    records = run.metrics()
+    steps = [r["step"] for r in records if (r["stage"], r["seed"]) == ("student", 1)]
+    assert steps == list(range(4, 41, 4))
+    assert all(np.isfinite(r["loss"]) for r in records)
+
+
+def test_seeds_differ_and_repeat(trained_chain, tmp_path):
+    trained, run = trained_chain
+    repeated, repeated_run = train(tmp_path, make_chain(), (0, 1))
+    chex.assert_trees_all_equal(get_variables(repeated), get_variables(trained))
+    assert repeated_run.metrics() == run.metrics()
+    kernels = [model.variables["params"]["Dense_0"]["kernel"] for model in trained["student"]]
+    assert (kernels[0] != kernels[1]).any()
+
+
+def test_finished_stages_are_not_trained_again(trained_chain):
+    trained, run = trained_chain
+
+    def fail(*args):
+        raise AssertionError("traced")
+
+    plan = [dataclasses.replace(stage, loss=fail) for stage in make_chain()]
+    restored, _ = train(run.folder, plan, (0, 1))
+    chex.assert_trees_all_equal(get_variables(restored), get_variables(trained))
+    seconds, expected_seconds = (
+        {name: [model.seconds for model in seeds] for name, seeds in models.items()}
+        for models in (restored, trained)
+    )
+    assert seconds == expected_seconds
+
+
+def test_other_stages_and_seeds_do_not_change_the_bits(trained_chain, tmp_path):
+    plan = [make_stage("another", dropout=0.1, steps=40), *make_chain()[:1]]
+    trained, _ = train(tmp_path, plan, (1,))
+    expected = trained_chain[0]["teacher"][1].variables
+    chex.assert_trees_all_equal(trained["teacher"][0].variables, expected)
+
+
+def test_each_seed_may_have_examples_of_its_own(tmp_path):
+    def select(seed):
+        return {name: array[seed : 44 + seed : 2] for name, array in TRAIN.items()}
+
+    trained, _ = train(tmp_path / "both", [make_stage("first", data=select)], (0, 1))
+    for seed in (0, 1):
+        plan = [make_stage("first", data=select(seed))]
+        alone, _ = train(tmp_path / str(seed), plan, (seed,))
+        chex.assert_trees_all_equal(alone["first"][0].variables, trained["first"][seed].variables)
+
+
+def test_plan_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="evaluations must be at least 1"):
+        train(tmp_path, make_chain(), evaluations=0)
+
+
+@pytest.mark.parametrize("max_students", [1, 4])
+def test_plan_without_seeds_trains_nothing(tmp_path, max_students):
+    mesh = distill.make_mesh(devices=jax.devices()[:1])
+    options = {"placement": distill.VectorizedPlacement(mesh, max_students)}
+    trained, run = train(tmp_path, [make_stage("first")], (), **options)
+    assert trained == {"first": []} and run.metrics() == []
+
+
+def test_score_function_of_the_user_is_recorded(tmp_path):
+    def make_score(model):
+        return lambda variables, examples: evaluate.Score(float(len(examples["labels"])), 0.25)
+
+    trained, run = train(tmp_path, [make_stage("first", steps=2)], make_score=make_score)
+    assert trained["first"][0].validation_accuracy == 0.25
+    assert run.metrics()[-1]["validation_loss"] == len(VALIDATION["labels"])
+
+
+def test_pretrained_models_teach_and_are_started_from(tmp_path):
+    model = make_model(dropout=0.1)
+    variables = model.init(jax.random.key(5), TRAIN["inputs"][:1])
+    pretrained = distill.Pretrained("pretrained", model, variables)
+    before = jax.tree.map(np.array, variables)
+    student = make_stage(
+        "student",
+        dropout=0.1,
+        teachers=("pretrained",),
+        loss=soft_loss,
+        start="pretrained",
+        steps=2,
+    )
+    plan = [student, pretrained]
+    trained, _ = train(tmp_path, plan, (0, 1))
+    assert [len(trained[name]) for name in ("student", "pretrained")] == [2, 2]
+    chex.assert_trees_all_equal(trained["pretrained"][1].variables, before)
+    # A student that starts from its teacher's weights has nothing to learn but dropout's noise.
+    rows = distill.evaluate_plan(plan, trained, VALIDATION, reference="pretrained")
+    assert [row.name for row in rows] == ["student", "pretrained"]
+    assert rows[0].agreement > 0.8 and rows[1].agreement is None
+    # A model that all seeds share is measured once.
+    assert [len(row.accuracy) for row in rows] == [2, 1] and rows[1].accuracy_std is None
+
+    changed = jax.tree.map(lambda leaf: leaf + 1, variables)
+    with pytest.raises(runs.RunError, match="holds another training"):
+        train(tmp_path, [student, pretrained._replace(variables=changed)])
+
+
+def test_cached_teacher_predicts_once_for_all_stages_and_seeds(tmp_path, monkeypatch):
+    counts = []
+    make_predict = placement.make_predict
+
+    def make_counting_predict(model, **options):
+        predict = make_predict(model, **options)
+
+        def count_and_predict(variables, inputs):
+            counts.append(len(inputs))
+            return predict(variables, inputs)
+
+        return count_and_predict
+
+    monkeypatch.setattr(placement, "make_predict", make_counting_predict)
+    model = make_model()
+    variables = model.init(jax.random.key(5), TRAIN["inputs"][:1])
+    options = {"teachers": ("pretrained",), "loss": soft_loss, "steps": 1, "cache_teachers": True}
+    plan = [
+        distill.Pretrained("pretrained", model, variables),
+        make_stage("first", **options),
+        make_stage("second", **options),
+    ]
+    train(tmp_path, plan, (0, 1))
+    assert counts.count(len(TRAIN["inputs"])) == 1
+
+
+def test_cached_teachers_train_the_same_student(tmp_path):
+    teacher = make_stage("teacher", 32, dropout=0.1)
+    live = make_stage("student", dropout=0.1, teachers=("teacher",), loss=soft_loss)
+    cached = dataclasses.replace(live, cache_teachers=True)
+    variables = []
+    for student in (live, cached):
+        trained, _ = train(tmp_path / str(student.cache_teachers), [teacher, student])
+        variables.append(trained["student"][0].variables)
+    chex.assert_trees_all_close(*variables, rtol=1e-4, atol=1e-5)

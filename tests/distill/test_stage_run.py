@@ -1,0 +1,93 @@
+"""Where a training starts: from fresh weights, another stage's weights, or its checkpoints."""
+
+import dataclasses
+
+import chex
+import jax
+import optax
+import pytest
+from small_plans import make_stage, train
+
+from jaxkd import runs
+from jaxkd.distill import _stage_run
+
+
+def test_start_takes_the_weights_of_another_stage(tmp_path):
+    options = {"tx": optax.sgd(0.0), "steps": 1}
+    plan = [make_stage("first"), make_stage("second", start="first", **options)]
+    trained, _ = train(tmp_path, plan)
+    chex.assert_trees_all_equal(trained["second"][0].variables, trained["first"][0].variables)
+    plan = [make_stage("first"), make_stage("wide", 8, start="first", **options)]
+    message = (
+        r"'wide' cannot start from 'first': "
+        r".*kernel.* is \(5, 4\) in 'first' and \(5, 8\) in the stage"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, plan)
+
+
+def test_weights_of_another_architecture_are_transferred(tmp_path):
+    def take_first_units(source, fresh):
+        return jax.tree.map(
+            lambda large, small: large[tuple(map(slice, small.shape))], source, fresh
+        )
+
+    large = make_stage("large", 8, steps=3)
+    small = make_stage(
+        "small", start="large", transfer=take_first_units, tx=optax.set_to_zero(), steps=1
+    )
+    trained, _ = train(tmp_path / "first", [large, small])
+    kernels = {
+        name: trained[name][0].variables["params"]["Dense_0"]["kernel"] for name in trained
+    }
+    chex.assert_trees_all_equal(kernels["small"], kernels["large"][:, :4])
+
+    wrong = dataclasses.replace(small, name="wrong", transfer=lambda source, fresh: source)
+    with pytest.raises(ValueError, match="'wrong' cannot start from 'large'"):
+        train(tmp_path / "second", [large, wrong])
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """A finished run of two stages."""
+    folder = tmp_path_factory.mktemp("two_stages")
+    train(folder, [make_stage("first"), make_stage("other")])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 50}, {"steps": 10}, {"batch_size": 8}, {"start": "other"}]
+)
+def test_checkpoints_of_another_training_are_refused(two_stages, change):
+    plan = [dataclasses.replace(make_stage("first"), **change), make_stage("other")]
+    with pytest.raises(runs.RunError, match="first holds another training .*name another folder"):
+        train(two_stages, plan)
+    assert (two_stages / "checkpoints" / "seed0" / "first" / "12.json").exists()
+
+
+def test_checkpoints_of_another_architecture_are_refused(two_stages):
+    with pytest.raises(runs.RunError, match=r"is of another tree .*another plan"):
+        train(two_stages, [make_stage("first", 5), make_stage("other")])
+    assert (two_stages / "checkpoints" / "seed0" / "first" / "12.json").exists()
+
+
+def test_damaged_checkpoint_is_replaced_from_the_valid_one_before(tmp_path):
+    plan = [make_stage("first", dropout=0.1)]
+    trained, run = train(tmp_path / "unbroken", plan)
+    _, damaged_run = train(tmp_path / "damaged", plan, save_every=0)
+    folder = damaged_run.checkpoint_folder(0, "first")
+    assert sorted(path.name for path in folder.iterdir()) == ["11", "11.json", "12", "12.json"]
+    files = [path for path in (folder / "12").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="passed over"):
+        resumed, resumed_run = train(tmp_path / "damaged", plan)
+    chex.assert_trees_all_equal(resumed["first"][0].variables, trained["first"][0].variables)
+    assert resumed_run.metrics() == run.metrics()
+
+
+def test_stages_of_a_seed_share_one_key_of_views():
+    key, other_key = (_stage_run._view_key(seed) for seed in (3, 4))
+    # The teacher cache finds logits in memory by the identity of their key.
+    assert _stage_run._view_key(3) is key
+    assert (jax.random.key_data(key) != jax.random.key_data(other_key)).any()

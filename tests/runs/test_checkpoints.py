@@ -1,0 +1,256 @@
+"""Checkpoints are sound or do not count."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkd import distill
+from jaxkd._files import write_atomically
+from jaxkd.runs import checkpoints
+
+
+def make_state(step):
+    variables = {"params": {"kernel": jnp.arange(400.0) + step}, "batch_stats": {}}
+    return distill.init_train_state(variables, optax.adam(0.1))._replace(step=jnp.int32(step))
+
+
+def largest_file(folder):
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+
+
+def test_restores_what_was_saved(tmp_path):
+    checkpoints.save(tmp_path, 3, make_state(3), notes={"seconds": 1.5})
+    restored = checkpoints.restore(tmp_path, make_state(0))
+    assert restored.step == 3 and restored.notes == {"seconds": 1.5}
+    chex.assert_trees_all_equal(restored.tree, make_state(3))
+    assert isinstance(restored.tree, distill.TrainState)
+
+
+def test_absent_folder_gives_none(tmp_path):
+    assert checkpoints.restore(tmp_path / "absent", make_state(0)) is None
+
+
+def test_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path):
+    (tmp_path / "2").mkdir()
+    (tmp_path / "4.orbax-checkpoint-tmp-7").mkdir()
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, make_state(step), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["2", "2.json", "3", "3.json"]
+    checkpoints.save(tmp_path, 3, make_state(33))
+    chex.assert_trees_all_equal(checkpoints.restore(tmp_path, make_state(0)).tree, make_state(33))
+
+
+def test_folder_without_a_manifest_does_not_count(tmp_path):
+    checkpoints.save(tmp_path, 1, make_state(1))
+    checkpoints.save(tmp_path, 2, make_state(2))
+    (tmp_path / "2.json").unlink()
+    (tmp_path / "9").mkdir()
+    assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": lambda folder: flip(largest_file(folder / "2")),
+    "a truncated file": lambda folder: os.truncate(largest_file(folder / "2"), 10),
+    "a missing file": lambda folder: largest_file(folder / "2").unlink(),
+    "a broken manifest": lambda folder: (folder / "2.json").write_text("{"),
+    "a manifest of another kind": lambda folder: (folder / "2.json").write_text(json.dumps([1])),
+    "a changed note": lambda folder: (folder / "2.json").write_text(
+        (folder / "2.json").read_text().replace('"notes": {}', '"notes": {"seconds": 1}')
+    ),
+    "a manifest with another space": lambda folder: (folder / "2.json").write_text(
+        (folder / "2.json").read_text().replace('"notes": {}', '"notes":  {}')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
+    checkpoints.save(tmp_path, 1, make_state(1))
+    checkpoints.save(tmp_path, 2, make_state(2))
+    DAMAGES[damage](tmp_path)
+    with pytest.warns(UserWarning, match=r"2 is damaged and passed over"):
+        restored = checkpoints.restore(tmp_path, make_state(0))
+    assert restored.step == 1
+    chex.assert_trees_all_equal(restored.tree, make_state(1))
+
+
+def test_loads_any_tree_into_host_memory(tmp_path):
+    assert checkpoints.load(tmp_path) is None
+    for step in (1, 2):
+        checkpoints.save(
+            tmp_path,
+            step,
+            {"state": make_state(step), "half": [jnp.ones(2, jnp.bfloat16)]},
+            notes={"a": 1.5},
+        )
+    loaded = checkpoints.load(tmp_path)
+    assert (loaded.step, loaded.notes) == (2, {"a": 1.5})
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded.tree))
+    kernel = loaded.tree["state"]["params"]["kernel"]
+    np.testing.assert_array_equal(kernel, make_state(2).params["kernel"])
+    assert loaded.tree["half"][0].dtype == jnp.bfloat16
+    assert loaded.tree["state"]["opt_state"][0]["count"] == 0
+    DAMAGES["a flipped bit"](tmp_path)
+    with pytest.warns(UserWarning, match=r"2 is damaged and passed over"):
+        assert checkpoints.load(tmp_path).step == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"other": jnp.zeros(3)},
+        {"x": jnp.zeros(4)},
+        {"x": jnp.zeros(3, jnp.bfloat16)},
+        {"x": jnp.zeros((3, 1))},
+    ],
+)
+def test_checkpoint_of_another_tree_is_refused_and_kept(tmp_path, other):
+    checkpoints.save(tmp_path, 1, {"x": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 is of another tree \(\['\w+'\] was .* and is "):
+        checkpoints.restore(tmp_path, other)
+    assert checkpoints.restore(tmp_path, {"x": jnp.ones(3)}).step == 1
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    for name in ("thesis.tex", "notes.json", "2026-11"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "photos").mkdir()
+    checkpoints.save(tmp_path, 1, make_state(1))
+    assert sorted(os.listdir(tmp_path)) == [
+        "1",
+        "1.json",
+        "2026-11",
+        "notes.json",
+        "photos",
+        "thesis.tex",
+    ]
+
+
+def test_new_checkpoints_outlive_damaged_ones_of_higher_numbers(tmp_path):
+    for step in (8, 9):
+        checkpoints.save(tmp_path, step, make_state(step))
+        flip(largest_file(tmp_path / str(step)))
+    checkpoints.save(tmp_path, 1, make_state(1))
+    assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+    assert sorted(os.listdir(tmp_path)) == ["1", "1.json"]
+
+
+@pytest.fixture
+def control_c():
+    """Ctrl-C as in a terminal. In a job that a shell starts in the background, it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("control_c")
+def test_control_c_waits_for_the_end_of_a_save(tmp_path, monkeypatch):
+    make_checkpointer = checkpoints._make_checkpointer
+
+    def interrupt():
+        signal.raise_signal(signal.SIGINT)
+        return make_checkpointer()
+
+    monkeypatch.setattr(checkpoints, "_make_checkpointer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 1, make_state(1))
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(checkpoints.restore(tmp_path, make_state(0)).tree, make_state(1))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+SAVE_WITH_LIMIT = """
+import resource, sys
+import jax.numpy as jnp
+from jaxkd._files import write_atomically
+from jaxkd.runs import checkpoints
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    checkpoints.save(sys.argv[1], 2, {"x": jnp.arange(10_000.0) ** 0.5})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_file_that_cannot_be_written_is_one_line(tmp_path):
+    # For orbax, a limit on the size of files is like a full disk.
+    pytest.importorskip("resource", reason="this system has no limit on a file's size")
+    checkpoints.save(tmp_path, 1, {"x": jnp.ones(10_000)})
+    completed = subprocess.run(
+        [sys.executable, "-c", SAVE_WITH_LIMIT, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    message = f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{tmp_path / '2'}'\n"
+    assert completed.stdout == message and not completed.stderr
+    assert checkpoints.restore(tmp_path, {"x": jnp.zeros(10_000)}).step == 1
+
+
+def test_error_without_a_number_is_an_os_error(tmp_path, monkeypatch):
+    class FailingCheckpointer:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *arguments):
+            pass
+
+        def save(self, *arguments):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a page of details")
+
+    monkeypatch.setattr(checkpoints, "_make_checkpointer", FailingCheckpointer)
+    with pytest.raises(
+        OSError, match="1 cannot be written: RESOURCE_EXHAUSTED: No space left on device$"
+    ):
+        checkpoints.save(tmp_path, 1, make_state(1))
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_restores_on_one_of_several_devices(tmp_path):
+    assert jax.device_count() == 8
+    checkpoints.save(tmp_path, 1, jax.device_put({"x": jnp.arange(8.0)}, jax.devices()[3]))
+    assert checkpoints.restore(tmp_path, {"x": jnp.zeros(8)}).tree["x"].devices() == {
+        jax.devices()[0]
+    }
+
+
+@pytest.mark.parametrize("call", ["save", "restore", "load"])
+def test_without_orbax_the_error_names_the_command(tmp_path, monkeypatch, call):
+    checkpoints.save(tmp_path, 1, {"x": jnp.zeros(3)})
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    arguments = {"save": (2, {"x": jnp.zeros(3)}), "restore": ({"x": jnp.zeros(3)},), "load": ()}
+    message = r"^this needs orbax.checkpoint, .*: pip install 'jaxkd-distill\[train\]'$"
+    with pytest.raises(ImportError, match=message):
+        getattr(checkpoints, call)(tmp_path, *arguments[call])

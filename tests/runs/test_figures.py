@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from jaxkd.runs import figures
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_figures_are_the_same_bytes_again(rows, metrics, tmp_path):
+    for plot, values in (
+        (figures.plot_curves, metrics),
+        (figures.plot_accuracy, rows),
+        (figures.plot_size, rows),
+    ):
+        plot(values, tmp_path / "first.png")
+        plot(values, tmp_path / "second.png")
+        content = (tmp_path / "first.png").read_bytes()
+        assert content.startswith(PNG) and b"Software" not in content
+        assert content == (tmp_path / "second.png").read_bytes()
+        plot(values[:-1], tmp_path / "second.png")
+        assert content != (tmp_path / "second.png").read_bytes()
+
+
+def test_figures_take_a_single_seed_and_row(metrics, tmp_path, make_row):
+    row = make_row("student", [0.8])
+    seed_metrics = [metric for metric in metrics if metric["seed"] == 0]
+    for plot, values in (
+        (figures.plot_curves, seed_metrics),
+        (figures.plot_accuracy, [row]),
+        (figures.plot_size, [row]),
+    ):
+        plot(values, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+
+
+def test_a_curve_is_the_mean_over_seeds_with_their_spread(metrics):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    figures._plot_curve(axes, metrics[:8], "validation_accuracy", 100, 0)
+    (line,) = axes.lines
+    (band,) = axes.collections
+    np.testing.assert_allclose(line.get_xdata(), [100, 200, 300, 400])
+    np.testing.assert_allclose(line.get_ydata(), [60.5, 75.5, 80.5, 83.0])
+    heights = band.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([heights.min(), heights.max()], [60.5 - 0.5**0.5, 83.0 + 0.5**0.5])
+
+
+def test_a_stage_has_one_colour_in_every_figure(metrics, tmp_path, monkeypatch):
+    colours = {}
+    monkeypatch.setattr(
+        figures,
+        "_plot_curve",
+        lambda axes, metrics, key, scale, index: colours.update({metrics[0]["stage"]: index}),
+    )
+    figures.plot_curves(metrics, tmp_path / "curves.png", names=["teacher", "student_alone"])
+    assert colours == {"student_alone": 1, "student_direct": 2}
+
+
+def test_labels_keep_apart_and_in_order():
+    heights = np.array([50.0, 10.0, 12.0, 11.0, 90.0])
+    placed = figures._spread_out(heights, 13)
+    np.testing.assert_allclose(placed, [50, -2, 24, 11, 90])
+    crowded = figures._spread_out(np.array([5.0, 5.0, 5.0, 20.0]), 13)
+    assert np.diff(crowded).min() >= 13 - 1e-9 and crowded.mean() == pytest.approx(8.75)
+
+
+def test_nothing_to_draw_is_refused(tmp_path, make_row):
+    for plot in (figures.plot_accuracy, figures.plot_size, figures.plot_curves):
+        with pytest.raises(ValueError, match="to draw"):
+            plot([], tmp_path / "figure.png")
+    for plot in (figures.plot_accuracy, figures.plot_size):
+        with pytest.raises(ValueError, match="the row student has no accuracy to draw"):
+            plot([make_row("student", [])], tmp_path / "figure.png")
+    with pytest.raises(ValueError, match="each row to draw needs a number of parameters"):
+        figures.plot_size([make_row("student", [0.8], parameters=None)], tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,217 @@
+import io
+import os
+import re
+import sys
+
+import pytest
+from rich.console import Console
+
+from jaxkd.runs import report
+
+
+def print_to_text(rows, width):
+    console = Console(file=io.StringIO(), width=width)
+    report.print_table(rows, console=console)
+    return console.file.getvalue()
+
+
+def split_cells(line):
+    """The cells of a line of a Markdown table, without the spaces that align them."""
+    cells = re.split(r"(?<!\\)\|", line)
+    assert cells[0] == cells[-1] == ""
+    return [cell.strip() for cell in cells[1:-1]]
+
+
+def test_table_shows_each_value_in_its_column(rows):
+    lines = report.results_table(rows).splitlines()
+    header, alignment, teacher, alone, *_ = map(split_cells, lines)
+    assert header == (
+        "name|accuracy %|95 % interval|agreement %|ECE %|parameters|size|MFLOPs|latency ms"
+        "|training s"
+    ).split("|")
+    assert re.fullmatch(r"\|:-+\|(-+:\|){9}", lines[1]) and len(alignment) == 10
+    assert teacher == "teacher|91.2 ± 0.3|85.1–87.5||3.1|2,400,000|9.6 MB|8.2|0.21|42".split("|")
+    assert alone == "student_alone|82.0 ± 1.0|85.1–87.5|90.3|3.1|167,562|670 kB|8.2|0.21|42".split(
+        "|"
+    )
+
+
+def test_a_missing_value_is_an_empty_cell(make_row):
+    unknown = dict.fromkeys(
+        ("accuracy_interval", "agreement", "ece", "bytes", "flops", "latency_ms")
+    )
+    table = report.results_table([make_row("a|b", [0.5], **unknown, seconds=())])
+    line = table.splitlines()[-1]
+    assert split_cells(line) == [r"a\|b", "50.0", "", "", "", "167,562", "", "", "", ""]
+
+
+def test_zero_is_not_missing(make_row):
+    row = make_row("lucky", [0.0, 0.0], ece=0.0, agreement=0.0, accuracy_interval=(0.0, 0.1))
+    line = report.results_table([row]).splitlines()[-1]
+    assert split_cells(line)[:5] == ["lucky", "0.0 ± 0.0", "0.0–10.0", "0.0", "0.0"]
+
+
+def test_console_shows_all_columns_in_100_characters(rows, make_row):
+    text = print_to_text([*rows, make_row("student_born_again_2", [0.86, 0.87])], 100)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for word in (
+        "95 %",
+        "agrees",
+        "ECE",
+        "params",
+        "MFLOPs",
+        "latency",
+        "train",
+        "student_born_again_2",
+        "2,400,000",
+    ):
+        assert word in text
+
+
+def test_a_narrow_console_loses_columns_but_no_text(rows):
+    text = print_to_text(rows, 60)
+    assert max(map(len, text.splitlines())) <= 60 and "…" not in text
+    assert "82.0 ± 1.0" in text and "167,562" in text
+    assert "ECE" not in text and "train" not in text
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "sentence"),
+    [
+        (
+            [0.86, 0.87, 0.865],
+            [0.82, 0.82, 0.826],
+            "Over 3 seeds, new is 4.3 ± 0.6 points above old (82.2 % → 86.5 %).",
+        ),
+        (
+            [0.80, 0.81],
+            [0.82, 0.82],
+            "Over 2 seeds, new is 1.5 ± 0.7 points below old (82.0 % → 80.5 %).",
+        ),
+        (
+            [0.80, 0.84],
+            [0.82, 0.81],
+            "Over 2 seeds, new is 0.5 ± 3.5 points above old (81.5 % → 82.0 %). "
+            "That is within the spread over seeds.",
+        ),
+        (
+            [0.80, 0.82],
+            [0.82, 0.80],
+            "Over 2 seeds, new is 0.0 ± 2.8 points from old (81.0 % → 81.0 %). "
+            "That is within the spread over seeds.",
+        ),
+        (
+            [0.86],
+            [0.82],
+            "With one seed, new is 4.0 points above old (82.0 % → 86.0 %). "
+            "One seed cannot tell such a difference from chance.",
+        ),
+        (
+            [0.80],
+            [0.82],
+            "With one seed, new is 2.0 points below old (82.0 % → 80.0 %). "
+            "One seed cannot tell such a difference from chance.",
+        ),
+    ],
+)
+def test_a_comparison_says_what_the_seeds_allow(after, before, sentence, make_row):
+    rows = [make_row("old", before), make_row("new", after)]
+    assert report.compare_rows(rows, "new", "old") == sentence
+
+
+def test_a_comparison_pairs_the_seeds(make_row):
+    # Seeds differ by ten points, models by one on every seed: only the paired deviation is zero.
+    rows = [make_row("old", [0.70, 0.80, 0.90]), make_row("new", [0.71, 0.81, 0.91])]
+    assert "1.0 ± 0.0 points above" in report.compare_rows(rows, "new", "old")
+
+
+def test_a_comparison_needs_both_rows_and_the_same_seeds(rows, make_row):
+    with pytest.raises(
+        ValueError, match="no row named 'nobody': choose from teacher, student_alone, student_d"
+    ):
+        report.compare_rows(rows, "nobody", "teacher")
+    with pytest.raises(ValueError, match="'nobody'"):
+        report.compare_rows(rows, "teacher", "nobody")
+    with pytest.raises(ValueError, match="old 2: pairs need the same seeds"):
+        report.compare_rows([*rows, make_row("old", [0.8, 0.8])], "teacher", "old")
+    with pytest.raises(ValueError, match="the row old has no accuracy to compare"):
+        report.compare_rows([*rows, make_row("old", [])], "teacher", "old")
+
+
+def test_a_single_accuracy_counts_for_all_seeds(make_row):
+    rows = [make_row("teacher", [0.9]), make_row("student", [0.8, 0.82, 0.81])]
+    sentence = "Over 3 seeds, student is 9.0 ± 1.0 points below teacher (90.0 % → 81.0 %)."
+    assert report.compare_rows(rows, "student", "teacher") == sentence
+    assert report.compare_rows(rows, "teacher", "student").startswith(
+        "Over 3 seeds, teacher is 9.0 ± 1.0 points above"
+    )
+
+
+def test_remarks_come_before_the_settings(tmp_path, rows, metrics):
+    lists = {
+        "rows": rows,
+        "metrics": metrics,
+        "comparisons": [],
+        "settings": {"a": 1},
+        "environment": {},
+    }
+    text = report.write_report(
+        tmp_path, title="Run", **lists, remarks=["Kept: 97 %.", "![kept](kept.png)"]
+    ).read_text()
+    assert "\n\nKept: 97 %.\n\n![kept](kept.png)\n\n## Settings" in text
+
+
+def test_no_rows_are_refused():
+    for show in (report.results_table, report.print_table):
+        with pytest.raises(ValueError, match="at least one row"):
+            show([])
+
+
+def test_a_table_may_have_no_rows_and_cells_of_any_type():
+    table = report.markdown_table(["setting", "value"], [])
+    assert list(map(split_cells, table.splitlines()))[0] == ["setting", "value"]
+    assert len(table.splitlines()) == 2
+    table = report.markdown_table(["setting", "value"], [["epochs", 3], ["digits", "1e5"]])
+    assert re.fullmatch(r"\|:-+\|:-+\|", table.splitlines()[1])
+    assert list(map(split_cells, table.splitlines()[2:])) == [["epochs", "3"], ["digits", "1e5"]]
+
+
+def test_without_tabulate_the_error_names_the_command(rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    with pytest.raises(ImportError, match=r"needs tabulate, .*: pip install .*distill\[train\]'$"):
+        report.results_table(rows)
+
+
+def test_a_report_that_cannot_be_written_writes_nothing(rows, metrics, tmp_path):
+    options = {"title": "", "rows": rows, "metrics": metrics, "settings": {}, "environment": {}}
+    with pytest.raises(ValueError, match="'nobody'"):
+        report.write_report(tmp_path, comparisons=[("nobody", "teacher")], **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_report_holds_table_sentences_and_figures(rows, metrics, tmp_path):
+    path = report.write_report(
+        tmp_path / "run",
+        title="CIFAR-10",
+        rows=rows,
+        metrics=metrics,
+        comparisons=[("student_direct", "student_alone")],
+        settings={"temperature": 4.0, "plan": "a|b"},
+        environment={"jax": "0.12"},
+    )
+    text = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "run" / "report.md" and text.startswith("# CIFAR-10\n\n| name ")
+    assert report.results_table(rows) in text
+    assert f"- {report.compare_rows(rows, 'student_direct', 'student_alone')}\n" in text
+    cells = [split_cells(line) for line in text.splitlines() if line.startswith("| ")]
+    settings = cells.index(["temperature", "4.0"])
+    assert cells[settings + 1] == ["plan", r"a\|b"] and ["jax", "0.12"] in cells
+    assert sorted(os.listdir(path.parent)) == [
+        "accuracy.png",
+        "curves.png",
+        "report.md",
+        "size.png",
+    ]
+    for figure in ("accuracy.png", "curves.png", "size.png"):
+        assert f"]({figure})" in text and (path.parent / figure).read_bytes().startswith(b"\x89PNG")

