@@ -3,9 +3,9 @@
 Question: does a small network learn more from a deeper teacher, and with which method?
 
 ResNets of --depths layers learn from all training images. A ResNet of --student-depth layers sees
---num-images images with their labels. It learns from the labels alone, and from each teacher by each
-method, whose term is added to the cross-entropy with the labels. All students of a seed see the same
-images and take the same number of steps.
+--num-images images with their labels. It learns from the labels alone, and from each teacher by
+each method, whose term is added to the cross-entropy with the labels. All students of a seed see
+the same images and take the same number of steps.
 
 Terms and weights are those of RepDistiller, the code of Tian et al. The dkd term and its weight are
 its authors' for ResNets of one width, without their warm-up. The negatives of crd are the other
@@ -153,7 +153,7 @@ def make_resnet(depth: int, config: Config, dataset: data.Dataset) -> models.Mod
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
     """Makes the stages: the teachers, a student alone, and one for each method and teacher."""
-    all_images = images.to_examples(dataset.train)
+    all_images = dataset.train.examples
     count = len(dataset.train.labels) if config.num_images is None else config.num_images
     few_images, _ = images.make_few_labels(dataset, count)
     networks = {
@@ -238,11 +238,15 @@ def main(config: Config) -> None:
         comparisons += [
             (f"{name}_{deepest}", f"{name}_{shallowest}") for name in select_methods(config)
         ]
-    outputs = images.run(
-        "compare_teachers",
-        config,
-        dataset,
+    run = images.open_run("compare_teachers", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    outputs = plans.save_results(
+        run,
         plan,
+        trained,
+        dataset.test.examples,
         title="A ladder of teachers",
         students=students,
         comparisons=comparisons,

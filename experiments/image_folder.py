@@ -139,7 +139,7 @@ def make_plan(
 ) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """Makes the ImageNet network and the stages: the teacher and the students."""
     network = NETWORKS[config.network]
-    examples = images.to_examples(dataset.train)
+    examples = dataset.train.examples
     imagenet = images.load_pretrained(
         "imagenet",
         network.make_module(),
@@ -188,7 +188,7 @@ def predict_classes(
     plan: plans.Plan, trained: Mapping[str, Sequence[TrainedModel]], inputs: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Returns the predicted classes of the first seed's teacher and distilled student."""
-    predictions = {}
+    predictions: dict[str, np.ndarray] = {}
     for entry in plan:
         if entry.name in ("teacher", "student_distilled"):
             predict = evaluate.make_predict(entry.model)
@@ -270,11 +270,15 @@ def main(config: Config) -> None:
     config.check()
     dataset = images.load(config)
     plan = make_plan(config, dataset)
-    outputs = images.run(
-        "image_folder",
-        config,
-        dataset,
+    run = images.open_run("image_folder", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    outputs = plans.save_results(
+        run,
         plan,
+        trained,
+        dataset.test.examples,
         title="A classifier of photographs",
         students=("student_alone", "student_distilled"),
         comparisons=(("student_distilled", "student_alone"), ("student_distilled", "teacher")),

@@ -269,7 +269,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         images.make_stage, options=config, steps=images.num_steps(config, dataset)
     )
     stages = [
-        stage("teacher", teacher, images.to_examples(dataset.train), plans.supervised_loss),
+        stage("teacher", teacher, dataset.train.examples, plans.supervised_loss),
         stage("labels", student, few_images, plans.supervised_loss),
     ]
     methods = make_methods(config)
@@ -294,11 +294,15 @@ def main(config: Config) -> None:
     dataset = images.load(config)
     plan = make_plan(config, dataset)
     students = [stage.name for stage in plan[1:]]
-    images.run(
-        "methods",
-        config,
-        dataset,
+    run = images.open_run("methods", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    plans.save_results(
+        run,
         plan,
+        trained,
+        dataset.test.examples,
         title="Methods of distillation, side by side",
         students=students,
         comparisons=[(name, "labels") for name in students[1:]],

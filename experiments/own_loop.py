@@ -1,9 +1,7 @@
 """Distils a Flax NNX network in a training loop of your own: optax, one loss and nothing else.
 
-Question: how much code does distillation need, if you have your own network and loop?
-
-The teacher learns from all 9,000 images. Two small networks see 1,000 images with their labels. One
-of them also learns from the teacher's logits.
+Question: how much code does distillation need? A teacher learns from all 9,000 images. Two small
+networks see 1,000 images with their labels, and one of them also learns from the teacher's logits.
 
 Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
 
@@ -38,50 +36,48 @@ class CNN(nnx.Module):
         return self.logits(x.reshape(len(x), -1))
 
 
-def train(model, images, labels, teacher_logits=None, *, steps, seed):
-    """Returns a trained copy of a model, distilled if there are the logits of a teacher."""
-    graphdef, params = nnx.split(model)
+def mean_loss(model, images, labels, teacher_logits=None):
+    """Computes the mean loss of a batch, with or without a teacher."""
+    logits = model(images)
+    if teacher_logits is None:
+        return losses.hard_cross_entropy(logits, labels).mean()
+    loss = losses.distillation_loss(logits, teacher_logits, labels, temperature=4.0, alpha=0.9)
+    return loss.mean()
+
+
+@nnx.jit
+def train_step(model, optimizer, *batch):
+    """Updates the model in place."""
+    optimizer.update(model, nnx.grad(mean_loss)(model, *batch))
+
+
+def train(model, *examples, steps, seed):
+    """Trains a model on images, labels and, for a student, the teacher's logits."""
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    opt_state = tx.init(params)
-
-    def mean_loss(params, images, labels, teacher_logits):
-        logits = nnx.merge(graphdef, params)(images)
-        if teacher_logits is None:
-            return losses.hard_cross_entropy(logits, labels).mean()
-        return losses.distillation_loss(
-            logits, teacher_logits, labels, temperature=4.0, alpha=0.9
-        ).mean()
-
-    @jax.jit
-    def step(params, opt_state, *batch):
-        updates, opt_state = tx.update(jax.grad(mean_loss)(params, *batch), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        # The teacher ran once on all images, so that a step only looks its logits up.
-        indices = rng.integers(len(images), size=128)
-        batch_logits = None if teacher_logits is None else teacher_logits[indices]
-        params, opt_state = step(params, opt_state, images[indices], labels[indices], batch_logits)
-    return nnx.merge(graphdef, params)
+        indices = rng.integers(len(examples[0]), size=128)
+        train_step(model, optimizer, *(array[indices] for array in examples))
+    return model
 
 
 def main(num_seeds=3, steps=300):
     """Trains teacher and students for each seed and prints their test accuracy."""
     train_split, _, test, _ = data.load("fashion_mnist_mini")
     predict = nnx.jit(lambda model, images: model(images))
-    accuracies = {"teacher": [], "student alone": [], "student distilled": []}
+    rows = []
     for seed in range(num_seeds):
         teacher = train(CNN(32, nnx.Rngs(seed)), *train_split, steps=steps, seed=seed)
         few = data.balanced_subset(train_split.labels, 1000, jax.random.key(seed))
         images, labels = train_split.images[few], train_split.labels[few]
+        # Computed once for all images, and from then on part of the examples.
         logits = np.asarray(predict(teacher, images))
         alone = train(CNN(8, nnx.Rngs(seed)), images, labels, steps=steps, seed=seed)
         distilled = train(CNN(8, nnx.Rngs(seed)), images, labels, logits, steps=steps, seed=seed)
-        for name, model in zip(accuracies, (teacher, alone, distilled), strict=True):
-            correct = predict(model, test.images).argmax(-1) == test.labels
-            accuracies[name].append(100 * float(correct.mean()))
-    for name, values in accuracies.items():
+        classes = [predict(net, test.images).argmax(-1) for net in (teacher, alone, distilled)]
+        rows.append([100 * np.mean(predicted == test.labels) for predicted in classes])
+    for name, *values in zip(("teacher", "student alone", "distilled"), *rows, strict=True):
         print(f"{name}: {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} %")
 
 

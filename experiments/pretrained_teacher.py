@@ -2,10 +2,10 @@
 
 Question: what does a pretrained network teach a small one, with all labels and with few?
 
-A ResNet-20 that was trained in PyTorch for 200 epochs is read from its file and teaches a CNN of two
-convolutions on CIFAR-10. The same CNN learns from the labels alone for comparison. Both are trained
-once with the labels of all training images and once with only --num-labels of them, while the soft
-targets cover all images.
+A ResNet-20 that was trained in PyTorch for 200 epochs is read from its file and teaches a CNN of
+two convolutions on CIFAR-10. The same CNN learns from the labels alone for comparison. Both are
+trained once with the labels of all training images and once with only --num-labels of them, while
+the soft targets cover all images.
 
 Papers: Hinton et al., Distilling the Knowledge in a Neural Network,
 https://arxiv.org/abs/1503.02531; He et al., Deep Residual Learning for Image Recognition,
@@ -35,8 +35,8 @@ WEIGHTS = (
 )
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""Statistics of each channel with which the ResNet's images were normalised: ImageNet's, although it
-was trained on CIFAR-10."""
+"""Statistics of each channel with which the ResNet's images were normalised: ImageNet's, although
+it was trained on CIFAR-10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_plan(
         std=STD,
     )
     student = images.make_cnn((32, 64), 64, dataset, config)
-    all_labels = images.to_examples(dataset.train)
+    all_labels = dataset.train.examples
     labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
 
     stage = functools.partial(
@@ -110,11 +110,16 @@ def main(config: Config) -> None:
         f"--dataset {config.dataset}: the teacher knows the ten classes of CIFAR-10, "
         f"but this data set has {len(dataset.class_names)}",
     )
-    images.run(
-        "pretrained_teacher",
-        config,
-        dataset,
-        make_plan(config, dataset),
+    plan = make_plan(config, dataset)
+    run = images.open_run("pretrained_teacher", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    plans.save_results(
+        run,
+        plan,
+        trained,
+        dataset.test.examples,
         title="A pretrained teacher",
         students=("all_alone", "all_distilled", "few_alone", "few_distilled"),
         comparisons=(

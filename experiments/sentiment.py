@@ -164,7 +164,13 @@ def main(config: Config) -> None:
     run = plans.open_run("sentiment", config, config.dataset, texts.list_arrays(data))
     teacher = texts.train_teacher(run, config, data)
     plan = make_plan(config, data, teacher)
-    trained = plans.train(run, config, plan, validation=data.validation, buckets=data.buckets)
+    trained = distill.run_plan(
+        plan,
+        run=run,
+        validation=data.validation,
+        buckets=data.buckets,
+        **plans.run_options(config, plan),
+    )
     students = [entry.name for entry in plan[1:]]
     distilled = students[1:]
     plans.save_results(

@@ -3,8 +3,8 @@
 Question: which temperature is best, and how much weight should the soft targets have?
 
 The teacher learns from all training images. A small network sees --num-images images with their
-labels. It learns from the labels alone, or from the labels and the soft targets, for every pair of a
-temperature and a weight alpha. The pair with the highest validation accuracy is the best one. Its
+labels. It learns from the labels alone, or from the labels and the soft targets, for every pair of
+a temperature and a weight alpha. The pair with the highest validation accuracy is the best one. Its
 gain is reported on the test images.
 
 Students that differ only in temperature, alpha and seed share one compiled program. --max-students
@@ -128,7 +128,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         )
 
     return (
-        stage("teacher", teacher, images.to_examples(dataset.train), plans.supervised_loss),
+        stage("teacher", teacher, dataset.train.examples, plans.supervised_loss),
         stage("labels", student, few_images, plans.supervised_loss),
         *(
             make_student(temperature, alpha)
@@ -188,11 +188,15 @@ def main(config: Config) -> None:
     dataset = images.load(config)
     plan = make_plan(config, dataset)
     students = [stage.name for stage in plan[2:]]
-    outputs = images.run(
-        "sweep",
-        config,
-        dataset,
+    run = images.open_run("sweep", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    outputs = plans.save_results(
+        run,
         plan,
+        trained,
+        dataset.test.examples,
         title="Temperature and alpha",
         students=students,
         comparisons=[],

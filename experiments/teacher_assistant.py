@@ -48,7 +48,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     assistant = images.make_cnn((32, 64), 64, dataset, config)
     student = images.make_cnn((16,), 32, dataset, config)
 
-    all_labels = images.to_examples(dataset.train)
+    all_labels = dataset.train.examples
     labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
 
     stage = functools.partial(
@@ -74,11 +74,16 @@ def main(config: Config) -> None:
     """Trains all networks, compares them and writes the report."""
     config.check()
     dataset = images.load(config)
-    images.run(
-        "teacher_assistant",
-        config,
-        dataset,
-        make_plan(config, dataset),
+    plan = make_plan(config, dataset)
+    run = images.open_run("teacher_assistant", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    plans.save_results(
+        run,
+        plan,
+        trained,
+        dataset.test.examples,
         title="Teacher, assistant, student",
         students=("student_alone", "student_direct", "student_assisted"),
         comparisons=(

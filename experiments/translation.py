@@ -205,15 +205,14 @@ def make_teacher_tx(config: Config, steps: int) -> optax.GradientTransformation:
 def train(
     run: runs.Run, config: Config, data: TranslationData, plan: plans.Plan, **kwargs: Any
 ) -> dict[str, list[TrainedModel]]:
-    """Runs a plan of translators. Further arguments are those of `plans.train`."""
-    return plans.train(
-        run,
-        config,
+    """Runs a plan of translators. Further arguments are those of `distill.run_plan`."""
+    return distill.run_plan(
         plan,
+        run=run,
         validation={"inputs": data.validation},
         make_score=functools.partial(make_word_score, buckets=data.buckets),
         buckets=data.buckets,
-        **kwargs,
+        **plans.run_options(config, plan) | kwargs,
     )
 
 

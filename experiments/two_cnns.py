@@ -4,8 +4,8 @@ Question: what does distillation from a larger CNN add to the labels?
 
 Both are Conv 32 - pool - Conv 64 - pool - Dense 64 - Dense 10, trained on the same images, with the
 same optimizer and number of steps. Model A learns from the labels alone. Model B also learns from
-the soft targets of a larger CNN (Conv 64 - pool - Conv 128 - pool - Dense 128 - Dense 10), which was
-trained on randomly mirrored images.
+the soft targets of a larger CNN (Conv 64 - pool - Conv 128 - pool - Dense 128 - Dense 10), which
+was trained on randomly mirrored images.
 
 Paper: Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
 
@@ -46,7 +46,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Makes the stages: the teacher, model A and model B."""
     small = images.make_cnn((32, 64), 64, dataset, config)
     large = images.make_cnn((64, 128), 128, dataset, config)
-    examples = images.to_examples(dataset.train)
+    examples = dataset.train.examples
 
     teacher = images.make_stage(
         "teacher",
@@ -81,11 +81,16 @@ def main(config: Config) -> None:
     """Trains all networks, compares them and writes the report."""
     config.check()
     dataset = images.load(config)
-    images.run(
-        "two_cnns",
-        config,
-        dataset,
-        make_plan(config, dataset),
+    plan = make_plan(config, dataset)
+    run = images.open_run("two_cnns", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    plans.save_results(
+        run,
+        plan,
+        trained,
+        dataset.test.examples,
         title="Two CNNs of one architecture",
         students=("model_a", "model_b"),
         comparisons=(("model_b", "model_a"), ("model_b", "teacher")),

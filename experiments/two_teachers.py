@@ -5,15 +5,16 @@ Question: does a small network learn more from two teachers than from the better
 The large teacher is trained on all labels. The medium teacher starts from the large one's weights,
 of which it takes the channels of largest norm, and is trained for a quarter of the steps. For
 comparison, a network of its size is trained from scratch for as long. Only --num-labels images keep
-their label for the small networks. They learn from the large teacher, from the medium one, from both
-with the weights 0.7 and 0.3, and from the average of both teachers' probabilities.
+their label for the small networks. They learn from the large teacher, from the medium one, from
+both with the weights 0.7 and 0.3, and from the average of both teachers' probabilities.
 
 Cross-entropy is linear in its targets. A weighted sum of two soft-target losses is therefore the
 loss of the weighted average of the targets, and the last two students differ only in the weight of
 each teacher.
 
-Papers: You et al., Learning from Multiple Teacher Networks, https://doi.org/10.1145/3097983.3098135;
-Li et al., Pruning Filters for Efficient ConvNets, https://arxiv.org/abs/1608.08710
+Papers: You et al., Learning from Multiple Teacher Networks,
+https://doi.org/10.1145/3097983.3098135; Li et al., Pruning Filters for Efficient ConvNets,
+https://arxiv.org/abs/1608.08710
 
 Command: python -m experiments.two_teachers
 
@@ -123,7 +124,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     medium = images.make_cnn(*MEDIUM, dataset, config)
     small = images.make_cnn(*SMALL, dataset, config)
 
-    all_labels = images.to_examples(dataset.train)
+    all_labels = dataset.train.examples
     labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
     steps = images.num_steps(config, dataset)
 
@@ -159,11 +160,16 @@ def main(config: Config) -> None:
     """Trains all networks, compares them and writes the report."""
     config.check()
     dataset = images.load(config)
-    images.run(
-        "two_teachers",
-        config,
-        dataset,
-        make_plan(config, dataset),
+    plan = make_plan(config, dataset)
+    run = images.open_run("two_teachers", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    plans.save_results(
+        run,
+        plan,
+        trained,
+        dataset.test.examples,
         title="Two teachers",
         students=("alone", "by_large", "by_medium", "by_both", "by_average"),
         comparisons=(

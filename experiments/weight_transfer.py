@@ -107,16 +107,22 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
     stage = images.make_stage(
         "source",
         images.make_cnn(FEATURES, HIDDEN, dataset, config),
-        images.to_examples(dataset.train),
+        dataset.train.examples,
         plans.supervised_loss,
         config,
         steps=images.num_steps(config, dataset),
     )
-    outputs = images.run(
-        "weight_transfer",
-        dataclasses.replace(config, num_seeds=1, workdir=str(folder / "source")),
-        dataset,
-        [stage],
+    plan = [stage]
+    options = dataclasses.replace(config, num_seeds=1, workdir=str(folder / "source"))
+    run = images.open_run("weight_transfer", options, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(options, plan)
+    )
+    outputs = plans.save_results(
+        run,
+        plan,
+        trained,
+        dataset.test.examples,
         title="The source task",
         students=("source",),
         comparisons=(),
@@ -192,11 +198,17 @@ def main(config: Config) -> None:
     pretrained = train_source(config, source, folder)
     counts = (*config.num_labels, total)
     students = [f"{variant}_{count}" for count in counts for variant in VARIANTS]
-    outputs = images.run(
-        "weight_transfer",
-        dataclasses.replace(config, workdir=str(folder / "target")),
-        target,
-        make_plan(config, target, pretrained),
+    plan = make_plan(config, target, pretrained)
+    options = dataclasses.replace(config, workdir=str(folder / "target"))
+    run = images.open_run("weight_transfer", options, target)
+    trained = distill.run_plan(
+        plan, run=run, validation=target.validation.examples, **plans.run_options(options, plan)
+    )
+    outputs = plans.save_results(
+        run,
+        plan,
+        trained,
+        target.test.examples,
         title="From one task to another",
         students=students,
         comparisons=[

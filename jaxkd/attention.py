@@ -9,6 +9,8 @@ A query that may not attend to any key gets weights, context and gradients of 0,
 hold any value, even NaN: values and gradients are the same as if it were sliced away.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 import jax

@@ -3,6 +3,8 @@
 Metrics of predictions are computed on the host in NumPy, from logits that `make_predict` returns.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
@@ -67,7 +69,7 @@ class Latency(NamedTuple):
 
 
 def make_predict(
-    model: "Model",
+    model: Model,
     *,
     batch_size: int | None = None,
     mesh: Mesh | None = None,
@@ -326,7 +328,7 @@ def parameter_bytes(variables: dict) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
-def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
+def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
     """Counts the floating-point operations of the prediction of one example.
 
     This is XLA's count for the program before it is compiled for a CPU, whatever the device in use.
@@ -369,7 +371,7 @@ def flops(model: "Model", variables: dict, inputs: ArrayLike) -> float | None:
 
 
 def latency(
-    model: "Model", variables: dict, inputs: ArrayLike, *, repeats: int = 50, warmup: int = 5
+    model: Model, variables: dict, inputs: ArrayLike, *, repeats: int = 50, warmup: int = 5
 ) -> Latency:
     """Measures the wall time of predicting one batch that is on the device already.
 
@@ -465,7 +467,7 @@ def _batches(inputs: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, 
         yield rows, inputs[rows]
 
 
-def _forward(model: "Model") -> Callable[[dict, ArrayLike], Array]:
+def _forward(model: Model) -> Callable[[dict, ArrayLike], Array]:
     return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(
         jnp.float32
     )

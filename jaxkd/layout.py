@@ -11,6 +11,8 @@ A conversion between frameworks is data: a pattern of axes, or the gates of a re
 works in both directions.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ def _join_help_lines(config: type) -> None:
             helps[option.arg_name] = " ".join((option.description or "").split())
     for field in dataclasses.fields(config):
         if field.name in helps:
-            field.metadata = {**field.metadata, "help": helps[field.name]}
+            help_text = {"help": helps[field.name]}
+            field.metadata = types.MappingProxyType({**field.metadata, **help_text})
 
 
 def _wrap(description: str) -> str:

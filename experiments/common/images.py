@@ -11,7 +11,7 @@ import numpy as np
 from experiments.common import options as common_options
 from experiments.common import plans
 from experiments.common.cli import OptionError, require
-from jaxkd import data, distill, models
+from jaxkd import data, distill, models, runs
 from jaxkd.distill import Examples, LossFn
 from jaxkd.weights import from_torch, load_weights
 
@@ -199,36 +199,12 @@ def make_stage(
     )
 
 
-def run(
-    experiment: str,
-    options: Options,
-    dataset: data.Dataset,
-    plan: plans.Plan,
-    **kwargs: Any,
-) -> plans.RunOutputs:
-    """Runs a plan on images; saves results, report, figures and the best student.
-
-    Args:
-        experiment: Name of the script, for the run's folder.
-        options: Its options.
-        dataset: The images.
-        plan: The plan.
-        **kwargs: Further arguments of `plans.save_results`: title, students, comparisons and so on.
-
-    Returns:
-        Folder, rows and models.
-    """
-    opened = plans.open_run(experiment, options, options.dataset, list_arrays(dataset))
-    trained = plans.train(opened, options, plan, validation=to_examples(dataset.validation))
-    return plans.save_results(opened, plan, trained, to_examples(dataset.test), **kwargs)
+def open_run(experiment: str, options: Options, dataset: data.Dataset) -> runs.Run:
+    """Starts the run of an experiment on images, or resumes it."""
+    return plans.open_run(experiment, options, options.dataset, list_arrays(dataset))
 
 
 def list_arrays(dataset: data.Dataset) -> list[np.ndarray]:
     """Returns all arrays of a data set, for the run's fingerprint."""
     splits = (dataset.train, dataset.validation, dataset.test)
     return [array for split in splits for array in split]
-
-
-def to_examples(split: data.Split) -> dict[str, np.ndarray]:
-    """Returns a split's images and labels as a plan takes them."""
-    return {"inputs": split.images, "labels": split.labels}

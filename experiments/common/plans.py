@@ -86,8 +86,7 @@ def transfer_all_but_head(source: dict, fresh: dict) -> dict:
 
 
 def choose_folder(experiment: str, options: Options, data_name: str) -> Path:
-    """Returns the run's folder: the options' workdir, or one in runs/ named after data and
-    options."""
+    """Returns the options' workdir, or a folder in runs/ named after data and options."""
     if options.workdir:
         return Path(options.workdir).expanduser()
     values = dataclasses.asdict(options).items()
@@ -111,38 +110,15 @@ def open_run(
     return runs.open_run(choose_folder(experiment, options, data_name), config, arrays=arrays)
 
 
-def train(
-    run: runs.Run,
-    options: Options,
-    plan: Plan,
-    *,
-    validation: Mapping[str, Any],
-    seeds: Sequence[int] | None = None,
-    **kwargs: Any,
-) -> dict[str, list[TrainedModel]]:
-    """Runs a plan for the options' seeds, where and as the options say.
-
-    Args:
-        run: The run, from `open_run`.
-        options: The options.
-        plan: The plan.
-        validation: `inputs` and `labels`.
-        seeds: Other seeds than the options'.
-        **kwargs: Further arguments of `distill.run_plan`.
-    """
-    if seeds is None:
-        seeds = range(options.seed, options.seed + options.num_seeds)
-    return distill.run_plan(
-        plan,
-        seeds,
-        run,
-        validation=validation,
-        save_every=options.save_every,
-        evaluations=options.evaluations,
-        placement=make_placement(options, plan),
-        teacher_cache=options.teacher_cache,
-        **kwargs,
-    )
+def run_options(options: Options, plan: Plan) -> dict[str, Any]:
+    """Returns the arguments of `distill.run_plan` that follow from the options."""
+    return {
+        "seeds": range(options.seed, options.seed + options.num_seeds),
+        "placement": make_placement(options, plan),
+        "save_every": options.save_every,
+        "evaluations": options.evaluations,
+        "teacher_cache": options.teacher_cache,
+    }
 
 
 def find_best(
@@ -190,7 +166,7 @@ def save_results(
     Args:
         run: The run, from `open_run`.
         plan: The plan.
-        trained: The trained models, from `train`.
+        trained: The trained models, from `distill.run_plan`.
         test: `inputs` and `labels`.
         title: Title of the report.
         students: The stages of which the best one is exported, by validation accuracy.
@@ -209,15 +185,11 @@ def save_results(
     outputs = RunOutputs(run.folder, rows, trained)
     if not distill.is_primary_process():
         return outputs
-    run.write_results(rows)
-    report.write_report(
-        run.folder,
+    report.report_run(
+        run,
+        rows,
         title=title,
-        rows=rows,
-        metrics=run.metrics(),
         comparisons=comparisons,
-        settings=run.config,
-        environment=run.environment,
         remarks=make_remarks(rows, run.folder) if make_remarks else (),
     )
     best, seed = find_best(trained, students)

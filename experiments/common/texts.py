@@ -130,7 +130,9 @@ def encode(
         max_length <= max_positions,
         f"--max-length {max_length}: {options.bert} has positions for {max_positions} tokens",
     )
-    sources = [(split.texts, split.origins) for split in dataset[:3]]
+    sources: list[tuple[Sequence[str], Sequence[str]]] = []
+    for split in dataset[:3]:
+        sources.append((split.texts, split.origins))
     if unlabelled:
         sources.append(unlabelled)
     encoded = []
@@ -214,12 +216,8 @@ def train_teacher(run: runs.Run, options: Options, data: TextData) -> distill.Tr
         start="bert",
     )
     plan = (distill.Pretrained("bert", data.model, data.bert.variables), stage)
-    trained = plans.train(
-        run,
-        options,
-        plan,
-        validation=data.validation,
-        buckets=data.buckets,
-        seeds=[options.seed],
+    run_options = plans.run_options(options, plan) | {"seeds": [options.seed]}
+    trained = distill.run_plan(
+        plan, run=run, validation=data.validation, buckets=data.buckets, **run_options
     )
     return trained["teacher"][0]

@@ -4,6 +4,8 @@ Tokens are integers, padded with 0 on the right. Each bucket length is a shape o
 compiled once.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -62,7 +64,7 @@ class LengthBuckets:
             )
 
     @classmethod
-    def fit(cls, tokens: ArrayLike, *, count: int, multiple: int = 8) -> "LengthBuckets":
+    def fit(cls, tokens: ArrayLike, *, count: int, multiple: int = 8) -> LengthBuckets:
         """Chooses the bucket lengths that need the least padding.
 
         Args:

@@ -1,5 +1,7 @@
 """A fixed number of augmented views of each example, which a teacher and its students share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

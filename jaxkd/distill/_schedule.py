@@ -28,7 +28,7 @@ def make_schedule(
         One round per seed if students train alone. Otherwise one round per program, in which groups
         hold the seeds and the stages that share it.
     """
-    if max_students == 1:
+    if max_students == 1 or not seeds:
         return [[[(stage, seed)] for stage in stages] for seed in seeds]
     programs: dict[Any, list[CompiledStage]] = {}
     for stage in stages:

@@ -1,5 +1,7 @@
 """Teacher logits that are computed once for a data set, and kept on disk and in memory."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import itertools

@@ -1,5 +1,7 @@
 """The largest logits of each example, kept in place of all of them."""
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """The rows of the table of results: a typed record, and its form in `results.json`."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -84,7 +86,7 @@ class ResultRow:
         return row | dict(self.extra)
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "ResultRow":
+    def from_json(cls, row: Mapping[str, Any]) -> ResultRow:
         """Returns the row that `to_json` wrote.
 
         Raises:
@@ -196,7 +198,7 @@ COLUMNS = (
 
 def summarize(
     name: str,
-    model: "Model",
+    model: Model,
     variables: Sequence[dict],
     logits: Sequence[ArrayLike],
     inputs: ArrayLike,
