@@ -280,23 +280,17 @@ def make_plan(
     )
     distilled = functools.partial(stage, teachers=("teacher",))
     if module.hidden != teacher_module.hidden:
-        distilled = functools.partial(
-            distilled,
-            init_loss=functools.partial(
-                losses.init_projector,
-                student_features=module.hidden,
-                teacher_features=teacher_module.hidden,
-            ),
-            # The stage's own optimizer masks the student's tree, which the projector is not in.
-            loss_tx=make_tx(frozen_layers=-1),
-        )
-    layer_loss = make_layer_loss(config, module.layers, teacher_module.layers)
+        widths = {"student_features": module.hidden, "teacher_features": teacher_module.hidden}
+        init_projector = functools.partial(losses.init_projector, **widths)
+        # The stage's own optimizer masks the student's tree, which the projector is not in.
+        projector_tx = make_tx(frozen_layers=-1)
+        distilled = functools.partial(distilled, init_loss=init_projector, loss_tx=projector_tx)
     return (
         distill.Pretrained("teacher", data.model, teacher.variables),
         *student.pretrained,
         stage("labels", loss=plans.supervised_loss),
         distilled("distilbert", loss=make_triple_loss(config)),
-        distilled("tinybert", loss=layer_loss),
+        distilled("tinybert", loss=make_layer_loss(config, module.layers, teacher_module.layers)),
     )
 
 

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+from jaxkd import distill
+from jaxkd.distill import _compile
 from small_plans import (
     PLACEMENTS,
     TRAIN,
@@ -19,9 +22,6 @@ from small_plans import (
     soft_loss,
     train,
 )
-
-from jaxkd import distill
-from jaxkd.distill import _compile
 
 
 def get_groups(*plan):

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+
+from jaxkd import distill, losses, runs
 from small_plans import (
     VALIDATION,
     add_noise,
@@ -14,8 +16,6 @@ from small_plans import (
     train,
     train_with_kill,
 )
-
-from jaxkd import distill, losses, runs
 
 STEPS = 12
 NUM_STAGES = 4

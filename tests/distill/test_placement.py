@@ -1,6 +1,7 @@
-"""The same training on one device, on a mesh and by pmap: equal losses, weights and statistics."""
+"""The same training on one device, on a mesh and under pmap gives equal losses and weights."""
 
 import functools
+import inspect
 
 import chex
 import flax.linen as nn
@@ -11,10 +12,18 @@ import optax
 import pytest
 
 from jaxkd import distill, losses, models
-from jaxkd.distill.placement import MeshPlacement, PmapPlacement, make_mesh
+from jaxkd.distill.placement import (
+    MeshPlacement,
+    Placement,
+    PmapPlacement,
+    VectorizedPlacement,
+    make_mesh,
+    single_device,
+)
 from jaxkd.models.layers import BatchNorm
+from small_plans import add_noise
 
-EXAMPLES = 37
+NUM_EXAMPLES = 37
 """No number of devices divides it."""
 
 
@@ -27,78 +36,74 @@ class Net(nn.Module):
         return models.Outputs(nn.Dense(3)(x), {"hidden": x})
 
 
-def examples():
+def make_examples():
     rng = np.random.default_rng(0)
-    labels = np.arange(EXAMPLES, dtype=np.int32) % 3
-    return {"inputs": rng.normal(size=(EXAMPLES, 5)).astype(np.float32), "labels": labels}
+    labels = np.arange(NUM_EXAMPLES, dtype=np.int32) % 3
+    return {"inputs": rng.normal(size=(NUM_EXAMPLES, 5)).astype(np.float32), "labels": labels}
 
 
-def whole_batch(student, teachers, batch, context):
-    """Every value depends on every example of the batch."""
+def whole_batch_loss(student, teachers, batch, context):
+    """Returns values each of which depends on every example of the batch."""
     (teacher,) = teachers
     relations = losses.relational_distance_loss(
         student.features["hidden"], teacher.features["hidden"]
     )
-    soft = losses.distillation_loss(
+    divergences = losses.distillation_loss(
         student.logits, teacher.logits, batch["labels"], temperature=2.0, alpha=0.5
     )
-    return soft + 10 * relations
+    return divergences + 10 * relations
 
 
-def noisy(key, inputs):
-    return inputs + 0.1 * jax.random.normal(key, inputs.shape)
-
-
-def stepped(placement, batch_size, steps, tx):
-    """The losses, and the state that a training leaves."""
-    model, key = models.from_linen(Net()), jax.random.key(0)
-    student, teacher = (
-        model.init(jax.random.key(seed), examples()["inputs"][:1]) for seed in (1, 2)
-    )
+def take_steps(placement, batch_size, steps, tx):
+    """Returns the losses of a training and its final state."""
+    model = models.from_linen(Net())
+    inputs = make_examples()["inputs"][:1]
+    student, teacher = (model.init(jax.random.key(seed), inputs) for seed in (1, 2))
     make_step = functools.partial(
-        distill.make_train_step, model, tx, whole_batch, teachers=[model], augment=noisy
+        distill.make_train_step, model, tx, whole_batch_loss, teachers=[model], augment=add_noise
     )
-    indices = np.random.default_rng(1).integers(0, EXAMPLES, (steps, 1, batch_size))
-    state, values = placement.make_multi_step(make_step)(
+    indices = np.random.default_rng(1).integers(0, NUM_EXAMPLES, (steps, 1, batch_size))
+    states, values = placement.make_multi_step(make_step)(
         placement.put_states([distill.init_train_state(student, tx)]),
-        placement.put_examples([(examples(), distill.BatchInfo())]),
+        placement.put_examples([(make_examples(), distill.BatchInfo())]),
         indices,
         placement.put_teachers([(teacher,)]),
-        placement.put_keys([key]),
+        placement.put_keys([jax.random.key(0)]),
     )
-    (state,) = placement.get_states(state, 1)
+    (state,) = placement.get_states(states, 1)
     return values[:, 0], state
 
 
-def trained(placement, batch_size, steps=5):
-    """The losses, and what a training leaves."""
-    values, state = stepped(placement, batch_size, steps, optax.sgd(0.1, momentum=0.9))
-    return values, state.variables
-
-
-def gradient(placement, batch_size):
-    """The first step's, as one float64 vector.
-
-    The optimizer keeps it as its state: the difference of the weights would hold the rounding of the weights as well.
-    """
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    keeping = optax.GradientTransformation(zeros, lambda found, *_: (found, found))
-    _, state = stepped(placement, batch_size, 1, keeping)
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state)]).astype(
-        np.float64
-    )
+def train(placement, batch_size, steps=5):
+    """Returns the losses and variables of a training, on the host."""
+    values, state = take_steps(placement, batch_size, steps, optax.sgd(0.1, momentum=0.9))
+    return jax.device_get((values, state.variables))
 
 
 @functools.cache
-def gradient_of_one_device(batch_size):
-    return gradient(one_device(), batch_size)
+def train_on_one_device(batch_size):
+    return train(single_device(), batch_size)
 
 
-def one_device():
-    return MeshPlacement(make_mesh(devices=jax.devices()[:1]))
+def compute_gradient(placement, batch_size):
+    """Returns the gradient of the first step as one float64 vector.
+
+    The optimizer keeps it as its state. The difference of the weights before and after the step
+    would have the rounding of the weights as well.
+    """
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    keep_gradient = optax.GradientTransformation(zeros, lambda gradient, *_: (gradient, gradient))
+    _, state = take_steps(placement, batch_size, 1, keep_gradient)
+    leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(state.opt_state)]
+    return np.concatenate(leaves).astype(np.float64)
 
 
-WAYS = {
+@functools.cache
+def compute_gradient_on_one_device(batch_size):
+    return compute_gradient(single_device(), batch_size)
+
+
+PLACEMENTS = {
     "two": lambda: MeshPlacement(make_mesh(devices=jax.devices()[:2])),
     "eight": lambda: MeshPlacement(make_mesh()),
     "four by two": lambda: MeshPlacement(make_mesh(model=2)),
@@ -106,57 +111,100 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_many_devices_train_as_one_does(way):
-    chex.assert_trees_all_close(
-        trained(WAYS[way](), 16), trained(one_device(), 16), rtol=1e-5, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("way", ["eight", "four by two"])
-def test_a_batch_that_the_devices_do_not_divide_is_that_of_one_device(way):
-    chex.assert_trees_all_close(
-        trained(WAYS[way](), 13), trained(one_device(), 13), rtol=1e-5, atol=1e-6
-    )
+def get_members(class_):
+    """Returns the public methods, with their parameters, and the properties of a class."""
+    members = {}
+    for name in dir(class_):
+        if not name.startswith("_"):
+            member = inspect.getattr_static(class_, name)
+            if inspect.isfunction(member):
+                member = [str(p) for p in inspect.signature(member).parameters.values()]
+            else:
+                member = "property"
+            members[name] = member
+    return members
 
 
 @pytest.mark.parametrize(
-    ("way", "batch_size"),
+    ("class_", "own"),
+    [
+        (MeshPlacement, {"mesh"}),
+        (PmapPlacement, set()),
+        (VectorizedPlacement, {"mesh", "max_students"}),
+    ],
+)
+def test_placements_have_the_members_of_the_protocol(class_, own):
+    members = get_members(class_)
+    # Fields without a default are not attributes of the class.
+    members |= {field: "property" for field in class_.__dataclass_fields__}
+    expected = get_members(Placement)
+    assert {name: members.get(name) for name in expected} == expected
+    assert members.keys() - expected.keys() == own - {"max_students"}
+
+
+@pytest.mark.parametrize("make_placement", [single_device, PmapPlacement])
+def test_placements_name_their_limits(make_placement):
+    placement = make_placement()
+    assert (placement.max_students, placement.steps_per_call) == (1, 1)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_many_devices_train_like_one(placement):
+    expected = train_on_one_device(16)
+    trained = train(PLACEMENTS[placement](), 16)
+    chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["eight", "four by two"])
+def test_number_of_devices_need_not_divide_the_batch(placement):
+    expected = train_on_one_device(13)
+    trained = train(PLACEMENTS[placement](), 13)
+    chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("placement", "batch_size"),
     [("eight", 16), ("eight", 13), ("four by two", 16), ("four by two", 13), ("pmap", 16)],
 )
-def test_gradient_over_many_devices_is_that_of_one(way, batch_size):
-    found, wanted = gradient(WAYS[way](), batch_size), gradient_of_one_device(batch_size)
-    assert np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
+def test_gradient_over_many_devices_is_that_of_one(placement, batch_size):
+    gradient = compute_gradient(PLACEMENTS[placement](), batch_size)
+    expected = compute_gradient_on_one_device(batch_size)
+    assert np.linalg.norm(gradient - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 def test_pmap_refuses_a_batch_that_it_cannot_divide():
     with pytest.raises(ValueError, match="cannot divide a batch of 13 among 8 devices"):
-        trained(PmapPlacement(), 13)
+        train(PmapPlacement(), 13)
 
 
-def test_a_loop_on_the_device_takes_the_steps_of_a_loop_outside(monkeypatch):
+def test_loop_on_the_device_takes_the_steps_of_a_loop_on_the_host(monkeypatch):
     monkeypatch.setattr(MeshPlacement, "steps_per_call", 4)
-    looped = trained(one_device(), 16, steps=6)
+    trained = train(single_device(), 16)
     monkeypatch.undo()
-    assert one_device().steps_per_call == 1
-    chex.assert_trees_all_close(looped, trained(one_device(), 16, steps=6), rtol=1e-6, atol=1e-6)
+    assert single_device().steps_per_call == 1
+    chex.assert_trees_all_close(trained, train_on_one_device(16), rtol=1e-6, atol=1e-6)
 
 
-def test_the_loop_on_the_device_compiles_once_for_all_numbers_of_steps(monkeypatch):
+def test_loop_on_the_device_compiles_once_for_all_numbers_of_steps(monkeypatch):
     monkeypatch.setattr(MeshPlacement, "steps_per_call", 4)
-    placement, model, tx = one_device(), models.from_linen(Net()), optax.sgd(0.1)
-    counted = chex.assert_max_traces(
-        lambda s, t, batch, context: losses.hard_cross_entropy(s.logits, batch["labels"]), n=1
+    placement = single_device()
+    model = models.from_linen(Net())
+    tx = optax.sgd(0.1)
+    loss = chex.assert_max_traces(
+        lambda student, teachers, batch, context: losses.hard_cross_entropy(
+            student.logits, batch["labels"]
+        ),
+        n=1,
     )
     multi_step = placement.make_multi_step(
-        functools.partial(distill.make_train_step, model, tx, counted)
+        functools.partial(distill.make_train_step, model, tx, loss)
     )
-    variables = model.init(jax.random.key(0), examples()["inputs"][:1])
+    variables = model.init(jax.random.key(0), make_examples()["inputs"][:1])
     state = placement.put_states([distill.init_train_state(variables, tx)])
-    placed = placement.put_examples([(examples(), distill.BatchInfo())])
+    examples = placement.put_examples([(make_examples(), distill.BatchInfo())])
     for steps in (3, 1, 2):
         indices = np.zeros((steps, 1, 8), int)
-        state, values = multi_step(state, placed, indices, (), jax.random.key(0))
+        state, values = multi_step(state, examples, indices, (), jax.random.key(0))
         assert values.shape == (steps, 1)
     assert int(state.step) == 6
 
@@ -164,9 +212,8 @@ def test_the_loop_on_the_device_compiles_once_for_all_numbers_of_steps(monkeypat
 def test_each_device_holds_its_part_of_examples_and_teacher():
     placement = MeshPlacement(make_mesh(model=2))
     images = placement.put_array(np.arange(10, dtype=np.float32))
-    assert images.shape == (16,) and {shard.data.shape for shard in images.addressable_shards} == {
-        (2,)
-    }
+    assert images.shape == (16,)
+    assert {shard.data.shape for shard in images.addressable_shards} == {(2,)}
     np.testing.assert_array_equal(images, [*range(10), 9, 9, 9, 9, 9, 9])
     teacher = placement.put_teachers(
         [{"kernel": np.zeros((4, 6)), "odd": np.zeros(3), "scalar": np.zeros(())}]
@@ -175,36 +222,36 @@ def test_each_device_holds_its_part_of_examples_and_teacher():
     assert shapes == {"kernel": (4, 3), "odd": (3,), "scalar": ()}
 
 
-def test_devices_that_fill_no_rows_are_refused():
+def test_mesh_needs_full_rows():
     with pytest.raises(ValueError, match="model=3 does not divide the number of devices, 8"):
         make_mesh(model=3)
 
 
-def test_own_statistics_are_of_the_whole_batch_or_else_they_differ():
-    """The comparison above can fail: with Flax's own batch norm, which knows no axis, pmap is another training."""
+def test_pmap_with_a_batch_norm_that_ignores_the_axis_is_another_training():
+    """The comparisons above can fail: Flax's own batch norm sees only its device's share."""
 
-    class Plain(nn.Module):
+    class FlaxNet(nn.Module):
         @nn.compact
         def __call__(self, x, train):
             return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x))
 
-    def train_with(placement):
-        model, tx = models.from_linen(Plain()), optax.sgd(0.1)
-        make_step = functools.partial(
-            distill.make_train_step,
-            model,
-            tx,
-            lambda s, t, b, context: jnp.square(s.logits).sum(-1),
-        )
-        variables = model.init(jax.random.key(0), examples()["inputs"][:1])
-        state, _ = placement.make_multi_step(make_step)(
+    def square_loss(student, teachers, batch, context):
+        return jnp.square(student.logits).sum(-1)
+
+    def compute_variance(placement):
+        model = models.from_linen(FlaxNet())
+        tx = optax.sgd(0.1)
+        make_step = functools.partial(distill.make_train_step, model, tx, square_loss)
+        variables = model.init(jax.random.key(0), make_examples()["inputs"][:1])
+        states, _ = placement.make_multi_step(make_step)(
             placement.put_states([distill.init_train_state(variables, tx)]),
-            placement.put_examples([(examples(), distill.BatchInfo())]),
+            placement.put_examples([(make_examples(), distill.BatchInfo())]),
             np.arange(16)[None, None],
             placement.put_teachers([()]),
             jax.random.key(0),
         )
-        (state,) = placement.get_states(state, 1)
+        (state,) = placement.get_states(states, 1)
         return state.batch_stats["BatchNorm_0"]["var"]
 
-    assert np.abs(train_with(PmapPlacement()) - train_with(one_device())).max() > 1e-3
+    difference = compute_variance(PmapPlacement()) - compute_variance(single_device())
+    assert np.abs(difference).max() > 1e-3

@@ -11,39 +11,45 @@ from jaxkd.distill import plan
 from jaxkd.models import Model
 
 
-def stage(name, **more):
+def make_stage(name, **options):
+    """Makes a stage whose model and data are never used."""
     model = Model(lambda key, inputs: {}, lambda variables, inputs, *, train, key=None: None)
-    values = {
+    defaults = {
         "model": model,
         "data": {"inputs": np.zeros((3, 2))},
         "loss": losses.hard_cross_entropy,
         "tx": optax.sgd(0.1),
         "steps": 1,
     }
-    return plan.Stage(name, **values | more)
+    return plan.Stage(name, **defaults | options)
 
 
-def test_order_puts_teachers_first_wherever_they_stand():
+def keep_inputs(key, inputs):
+    return inputs
+
+
+def test_order_puts_teachers_first_wherever_they_are_in_the_plan():
     chain = [
-        stage("student", teachers=("assistant",)),
-        stage("assistant", teachers=("teacher",)),
-        stage("copy", start="student"),
-        stage("teacher"),
+        make_stage("student", teachers=("assistant",)),
+        make_stage("assistant", teachers=("teacher",)),
+        make_stage("copy", start="student"),
+        make_stage("teacher"),
     ]
-    assert [one.name for one in plan.order(chain)] == ["teacher", "assistant", "student", "copy"]
+    names = [stage.name for stage in plan.order(chain)]
+    assert names == ["teacher", "assistant", "student", "copy"]
 
 
-def test_inconsistent_plans_are_told():
+def test_inconsistent_plans_are_refused():
     with pytest.raises(ValueError, match=r"different names, got \['a', 'a'\]"):
-        plan.order([stage("a"), stage("a")])
+        plan.order([make_stage("a"), make_stage("a")])
     with pytest.raises(ValueError, match=r"'a' learns from \['b'\], but the plan has only \['a'\]"):
-        plan.order([stage("a", teachers=("b",))])
+        plan.order([make_stage("a", teachers=("b",))])
     with pytest.raises(ValueError, match="in a cycle: a -> b -> a|in a cycle: b -> a -> b"):
-        plan.order([stage("a", teachers=("b",)), stage("b", start="a")])
+        plan.order([make_stage("a", teachers=("b",)), make_stage("b", start="a")])
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "options",
     [
         {"data": {}},
         {"data": {"inputs": np.zeros((0, 2))}},
@@ -53,26 +59,50 @@ def test_inconsistent_plans_are_told():
         {"batch_size": 0},
     ],
 )
-def test_impossible_stages_are_told(wrong):
+def test_impossible_stages_are_refused(options):
     with pytest.raises(ValueError, match="stage 'a' needs"):
-        stage("a", **wrong)
+        make_stage("a", **options)
 
 
-def test_cache_that_would_go_stale_is_refused():
+def test_scalars_have_no_length():
+    message = r"'a' needs `inputs` and arrays of the same length, at least 1, got .* \{\}"
+    with pytest.raises(ValueError, match=message):
+        make_stage("a", data={"scale": 2.0})
+    stage = make_stage("a", data={"inputs": np.zeros((3, 2)), "scale": 2.0})
+    assert set(stage.examples(0)) == {"inputs", "scale"}
+
+
+def test_cached_logits_do_not_fit_inputs_that_are_drawn_at_every_step():
     """Trap 18: logits of whole images do not fit crops of them."""
-    cached = stage("a", cache_teachers=True)
-    with pytest.raises(ValueError, match="drop augment or cache_teachers"):
-        dataclasses.replace(cached, augment=lambda key, inputs: inputs)
+    cached = make_stage("a", cache_teachers=True)
+    with pytest.raises(ValueError, match="drop augment or cache_teachers, or set the number of"):
+        dataclasses.replace(cached, augment=keep_inputs)
+    assert dataclasses.replace(cached, augment=keep_inputs, views=1).views == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 3}, "has views=3: views need an augment"),
+        ({"views": 0, "augment": keep_inputs}, "views=0.*a number of at least 1"),
+        ({"cache_top_k": 3}, "cache_top_k=3: it needs cache_teachers"),
+        ({"cache_teachers": True, "cache_top_k": 0}, "cache_top_k=0.*a number of at least 1"),
+        ({"transfer": lambda source, fresh: source}, "has a transfer but no start"),
+    ],
+)
+def test_attributes_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_stage("a", **options)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../a", ".hidden", "x[/b]"])
-def test_names_that_are_no_folders_are_refused(name):
+def test_names_that_cannot_be_folders_are_refused(name):
     with pytest.raises(ValueError, match="a stage's name is also a folder's name"):
-        stage(name)
+        make_stage(name)
 
 
 def test_seeds_may_learn_from_different_examples():
-    one = stage("a", data=lambda seed: {"inputs": np.full((3, 2), seed)})
-    assert one.examples(7)["inputs"][0, 0] == 7
+    stage = make_stage("a", data=lambda seed: {"inputs": np.full((3, 2), seed)})
+    assert stage.examples(7)["inputs"][0, 0] == 7
     with pytest.raises(ValueError, match="stage 'a' needs"):
-        stage("a", data=lambda seed: {}).examples(0)
+        make_stage("a", data=lambda seed: {}).examples(0)

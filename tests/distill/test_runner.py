@@ -6,6 +6,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+
+from jaxkd import distill, evaluate, runs
+from jaxkd.distill import placement
 from small_plans import (
     TRAIN,
     VALIDATION,
@@ -16,9 +19,6 @@ from small_plans import (
     soft_loss,
     train,
 )
-
-from jaxkd import distill, evaluate, runs
-from jaxkd.distill import placement
 
 
 def make_chain():

@@ -6,10 +6,10 @@ import chex
 import jax
 import optax
 import pytest
-from small_plans import make_stage, train
 
 from jaxkd import runs
 from jaxkd.distill import _stage_run
+from small_plans import make_stage, train
 
 
 def test_start_takes_the_weights_of_another_stage(tmp_path):

@@ -146,7 +146,9 @@ def test_code_runs(page, tmp_path, monkeypatch):
                     assert old in code, f"{page}:{line} has nothing to replace: {old}"
                     code = code.replace(old, new)
                 else:
-                    assert kind == "skip" and len(value) > 10, f"{page}:{line}: a skip needs a reason"
+                    assert kind == "skip" and len(value) > 10, (
+                        f"{page}:{line}: a skip needs a reason"
+                    )
                     skipped = True
             if not skipped:
                 # The empty lines make the line numbers of an error those of the page.

@@ -123,7 +123,7 @@ def test_a_run_leaves_rows_figures_translations_and_the_student(run):
     lines = (folder / "translations.tsv").read_text().splitlines()
     assert len(lines) == 13 and all(line.count("\t") == 6 for line in lines)
     report = (folder / "report.md").read_text()
-    assert "| teacher |" in report and "attention above no_attention by length" in report
+    assert "| teacher  " in report and "attention above no_attention by length" in report
 
 
 def test_the_comparisons_describe_the_gain_of_attention_at_each_length():

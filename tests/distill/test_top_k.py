@@ -1,0 +1,121 @@
+"""The largest logits: what is kept, and what the rest becomes."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import losses
+from jaxkd.distill import expand_top_k, top_k
+
+
+def reference_top_k(logits, k):
+    """Returns values, indices and rest in float64."""
+    logits = np.asarray(logits, np.float64)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    indices, other_indices = order[..., :k], order[..., k:]
+    values, others = (
+        np.take_along_axis(logits, part, axis=-1) for part in (indices, other_indices)
+    )
+    with np.errstate(divide="ignore"):
+        return values, indices, np.log(np.exp(others).sum(-1))
+
+
+def softmax(logits):
+    exponentials = np.exp(np.asarray(logits, np.float64))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def random_logits(seed, shape, scale=3.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+@pytest.mark.parametrize("shape", [(11,), (5, 11), (2, 3, 11)])
+def test_top_k_is_the_reference(shape, k):
+    logits = random_logits(0, shape)
+    kept = jax.jit(functools.partial(top_k, k=k))(logits)
+    chex.assert_trees_all_close(kept, top_k(logits, k=k), rtol=2e-6)
+    chex.assert_type(list(kept), [jnp.float32, jnp.int32, jnp.float32])
+    values, indices, rest = reference_top_k(logits, k)
+    np.testing.assert_array_equal(kept.values, values)
+    np.testing.assert_array_equal(kept.indices, indices)
+    np.testing.assert_allclose(kept.rest, rest, rtol=2e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_kept_classes_have_their_probability_and_the_others_share_the_rest(k):
+    logits = random_logits(1, (6, 11))
+    expanded = jax.jit(functools.partial(expand_top_k, num_classes=11))(top_k(logits, k=k))
+    assert expanded.dtype == jnp.float32 and expanded.shape == (6, 11)
+    values, indices, _ = reference_top_k(logits, k)
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(expanded), indices, -1), values)
+    probabilities = softmax(expanded)
+    expected = np.take_along_axis(softmax(logits), indices, -1)
+    np.testing.assert_allclose(np.take_along_axis(probabilities, indices, -1), expected, rtol=1e-6)
+    shares = (1 - expected.sum(-1, keepdims=True)) / (11 - k)
+    is_kept = np.zeros((6, 11), bool)
+    np.put_along_axis(is_kept, indices, True, -1)
+    expected_shares = np.broadcast_to(shares, is_kept.shape)[~is_kept]
+    np.testing.assert_allclose(probabilities[~is_kept], expected_shares, rtol=1e-4)
+
+
+def test_all_classes_come_back_bit_for_bit():
+    logits = random_logits(2, (4, 9)).at[1, 3].set(-jnp.inf).at[2, :].set(0.25)
+    kept = top_k(logits, k=9)
+    assert (kept.rest == -jnp.inf).all()
+    np.testing.assert_array_equal(expand_top_k(kept, num_classes=9), logits)
+
+
+def test_classes_at_minus_infinity():
+    logits = jnp.full((3, 6), -jnp.inf).at[0, 2].set(1.0).at[1, :4].set(jnp.arange(4.0))
+    kept = top_k(logits, k=2)
+    np.testing.assert_allclose(kept.rest, [-np.inf, np.log(1 + np.e), -np.inf], rtol=1e-6)
+    expanded = np.asarray(expand_top_k(kept, num_classes=6))
+    np.testing.assert_array_equal(expanded[[0, 2]], logits[jnp.array([0, 2])])
+    # The rest does not say which of the classes were at minus infinity: all of them share it.
+    share = np.log((1 + np.e) / 4)
+    np.testing.assert_allclose(expanded[1], [share, share, 2, 3, share, share], rtol=1e-6)
+
+
+def test_bfloat16_is_widened_and_the_first_of_equal_logits_are_kept():
+    kept = top_k(jnp.array([1, 2, 2, 2], jnp.bfloat16), k=2)
+    assert kept.values.dtype == jnp.float32 and kept.indices.tolist() == [1, 2]
+    np.testing.assert_allclose(kept.rest, np.logaddexp(1, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("k", "bound", "bound_at_4"), [(10, 0.09, 0.13), (100, 0.02, 0.08)])
+def test_divergence_from_all_logits_is_bounded(k, bound, bound_at_4):
+    # With one clear class of 1000, the largest 10 have 94 % of the weight and the largest 100 98 %.
+    logits = random_logits(0, (64, 1000), scale=2.0).at[:, 0].add(12.0)
+    kept = top_k(logits, k=k)
+    expanded = expand_top_k(kept, num_classes=1000)
+    weight = jnp.exp(kept.rest - jax.nn.logsumexp(logits, axis=-1))
+    divergence = losses.kl_divergence(expanded, logits, temperature=1.0)
+    assert (divergence > 0).all()
+    assert (divergence < weight * np.log(1000 - k)).all()
+    assert divergence.mean() < bound
+    assert losses.kl_divergence(expanded, logits, temperature=4.0).mean() / 4**2 < bound_at_4
+    rest, expanded_rest = (
+        1 - jnp.take_along_axis(jax.nn.softmax(x / 4, axis=-1), kept.indices, -1).sum(-1)
+        for x in (logits, expanded)
+    )
+    assert (expanded_rest > rest).all(), "above temperature 1, the others weigh more than they did"
+
+
+def test_number_of_logits_must_be_within_the_classes():
+    for k in (0, 8):
+        message = rf"k must be from 1 to the number of classes, got k={k} for .* \(2, 7\)"
+        with pytest.raises(ValueError, match=message):
+            top_k(jnp.zeros((2, 7)), k=k)
+    with pytest.raises(ValueError, match=r"logits of the shape \(\)"):
+        top_k(jnp.float32(1), k=1)
+    with pytest.raises(TypeError, match="must be floating-point, got int32"):
+        top_k(jnp.arange(3), k=1)
+    with pytest.raises(
+        ValueError, match="3 logits of each example were kept, but num_classes is 2"
+    ):
+        expand_top_k(top_k(jnp.zeros(5), k=3), num_classes=2)
