@@ -1,6 +1,7 @@
-"""Griffe extension: prepares the `Example:` and `References:` sections of docstrings for the site.
+"""Griffe extension: shows the `Example:` and `References:` sections of docstrings.
 
-Griffe knows only the title `Examples:`, and would show other titles as boxes of quoted text.
+Griffe knows only the title `Examples:`, and would show other titles as boxes of quoted
+text.
 """
 
 import re
@@ -30,4 +31,6 @@ def _list_references(match: re.Match[str]) -> str:
     references = _REFERENCE.findall(text)
     rest = text[len("".join(references)) :]
     items = [_URL.sub(r"<\g<0>>", reference.strip(" ;")) for reference in references]
-    return "\n".join(["**References:**", "", *(f"- {item}" for item in items), rest, ""])
+    return "\n".join(
+        ["**References:**", "", *(f"- {item}" for item in items), rest, ""]
+    )

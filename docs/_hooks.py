@@ -1,4 +1,4 @@
-"""MkDocs hook: adds the figures of the experiments to the site, as `figures/NAME.png`."""
+"""MkDocs hook: adds the figures of the experiments to the site, in `figures/`."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ FIGURES = Path(__file__).parent.parent / "experiments" / "results"
 
 
 def on_files(files, config):
-    """Adds every PNG of `experiments/results`, so that pages link to them and links are checked."""
+    """Adds every PNG of `experiments/results`, so that links to them are checked."""
     for path in sorted(FIGURES.glob("*.png")):
-        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+        files.append(
+            File.generated(config, f"figures/{path.name}", abs_src_path=str(path))
+        )
     return files

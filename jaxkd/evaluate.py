@@ -246,7 +246,7 @@ def agreement(logits: ArrayLike, reference_logits: ArrayLike) -> float:
     if logits.shape != reference_logits.shape:
         raise ValueError(
             f"logits {logits.shape} and reference_logits {reference_logits.shape} "
-            "must have one shape"
+            "must have the same shape"
         )
     return float(np.mean(logits.argmax(-1) == reference_logits.argmax(-1)))
 

@@ -125,7 +125,7 @@ def test_agreement_counts_equal_choices_right_or_wrong():
     assert evaluate.agreement(first, second) == evaluate.agreement(second, first)
     reference = [[3.0, 0.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 3.0], [9.0, 2.0, 1.0]]
     assert evaluate.agreement([[3.0, 0.0, 1.0]] * 4, reference) == 0.75
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         evaluate.agreement(first, second[:1])
 
 

@@ -1,4 +1,4 @@
-"""The README: its code runs, its commands are the documented ones, and its links and names exist."""
+"""The README: its code runs, its commands are documented, and its links and names exist."""
 
 import re
 from pathlib import Path

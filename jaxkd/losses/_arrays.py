@@ -1,5 +1,7 @@
 """Shape and mask checks, dtype widening and safe arithmetic that all losses share."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ def as_floating(name: str, array: ArrayLike) -> Array:
     return array
 
 
-def widen(name: str, array: ArrayLike) -> Array:
+def upcast(name: str, array: ArrayLike) -> Array:
     """Casts an array to float32, or keeps float64; raises `TypeError` if it is not floating-point.
 
     In bfloat16 a softmax over many classes loses most of its mass, so every loss computes in
@@ -28,10 +30,10 @@ def widen(name: str, array: ArrayLike) -> Array:
     return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
-def widen_pair(names: Sequence[str], first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
+def upcast_pair(names: Sequence[str], first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
     """Casts two arrays to one dtype, float32 or wider. Their shapes may differ."""
-    first = widen(names[0], first)
-    second = widen(names[1], second)
+    first = upcast(names[0], first)
+    second = upcast(names[1], second)
     dtype = widest_dtype(first, second)
     return first.astype(dtype), second.astype(dtype)
 

@@ -1,5 +1,7 @@
 """Softmax in log space whose values and gradients stay finite beside classes at −inf."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import broadcast_mask, check_positive, check_shape, widen, widen_pair
+from jaxkd.losses._arrays import broadcast_mask, check_positive, check_shape, upcast, upcast_pair
 
 
 class Softmax(NamedTuple):
@@ -22,7 +24,7 @@ class Softmax(NamedTuple):
 def check_logits(name: str, logits: ArrayLike) -> Array:
     """Widens logits; raises `ValueError` if they have no class axis."""
     check_shape(jnp.ndim(logits) > 0, f"{name} must have a class axis, got a scalar")
-    return widen(name, logits)
+    return upcast(name, logits)
 
 
 def check_logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
@@ -35,7 +37,7 @@ def check_logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> t
         f"student_logits {student.shape} and teacher_logits {teacher.shape} must have the same "
         "shape; slice or project the larger set of classes first",
     )
-    return widen_pair(names, student, teacher)
+    return upcast_pair(names, student, teacher)
 
 
 def check_labels(labels: ArrayLike, logits_shape: Sequence[int]) -> Array:

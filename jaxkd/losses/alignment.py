@@ -3,16 +3,20 @@
 The losses have parameters of their own, which are trained with the student and dropped after the
 training. In a stage of a plan they are used like this:
 
-    def loss(student, teachers, batch, params):
+    def loss(student, teachers, batch, context):
         student_states = [student.features[name] for name in ("stage1", "stage2")]
         teacher_states = [teachers[0].features[name] for name in ("stage1", "stage2", "stage3")]
-        return losses.semantic_calibration_loss(params, student_states, teacher_states)
+        return losses.semantic_calibration_loss(
+            context.params, student_states, teacher_states
+        )
 
     def init_loss(key):
         return losses.init_semantic_calibration(key, (16, 32), (64, 128, 256), features=64)
 
     distill.Stage("student", ..., loss=loss, init_loss=init_loss, teachers=("teacher",))
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +28,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd import attention
-from jaxkd.losses._arrays import check_shape, normalize, widen, widen_pair, widest_dtype
+from jaxkd.losses._arrays import check_shape, normalize, upcast, upcast_pair, widest_dtype
 from jaxkd.losses.features import hint_loss, init_projector, project
 
 
@@ -236,7 +240,7 @@ def aligned_states_loss(
         Chen et al., Cross-Layer Distillation with Semantic Calibration,
         https://arxiv.org/abs/2012.03236
     """
-    student, teacher = widen_pair(
+    student, teacher = upcast_pair(
         ("student_states", "teacher_states"), student_states, teacher_states
     )
     check_shape(
@@ -262,8 +266,8 @@ def _check_layers(
     teacher_states: Sequence[ArrayLike],
 ) -> tuple[list[Array], list[Array]]:
     """Returns the states of all layers in one dtype; raises if they do not fit the parameters."""
-    student = [widen(f"student_states[{i}]", state) for i, state in enumerate(student_states)]
-    teacher = [widen(f"teacher_states[{j}]", state) for j, state in enumerate(teacher_states)]
+    student = [upcast(f"student_states[{i}]", state) for i, state in enumerate(student_states)]
+    teacher = [upcast(f"teacher_states[{j}]", state) for j, state in enumerate(teacher_states)]
     for side, states, affine_maps in (
         ("student", student, params["queries"]),
         ("teacher", teacher, params["keys"]),

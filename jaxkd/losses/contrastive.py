@@ -15,6 +15,8 @@ Embeddings of student and teacher must have the same size. Project both with `fe
 whose parameters are trained with the student.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -28,7 +30,7 @@ from jaxkd.losses._arrays import (
     check_positive,
     check_shape,
     normalize,
-    widen_pair,
+    upcast_pair,
     zero_masked,
 )
 
@@ -405,7 +407,7 @@ def _unit_embeddings(
 ) -> tuple[Array, Array, Array]:
     """Returns the embeddings at length 1, or 0 where they are masked, and the mask `[B]`."""
     names = "student_embeddings", "teacher_embeddings"
-    student, teacher = widen_pair(names, student_embeddings, teacher_embeddings)
+    student, teacher = upcast_pair(names, student_embeddings, teacher_embeddings)
     check_shape(
         student.ndim == 2 and student.shape == teacher.shape,
         f"student_embeddings {student.shape} and teacher_embeddings {teacher.shape} must both be "
@@ -417,7 +419,7 @@ def _unit_embeddings(
 
 def _pair_scores(anchors: Array, rows: Array, temperature: ArrayLike) -> Array:
     """Computes s·t / τ for every pair of an anchor and a row, `[B, M]`."""
-    anchors, rows = widen_pair(("anchors", "rows"), anchors, rows)
+    anchors, rows = upcast_pair(("anchors", "rows"), anchors, rows)
     # A small temperature magnifies the rounding errors of the accelerators' default precision.
     products = jnp.matmul(anchors, rows.T, precision=jax.lax.Precision.HIGHEST)
     return products / jnp.asarray(temperature, products.dtype)

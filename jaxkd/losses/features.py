@@ -4,6 +4,8 @@ Axis 0 is the batch and the last axis the channels; images are B H W C. Features
 bits are widened first.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,8 +18,8 @@ from jaxkd.losses._arrays import (
     normalize,
     safe_divide,
     safe_sqrt,
-    widen,
-    widen_pair,
+    upcast,
+    upcast_pair,
 )
 
 VARIANCE_FLOOR = 1e-5
@@ -78,7 +80,7 @@ def project(params: dict[str, Array], features: ArrayLike) -> Array:
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
     """
-    features, kernel = widen_pair(("features", "kernel"), features, params["kernel"])
+    features, kernel = upcast_pair(("features", "kernel"), features, params["kernel"])
     check_shape(
         features.shape[-1:] == kernel.shape[:1],
         f"features {features.shape} must have {kernel.shape[0]} channels in their last axis, the "
@@ -116,7 +118,7 @@ def hint_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array
     References:
         Romero et al., FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
     """
-    student, teacher = widen_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student, teacher = upcast_pair(_FEATURE_NAMES, student_features, teacher_features)
     _check_batch(student)
     check_shape(
         student.shape == teacher.shape,
@@ -314,9 +316,9 @@ def variational_information_loss(
         Ahn et al., Variational Information Distillation for Knowledge Transfer,
         https://arxiv.org/abs/1904.05835
     """
-    student, teacher = widen_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student, teacher = upcast_pair(_FEATURE_NAMES, student_features, teacher_features)
     _check_batch(student)
-    mean, teacher = widen_pair(_FEATURE_NAMES, project(params, student), teacher)
+    mean, teacher = upcast_pair(_FEATURE_NAMES, project(params, student), teacher)
     check_shape(
         mean.shape == teacher.shape,
         f"student_features {student.shape} project to {mean.shape}, but teacher_features are "
@@ -446,7 +448,7 @@ def flow_of_solution_procedure_loss(
         f"the flow matrices of student {student.shape} and teacher {teacher.shape}, [B, C1, C2], "
         "must have the same shape; project the student's features first",
     )
-    student, teacher = widen_pair(("student", "teacher"), student, teacher)
+    student, teacher = upcast_pair(("student", "teacher"), student, teacher)
     return jnp.sum(jnp.square(student - teacher), axis=(1, 2))
 
 
@@ -471,7 +473,7 @@ def _channel_products(first: Array, second: Array) -> Array:
 
 
 def _check_images(name: str, features: ArrayLike) -> Array:
-    features = widen(name, features)
+    features = upcast(name, features)
     check_shape(features.ndim == 4, f"{name} must be [B, H, W, C], got {features.shape}")
     return features
 
@@ -486,7 +488,7 @@ def _check_image_pair(
         f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their "
         "channels (the last axis); pool or resize the larger maps first",
     )
-    return widen_pair(names, first, second)
+    return upcast_pair(names, first, second)
 
 
 def _check_batch(features: Array) -> None:

@@ -6,6 +6,8 @@ and dropped. The gradient computes the logits again, for all tokens and a part o
 a time, so that it neither holds nor rounds a sum over chunks of the size of a kernel.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 
@@ -200,7 +202,7 @@ class _Divergence(NamedTuple):
     student_share: float
 
     @classmethod
-    def from_beta(cls, beta: float) -> "_Divergence":
+    def from_beta(cls, beta: float) -> _Divergence:
         return cls(beta, 1 - beta)
 
     def __call__(self, student: Array, teacher: Array) -> Array:
@@ -214,7 +216,7 @@ class _Divergence(NamedTuple):
         )
         return self.teacher_share * forward + self.student_share * reverse
 
-    def for_side(self, side: int) -> "_Divergence":
+    def for_side(self, side: int) -> _Divergence:
         """Returns the divergence with its arguments swapped for side 1, the teacher.
 
         The gradient with respect to the teacher is then computed like that for the student.

@@ -4,6 +4,8 @@ Sums run over the classes only; the caller averages over the examples. `decouple
 `normalized_loss` (NKD) treat the true class apart from the other classes.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,6 +5,8 @@ are widened first. Divergences are multiplied by `temperature**2`, so that their
 their size as the temperature changes.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -6,6 +6,8 @@ teacher may differ in everything but the number of examples, and no projection i
 narrower than 32 bits are widened first, and products are computed in full precision.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax
@@ -23,7 +25,7 @@ from jaxkd.losses._arrays import (
     safe_divide,
     safe_reciprocal,
     safe_sqrt,
-    widen_pair,
+    upcast_pair,
     zero_masked,
 )
 from jaxkd.losses.logits import kl_divergence, temperature_softmax
@@ -453,7 +455,7 @@ def _check_features(
     student_features: ArrayLike, teacher_features: ArrayLike, where: ArrayLike | None
 ) -> tuple[Array, Array, Array]:
     """Returns features `[B, D]`, zero where they are masked, and the mask `[B]`."""
-    student, teacher = widen_pair(
+    student, teacher = upcast_pair(
         ("student_features", "teacher_features"), student_features, teacher_features
     )
     check_shape(
@@ -476,7 +478,7 @@ def _soften_examples(
     where: ArrayLike | None,
 ) -> tuple[Array, Array, Array]:
     """Returns softened probabilities `[B, C]`, uniform where masked, and the mask `[B]`."""
-    student, teacher = widen_pair(
+    student, teacher = upcast_pair(
         ("student_logits", "teacher_logits"), student_logits, teacher_logits
     )
     check_shape(

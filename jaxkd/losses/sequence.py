@@ -1,10 +1,12 @@
 """Losses on token sequences: distillation with padding, next-token shift and token means."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_mask, check_shape, widen, zero_masked
+from jaxkd.losses._arrays import check_mask, check_shape, upcast, zero_masked
 from jaxkd.losses._softmax import check_labels, check_logits_pair
 from jaxkd.losses.labels import distillation_loss
 
@@ -142,7 +144,7 @@ def token_mean(values: ArrayLike, *, where: ArrayLike, count: ArrayLike | None =
         >>> print(losses.token_mean(values, where=where))
         1.5
     """
-    values = widen("values", values)
+    values = upcast("values", values)
     where = check_mask("token", where, values.shape)
     count = jnp.asarray(where.sum() if count is None else count)
     check_shape(count.ndim == 0, f"count must be a scalar, got shape {count.shape}")

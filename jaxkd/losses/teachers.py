@@ -1,5 +1,7 @@
 """Losses with several teachers: averaged distributions, weighted sums, and weights."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_weights, widen, widest_dtype
+from jaxkd.losses._arrays import check_positive, check_shape, check_weights, upcast, widest_dtype
 from jaxkd.losses._softmax import check_logits, check_logits_pair, log_add_exp, safe_log, softmax
 from jaxkd.losses.labels import hard_cross_entropy
 
@@ -113,7 +115,7 @@ def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[fl
         len(set(shapes)) == 1,
         f"the terms of a sum must have the same shape, one value per example; got {shapes}",
     )
-    widened = [widen("a term", term) for term in terms]
+    widened = [upcast("a term", term) for term in terms]
     dtype = widest_dtype(*widened)
     stacked = jnp.stack([term.astype(dtype) for term in widened])
     weights = _expand_weights(jnp.asarray(weights, stacked.dtype), stacked.shape)

@@ -4,6 +4,8 @@ The losses on hidden states compare one state at a time and return one value per
 averages over the tokens that are not padding. Arrays narrower than 32 bits are widened first.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Sequence
 
@@ -17,7 +19,7 @@ from jaxkd.losses._arrays import (
     check_shape,
     normalize,
     safe_divide,
-    widen_pair,
+    upcast_pair,
     zero_masked,
 )
 from jaxkd.losses.logits import kl_divergence
@@ -222,7 +224,7 @@ def value_relation_loss(
         Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation,
         https://arxiv.org/abs/2012.15828
     """
-    student, teacher = widen_pair(
+    student, teacher = upcast_pair(
         ("student_values", "teacher_values"), student_values, teacher_values
     )
     check_shape(
@@ -412,7 +414,7 @@ def layers_loss(
 
 
 def _check_states(student_states: ArrayLike, teacher_states: ArrayLike) -> tuple[Array, Array]:
-    student, teacher = widen_pair(
+    student, teacher = upcast_pair(
         ("student_states", "teacher_states"), student_states, teacher_states
     )
     check_shape(
@@ -424,7 +426,7 @@ def _check_states(student_states: ArrayLike, teacher_states: ArrayLike) -> tuple
 
 
 def _check_maps(kind: str, student: ArrayLike, teacher: ArrayLike) -> tuple[Array, Array]:
-    student, teacher = widen_pair((f"student_{kind}", f"teacher_{kind}"), student, teacher)
+    student, teacher = upcast_pair((f"student_{kind}", f"teacher_{kind}"), student, teacher)
     check_shape(
         student.ndim >= 3 and student.shape == teacher.shape,
         f"student_{kind} {student.shape} and teacher_{kind} {teacher.shape} must have the same "

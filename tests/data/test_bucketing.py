@@ -1,4 +1,4 @@
-"""Batches of sentences of like length, cut to what they need, train and predict what padded ones would."""
+"""Batches of similar length: cut to their bucket, they train and predict as padded ones do."""
 
 import dataclasses
 import itertools

@@ -113,7 +113,7 @@ def test_pretrained_models_are_not_grouped():
         {"loss": scale_loss(2.0)},
         {"tx": optax.sgd(0.2, momentum=0.9)},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_stages_that_differ_in_their_step_do_not_share(options):
     assert get_groups(make_stage("first"), make_stage("other", **options)) == [["first"], ["other"]]

@@ -1,4 +1,4 @@
-"""Two processes on this machine train as one does, and a run goes on on another number of them."""
+"""Two processes on this machine train like one, and either resumes the other's run."""
 
 import json
 import socket
@@ -10,82 +10,92 @@ import jax
 import numpy as np
 import pytest
 
-HOST = Path(__file__).with_name("host.py")
+from jaxkd import distill
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def find_free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def train(folder, *, hosts, steps=12):
-    """Runs `host.py` as so many processes, each with a folder of its own; returns what each leaves."""
-    address = f"127.0.0.1:{free_port()}"
-    lines = [
-        [
-            sys.executable,
-            str(HOST),
-            address,
-            str(hosts),
-            str(host),
-            str(folder / str(host)),
-            str(steps),
-        ]
-        for host in range(hosts)
-    ]
-    processes = [
-        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in lines
-    ]
+def train(folder, *, num_processes, stop_step=0):
+    """Runs the worker in each process, with a folder of its own.
+
+    Returns:
+        The summary that each process prints.
+    """
+    address = f"127.0.0.1:{find_free_port()}"
+    processes = []
+    for i in range(num_processes):
+        arguments = [address, num_processes, i, folder / str(i), stop_step]
+        command = [sys.executable, str(WORKER), *map(str, arguments)]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
     try:
-        printed = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, (_, error) in zip(processes, printed, strict=True):
+    for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error
-    return [json.loads(out.splitlines()[-1]) for out, _ in printed]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    return train(folder, hosts=1)[0], folder / "0"
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_process")
+    (summary,) = train(folder, num_processes=1)
+    return summary, folder / "0"
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("together")
-    return train(folder, hosts=2), folder
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    return train(folder, num_processes=2), folder
 
 
-def records(folder):
+def read_records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_close(found, wanted):
-    for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+def assert_close(summary, expected):
+    assert summary.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(summary[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_two_processes_leave_what_one_leaves(alone, together):
-    (first, second), folder = together
-    assert first == second
-    assert_close(first, alone[0])
-    here, there = records(folder / "0"), records(alone[1])
-    assert [record["step"] for record in here] == [record["step"] for record in there]
-    np.testing.assert_allclose([r["loss"] for r in here], [r["loss"] for r in there], rtol=1e-5)
+def test_two_processes_train_like_one(one_process, two_processes):
+    (summary, other_summary), folder = two_processes
+    assert summary == other_summary
+    assert_close(summary, one_process[0])
+    records, expected = read_records(folder / "0"), read_records(one_process[1])
+    assert [record["step"] for record in records] == [record["step"] for record in expected]
+    np.testing.assert_allclose(
+        [record["loss"] for record in records],
+        [record["loss"] for record in expected],
+        rtol=1e-5,
+    )
 
 
-def test_the_first_process_alone_writes(together):
-    _, folder = together
+def test_only_the_primary_process_writes(two_processes):
+    _, folder = two_processes
     assert (folder / "0" / "checkpoints").is_dir() and (folder / "0" / "config.json").is_file()
     assert not (folder / "1").exists()
 
 
-def test_a_run_goes_on_on_another_number_of_processes(alone, tmp_path):
-    train(tmp_path, hosts=2, steps=-6)  # stops behind its sixth step
-    resumed = train(tmp_path, hosts=1)[0]
-    assert_close(resumed, alone[0])
-    assert jax.process_count() == 1
+def test_run_resumes_on_another_number_of_processes(one_process, tmp_path):
+    stopped = train(tmp_path, num_processes=2, stop_step=6)
+    assert stopped == [{}, {}]
+    (summary,) = train(tmp_path, num_processes=1)
+    assert_close(summary, one_process[0])
+
+
+def test_values_of_the_only_process_are_its_own():
+    value = {"step": 3}
+    tree = {"weight": np.ones(3)}
+    assert jax.process_count() == 1 and distill.is_primary_process()
+    assert distill.broadcast_from_primary(value, tree) == (value, tree)

@@ -54,7 +54,9 @@ def header_commands(path):
     for paragraph in re.split(r"\n\n|\n(?=[A-Z][\w ,]*: )", docstring):
         for sentence in re.split(r"\.(?=\s+[A-Z]|$)", " ".join(paragraph.split())):
             # Options in the middle of a sentence are mentioned, not given as a command.
-            match = re.search(r"(?:^|: |&& |, use |pass )`?(python -m .*|--[a-z].*)", sentence)
+            match = re.search(
+                r"(?:^|: |&& |\b(?:add|pass|use) )`?(python -m .*|--[a-z].*)", sentence
+            )
             if match is None:
                 continue
             line = match[1].replace("`", "")
