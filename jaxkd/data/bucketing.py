@@ -39,7 +39,7 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
     if tokens.ndim < 2:
         raise ValueError(f"tokens must have the shape [N, ..., S], got {tokens.shape}")
     positions = (tokens != 0) * np.arange(1, tokens.shape[-1] + 1)
-    return positions.reshape(len(tokens), -1).max(1, initial=0)
+    return positions.max(tuple(range(1, tokens.ndim)), initial=0)
 
 
 @dataclasses.dataclass(frozen=True)

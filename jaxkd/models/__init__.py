@@ -29,6 +29,7 @@ from jaxkd.models.efficientnet import (
     efficientnet_b7,
     efficientnet_lite0,
 )
+from jaxkd.models.layers import BatchNorm
 from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
 from jaxkd.models.model import (
@@ -51,6 +52,7 @@ __all__ = [
     "BERT",
     "CNN",
     "VGG",
+    "BatchNorm",
     "CifarResNet",
     "EfficientNet",
     "EfficientNetLite",

@@ -1,5 +1,7 @@
 """Models as pairs of pure functions, made from Flax Linen, Flax NNX or anything else."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import inspect
@@ -41,7 +43,7 @@ class Model(NamedTuple):
     apply: Callable[..., tuple[Outputs, dict]]
 
 
-def from_linen(module: "linen.Module", *, train_argument: str | None = "train") -> Model:
+def from_linen(module: linen.Module, *, train_argument: str | None = "train") -> Model:
     """Makes a model from a Flax Linen module.
 
     The module returns `Outputs` or logits alone. If it returns logits alone, the values that it
@@ -129,7 +131,7 @@ def _name_sown_values(intermediates: dict) -> dict[str, Array]:
     return features
 
 
-def from_nnx(module: "nnx.Module | Callable[[nnx.Rngs], nnx.Module]") -> Model:
+def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """Makes a model from a Flax NNX module.
 
     Args:

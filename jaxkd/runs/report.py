@@ -130,7 +130,7 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
     if len(differences) == 1:
         return (
             f"With one seed, {name} is {abs(mean):.1f} points {side} {baseline} {change}. "
-            "One seed cannot tell such a difference from chance."
+            "One seed does not separate such a difference from chance."
         )
     std = differences.std(ddof=1)
     sentence = (

@@ -43,7 +43,8 @@ def main(address, num_processes, process_id, folder, stop_step):
             address, num_processes=int(num_processes), process_id=int(process_id)
         )
         assert jax.device_count() == 2 * jax.local_device_count() == 4
-    options = {"batch_norm": True, "batch_size": 15}
+    # Few steps and evaluations: between processes, each takes tenths of a second.
+    options = {"batch_norm": True, "batch_size": 15, "steps": 6}
     student = {"teachers": ("teacher",), "loss": soft_loss, **options}
     plan = [
         make_stage("teacher", 8, **options),
@@ -56,7 +57,7 @@ def main(address, num_processes, process_id, folder, stop_step):
         stop_after(int(stop_step))
         save_every = 0
     try:
-        trained, _ = train(folder, plan, save_every=save_every, placement=placement)
+        trained, _ = train(folder, plan, save_every=save_every, evaluations=3, placement=placement)
     except Stopped:
         print(json.dumps({}))
         return

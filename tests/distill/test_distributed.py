@@ -88,7 +88,7 @@ def test_only_the_primary_process_writes(two_processes):
 
 
 def test_run_resumes_on_another_number_of_processes(one_process, tmp_path):
-    stopped = train(tmp_path, num_processes=2, stop_step=6)
+    stopped = train(tmp_path, num_processes=2, stop_step=4)
     assert stopped == [{}, {}]
     (summary,) = train(tmp_path, num_processes=1)
     assert_close(summary, one_process[0])

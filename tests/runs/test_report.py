@@ -105,13 +105,13 @@ def test_a_narrow_console_loses_columns_but_no_text(rows):
             [0.86],
             [0.82],
             "With one seed, new is 4.0 points above old (82.0 % → 86.0 %). "
-            "One seed cannot tell such a difference from chance.",
+            "One seed does not separate such a difference from chance.",
         ),
         (
             [0.80],
             [0.82],
             "With one seed, new is 2.0 points below old (82.0 % → 80.0 %). "
-            "One seed cannot tell such a difference from chance.",
+            "One seed does not separate such a difference from chance.",
         ),
     ],
 )
