@@ -11,8 +11,8 @@ Terms and weights are those of RepDistiller, the code of Tian et al. The dkd ter
 its authors' for ResNets of one width, without their warm-up. The negatives of crd are the other
 images of the batch. Nothing is tuned to these images.
 
-Papers: see the catalogue in jaxkd/README.md; Mirzadeh et al. on teachers that are too large for
-their student, https://arxiv.org/abs/1902.03393; Tian et al. on the methods,
+Papers: see the catalogue in docs/api/catalogue.md; Mirzadeh et al. on teachers that are too large
+for their student, https://arxiv.org/abs/1902.03393; Tian et al. on the methods,
 https://arxiv.org/abs/1910.10699
 
 Command: python -m experiments.compare_teachers

@@ -11,7 +11,7 @@ are not part of it.
 The weight of each method's term is the best of three, a factor of 10 apart, by the validation
 accuracy of one training with another seed than those below.
 
-Papers: see the catalogue in jaxkd/README.md
+Papers: see the catalogue in docs/api/catalogue.md
 
 Command: python -m experiments.methods
 

@@ -73,6 +73,8 @@ class Config(translation_data.Options):
     only: tuple[str, ...] = ()
     """Names of the students to train: no_attention, attention, word_level, sequence_level. By
     default all of them. The teacher is trained only if one of the last two is."""
+    max_students: int = 1
+    """Translators train one after another."""
     epochs: int = 2
     """Passes of each student over the pairs."""
     batch_size: int = 32

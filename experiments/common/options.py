@@ -44,8 +44,8 @@ class Options:
     jit."""
     max_students: int = 0
     """Number of students that train in one vectorised program: seeds, and stages with the same
-    program. 0 means 1 on a CPU, where it is slower, and otherwise all of them if there is one for
-    each device."""
+    program. 0 chooses: 1 on a CPU, where more are slower; on accelerators all students, or 1 if
+    there are fewer students than devices."""
     coordinator: str = ""
     """On several hosts, all running the same command: address:port of the first one, or auto if JAX
     can detect it."""

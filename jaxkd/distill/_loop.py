@@ -103,7 +103,7 @@ class TrainingLoop:
         return self._collect(self._get_states())
 
     def _stops(self) -> list[int]:
-        """Returns the first step, and the steps at which the loop looks up from the device."""
+        """Returns the first step, and the steps at which control returns to the host."""
         stops = {
             *self._evaluation_steps,
             *range(0, self.group.steps, self._placement.steps_per_call),

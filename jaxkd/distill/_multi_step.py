@@ -1,6 +1,7 @@
 """Functions that take several training steps: in one loop on a device, or step by step."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax import Array, lax
 STEPS_PER_CALL = 32
 """Number of steps that run in one loop on an accelerator."""
 MAX_STEPS_IN_FLIGHT = 8
-"""Number of steps queued on several CPU devices. JAX up to 0.11.2 deadlocks from about 32 on."""
+"""Largest number of steps queued on several devices. On CPUs, JAX up to 0.11.2 deadlocks from
+about 32 on."""
 
 MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Array]]
 """`(states, examples, indices [K, P, B], teachers, keys) -> (states, losses [K, P])`.
@@ -69,14 +71,17 @@ def repeat_step(
 def step_by_step(
     take_step: Callable[..., tuple[Any, Array]], num_devices: int
 ) -> Callable[..., tuple[Any, Array]]:
+    # Counted over all calls: a call may take only one step.
+    num_steps = itertools.count(1)
+
     def repeat(
         state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
     ) -> tuple[Any, Array]:
         losses = []
-        for number, batch_indices in enumerate(indices):
+        for batch_indices in indices:
             state, loss = take_step(state, examples, batch_indices, teachers, key)
             losses.append(loss)
-            if num_devices > 1 and number % MAX_STEPS_IN_FLIGHT == 0:
+            if num_devices > 1 and next(num_steps) % MAX_STEPS_IN_FLIGHT == 0:
                 jax.block_until_ready(loss)
         return state, jnp.stack(losses)
 

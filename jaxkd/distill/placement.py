@@ -4,8 +4,8 @@
 them. `PmapPlacement` does the same with `jax.pmap`. `VectorizedPlacement` trains many students in
 one program. They all implement `Placement`, so that callers never ask which one they have.
 
-Every method takes one entry per student of a group. Only a vectorised placement takes more than
-one.
+`put_states`, `put_examples`, `put_teachers` and `put_keys` take one entry per student of a group.
+Only a vectorised placement takes more than one.
 """
 
 import dataclasses
