@@ -1,6 +1,6 @@
 """Distillation losses as pure functions that return one value per example.
 
-Importing this package loads only jax and optax. The catalogue, `jaxkd/README.md`, lists every
+Importing this package loads only jax and optax. The catalogue, `docs/api/catalogue.md`, lists every
 function with its formula and paper.
 """
 

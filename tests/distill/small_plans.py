@@ -45,6 +45,8 @@ def make_examples(seed, count):
 # No number of devices divides the number of examples, and a batch of 16 spans two epochs.
 TRAIN = make_examples(0, 45)
 VALIDATION = make_examples(1, 20)
+TX = optax.sgd(0.1, momentum=0.9)
+"""One object, because optax compares its optimizers by identity."""
 
 
 def hard_loss(student, teachers, batch, context):
@@ -70,7 +72,7 @@ def make_stage(name, width=4, *, dropout=0.0, batch_norm=False, **options):
         "model": make_model(width, dropout, batch_norm),
         "data": TRAIN,
         "loss": hard_loss,
-        "tx": optax.sgd(0.1, momentum=0.9),
+        "tx": TX,
         "steps": 12,
         "batch_size": 16,
     }

@@ -31,29 +31,27 @@ def read_lines(capsys):
 
 def test_lines_of_a_plan_in_a_pipe(capsys, clock):
     plan = [make_stage("first", steps=1000), make_stage("second", steps=500)]
-    with PlanProgress(plan, [0, 1], FOLDER) as progress:
+    with PlanProgress(plan, [0, 1, 2], FOLDER) as progress:
         assert read_lines(capsys) == [
-            "training 2 stages for 2 seeds: 4 trainings, 3,000 steps, into runs/one"
+            "training 2 stages for 3 seeds: 6 trainings, 4,500 steps, into runs/one"
         ]
-        progress.start_group("first, seed 0, and 1 more", 1000, 2)
-        clock[0] += 20
+        progress.start_group("first, seed 0, and 2 more", 1000, 3)
+        clock[0] += 30
         progress.advance(400)
         progress.advance(600)
         assert read_lines(capsys) == []
-        progress.end_group(["first, seed 0: done", "first, seed 1: done"])
-        # 2,000 of 3,000 steps took 20 s.
+        progress.end_group([f"first, seed {seed}: done" for seed in range(3)])
+        # 3,000 of 4,500 steps took 30 s.
         assert read_lines(capsys) == [
             "first, seed 0: done",
-            "first, seed 1: done (about 10 s left)",
+            "first, seed 1: done",
+            "first, seed 2: done (about 15 s left)",
         ]
-        progress.start_group("second, seed 0", 500, 1)
-        progress.advance(500)
-        progress.end_group(["second, seed 0: done"])
-        assert read_lines(capsys) == ["second, seed 0: done (about 4 s left)"]
-        progress.start_group("second, seed 1", 500, 1)
-        progress.advance(500)
-        progress.end_group(["second, seed 1: done"])
-        assert read_lines(capsys) == ["second, seed 1: done"]
+        for seed, remaining in ((0, " (about 9 s left)"), (1, " (about 4 s left)"), (2, "")):
+            progress.start_group(f"second, seed {seed}", 500, 1)
+            progress.advance(500)
+            progress.end_group([f"second, seed {seed}: done"])
+            assert read_lines(capsys) == [f"second, seed {seed}: done{remaining}"]
     assert read_lines(capsys) == []
 
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
 CONTENT = json.loads(NOTEBOOK.read_text(encoding="utf-8"))

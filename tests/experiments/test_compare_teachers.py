@@ -16,6 +16,8 @@ from jaxkd import data
 from jaxkd.distill import LossContext
 from jaxkd.models import Outputs
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 
 @pytest.fixture
 def dataset():

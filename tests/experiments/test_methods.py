@@ -12,6 +12,8 @@ from experiments import methods
 from jaxkd.distill import LossContext
 from jaxkd.models import Outputs
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, execute):

@@ -13,6 +13,8 @@ from experiments.sweep import Config
 from jaxkd import data
 from jaxkd.distill import TrainedModel
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 OPTIONS = (
     "--temperatures",
     1,

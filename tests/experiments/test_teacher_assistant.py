@@ -152,11 +152,13 @@ def test_exported_student_runs_without_the_library(finished_run, image_dir, tmp_
     assert evaluate.parameter_count(variables) == row["parameters"]
 
 
+@pytest.mark.thorough
 def test_same_command_gives_the_same_bits(finished_run, tmp_path, execute):
     execute("teacher_assistant", *OPTIONS, "--workdir", tmp_path / "run")
     assert_same_bits(tmp_path / "run", finished_run[0])
 
 
+@pytest.mark.thorough
 def test_killed_run_resumes_to_the_same_bits(finished_run, tmp_path, command, environment, execute):
     folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
@@ -187,6 +189,7 @@ def test_killed_run_resumes_to_the_same_bits(finished_run, tmp_path, command, en
     assert_same_bits(folder, finished_run[0])
 
 
+@pytest.mark.thorough
 def test_damaged_checkpoint_is_reported_and_trained_again(finished_run, tmp_path, execute):
     folder = tmp_path / "run"
     shutil.copytree(finished_run[0], folder)

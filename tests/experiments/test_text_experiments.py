@@ -16,6 +16,8 @@ from jaxkd.distill import LossContext, TrainedModel
 from jaxkd.models import BERT, Outputs, from_linen, mean_pooling
 from jaxkd.weights import to_torch
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 WORDS = "good fine great lovely bad poor awful dull film plot cast score a the was very .".split()
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
 CONTEXT = LossContext(jnp.zeros((), jnp.int32), None, jax.random.key(0), None, None)

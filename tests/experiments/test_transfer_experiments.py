@@ -16,6 +16,8 @@ from experiments.common.cli import OptionError
 from jaxkd import data, models
 from jaxkd.weights import save_torch
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 
 @pytest.fixture
 def dataset():

@@ -21,6 +21,8 @@ from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill import LossContext
 from jaxkd.runs import ResultRow, checkpoints
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 WORDS = {
     "a": "ein",
     "man": "mann",

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from experiments import two_cnns
 from jaxkd import data
 
 
+@pytest.mark.thorough
 def test_runs_and_compares(tmp_path, execute):
     printed = execute(
         "two_cnns", "--teacher-epochs", 3, "--augment", "--workdir", tmp_path / "run"

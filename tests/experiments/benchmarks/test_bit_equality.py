@@ -12,6 +12,8 @@ import pytest
 from experiments.benchmarks import bit_equality
 from jaxkd import runs
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 ROOT = Path(bit_equality.__file__).parents[2]
 SAME = (
     "repeated run",

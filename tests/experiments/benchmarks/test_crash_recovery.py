@@ -8,6 +8,8 @@ import pytest
 
 from experiments.benchmarks import crash_recovery
 
+pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
+
 ROOT = Path(crash_recovery.__file__).parents[2]
 
 
