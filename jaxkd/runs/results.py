@@ -135,11 +135,12 @@ def format_mean_and_std(values: Any, *, scale: float = 1.0) -> str:
         >>> format_mean_and_std([0.86, 0.87], scale=100)
         '86.5 ± 0.7'
     """
-    values = scale * np.asarray(values, float)
+    values = np.asarray(values, float)
     if not values.size:
         return ""
-    std = f" ± {values.std(ddof=1):.1f}" if values.size > 1 else ""
-    return f"{values.mean():.1f}{std}"
+    std = f" ± {scale * values.std(ddof=1):.1f}" if values.size > 1 else ""
+    # Scaled after the mean: the other order rounds some ties to another digit.
+    return f"{scale * values.mean():.1f}{std}"
 
 
 def _from_json_value(name: str, value: Any) -> Any:
