@@ -32,7 +32,7 @@ def make_plan(**options):
 
 def train_students(folder, plan, seeds=(0,), **options):
     """Returns the variables of the students."""
-    trained, _ = train(folder, plan, seeds, **options)
+    trained, _ = train(folder, plan, seeds, evaluations=2, **options)
     variables = get_variables(trained)
     return {name: variables[name] for name in ("student", "other")}
 

@@ -96,7 +96,7 @@ def test_students_learn_what_each_learns_alone(alone, tmp_path, max_students, nu
 def test_cached_teachers_are_those_of_each_seed(tmp_path):
     def train_plan(name, placement):
         plan = make_plan(cache_teachers=True, augment=None)
-        trained, _ = train(tmp_path / name, plan, SEEDS, placement=placement)
+        trained, _ = train(tmp_path / name, plan, SEEDS, evaluations=2, placement=placement)
         return get_variables(trained)
 
     expected = train_plan("alone", None)
