@@ -54,8 +54,9 @@ def command(image_dir):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment of a user's terminal: no virtual devices."""
-    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """The environment of a user's terminal: no virtual devices, and programs are optimized."""
+    of_tests = {"XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    variables = {name: value for name, value in os.environ.items() if name not in of_tests}
     return variables | {"COLUMNS": "100"}
 
 

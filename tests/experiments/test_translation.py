@@ -45,6 +45,8 @@ SMALL = {
     "max_length": 24,
     "batch_size": 16,
     "beams": 2,
+    # A step for the eight virtual devices takes a third longer to compile.
+    "parallel": "none",
 }
 
 
@@ -91,6 +93,12 @@ def encoded(languages):
 
 def encode(config):
     return translation_data.encode(config, translation_data.load(config))
+
+
+def predict_logits(model, variables, inputs):
+    return jax.jit(lambda *arguments: model.apply(*arguments, train=False)[0].logits)(
+        variables, inputs
+    )
 
 
 def make_student(config, data):
@@ -262,18 +270,20 @@ def test_the_loss_is_the_mean_over_words_whatever_the_padding(encoded):
     batch = data.train[:6]
     variables = model.init(jax.random.key(0), batch)
 
+    @jax.jit
+    @jax.value_and_grad
     def mean_loss(params, inputs):
         outputs, _ = model.apply({"params": params}, inputs, train=False)
         return translation_losses.word_loss(outputs, (), {"inputs": inputs}, CONTEXT).mean()
 
     padded = jnp.pad(jnp.asarray(batch), ((0, 0), (0, 0), (0, 5)))
-    value, gradients = jax.value_and_grad(mean_loss)(variables["params"], batch)
-    padded_value, padded_gradients = jax.value_and_grad(mean_loss)(variables["params"], padded)
+    value, gradients = mean_loss(variables["params"], batch)
+    padded_value, padded_gradients = mean_loss(variables["params"], padded)
     np.testing.assert_allclose(value, padded_value, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, padded_gradients
     )
-    logits = model.apply(variables, batch, train=False)[0].logits
+    logits = predict_logits(model, variables, batch)
     labels = batch[:, 1, 1:]
     cross_entropies = -np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), labels[..., None], -1
@@ -301,7 +311,7 @@ def test_the_score_counts_words(encoded):
     score = translation_losses.make_word_score(model, data.buckets)(
         variables, {"inputs": data.validation}
     )
-    logits = model.apply(variables, data.validation, train=False)[0].logits
+    logits = predict_logits(model, variables, data.validation)
     labels = data.validation[:, 1, 1:]
     accuracy = (np.asarray(logits).argmax(-1) == labels)[labels != 0].mean()
     cross_entropies = -np.take_along_axis(
