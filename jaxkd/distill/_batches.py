@@ -40,6 +40,7 @@ def make_order(key: Array, num_examples: int, batch_size: int) -> SelectFn:
         [0, 1, 2, 3]
     """
 
+    # Two entries, because a batch may span two epochs.
     @functools.lru_cache(maxsize=2)
     def permute(epoch: int) -> np.ndarray:
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, Purpose.ORDER), epoch)
@@ -49,6 +50,7 @@ def make_order(key: Array, num_examples: int, batch_size: int) -> SelectFn:
         positions = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs = positions // num_examples
         parts = []
+        # A batch that is larger than the data set spans several epochs.
         for epoch in np.unique(epochs).tolist():
             parts.append(permute(epoch)[positions[epochs == epoch] % num_examples])
         return np.concatenate(parts)
@@ -78,6 +80,7 @@ def make_bucketed_order(key: Array, lengths: np.ndarray, batch_size: int) -> Sel
         [[0, 2], [1, 3]]
     """
     select_unsorted = make_order(key, len(lengths), batch_size)
+    # A pool of more than an epoch would hold an example twice in a batch.
     pool_size = max(1, min(BATCHES_PER_POOL, len(lengths) // batch_size))
 
     @functools.lru_cache(maxsize=2)
@@ -88,6 +91,7 @@ def make_bucketed_order(key: Array, lengths: np.ndarray, batch_size: int) -> Sel
         by_length = indices[np.argsort(lengths[indices], kind="stable")]
         batches = by_length.reshape(pool_size, batch_size)
         shuffle_key = jax.random.fold_in(jax.random.fold_in(key, Purpose.BUCKET), pool)
+        # Without a new order, every pool would go from short to long examples.
         return batches[np.asarray(jax.random.permutation(shuffle_key, pool_size))]
 
     return lambda step: sort_pool(step // pool_size)[step % pool_size]

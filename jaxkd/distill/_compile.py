@@ -69,6 +69,7 @@ def compile_stages(
     """
     models = {entry.name: entry.model for entry in plan}
     pretrained = {entry.name: entry.variables for entry in plan if isinstance(entry, Pretrained)}
+    # Jitted once per model: a new `jax.jit` for each stage would compile the same program again.
     inits = {model: jax.jit(model.init) for model in models.values()}
     compiled = {}
     for program in _find_programs(plan, seed):
@@ -125,9 +126,12 @@ def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Progr
 def _candidate_key(stage: Stage, seed: int) -> tuple:
     """Returns attributes that are equal for all stages of one program."""
     batch = _batch_shapes(stage, seed)
+    # Sets of names, shapes and dtypes: the order of a batch's arrays does not change the program. A
+    # Python number (weak type) promotes in another way than an array.
     return (
         stage.model,
         frozenset((name, x.shape, x.dtype, x.weak_type) for name, x in batch.items()),
+        # A step divides by the number of steps for `LossContext.progress`.
         stage.steps,
         stage.batch_size,
         len(stage.teachers),
@@ -154,6 +158,8 @@ def _merge_equal(
 
 def _is_same_step(stage: Stage, other: Stage) -> bool:
     """Returns whether two stages differ only in what is not part of their step."""
+    # Data act through their shapes, which the candidate key compares; `start` and `transfer` act
+    # before the first step.
     ignored = {"name", "data", "start", "transfer"}
     names = {field.name for field in dataclasses.fields(Stage)} - ignored
     return all(getattr(stage, name) == getattr(other, name) for name in names)
@@ -165,6 +171,7 @@ def _step_maker(stage: Stage, models: Mapping[str, Model]) -> Callable[..., Step
         stage.model,
         stage.tx,
         stage.loss,
+        # Cached teachers are not run: their logits come with the batch.
         teachers=() if stage.cache_teachers else tuple(models[name] for name in stage.teachers),
         augment=stage.augment,
         views=stage.views,
@@ -178,6 +185,7 @@ def _hash_step(program: _Program, models: Mapping[str, Model], seed: int) -> str
     stage = program.stages[0]
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = _batch_shapes(stage, seed)
+    # Networks are initialised with one example, as `start_or_resume` does.
     example = jax.ShapeDtypeStruct((1, *batch["inputs"].shape[1:]), batch["inputs"].dtype)
 
     # Called with a real key, because a user's `init_loss` need not be traceable.
@@ -244,12 +252,14 @@ def _describe(stage: Stage, pretrained: Mapping[str, Any]) -> dict[str, Any]:
         "augment": stage.augment is not None,
         "cache_teachers": stage.cache_teachers,
     }
+    # Left out where they are `None`, so that these options do not refuse older checkpoints.
     for name in ("views", "cache_top_k"):
         value = getattr(stage, name)
         if value is not None:
             description[name] = value
     if pretrained:
         description["pretrained"] = {
+            # Weights that a user exchanges under the same name would otherwise go unnoticed.
             name: fingerprint(map(np.asarray, jax.tree.leaves(jax.device_get(variables))))
             for name, variables in pretrained.items()
         }

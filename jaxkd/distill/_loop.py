@@ -57,6 +57,7 @@ class TrainingLoop:
         self._teacher_cache = teacher_cache
         self._buckets = buckets
         self._save_every = save_every
+        # Rounded up, so that the last evaluation is at the last step and none is at step 0.
         self._evaluation_steps = {
             -(-group.steps * (i + 1) // evaluations) for i in range(evaluations)
         }
@@ -123,6 +124,7 @@ class TrainingLoop:
             group.batch_size,
             self._buckets,
         )
+        # One entry per bucket length. Without buckets, the only key is `None`.
         self._put_examples = functools.cache(functools.partial(self._put_cut_examples, examples))
         self._state = placement.put_states([stage_run.state for stage_run in group.stage_runs])
         self._teachers = placement.put_teachers(teachers)
@@ -137,6 +139,7 @@ class TrainingLoop:
         for arrays, info in examples:
             others = {name: array for name, array in arrays.items() if name != "inputs"}
             inputs = self._arrays.get(arrays["inputs"], length)
+            # Only inputs have a token axis to cut.
             others, info = jax.tree.map(self._arrays.get, (others, info))
             on_devices.append((others | {"inputs": inputs}, info))
         return self._placement.put_examples(on_devices)
@@ -147,6 +150,7 @@ class TrainingLoop:
         inputs = stage_run.examples["inputs"]
         info = BatchInfo()
         if stage.views is not None:
+            # The same objects for all stages, which `DeviceArrays` finds by their identity.
             index, num_examples = _make_index(len(inputs))
             info = BatchInfo(index, num_examples, stage_run.view_key)
         if stage.cache_teachers:
@@ -182,6 +186,8 @@ class TrainingLoop:
         losses = self._get_losses()
         for i, state in enumerate(self._get_states()):
             stage_run = self.group.stage_runs[i]
+            # Records are appended in the order of the group, so that an unbroken run repeats the
+            # file.
             record = _evaluate(stage_run, state, step, losses[i])
             self._run.append_metrics(record)
             self._accuracies[i] = record["validation_accuracy"]
@@ -192,6 +198,7 @@ class TrainingLoop:
         # The losses since the last evaluation are saved, so that the next record of a resumed run
         # equals that of an unbroken run.
         losses = self._get_losses()
+        # Students of one program train at once, and each is charged an equal share of the time.
         share = (time.monotonic() - self._started) / len(self.group)
         states = self._get_states()
         for i, stage_run in enumerate(self.group.stage_runs):
@@ -213,6 +220,7 @@ class TrainingLoop:
         """
         if self._state.step.is_deleted():
             return
+        # A vectorised state has one counter per student; all of them are equal.
         step = int(self._state.step.ravel()[0])
         last_evaluation = max((s for s in self._evaluation_steps if s <= step), default=0)
         if step and sum(map(len, self._losses)) == step - last_evaluation:
@@ -229,6 +237,8 @@ class TrainingLoop:
                     f"{self._run.folder}/metrics.jsonl has lost the records of {stage_run.label}: "
                     f"delete {stage_run.folder} to train it again"
                 )
+            # Students of a vectorised group come as NumPy arrays. Those who learn from them expect
+            # JAX's.
             variables = jax.tree.map(jnp.asarray, state.variables)
             models.append(TrainedModel(variables, self._seconds[i], self._accuracies[i]))
         return models
@@ -242,6 +252,7 @@ class TrainingLoop:
 
     def _reset_losses(self, losses: Sequence[Sequence[float]]) -> None:
         """Starts with these losses of each student."""
+        # Transposed to `[K, P]`, the layout in which steps return theirs.
         self._losses: list[Any] = [np.array(losses, np.float32).T]
 
 

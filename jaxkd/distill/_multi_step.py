@@ -59,6 +59,8 @@ def repeat_step(
         state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
     ) -> tuple[Any, Array]:
         count = len(indices)
+        # The loop has one shape of indices, so that it compiles once. Steps beyond `count` do not
+        # run.
         padding = -count % STEPS_PER_CALL
         zeros = np.zeros((padding, *indices.shape[1:]), indices.dtype)
         padded = np.concatenate([indices, zeros])
@@ -81,6 +83,7 @@ def step_by_step(
         for batch_indices in indices:
             state, loss = take_step(state, examples, batch_indices, teachers, key)
             losses.append(loss)
+            # A single device cannot wait for another one, so that its queue may grow.
             if num_devices > 1 and next(num_steps) % MAX_STEPS_IN_FLIGHT == 0:
                 jax.block_until_ready(loss)
         return state, jnp.stack(losses)

@@ -29,6 +29,7 @@ def make_schedule(
         hold the seeds and the stages that share it.
     """
     if max_students == 1 or not seeds:
+        # Seed by seed, so that a run that is stopped early holds whole seeds to compare.
         return [[[(stage, seed)] for stage in stages] for seed in seeds]
     programs: dict[Any, list[CompiledStage]] = {}
     for stage in stages:

@@ -112,6 +112,7 @@ def group_by_step(stage_runs: Sequence[StageRun]) -> list[RunGroup]:
     by_step: dict[int, list[StageRun]] = {}
     for stage_run in stage_runs:
         by_step.setdefault(stage_run.progress.step, []).append(stage_run)
+    # Those furthest behind go first.
     return [RunGroup(by_step[step]) for step in sorted(by_step)]
 
 
@@ -137,9 +138,12 @@ def start_or_resume(
     folder = run.checkpoint_folder(seed, stage.name)
     variables = {name: trained[name][seed].variables for name in stage.needs}
     # The key depends on the name alone, so that adding a stage does not move another one's bits.
+    # CRC-32 instead of `hash`, which differs from process to process.
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
     examples = stage.examples(seed)
     start = variables[stage.start] if stage.start else None
+    # The fresh state is needed even to resume: it tells Orbax the tree, shapes and dtypes to
+    # restore.
     state = _init_state(compiled, key, start, examples["inputs"])
     state, progress = _restore(compiled, state, folder)
     teachers = tuple(variables[name] for name in stage.teachers)
@@ -159,6 +163,8 @@ def _init_state(
 ) -> TrainState:
     stage = compiled.stage
     variables = compiled.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
+    # Fresh variables are made in any case, since a transfer fills them and the check needs their
+    # shapes.
     if start is not None:
         if stage.transfer is not None:
             start = stage.transfer(start, variables)
@@ -184,6 +190,7 @@ def _restore(
     if restored is not None:
         notes = restored.notes | {"step": restored.step}
         state = restored.tree
+    # Only the primary process writes checkpoints, and its disk need not be shared.
     notes, state = broadcast_from_primary(notes, state)
     state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
@@ -193,6 +200,7 @@ def _restore(
         raise RunError(
             f"{folder} holds another training ({differences}): name another folder for the run"
         )
+    # The notes also hold the fingerprint, which is not part of the progress.
     fields = {name: notes[name] for name in StageProgress._fields}
     return state, StageProgress(**fields)
 

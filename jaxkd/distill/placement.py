@@ -188,8 +188,12 @@ class MeshPlacement:
         def take_step(
             state: Any, examples: Any, indices: Array, teachers: Any, key: Array
         ) -> tuple[Any, Array]:
+            # Without the constraint, XLA may gather the whole batch on every device and compute it
+            # many times.
             batch, info = jax.tree.map(divide, _select(examples, indices))
             state, metrics = step(state, batch, teachers, key, info)
+            # The state returns as it came, whole on every device, so that its buffers can be
+            # donated to the next step.
             return lax.with_sharding_constraint(state, self._sharding()), metrics["loss"]
 
         return for_one_student(repeat_step(take_step, self.mesh.size, self.steps_per_call))
@@ -244,7 +248,9 @@ class PmapPlacement:
         """Copies the examples of the only student to every device."""
         (tree,) = examples
         return jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, Array) else self.put_array(leaf), tree
+            # `DeviceArrays` has put the leaves that several stages share already.
+            lambda leaf: leaf if isinstance(leaf, Array) else self.put_array(leaf),
+            tree,
         )
 
     def put_teachers(self, teachers: Sequence[Any]) -> Any:
@@ -268,6 +274,7 @@ class PmapPlacement:
         def take_share_of_step(
             state: Any, examples: Any, indices: Array, teachers: Any, key: Array
         ) -> tuple[Any, Array]:
+            # Losses that compare examples, and the augmentation, need the whole batch.
             all_indices = lax.all_gather(indices, DATA, tiled=True)
             batch, info = _select(examples, all_indices)
             state, metrics = step(state, batch, teachers, key, info)
@@ -287,6 +294,7 @@ class PmapPlacement:
                     "multiple as the batch size, or a MeshPlacement, which pads"
                 )
             shares = indices.reshape(count, -1)
+            # Each process passes the shares of its own devices, in the global order of devices.
             local = [i for i, device in enumerate(jax.devices()) if device in jax.local_devices()]
             return mapped(state, examples, shares[local], teachers, key)
 
@@ -339,6 +347,7 @@ class VectorizedPlacement:
 
     def get_states(self, states: Any, count: int) -> list[Any]:
         """Returns the states of the first `count` students, on the host."""
+        # One transfer for all students; slices on the device would be a small program each.
         states = jax.device_get(states)
         return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(count)]
 
@@ -403,6 +412,7 @@ class VectorizedPlacement:
 
     def _deduplicate(self, trees: Sequence[Any]) -> "_Shared":
         def stack_distinct(*leaves: Any) -> Array:
+            # Compared by identity: comparing values would read all of them.
             distinct = {id(leaf): jnp.asarray(leaf) for leaf in leaves}
             return jax.device_put(jnp.stack(list(distinct.values())), self._sharding())
 

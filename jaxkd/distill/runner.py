@@ -80,6 +80,7 @@ def run_plan(
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    # The results keep the order in which the caller wrote the plan. Training needs teachers first.
     names = [entry.name for entry in plan]
     plan = order(plan)
     seeds = list(seeds)
@@ -87,12 +88,14 @@ def run_plan(
     with PlanProgress(plan, seeds, run.folder) as progress:
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
+        # Only the shapes of a seed's examples matter here, and they are those of every seed.
         stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
             predict_fns,
             run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
         )
+        # Loops look their teachers up in this dictionary, which grows as stages end.
         trained = _collect_pretrained(plan, seeds, scores)
         make_loop = functools.partial(
             TrainingLoop,
@@ -137,6 +140,7 @@ def evaluate_plan(
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}
     for name, seeds in models.items():
+        # All logits are kept, since each model is compared with the reference of the same seed.
         logits[name] = [predict_fns[name](model.variables, test["inputs"]) for model in seeds]
     rows = []
     for entry in plan:
@@ -170,9 +174,12 @@ def _train_round(
     progress: PlanProgress,
 ) -> None:
     """Trains the groups of a round, one after another, and adds their models to `trained`."""
+    # The arrays of a round are dropped together at its end: the next round has another seed's
+    # examples or another program.
     arrays = DeviceArrays(placement.put_array)
     for jobs in round_:
         stage_runs = [start_or_resume(stage, seed, trained, run) for stage, seed in jobs]
+        # A resumed group may be split, because each student has a checkpoint of its own.
         for group in group_by_step(stage_runs):
             progress.start_group(group.label, group.steps, len(group))
             progress.advance(group.first_step, restored=True)
@@ -186,6 +193,7 @@ def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[s
     """Returns a line for each training of a group."""
     lines = []
     for stage_run, model in zip(group.stage_runs, models, strict=True):
+        # Nothing was trained, so that seconds and accuracy are those of an earlier call.
         if group.first_step == group.steps:
             lines.append(f"{stage_run.label}: already trained")
             continue

@@ -222,6 +222,7 @@ def make_train_step(
             inputs = augment_views(augment, info.view_key, inputs, info.index, view)
         elif augment is not None:
             inputs = augment(_fold_in(key, Purpose.AUGMENT, state.step), inputs)
+        # Augmented before it is divided, so that every number of devices draws the same views.
         share = _take_share(inputs, axis_name)
         live_outputs = tuple(
             _gather(teacher.apply(variables, share, train=False)[0], axis_name)
@@ -241,6 +242,7 @@ def make_train_step(
                 student, batch_stats = model.apply(
                     variables, share, train=True, key=_for_device(model_key, axis_name)
                 )
+            # The loss sees the outputs of all devices, since it may compare examples.
             student = _gather(student, axis_name)
             cached_outputs = _get_cached_outputs(info, view, student.logits.shape[-1])
             outputs = live_outputs + cached_outputs
@@ -251,6 +253,8 @@ def make_train_step(
                     "the loss must return one value per example "
                     f"{inputs.shape[:1]}, got the shape {values.shape}"
                 )
+            # Each device has the values of all examples. It differentiates its own share, so that
+            # the sum over devices counts none twice.
             return _take_share(values, axis_name).sum() / len(values), batch_stats
 
         trained = (state.params,) if state.loss is None else (state.params, state.loss.params)
@@ -276,6 +280,7 @@ def make_train_step(
 def _get_view(info: BatchInfo, step: Array, count: int) -> Array:
     """Returns the view of each example. A batch that spans two epochs has two views."""
     batch_size = len(info.index)
+    # Positions count as in `make_order`: epochs follow one another without a gap.
     positions = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     return positions // info.num_examples % count
 
