@@ -103,7 +103,7 @@ def make_triple_loss(config: Config) -> LossFn:
     def loss(
         student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
     ) -> Array:
-        student_states = project(context.params, last_hidden_states(student))
+        student_states = project_states(context.params, last_hidden_states(student))
         cosine_loss = losses.hidden_cosine_loss(student_states, last_hidden_states(teachers[0]))
         cosine_term = mean_over_tokens(cosine_loss, where=batch["inputs"] != 0)
         value = soft_target_loss(student, teachers, batch, context)
@@ -130,7 +130,9 @@ def make_layer_loss(config: Config, student_layers: int, teacher_layers: int) ->
         where = batch["inputs"] != 0
 
         def hidden_loss(student_states: Array, teacher_states: Array) -> Array:
-            return losses.hidden_mse_loss(project(context.params, student_states), teacher_states)
+            return losses.hidden_mse_loss(
+                project_states(context.params, student_states), teacher_states
+            )
 
         def map_loss(student_map: Array, teacher_map: Array) -> Array:
             # Entries count if both the query and the key are tokens.
@@ -158,7 +160,7 @@ def make_layer_loss(config: Config, student_layers: int, teacher_layers: int) ->
     return loss
 
 
-def project(projector: dict[str, Array] | None, states: Array) -> Array:
+def project_states(projector: dict[str, Array] | None, states: Array) -> Array:
     """Projects a student's states to the teacher's width, or returns them without a projector."""
     return states if projector is None else losses.project(projector, states)
 
@@ -239,7 +241,7 @@ def load_student(name: str, config: Config, data: texts.TextData) -> Student:
         DataError: If its tokenizer is not the teacher's.
     """
     teacher = data.bert.module
-    bert = texts.load_bert(name, teacher.num_classes)
+    bert = texts.load_bert_classifier(name, teacher.num_classes)
     student = bert.module
     tokens.check_same_tokenizer(data.bert.tokenizer, bert.tokenizer)
     longest = data.buckets.lengths[-1]

@@ -93,7 +93,7 @@ class TextData(NamedTuple):
     buckets: LengthBuckets
 
 
-def load_bert(name: str, num_classes: int) -> hub.PretrainedBERT:
+def load_bert_classifier(name: str, num_classes: int) -> hub.PretrainedBERT:
     """Loads a pretrained BERT with a random last layer, on the mean of the tokens' states."""
     return hub.load_bert(
         name, num_classes=num_classes, key=jax.random.key(0), pooling=models.mean_pooling
@@ -118,7 +118,7 @@ def encode(
         dataset: The texts, from `load`.
         unlabelled: Further texts, and the origin of each for messages.
     """
-    bert = load_bert(options.bert, len(dataset.class_names))
+    bert = load_bert_classifier(options.bert, len(dataset.class_names))
     num_layers = bert.module.layers
     max_positions = bert.module.positions
     require(

@@ -31,24 +31,29 @@ def make_schedule(
     if max_students == 1 or not seeds:
         # Seed by seed, so that a run that is stopped early holds whole seeds to compare.
         return [[[(stage, seed)] for stage in stages] for seed in seeds]
+    levels = _find_levels(stages)
     programs: dict[Any, list[CompiledStage]] = {}
     for stage in stages:
         shapes = _shapes(stage.stage.examples(seeds[0]))
         # Stages of a program may still depend on each other, as born-again generations do.
-        level = _level(stage, stages)
+        level = levels[stage.stage.name]
         programs.setdefault((stage.multi_step, shapes, level), []).append(stage)
     rounds = []
-    for sharing in sorted(programs.values(), key=lambda group: _level(group[0], stages)):
+    for sharing in sorted(programs.values(), key=lambda group: levels[group[0].stage.name]):
         # Seeds come first: the cached logits of a seed's teacher serve one student after another.
         jobs = [(stage, seed) for seed in seeds for stage in sharing]
         rounds.append([jobs[i : i + max_students] for i in range(0, len(jobs), max_students)])
     return rounds
 
 
-def _level(stage: CompiledStage, stages: Sequence[CompiledStage]) -> int:
-    """Returns the length of the longest chain of stages that a stage learns from."""
-    needed = [other for other in stages if other.stage.name in stage.stage.needs]
-    return 1 + max((_level(other, stages) for other in needed), default=-1)
+def _find_levels(stages: Sequence[CompiledStage]) -> dict[str, int]:
+    """Returns the length of the longest chain of stages that each stage learns from, by name."""
+    levels: dict[str, int] = {}
+    for stage in stages:
+        # Pretrained models have no level: they are there before any stage.
+        needed = [levels[name] for name in stage.stage.needs if name in levels]
+        levels[stage.stage.name] = 1 + max(needed, default=-1)
+    return levels
 
 
 def _shapes(examples: Mapping[str, Any]) -> frozenset[tuple]:

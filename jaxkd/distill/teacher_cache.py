@@ -49,7 +49,7 @@ class TeacherCache:
         # Several processes predict together. A process that found the logits on its own disk would
         # not take part, and the others would wait for it.
         self._folder = Path(folder) if jax.process_count() == 1 else None
-        self._latest: dict[str, tuple[tuple, Any]] = {}
+        self._latest: dict[str, tuple[tuple, tuple, Any]] = {}
 
     def get(
         self,
@@ -77,10 +77,13 @@ class TeacherCache:
             The result of `teacher_logits`. Equal arguments return the identical arrays, which are
             then put onto the devices only once.
         """
-        arguments = (variables, inputs, augment, num_views, view_key, top_k)
+        objects = variables, inputs, augment, view_key
+        numbers = num_views, top_k
         if name in self._latest:
-            latest_arguments, logits = self._latest[name]
-            if all(a is b for a, b in zip(arguments, latest_arguments, strict=True)):
+            latest_objects, latest_numbers, logits = self._latest[name]
+            # Identity, because comparing weights and data by value would read all of them.
+            is_same = all(a is b for a, b in zip(objects, latest_objects, strict=True))
+            if is_same and numbers == latest_numbers:
                 return logits
         views = None if num_views is None else Views(augment, view_key, num_views)
         logits = teacher_logits(
@@ -92,7 +95,7 @@ class TeacherCache:
             folder=self._folder,
             notes={"program": _hash_program(self._models[name], variables, inputs)},
         )
-        self._latest[name] = arguments, logits
+        self._latest[name] = objects, numbers, logits
         return logits
 
 

@@ -344,6 +344,22 @@ def test_model_that_closes_over_another_value_is_another_teacher(tmp_path, make_
     assert count_predictions_of_three(make_shift, tmp_path) == [10, 10, 0]
 
 
+def test_cache_returns_the_identical_arrays_for_an_equal_top_k(tmp_path):
+    def predict(variables, inputs):
+        return np.tile(inputs.reshape(len(inputs), -1), 9).astype(np.float32)
+
+    cache = TeacherCache(
+        {"teacher": make_shifted_model(shift_by_array(1))}, {"teacher": predict}, tmp_path
+    )
+    options = {"augment": None, "num_views": None, "view_key": None}
+    # Python makes a new object for every integer above 256.
+    first, second, other = (
+        cache.get("teacher", VARIABLES, IMAGES, top_k=int(k), **options)
+        for k in ("260", "260", "259")
+    )
+    assert first is second and other.indices.shape == (10, 259)
+
+
 HOISTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
