@@ -78,7 +78,8 @@ def test_every_method_has_a_finite_gradient():
             context = LossContext(0, 0.0, jax.random.key(2), own_params, None)
             return loss(student, (teacher,), batch, context).mean()
 
-        value, gradients = jax.value_and_grad(mean, tuple(range(1 + len(params))))(student, *params)
+        value_and_grad = jax.jit(jax.value_and_grad(mean, tuple(range(1 + len(params)))))
+        value, gradients = value_and_grad(student, *params)
         leaves = jax.tree.leaves((value, gradients))
         assert all(np.isfinite(leaf).all() for leaf in leaves), name
         assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients[0])), name

@@ -266,7 +266,7 @@ def test_losses_of_narrow_arrays_are_float32_with_a_value_per_example(name, dtyp
         value = function(first, *narrow[1:])
         return value.sum(), value
 
-    (_, value), gradient = jax.value_and_grad(total, has_aux=True)(narrow[0])
+    (_, value), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(narrow[0])
     assert value.dtype == jnp.float32 and value.shape[0] == B
     assert gradient.dtype == dtype
     chex.assert_tree_all_finite((value, gradient))
