@@ -184,6 +184,7 @@ def test_several_decoder_states_align_under_vmap(score):
     chex.assert_trees_all_close(single[1][2], align(states[0], decoder_states[0, 2])[1], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_multi_head_attend_equals_flax():
     query, keys, _ = draw(d=6)
     where = jnp.arange(6)[None, None] < jnp.array([6, 4])[:, None, None]
@@ -463,6 +464,7 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
     assert (context.dtype, weights.dtype) == (dtype, jnp.float32)
 
 
+@pytest.mark.thorough
 def test_gradients_equal_finite_differences():
     arrays = draw(batch=(), n=2, m=3, d=2, v=2)
     where = jnp.array([[True, True, False], [True, True, True]])
@@ -484,6 +486,7 @@ def test_gradients_equal_finite_differences():
         )
 
 
+@pytest.mark.thorough
 @parametrize_context
 def test_jit_vmap_and_pmap_equal_eager(context):
     arrays = draw(batch=(8,))

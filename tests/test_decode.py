@@ -105,6 +105,7 @@ def test_scores_are_sums_of_log_probabilities_and_best_come_first(beams):
         np.testing.assert_allclose(scores, [log_probability(table, row) for row in rows], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_more_beams_find_better_or_equal_scores():
     state = draw(8, batch=8)
     best = [

@@ -79,6 +79,7 @@ def test_predictions_of_cut_sentences_keep_their_order():
     np.testing.assert_allclose(logits, expected, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_batches_are_cut_to_every_bucket_length(tmp_path):
     lengths = set()
 
@@ -91,6 +92,7 @@ def test_batches_are_cut_to_every_bucket_length(tmp_path):
     assert lengths == set(BUCKETS.lengths)
 
 
+@pytest.mark.thorough
 def test_buckets_change_results_by_rounding_only(trained, tmp_path):
     padded = train(tmp_path, make_plan(), buckets=LengthBuckets((24,)))
     for name in padded:
@@ -104,6 +106,7 @@ def test_cached_teacher_trains_the_same_student(trained, tmp_path):
     chex.assert_trees_all_close(cached["live"][0], trained["live"][0], atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make_placement",
     [lambda: vectorized_placement(2, 8), lambda: mesh_placement(8)],

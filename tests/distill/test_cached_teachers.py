@@ -54,6 +54,7 @@ def live(tmp_path_factory):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("views", VIEWS)
 def test_cached_teachers_train_the_students_of_live_teachers(live, tmp_path, views, placement):
@@ -62,6 +63,7 @@ def test_cached_teachers_train_the_students_of_live_teachers(live, tmp_path, vie
     chex.assert_trees_all_close(cached, live[views], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_views_are_shown_in_turn_epoch_by_epoch(tmp_path):
     # 16 of 45 examples a step: the third batch ends one epoch and begins the next.
     by_views = {
@@ -101,6 +103,7 @@ def counts(monkeypatch):
     return counts
 
 
+@pytest.mark.thorough
 def test_teachers_predict_once_for_all_students_and_runs(tmp_path, counts):
     options = {"cache_teachers": True, "augment": add_much_noise, "views": 3, "steps": 4}
     cache = {"teacher_cache": tmp_path / "cache"}
@@ -133,6 +136,7 @@ def test_resumed_run_reads_the_logits(tmp_path, counts, monkeypatch):
     assert counts == [45]
 
 
+@pytest.mark.thorough
 def test_all_of_the_largest_logits_give_the_same_bits(tmp_path):
     all_logits, three_of_three, one_of_three = (
         train_students(tmp_path / str(k), make_plan(cache_teachers=True, cache_top_k=k, steps=6))

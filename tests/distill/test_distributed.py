@@ -12,6 +12,8 @@ import pytest
 
 from jaxkd import distill
 
+pytestmark = pytest.mark.thorough  # starts processes of its own
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 

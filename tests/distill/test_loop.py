@@ -140,6 +140,7 @@ def project_and_compare(student, teachers, batch, context):
     return jnp.square(projected - jnp.tanh(teachers[0].logits)).mean(-1)
 
 
+@pytest.mark.thorough
 def test_parameters_of_a_loss_are_resumed_and_not_part_of_the_student(tmp_path, monkeypatch):
     def make_plan():
         student = make_stage(
@@ -163,6 +164,7 @@ def follow_progress(student, teachers, batch, context):
     return losses.kl_divergence(student.logits, teachers[0].logits, temperature=temperature)
 
 
+@pytest.mark.thorough
 def test_temperature_that_follows_progress_trains_and_resumes(tmp_path, monkeypatch):
     def make_plan(loss=follow_progress):
         teacher = make_stage("teacher", 32, steps=STEPS)

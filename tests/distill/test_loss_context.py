@@ -57,6 +57,7 @@ def fields_on_one_device(tmp_path_factory):
     return train_fields(tmp_path_factory.mktemp("fields"), PLACEMENTS["one device"]())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_context_is_the_same_on_every_placement(fields_on_one_device, tmp_path, placement):
     if placement == "one device":
@@ -74,6 +75,7 @@ def test_context_is_the_same_on_every_placement(fields_on_one_device, tmp_path, 
     assert fields["params"] == [7.0 - step for step in range(STEPS)]
 
 
+@pytest.mark.thorough
 def test_context_is_the_same_after_a_restart(fields_on_one_device, tmp_path, monkeypatch):
     number = FIELDS.index("key") * STEPS + 4
     options = {"evaluations": STEPS}
@@ -152,6 +154,7 @@ def make_user_array_plan():
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_arrays_of_the_user_reach_the_loss_unchanged(tmp_path, placement):
     plan = make_user_array_plan()

@@ -155,6 +155,7 @@ def test_many_devices_train_like_one(placement):
     chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["eight", "four by two"])
 def test_number_of_devices_need_not_divide_the_batch(placement):
     expected = train_on_one_device(13)
@@ -162,6 +163,7 @@ def test_number_of_devices_need_not_divide_the_batch(placement):
     chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("placement", "batch_size"),
     [("eight", 16), ("eight", 13), ("four by two", 16), ("four by two", 13), ("pmap", 16)],

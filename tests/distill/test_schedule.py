@@ -95,6 +95,7 @@ def test_schedule_without_seeds_is_empty():
     assert schedule(CHAIN, [], 1) == schedule(CHAIN, [], 8) == []
 
 
+@pytest.mark.thorough
 def test_generations_of_one_program_train_in_order(tmp_path):
     """Born-again networks: each generation learns from the one before, in the same program."""
 

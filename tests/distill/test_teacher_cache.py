@@ -231,6 +231,7 @@ print(test_teacher_cache.get_logits(sys.argv[2])[1])
 """
 
 
+@pytest.mark.thorough
 def test_another_process_reads_the_logits(folder):
     command = [sys.executable, "-c", OTHER_PROCESS, os.path.dirname(__file__), str(folder)]
     environment = os.environ | {"PYTHONHASHSEED": "7", "XLA_FLAGS": ""}
@@ -368,6 +369,7 @@ print(count_predictions_of_three(shift_by_array, sys.argv[2]))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="JAX 0.7 fails under this option")
 def test_constants_that_jax_makes_arguments_are_not_overlooked(tmp_path):
     # JAX reads the option when it starts.

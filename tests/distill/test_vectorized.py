@@ -79,6 +79,7 @@ def alone(tmp_path_factory):
     return train(tmp_path_factory.mktemp("alone"), make_plan(), SEEDS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("max_students", "num_devices"), [(4, 1), (9, 8)])
 def test_students_learn_what_each_learns_alone(alone, tmp_path, max_students, num_devices):
     placement = vectorized_placement(max_students, num_devices)
@@ -93,6 +94,7 @@ def test_students_learn_what_each_learns_alone(alone, tmp_path, max_students, nu
     assert len(kernels) == 12, "every student has weights of its own"
 
 
+@pytest.mark.thorough
 def test_cached_teachers_are_those_of_each_seed(tmp_path):
     def train_plan(name, placement):
         plan = make_plan(cache_teachers=True, augment=None)
@@ -104,6 +106,7 @@ def test_cached_teachers_are_those_of_each_seed(tmp_path):
     chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_loop_on_the_device_takes_the_same_steps(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(distill.VectorizedPlacement, "steps_per_call", 4)
     trained, run = train(tmp_path, make_plan(), SEEDS, placement=vectorized_placement(9, 2))
@@ -116,6 +119,7 @@ def unbroken(tmp_path_factory):
     return train(folder, make_plan(steps=4), SEEDS, placement=vectorized_placement(9, 1))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [5, 17])
 def test_killed_group_resumes_with_the_same_numbers(unbroken, tmp_path, monkeypatch, number):
     trained, run, saves = train_with_kill(

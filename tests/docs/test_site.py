@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings"))),
-    reason="the extra docs is not installed",
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings"))),
+        reason="the extra docs is not installed",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ def printed(tmp_path_factory, environment):
     return folder, benchmark.stdout
 
 
+@pytest.mark.thorough
 def test_writes_and_prints_every_case(printed):
     folder, text = printed
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from experiments import own_loop
 
 
+@pytest.mark.thorough
 def test_prints_the_accuracy_of_teacher_and_students(capsys):
     # optax's Adam mixes floats and integers.
     with jax.numpy_dtype_promotion("standard"):

@@ -59,6 +59,7 @@ def assert_same_bits(folder, expected):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@pytest.mark.thorough
 def test_run_writes_its_files(finished_run):
     folder, process = finished_run
     rows = json.loads((folder / "results.json").read_text())
@@ -86,6 +87,7 @@ def test_run_writes_its_files(finished_run):
     assert not process.stderr
 
 
+@pytest.mark.thorough
 def test_prints_time_and_folder_then_a_line_per_training(finished_run):
     folder, process = finished_run
     first, second, *others = process.stdout.splitlines()
@@ -111,6 +113,7 @@ def test_prints_time_and_folder_then_a_line_per_training(finished_run):
     assert not re.search("on validation after", rest)
 
 
+@pytest.mark.thorough
 def test_first_lines_are_printed_before_training(tmp_path, command, environment):
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -129,6 +132,7 @@ def test_first_lines_are_printed_before_training(tmp_path, command, environment)
         process.communicate()
 
 
+@pytest.mark.thorough
 def test_exported_student_runs_without_the_library(finished_run, image_dir, tmp_path):
     folder, process = finished_run
     best = re.search(r"best student by validation accuracy, (\w+)\.", process.stdout).group(1)
@@ -270,6 +274,7 @@ def test_damaged_images_end_in_one_line(image_dir, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_other_workdirs_are_refused_and_left_alone(finished_run, image_dir, tmp_path, monkeypatch):
     folder, _ = finished_run
     options = ("--dataset", image_dir, "--image-size", 16, "--num-labels", 9)

@@ -190,6 +190,7 @@ def test_one_teacher_layer_gets_all_the_weight():
     )
 
 
+@pytest.mark.thorough
 def test_loss_is_zero_where_a_projection_equals_every_layer():
     params, student, _ = draw()
     queries = params["queries"][:1]
@@ -257,6 +258,7 @@ def test_degenerate_and_extreme_states_stay_finite(loss, draw_inputs, scale):
         assert value == 0
 
 
+@pytest.mark.thorough
 @BOTH_LOSSES
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_states_are_widened_first(loss, draw_inputs, dtype):
@@ -274,6 +276,7 @@ def test_narrow_states_are_widened_first(loss, draw_inputs, dtype):
     )
 
 
+@pytest.mark.thorough
 @BOTH_LOSSES
 def test_gradients_are_those_of_finite_differences(loss, draw_inputs):
     params, student, teacher = draw_inputs()
@@ -289,6 +292,7 @@ def test_gradients_are_those_of_finite_differences(loss, draw_inputs):
     )
 
 
+@pytest.mark.thorough
 def test_attention_finds_the_layer_that_can_be_learned():
     """Tests that 50 SGD steps move weight to the layer that the student's states determine."""
     random = np.random.default_rng(0)
@@ -322,6 +326,7 @@ def test_attention_finds_the_layer_that_can_be_learned():
     assert loss(params) < loss(initial_params) / 2
 
 
+@pytest.mark.thorough
 def test_aligned_states_trains_projector_and_queries():
     params, student, teacher = draw_aligned()
     loss, gradients = jax.value_and_grad(

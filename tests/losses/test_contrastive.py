@@ -256,6 +256,7 @@ def test_where_is_slicing(loss, content):
         np.testing.assert_array_equal(gradient[4:], 0)
 
 
+@pytest.mark.thorough
 def test_where_of_the_bank_loss_masks_embeddings_and_indices():
     """Tests that NaN and invalid indices do not reach gradients of scalars, which sum examples."""
     student, teacher = draw()
@@ -284,6 +285,7 @@ def test_where_of_the_bank_loss_masks_embeddings_and_indices():
         np.testing.assert_array_equal(gradient[1], 0)
 
 
+@pytest.mark.thorough
 @LOSSES
 def test_where_that_masks_everything_gives_zero(loss):
     student, teacher = draw()
@@ -325,6 +327,7 @@ def unit_length(vectors):
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+@pytest.mark.thorough
 def test_training_on_it_matches_student_to_teacher():
     """Tests that gradient descent on random embeddings finds each example's teacher."""
     student, teacher = draw(shape=(6, 16))

@@ -213,6 +213,7 @@ def test_every_function_is_covered():
     assert set(CASES) | NOT_CASES == set(losses.__all__) and not set(CASES) & NOT_CASES
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_jit_vmap_pmap_and_sharding_equal_eager(name):
     arrays, function = CASES[name]
@@ -249,6 +250,7 @@ def test_jit_vmap_pmap_and_sharding_equal_eager(name):
     chex.assert_trees_all_close(jax.pmap(value_and_gradient)(*stacked), expected, **tolerance)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
 )

@@ -198,6 +198,7 @@ def test_the_forms_of_attention_transfer_agree():
     np.testing.assert_allclose(mean, distance**2 / 8, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @given(seed=st.integers(0, 1000), channels=st.sampled_from([1, 6]), dead=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_losses_between_directions_are_bounded(seed, channels, dead):
@@ -317,6 +318,7 @@ def test_narrow_features_are_widened_first(loss, dtype):
     assert loss(student.astype(jnp.float32), teacher).dtype == jnp.float32
 
 
+@pytest.mark.thorough
 @LOSSES
 def test_gradients_are_those_of_finite_differences(loss):
     student, teacher = draw(student=(1, 2, 2, 5))

@@ -48,6 +48,7 @@ def weighted(loss, **options):
     return value
 
 
+@pytest.mark.thorough
 @BOTH
 @pytest.mark.parametrize("argnums", [(0, 1), (2, 3), (1,), (0, 1, 2, 3)], ids=str)
 def test_value_and_gradients_equal_the_plain_loss(fused, plain, argnums):
@@ -76,6 +77,7 @@ def test_ends_of_beta_are_the_divergences(beta):
     )
 
 
+@pytest.mark.thorough
 @BOTH
 def test_tokens_that_do_not_count(fused, plain):
     operands = draw(tokens=(3, 5))
@@ -103,6 +105,7 @@ def test_differentiates_the_temperature_and_takes_a_traced_one(fused, plain):
     np.testing.assert_allclose(gradient, expected, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @BOTH
 def test_jit_vmap_and_sharded_tokens_equal_eager(fused, plain):
     operands = draw(tokens=(16,))

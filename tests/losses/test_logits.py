@@ -213,6 +213,7 @@ def test_axis_is_the_axis_of_classes(loss):
     )
 
 
+@pytest.mark.thorough
 def test_jit_vmap_and_pmap_equal_eager():
     student, teacher, labels = draw(shape=(8, 10))
     expected = losses.distillation_loss(student, teacher, labels)
@@ -373,6 +374,7 @@ def test_direction_of_beta():
         np.testing.assert_allclose(value, expected, rtol=0.1)
 
 
+@pytest.mark.thorough
 @given(
     seed=st.integers(0, 2**16),
     beta=st.floats(0.05, 0.95),

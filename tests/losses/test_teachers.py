@@ -17,6 +17,7 @@ def draw(seed=0, teachers=3, shape=(6, 5), scale=3.0):
     return logits, jax.random.randint(jax.random.key(seed + 1), shape[:-1], 0, shape[-1])
 
 
+@pytest.mark.thorough
 @given(seed=st.integers(0, 2**16), temperature=st.floats(0.5, 20), teachers=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_ensemble_averages_probabilities(seed, temperature, teachers):
@@ -133,6 +134,7 @@ def test_examples_that_the_student_knows_have_weight_0():
     assert value == 1 and np.isfinite(gradient).all()
 
 
+@pytest.mark.thorough
 def test_gradients_and_narrow_dtypes():
     logits, labels = draw(shape=(2, 4), scale=1.0)
     for function in (

@@ -240,6 +240,7 @@ def test_map_entries_that_do_not_count_equal_sliced_ones(padding):
     np.testing.assert_array_equal(gradient[..., 3:], 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["attention_divergence", "value_relation"])
 @pytest.mark.parametrize("padding", [jnp.nan, jnp.inf])
 def test_tokens_that_do_not_count_equal_sliced_ones(name, padding):

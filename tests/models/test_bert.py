@@ -92,6 +92,7 @@ def test_parameters_as_published(module, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes(module))) == parameters
 
 
+@pytest.mark.thorough
 def test_weights_start_normal():
     params = from_linen(SMALL).init(jax.random.key(0), jnp.asarray(TOKENS))["params"]
     kernels = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params) if leaf.ndim == 2])
@@ -105,6 +106,7 @@ def test_weights_start_normal():
 # --- padding ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("module", [SMALL, DISTIL, MEAN], ids=["BERT", "DistilBERT", "mean"])
 def test_padding_changes_nothing(module):
     variables = draw(module)

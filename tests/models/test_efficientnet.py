@@ -34,6 +34,7 @@ SMALL = EfficientNet(
 SMALL_LITE = EfficientNetLite(STAGES, 8, 24, LITE_CONFIG, num_classes=5, dropout=0.0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("make", "parameters"),
     [
@@ -83,6 +84,7 @@ def test_rules_name_every_variable(module):
     imagenet.check_rules(module)
 
 
+@pytest.mark.thorough
 def test_named_features_have_the_shapes_of_the_stages():
     expected = {
         "stem": (2, 32, 48, 32),
@@ -154,6 +156,7 @@ def test_blocks_drop_more_often_towards_the_end():
     np.testing.assert_allclose(rates, [0.0, 0.1, 0.2])
 
 
+@pytest.mark.thorough
 def test_two_keys_drop_differently_and_clone_turns_it_off():
     module = SMALL.clone(drop_connect=0.9, dropout=0.5)
     images = imagenet.images(8, 16, 16, 3)

@@ -79,6 +79,7 @@ def test_the_last_state_of_each_sentence_leads_to_the_logits():
     )
 
 
+@pytest.mark.thorough
 @each_module
 def test_padding_changes_nothing(module):
     logits, gradient = value_and_gradient(module, np.pad(TOKENS, ((0, 0), (0, 3))))

@@ -166,6 +166,7 @@ def test_input_normalization_takes_uint8_images():
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_half_precision_computes_in_bfloat16_and_trains_in_float32():
     """Weights, statistics, gradients and logits are float32; features are bfloat16."""
     plain = from_linen(CNN(features=(4, 8), hidden=8))

@@ -50,6 +50,7 @@ def run(module, pairs, variables, **mode):
     return compiled(module, "key" in mode)(variables, pairs, **mode)[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("alignment", [DOT, None])
 def test_equals_a_reference_word_by_word(alignment):
     """The reference uses the layers of `recurrent`, which have their own reference."""
@@ -128,6 +129,7 @@ def value_and_gradient(name, pairs):
     return logits, gradient
 
 
+@pytest.mark.thorough
 @two_modules
 def test_padding_changes_nothing(name):
     logits, gradient = value_and_gradient(name, np.pad(PAIRS, ((0, 0), (0, 0), (0, 3))))
@@ -198,6 +200,7 @@ def decode_greedily(name, length):
     )
 
 
+@pytest.mark.thorough
 @two_modules
 def test_own_tokens_in_training_are_those_of_greedy_decoding(name):
     own = decode_greedily(name, 8)
@@ -241,6 +244,7 @@ def test_the_key_draws_which_tokens_are_true():
     assert same[:, 0].all() and 0.3 < same[:, 1].mean() < 0.7
 
 
+@pytest.mark.thorough
 def test_gradients_treat_sampled_tokens_as_constants():
     module = SMALL.clone(teacher_forcing=0.0)
     key = jax.random.key(0)
@@ -269,6 +273,7 @@ def test_dropout_is_for_training():
     chex.assert_trees_all_equal(run(module, PAIRS, draw()), run(SMALL, PAIRS, draw()))
 
 
+@pytest.mark.thorough
 @two_modules
 def test_computes_in_bfloat16(name):
     model = with_compute_dtype(from_linen(MODULES[name].clone(teacher_forcing=0.5)), jnp.bfloat16)
@@ -283,6 +288,7 @@ def test_computes_in_bfloat16(name):
     chex.assert_tree_all_finite(trained.logits)
 
 
+@pytest.mark.thorough
 def test_beam_search_does_not_depend_on_the_batch_or_padding():
     decoder = make_decoder(SMALL)
     variables = draw()

@@ -163,6 +163,7 @@ def value_and_gradient(pairs):
     return logits, gradient
 
 
+@pytest.mark.thorough
 def test_padding_changes_nothing():
     logits, gradient = value_and_gradient(np.pad(PAIRS, ((0, 0), (0, 0), (0, 3))))
     expected = value_and_gradient(PAIRS)
@@ -194,6 +195,7 @@ def test_later_tokens_change_nothing_before():
     assert (np.abs(actual[0, 3] - expected[0, 3]) > 1e-3).any()
 
 
+@pytest.mark.thorough
 def test_single_steps_equal_the_whole_sequence():
     decoder = make_decoder(SMALL)
     state = decoder.init_state(draw(), PAIRS[:, 0], 6)
@@ -208,6 +210,7 @@ def test_single_steps_equal_the_whole_sequence():
     np.testing.assert_allclose(np.stack(all_logits, 1)[where], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_beam_search_does_not_depend_on_the_batch_or_padding():
     decoder = make_decoder(SMALL)
     variables = draw()

@@ -38,6 +38,7 @@ def printed(benchmark):
     return benchmark("benchmarks.losses", *OPTIONS, "--only", "*reverse_kl_divergence")
 
 
+@pytest.mark.thorough
 def test_writes_and_prints_every_case(printed):
     folder, text = printed
     results = json.loads((folder / "results.json").read_text())
@@ -65,6 +66,7 @@ def test_writes_and_prints_every_case(printed):
         assert "`pip install torch`" in text and "÷" not in text
 
 
+@pytest.mark.thorough
 def test_memory_at_full_size_is_reported_by_the_compiler(printed):
     folder, _ = printed
     memory = json.loads((folder / "results.json").read_text())["full_size_memory"]

@@ -20,6 +20,7 @@ def small_networks(monkeypatch):
     monkeypatch.setattr(saving, "PAIRS", {"pair": pair})
 
 
+@pytest.mark.thorough
 def test_writes_and_prints_every_case(tmp_path, capsys):
     saving.main(Config(**vars(TINY) | {"workdir": str(tmp_path)}))
     text = capsys.readouterr().out

@@ -40,6 +40,7 @@ def printed(benchmark):
     )
 
 
+@pytest.mark.thorough
 def test_writes_and_prints_every_case(printed):
     folder, text = printed
     results = json.loads((folder / "results.json").read_text())
@@ -89,6 +90,7 @@ def test_texts_are_padded_on_the_right():
     np.testing.assert_array_equal(tokens, training.make_texts(500)["inputs"])
 
 
+@pytest.mark.thorough
 def test_steps_of_a_scan_are_those_of_a_loop(monkeypatch):
     """Simulates an accelerator, which scans, as this machine may have none."""
     with jax.default_device(jax.devices()[0]):

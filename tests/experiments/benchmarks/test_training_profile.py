@@ -25,6 +25,7 @@ LAYERS = [layer for layers in NETWORKS.values() for layer in layers]
 KINDS = [LAYERS[i] for i in (0, 1, 2, 4, 8, 12, 15)]
 
 
+@pytest.mark.thorough
 def test_writes_and_prints_every_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(beside_torch, "load_torch", lambda make: (None, ["only jaxkd"]))
     options = training_profile.Config(
