@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxkd.data.bucketing import LengthBuckets
@@ -379,7 +380,9 @@ class VectorizedPlacement:
             return state, metrics["loss"]
 
         per_student = _Shared(None, 0)
-        vectorized = jax.vmap(take_step, in_axes=(0, per_student, 0, per_student, 0))
+        vectorized: Any = jax.vmap(take_step, in_axes=(0, per_student, 0, per_student, 0))
+        if jax.__version_info__ < (0, 10):
+            vectorized = _trace_without_mesh(vectorized)
         divided = PartitionSpec(*STUDENTS)
         shared = _Shared(PartitionSpec(), divided)
         sharded: Any = jax.shard_map(
@@ -449,6 +452,23 @@ def _get_own(shared: _Shared) -> Any:
         lambda distinct, position: distinct[0] if len(distinct) == 1 else distinct[position],
         *shared,
     )
+
+
+def _trace_without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function that traces `function` as if on one device, and then computes the trace.
+
+    The gradient of a convolution asks for the sharding of its kernel. Inside `jax.shard_map` there
+    is one, and the `jax.vmap` of JAX 0.7 has no rule for a convolution that asks for a sharding.
+    """
+
+    def traced(*arguments: Any) -> Any:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jaxpr, result = jax.make_jaxpr(function, return_shape=True)(*shapes)
+        leaves = jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(result), leaves)
+
+    return traced
 
 
 def _select(examples: Any, indices: Array) -> Any:
