@@ -51,6 +51,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     all_labels = dataset.train.examples
     labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
 
+    # All networks take the same number of steps, so that none is better for having trained longer.
     stage = functools.partial(
         images.make_stage, options=config, steps=images.num_steps(config, dataset)
     )
@@ -66,6 +67,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         supervised("student_alone", student, labelled_only),
         distilled("student_direct", student, partly_labelled, teachers=("teacher",)),
         distilled("student_assisted", student, partly_labelled, teachers=("assistant",)),
+        # Shows what the labels that the other students lack are worth.
         supervised("student_all_labels", student, all_labels),
     )
 
@@ -85,6 +87,8 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Teacher, assistant, student",
+        # The candidates for the export. The student of all labels is left out: it only serves to
+        # compare.
         students=("student_alone", "student_direct", "student_assisted"),
         comparisons=(
             ("student_direct", "student_alone"),

@@ -65,6 +65,7 @@ def make_soft_target_loss(options: SoftTargetOptions) -> LossFn:
         student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
     ) -> Any:
         (teacher,) = teachers
+        # Without a label there is nothing but the teacher to learn from.
         alpha: Any = options.alpha
         if "labelled" in batch:
             alpha = jnp.where(batch["labelled"], options.alpha, 1.0)
@@ -81,6 +82,7 @@ def make_soft_target_loss(options: SoftTargetOptions) -> LossFn:
 
 def transfer_all_but_head(source: dict, fresh: dict) -> dict:
     """Returns the weights of another network, with the last layer of a fresh one."""
+    # The two data sets may have different numbers of classes.
     rules = (Rule("params/logits/{rest...}", None),)
     return transfer(source, fresh, rules=rules, strict=False)[0]
 
@@ -90,6 +92,7 @@ def choose_folder(experiment: str, options: Options, data_name: str) -> Path:
     if options.workdir:
         return Path(options.workdir).expanduser()
     values = dataclasses.asdict(options).items()
+    # Options that change no result, such as `--save-every`, resume the same folder.
     identifying = {name: value for name, value in values if name not in runs.IGNORED_OPTIONS}
     digest = hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
     return Path("runs") / experiment / f"{Path(data_name).name}-{digest}"
@@ -129,6 +132,8 @@ def find_best(
     def accuracies(name: str) -> list[float]:
         return [model.validation_accuracy for model in trained[name]]
 
+    # Chosen on the validation split: the best of several on the test set would look better than it
+    # is.
     best = max(names, key=lambda name: sum(accuracies(name)))
     return best, int(np.argmax(accuracies(best)))
 
