@@ -3,9 +3,19 @@
 import importlib.metadata
 import os
 
-if importlib.metadata.version("jax").startswith("0.10."):
-    # On CPUs, XLA of these versions hands convolutions to a library that takes five times as long;
-    # it does reductions well. JAX reads the flag when it starts, which is after this module. Other
-    # versions do not need the flag, and older ones do not know it.
-    flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+def _choose_cpu_flags(version: str) -> list[str]:
+    """Returns the XLA flags that CPUs need with this version of JAX, and others may not know."""
+    if version.startswith("0.10."):
+        # XLA hands convolutions to a library that takes five times as long; it does reductions
+        # well.
+        return ["--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"]
+    if version.startswith("0.7."):
+        # XLA keeps a copy of a weight matrix by its address, where a step puts the next weights.
+        return ["--xla_cpu_use_xnnpack=false"]
+    return []
+
+
+# JAX reads the flags when it starts, which is after this module.
+_flags = [*_choose_cpu_flags(importlib.metadata.version("jax")), os.environ.get("XLA_FLAGS", "")]
+os.environ["XLA_FLAGS"] = " ".join(_flags).strip()

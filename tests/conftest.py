@@ -1,6 +1,7 @@
 """Strict numerics and eight virtual CPU devices for every test."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -9,6 +10,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )
+if importlib.metadata.version("jax").startswith("0.7."):
+    # `jaxkd.runs.environment.check_cpu_products` says why.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_xnnpack=false"
 # The workers, and the processes that they start, compile a program once between them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxkd-compiled-")

@@ -192,7 +192,7 @@ def _restore(
         state = restored.tree
     # Only the primary process writes checkpoints, and its disk need not be shared.
     notes, state = broadcast_from_primary(notes, state)
-    state = jax.tree.map(jnp.asarray, state)
+    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     if not notes["step"]:
         return state, StageProgress(0, 0.0, [], None)
     if notes["stage"] != compiled.fingerprint:

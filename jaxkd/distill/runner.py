@@ -25,6 +25,7 @@ from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import PredictFn, Score, ScoreFn, make_classifier_score, make_predict
 from jaxkd.models.model import Model
 from jaxkd.runs import ResultRow, Run, summarize
+from jaxkd.runs.environment import check_cpu_products
 
 Plan = Sequence[Stage | Pretrained]
 """Stages and pretrained models, in any order."""
@@ -75,11 +76,13 @@ def run_plan(
 
     Raises:
         ValueError: If the plan is inconsistent, or `evaluations` is less than 1.
-        RunError: If a loss is not finite, or the run holds checkpoints of another plan.
+        RunError: If a loss is not finite, the run holds checkpoints of another plan, or XLA
+            computes with outdated weights (`runs.environment.check_cpu_products`).
         OSError: If the run's folder cannot be written.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    check_cpu_products()
     # The results keep the order in which the caller wrote the plan. Training needs teachers first.
     names = [entry.name for entry in plan]
     plan = order(plan)

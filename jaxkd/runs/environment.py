@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxkd.runs.errors import RunError
 
@@ -37,6 +38,30 @@ DETERMINISM_FLAGS = (
     "--xla_gpu_autotune_level=0",
 )
 """XLA flags under which a GPU repeats its bits: no atomics, and no kernels chosen by their time."""
+
+
+def check_cpu_products() -> None:
+    """Checks that products of matrices on a CPU follow the weights when a step changes them.
+
+    XLA of JAX 0.7 may keep a packed copy of a weight matrix, which it finds by the address of the
+    weights. A step that donates its state puts the next weights at the same address, and a program
+    that only reads them, such as an evaluation, then computes with the old ones. Other versions are
+    not checked.
+
+    Raises:
+        RunError: If a product is that of the old weights.
+    """
+    if jax.__version_info__ >= (0, 10) or jax.default_backend() != "cpu":
+        return
+    inputs, weights = jnp.ones((512, 1024)), jnp.zeros((1024, 128))
+    multiply = jax.jit(jnp.matmul)
+    multiply(inputs, weights)
+    weights = jax.jit(lambda weights: weights + 1, donate_argnums=0)(weights)
+    if multiply(inputs, weights)[0, 0] != 1024:
+        raise RunError(
+            f"JAX {jax.__version__} computes with outdated weights on this CPU: set "
+            "XLA_FLAGS=--xla_cpu_use_xnnpack=false before JAX starts, or install JAX 0.10 or newer"
+        )
 
 
 def enable_determinism() -> None:
