@@ -204,6 +204,7 @@ def test_multi_head_attend_equals_flax():
     )
 
 
+@pytest.mark.thorough
 def test_multi_head_attend_between_three_widths_equals_a_float64_reference():
     query, keys, values = draw(d=6)
     keys = keys[..., :4]
@@ -321,6 +322,7 @@ def test_query_that_may_attend_to_nothing_gets_zero(context):
     chex.assert_trees_all_equal(masked, jax.tree.map(jnp.zeros_like, masked))
 
 
+@pytest.mark.thorough
 def test_masked_keys_reach_no_parameter_of_the_heads():
     query, keys, values = draw()
     where = jnp.array([True, False, True, True, False, True])
@@ -339,6 +341,7 @@ def test_masked_keys_reach_no_parameter_of_the_heads():
     chex.assert_trees_all_equal(masked, jax.tree.map(jnp.zeros_like, masked))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SCORES)
 def test_masked_encoder_states_are_as_if_sliced_away(name):
     query, states, _ = draw()

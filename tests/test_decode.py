@@ -115,6 +115,7 @@ def test_more_beams_find_better_or_equal_scores():
     assert best[0] < best[1] <= best[2]
 
 
+@pytest.mark.thorough
 def test_other_sentences_of_the_batch_change_nothing():
     state = draw(9, batch=4, end_logit=1.0)
 
@@ -126,6 +127,7 @@ def test_other_sentences_of_the_batch_change_nothing():
     chex.assert_trees_all_close(decode(state), concatenated, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_compiled_equals_eager():
     state = draw(10)
     search = functools.partial(beam_search, step, beams=3, max_length=T, length_penalty=0.6)

@@ -174,6 +174,7 @@ def test_size_counts_parameters_and_what_is_stored():
     assert evaluate.parameter_bytes(variables) == 12 * 4 + 4 * 2 + 4 * 4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 3])
 def test_flops_are_near_the_hand_count(batch):
     model = with_input_normalization(

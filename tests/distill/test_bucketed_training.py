@@ -99,6 +99,7 @@ def test_buckets_change_results_by_rounding_only(trained, tmp_path):
         chex.assert_trees_all_close(trained[name][0], padded[name][0], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_cached_teacher_trains_the_same_student(trained, tmp_path):
     # The stage keeps its name, and with it the order of its examples.
     teacher, live, _ = make_plan()
@@ -117,6 +118,7 @@ def test_many_devices_and_students_train_in_buckets(trained, tmp_path, make_plac
     chex.assert_trees_all_close(on_devices, trained, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [1, STEPS - 2, STEPS + 4])
 def test_training_in_buckets_resumes_with_the_same_bits(trained, tmp_path, monkeypatch, number):
     def make_short_plan():

@@ -124,6 +124,7 @@ def test_teachers_predict_once_for_all_students_and_runs(tmp_path, counts):
     assert counts == 2 * 2 * [45]
 
 
+@pytest.mark.thorough
 def test_resumed_run_reads_the_logits(tmp_path, counts, monkeypatch):
     plan = make_plan(cache_teachers=True)
     expected = train_students(tmp_path / "unbroken", plan)

@@ -297,6 +297,7 @@ def test_lone_stage_is_traced_once(tmp_path):
     train(tmp_path, [make_stage("first", loss=loss, steps=2), make_stage("unlike", 5, steps=2)])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["one device", "vectorized"])
 def test_stages_of_one_plan_train_with_their_own_loss(tmp_path, name):
     def make_loss(number):

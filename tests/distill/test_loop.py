@@ -118,6 +118,7 @@ def test_interrupt_while_a_record_is_written_saves_nothing(unbroken, tmp_path, m
     assert len(steps) - num_interrupted == (NUM_STAGES - 1) * STEPS
 
 
+@pytest.mark.thorough
 def test_interrupt_between_steps_loses_no_step(unbroken, tmp_path, monkeypatch):
     calls = []
 

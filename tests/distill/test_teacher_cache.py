@@ -54,6 +54,7 @@ class Teacher:
 # Computed
 
 
+@pytest.mark.thorough
 def test_logits_are_those_of_the_images_that_the_student_sees():
     teacher = Teacher()
     logits = teacher_logits(teacher, VARIABLES, IMAGES)
@@ -85,6 +86,7 @@ class Net(nn.Module):
         return nn.Dense(7)(nn.relu(nn.Dense(16)(x)))
 
 
+@pytest.mark.thorough
 def test_chunks_do_not_change_the_bits():
     model = models.from_linen(Net())
     images = IMAGES.repeat(3, axis=0)

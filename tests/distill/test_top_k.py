@@ -87,6 +87,7 @@ def test_bfloat16_is_widened_and_the_first_of_equal_logits_are_kept():
     np.testing.assert_allclose(kept.rest, np.logaddexp(1, 2), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("k", "bound", "bound_at_4"), [(10, 0.09, 0.13), (100, 0.02, 0.08)])
 def test_divergence_from_all_logits_is_bounded(k, bound, bound_at_4):
     # With one clear class of 1000, the largest 10 have 94 % of the weight and the largest 100 98 %.

@@ -150,6 +150,7 @@ def test_killed_group_resumes_with_the_same_numbers(unbroken, tmp_path, monkeypa
     assert len(saves) == 3 * STEPS + 9 * 4, "a saved step was taken again"
 
 
+@pytest.mark.thorough
 def test_students_that_finished_alone_are_not_trained_again(alone):
     folder = alone[1].folder
     trained, _ = train(folder, make_plan(), SEEDS, placement=vectorized_placement(9, 1))

@@ -156,6 +156,7 @@ def test_values_worked_by_hand():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", SHAPES)
 def test_semantic_calibration_equals_a_float64_reference(kind):
     params, student, teacher = draw(kind)
@@ -170,6 +171,7 @@ def test_semantic_calibration_equals_a_float64_reference(kind):
     assert weights.std(-1).min() > 1e-3
 
 
+@pytest.mark.thorough
 def test_aligned_states_equals_a_float64_reference():
     params, student, teacher = draw_aligned()
     params = with_bias(params)

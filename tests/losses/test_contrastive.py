@@ -133,6 +133,7 @@ def test_values_worked_by_hand():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 10.0])
 def test_equal_float64_references(temperature):
     student, teacher = draw()
@@ -204,6 +205,7 @@ def test_small_temperature_tends_to_a_hinge_loss():
     np.testing.assert_allclose(1e-5 * in_batch(student, teacher, 1e-5), limit, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @LOSSES
 @pytest.mark.parametrize("temperature", [1e-4, 0.07, 1e4])
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -392,6 +394,7 @@ def test_negatives_follow_the_key_and_jit():
     assert (draw_with(0) != draw_with(1)).any()
 
 
+@pytest.mark.thorough
 def test_one_label_for_all_leaves_no_negatives_and_gives_nan():
     student, teacher = draw()
     bank, index, _ = draw_bank()
@@ -422,6 +425,7 @@ def test_update_moves_only_the_rows_of_the_batch(momentum):
     chex.assert_trees_all_equal(new[2:], bank[2:])
 
 
+@pytest.mark.thorough
 def test_update_takes_the_last_of_duplicates():
     student, teacher = draw()
     bank, _, _ = draw_bank()
@@ -476,6 +480,7 @@ def test_calibration_makes_the_mean_score_one_over_the_dataset():
     )
 
 
+@pytest.mark.thorough
 def test_a_step_with_the_bank_compiles_once_and_equals_eager():
     student, teacher = draw()
     bank, index, _ = draw_bank()

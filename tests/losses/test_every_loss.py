@@ -275,6 +275,7 @@ def test_losses_of_narrow_arrays_are_float32_with_a_value_per_example(name, dtyp
     np.testing.assert_allclose(value, function(*arrays), rtol=0.2, atol=0.1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
 )

@@ -183,6 +183,7 @@ def test_a_large_power_leaves_the_strongest_position():
         np.testing.assert_allclose(attention, np.eye(8)[strongest], atol=0.02)
 
 
+@pytest.mark.thorough
 @DISTANCES
 def test_zero_where_equal_and_positive_elsewhere(loss):
     student, teacher = draw()
@@ -288,6 +289,7 @@ def test_attention_of_a_layer_of_zeros(power):
     )
 
 
+@pytest.mark.thorough
 @LOSSES
 def test_maps_of_a_single_position(loss):
     student, teacher = draw(student=(3, 1, 1, 5))

@@ -57,6 +57,7 @@ def test_value_and_gradients_equal_the_plain_loss(fused, plain, argnums):
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk_size", [1, 13, 100])
 def test_chunks_of_any_size_give_the_same(chunk_size):
     fused = losses.fused_linear_kl_divergence
@@ -65,6 +66,7 @@ def test_chunks_of_any_size_give_the_same(chunk_size):
     chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_ends_of_beta_are_the_divergences(beta):
     operands = draw()
@@ -123,6 +125,7 @@ def test_jit_vmap_and_sharded_tokens_equal_eager(fused, plain):
     chex.assert_trees_all_close(jax.jit(gradients)(*placed), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.thorough
 @BOTH
 def test_shard_map_over_tokens_sums_the_gradient_of_a_shared_kernel(fused, plain):
     operands = draw(tokens=(16,))
@@ -212,6 +215,7 @@ def test_nothing_is_computed_for_a_teacher_that_is_not_differentiated():
     assert count_products((0, 1)) < count_products((0, 1, 2, 3))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
 @pytest.mark.parametrize("argnums", [(0, 1), (3,)], ids=str)
 def test_differentiates_a_compiled_or_rematerialised_loss(wrap, argnums):

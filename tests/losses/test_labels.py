@@ -80,6 +80,7 @@ def test_values_worked_by_hand():
     np.testing.assert_allclose(weighted, 3 * np.log(4), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_equal_float64_references(temperature):
     inputs = draw()
@@ -117,6 +118,7 @@ def test_decoupled_is_zero_where_equal_and_losses_ignore_a_shift():
         )
 
 
+@pytest.mark.thorough
 def test_two_classes_leave_only_the_target_term():
     student, teacher, labels = draw(shape=(5, 2))
     np.testing.assert_allclose(
@@ -130,6 +132,7 @@ def test_two_classes_leave_only_the_target_term():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_normalized_loss_is_minimal_where_other_classes_equal_the_teachers():
     _, teacher, labels = draw()
     non_target = ~jax.nn.one_hot(labels, 10, dtype=bool)
@@ -167,6 +170,7 @@ def test_classes_at_minus_infinity_contribute_nothing(loss):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loss", TEACHER_LOSSES)
 def test_gradients_are_those_of_finite_differences(loss):
     student, teacher, labels = draw(shape=(2, 4), scale=1.0)
@@ -192,6 +196,7 @@ def test_label_smoothing_is_distillation_from_a_uniform_teacher():
     )
 
 
+@pytest.mark.thorough
 @given(smoothing=st.floats(0, 1), classes=st.integers(1, 5), seed=st.integers(0, 2**16))
 @settings(max_examples=25, deadline=None)
 def test_label_smoothing_is_between_its_two_terms(smoothing, classes, seed):

@@ -238,6 +238,7 @@ def test_dist_worked_by_hand():
     np.testing.assert_allclose(intra, [0, 0.75, 0.75], atol=1e-5)
 
 
+@pytest.mark.thorough
 @parametrize_losses(ALL_LOSSES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mean_equals_the_batch_value_of_a_float64_reference(loss, reference, seed):
@@ -296,6 +297,7 @@ def test_zero_with_zero_gradient_where_equal(loss, reference):
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000),

@@ -97,6 +97,7 @@ def test_mean_weights_tokens_equally_and_adds_up_over_parts():
     assert losses.token_mean(values, where=jnp.zeros((3, 5), bool)) == 0
 
 
+@pytest.mark.thorough
 def test_divergences_accept_the_mask_of_tokens():
     student, teacher, _ = draw()
     padded = jnp.where(WHERE[..., None], student, jnp.nan)

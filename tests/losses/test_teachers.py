@@ -30,6 +30,7 @@ def test_ensemble_averages_probabilities(seed, temperature, teachers):
     )
 
 
+@pytest.mark.thorough
 def test_ensemble_weights_of_teachers_and_examples():
     logits, _ = draw()
     probabilities = jax.nn.softmax(logits)
@@ -42,6 +43,7 @@ def test_ensemble_weights_of_teachers_and_examples():
     np.testing.assert_allclose(selected, probabilities[jnp.arange(6) % 3, jnp.arange(6)], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_ensemble_on_another_axis_and_with_classes_ruled_out():
     logits, _ = draw()
     expected = losses.ensemble_logits(logits, temperature=2.0)

@@ -136,6 +136,7 @@ def test_values_equal_a_float64_reference(name, loss, reference, seed):
     np.testing.assert_allclose(values, expected, rtol=2e-5)
 
 
+@pytest.mark.thorough
 @ALL_LOSSES
 def test_zero_with_zero_gradient_where_equal_and_positive_elsewhere(name, loss, reference):
     student, teacher = draw(name)

@@ -141,6 +141,7 @@ def test_weights_are_0_at_padding_and_scores_finite():
     chex.assert_tree_all_finite(outputs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("module", [SMALL, DISTIL, MEAN], ids=["BERT", "DistilBERT", "mean"])
 def test_row_of_padding_is_finite_without_gradient(module):
     variables = draw(module)

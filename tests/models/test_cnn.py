@@ -18,6 +18,7 @@ def test_parameters_of_teacher_assistant_and_student(features, hidden, parameter
     assert count_parameters(CNN(features, hidden)) == parameters
 
 
+@pytest.mark.thorough
 def test_named_features_have_the_shapes_of_the_stages():
     model = from_linen(CNN((8, 16), 12, num_classes=5))
     images = jnp.ones((2, 28, 28, 1))

@@ -52,6 +52,7 @@ def draw(shape, size, dtype=np.float32):
     return inputs, kernel
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(2, 7, 9, 3), (1, 8, 8, 4), (2, 3, 3, 1)])
 @pytest.mark.parametrize("size", [(3, 3), (5, 5), (1, 2)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
@@ -148,6 +149,7 @@ def test_convolve_equals_the_plain_convolution_and_its_gradients(name, strides, 
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_convolve_has_derivatives_forward_and_of_second_order(name):
     arrays = draw_case(name)

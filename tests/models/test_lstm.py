@@ -88,6 +88,7 @@ def test_padding_changes_nothing(module):
     assert not gradient["embedding"]["embedding"][0].any()
 
 
+@pytest.mark.thorough
 @each_module
 def test_a_row_of_padding_is_finite_and_changes_no_other_row(module):
     logits, gradient = value_and_gradient(module, np.pad(TOKENS, ((0, 1), (0, 0))))
@@ -109,6 +110,7 @@ def test_dropout_is_for_training():
     np.testing.assert_allclose(evaluated.logits, expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_computes_in_bfloat16():
     model = with_compute_dtype(from_linen(BIDIRECTIONAL), jnp.bfloat16)
     outputs, _ = model.apply(draw(BIDIRECTIONAL), TOKENS, train=False)

@@ -76,6 +76,7 @@ def test_equals_the_numpy_reference(layer, has_state):
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @each_layer
 def test_gradients_equal_those_of_single_steps(layer):
     variables, inputs, state = draw(layer)
@@ -106,6 +107,7 @@ def test_gradients_equal_those_of_single_steps(layer):
     assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(actual))
 
 
+@pytest.mark.thorough
 @each_layer
 def test_padding_changes_nothing(layer):
     variables, inputs, _ = draw(layer)

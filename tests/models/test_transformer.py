@@ -180,6 +180,7 @@ def leaves_by_path(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+@pytest.mark.thorough
 def test_empty_rows_are_finite():
     pairs = np.concatenate([PAIRS[:2], 0 * PAIRS[:1]])
     chex.assert_tree_all_finite((run(pairs), value_and_gradient(pairs)))

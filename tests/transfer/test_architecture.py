@@ -128,6 +128,7 @@ def assert_same_function(module, variables, new_module, new_variables, modes=(Fa
                 np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("channels", "size", "small", "large"),
     [

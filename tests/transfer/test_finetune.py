@@ -51,6 +51,7 @@ def bits(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf).view(np.uint32), tree)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "tx",
     [

@@ -110,6 +110,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("config", [BERT_CONFIG, DISTIL_CONFIG], ids=["bert", "distilbert"])
 def test_loads_what_was_saved(config, tmp_path):
     variables = make_folder(tmp_path, config)

@@ -49,6 +49,7 @@ def locations_limit():
     assert after == 7
 
 
+@pytest.mark.thorough
 def test_program_runs_without_this_package(student, tmp_path):
     model, variables, images = student
     save_program(tmp_path / "program", model, variables, jax.ShapeDtypeStruct((8, 8, 3), jnp.uint8))

@@ -32,6 +32,7 @@ def test_writes_and_prints_every_case(tmp_path, capsys):
     assert "dense" in text and "pair" in text and "…" not in text, "a cell is cut off"
 
 
+@pytest.mark.thorough
 def test_vectorized_students_take_the_step_of_a_single_one():
     network = saving.STUDENTS["dense"]
     single_call, vectorized_call = (saving.students_call(network, count, TINY) for count in (1, 3))

@@ -97,6 +97,7 @@ def test_layers_are_those_of_the_network(network):
     assert counts == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layer", KINDS, ids=lambda layer: layer.name)
 def test_single_passes_are_those_of_both_together(layer):
     calls = training_profile.jax_calls(layer, 2)
