@@ -226,6 +226,7 @@ def test_multi_head_attend_between_three_widths_equals_a_float64_reference():
     np.testing.assert_allclose(context, total, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "chunk_size, where",
     [

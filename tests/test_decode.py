@@ -94,6 +94,7 @@ def test_one_beam_is_greedy(seed, penalty):
     assert tokens.dtype == jnp.int32 and not np.isin(tokens, 2).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beams", [1, 2, 5])
 def test_scores_are_sums_of_log_probabilities_and_best_come_first(beams):
     state = draw(7, end_logit=1.0)

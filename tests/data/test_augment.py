@@ -81,6 +81,7 @@ def test_draws_differ_between_examples_and_keys(augment):
     assert not np.array_equal(augmented, augment(jax.random.key(4), images))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_jit_equals_eager_and_keeps_the_dtype(augment, dtype, images):

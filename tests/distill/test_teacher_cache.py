@@ -185,6 +185,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", CHANGES)
 def test_logits_are_computed_again_after_a_change(folder, change):
     logits, calls = get_logits(folder, **CHANGES[change])

@@ -219,6 +219,7 @@ def test_extremes_stay_finite(loss, temperature, scale):
     )
 
 
+@pytest.mark.thorough
 @LOSSES
 def test_degenerate_embeddings_are_finite(loss):
     student, _ = draw()

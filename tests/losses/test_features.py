@@ -261,6 +261,7 @@ def test_examples_are_independent(loss):
     np.testing.assert_allclose(loss(student[::-1], teacher[::-1]), expected[::-1], rtol=1e-5)
 
 
+@pytest.mark.thorough
 @LOSSES
 def test_degenerate_maps_are_finite(loss):
     random, _ = draw()

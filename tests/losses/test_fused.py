@@ -99,6 +99,7 @@ def test_tokens_that_do_not_count(fused, plain):
     chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 @BOTH
 def test_differentiates_the_temperature_and_takes_a_traced_one(fused, plain):
     operands = draw()
@@ -163,6 +164,7 @@ def test_student_and_teacher_may_differ_in_dtype():
     np.testing.assert_allclose(loss(*narrow), loss(*wide), rtol=1e-4)
 
 
+@pytest.mark.thorough
 @BOTH
 def test_bf16_states_give_float32_values_and_bf16_gradients(fused, plain):
     operands = draw(dtype=jnp.bfloat16)

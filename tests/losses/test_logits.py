@@ -452,6 +452,7 @@ def test_standardized_constant_logits_are_zero_without_a_gradient(value):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "loss", [REVERSE, lambda *z, **k: losses.jensen_shannon_divergence(*z, beta=0.3, **k)]
 )

@@ -250,6 +250,7 @@ def test_mean_equals_the_batch_value_of_a_float64_reference(loss, reference, see
     assert (values >= 0).all()
 
 
+@pytest.mark.thorough
 @parametrize_losses(FEATURE_LOSSES)
 def test_feature_sizes_and_ranks_may_differ(loss, reference):
     student, teacher = draw(student=5, teacher=12)
@@ -289,6 +290,7 @@ def test_values_are_permuted_with_the_examples(loss, reference):
     )
 
 
+@pytest.mark.thorough
 @parametrize_losses(ALL_LOSSES)
 def test_zero_with_zero_gradient_where_equal(loss, reference):
     student, _ = draw()
@@ -457,6 +459,7 @@ def test_narrow_inputs_are_widened_first(loss, reference, dtype):
     assert summed(loss, narrow[1])(narrow[0])[1].dtype == dtype
 
 
+@pytest.mark.thorough
 @parametrize_losses(BATCH_LOSSES)
 def test_examples_that_do_not_count_equal_sliced_ones(loss, reference):
     student, teacher = draw(batch=8)

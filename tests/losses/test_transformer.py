@@ -266,6 +266,7 @@ def test_tokens_that_do_not_count_equal_sliced_ones(name, padding):
             np.testing.assert_array_equal(jnp.where(keep[b], 0, gradient[b]), 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["attention_map", "attention_divergence", "value_relation"])
 def test_where_that_masks_everything_gives_zero(name):
     _, loss, _ = TABLE[name]

@@ -164,6 +164,7 @@ def test_convolve_has_derivatives_forward_and_of_second_order(name):
     chex.assert_trees_all_close(derivatives(convolved), derivatives(reference), rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_convolve_under_vmap(name):
     inputs, kernel = draw_case(name)

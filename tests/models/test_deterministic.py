@@ -36,6 +36,7 @@ def lower_step_for_gpus(module):
     return step.trace(state, batch, (variables,), key).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MODELS)
 def test_no_gradient_needs_select_and_scatter(name):
     assert "select_and_scatter" not in lower_step_for_gpus(MODELS[name])
