@@ -119,11 +119,13 @@ def make_predict(
         )
         all_rows, all_logits = [], []
         for rows, batch in batches:
+            # All batches have one size, so that one program serves them.
             padding = [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)]
             padded = np.pad(batch, padding, mode="edge")
             # Wait for each batch: batches sent ahead of the computation would fill the memory.
             all_logits.append(np.asarray(forward(variables, padded))[: len(batch)])
             all_rows.append(rows)
+        # Buckets take the rows in another order than that of the inputs.
         return np.concatenate(all_logits)[np.argsort(np.concatenate(all_rows))]
 
     return predict
@@ -142,6 +144,7 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
         logits = predict(variables, examples["inputs"])
+        # A diverged student is reported by the training loop, with its stage and step.
         if np.isnan(logits).any():
             return Score(float("nan"), float("nan"))
         loss = hard_cross_entropy(logits, examples["labels"])
@@ -354,6 +357,7 @@ def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
         >>> evaluate.flops(model, model.init(jax.random.key(0), images), images) / 1e6
         8.2
     """
+    # Lowered from shapes alone: nothing runs, and no weights are copied to the CPU.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     example = jax.ShapeDtypeStruct((1, *jnp.shape(inputs)[1:]), jnp.result_type(inputs))
     try:

@@ -172,6 +172,7 @@ def teacher_logits(
         return compute()
     expected_notes = _describe_origin(variables, iterate_views, views, top_k, notes)
     digest = hashlib.sha256(json.dumps(expected_notes, sort_keys=True).encode()).hexdigest()
+    # The name need not be unique for certain: the notes are compared in full below.
     path = Path(folder) / digest[:16]
     path.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of computing, not after
     saved = load(path)
@@ -216,6 +217,7 @@ def _compute(
     views: Views | None,
     k: int | None,
 ) -> Any:
+    # Reduced chunk by chunk, since all logits of a large vocabulary would not fit into memory.
     reduce = (lambda logits: logits) if k is None else jax.jit(functools.partial(top_k, k=k))
 
     def predict_chunk(inputs: np.ndarray) -> Any:
@@ -277,6 +279,7 @@ def _hash_program(model: Model, variables: dict, inputs: ArrayLike) -> str:
 
 def _save(path: Path, tree: Any, notes: dict[str, Any]) -> None:
     """Saves to a temporary folder and renames it, because another run may save the same logits."""
+    # In the same folder, because a file system renames only within itself.
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
         temporary_path = Path(temporary) / path.name
         save(temporary_path, 0, tree, notes=notes)

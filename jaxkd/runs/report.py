@@ -75,6 +75,7 @@ def print_table(rows: Sequence[ResultRow], *, console: "Console | None" = None) 
     if not rows:
         raise ValueError("a table of results needs at least one row")
     console = console or Console()
+    # Measured without a limit: within its own width, a console would wrap cells to make them fit.
     unbounded = console.options.update(width=10_000)
     by_priority = sorted(COLUMNS, key=lambda column: column.priority)
     for count in range(len(COLUMNS), 1, -1):
@@ -132,6 +133,7 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
             f"With one seed, {name} is {abs(mean):.1f} points {side} {baseline} {change}. "
             "One seed does not separate such a difference from chance."
         )
+    # The deviation of paired differences leaves out what a seed does to both models.
     std = differences.std(ddof=1)
     sentence = (
         f"Over {len(differences)} seeds, {name} is {abs(mean):.1f} ± {std:.1f} points "

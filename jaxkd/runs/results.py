@@ -81,6 +81,7 @@ class ResultRow:
         for field in dataclasses.fields(self)[:-1]:
             value = getattr(self, field.name)
             row[field.name] = list(value) if isinstance(value, tuple) else value
+            # For readers of the file. `from_json` computes both again.
             if field.name == "accuracy":
                 row |= {"accuracy_mean": self.accuracy_mean, "accuracy_std": self.accuracy_std}
         return row | dict(self.extra)
