@@ -24,6 +24,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
+                # Without it, a power cut after the rename may leave an empty file under the final
+                # name.
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:

@@ -347,6 +347,7 @@ def init_additive_score(
         "encoder": _glorot(encoder_key, (encoder_features, features)),
         "decoder": _glorot(decoder_key, (decoder_features, features)),
         "bias": jnp.zeros(features, jnp.float32),
+        # Drawn as a matrix, since Glorot's bound needs a fan-in and a fan-out.
         "output": _glorot(output_key, (features, 1))[:, 0],
     }
 

@@ -289,6 +289,7 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
     confidence = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
     # "left" puts a confidence on an edge into the bin below it.
     bin_indices = np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1
+    # Sums instead of means: n_b cancels in the formula, and an empty bin is no special case.
     gaps = np.bincount(bin_indices, weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(logits))
 
@@ -486,6 +487,7 @@ def _forward_on_mesh(
         by_example = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         return forward(variables, jax.lax.with_sharding_constraint(inputs, by_example))
 
+    # Whole on every device, because a process can only read arrays of which it holds all parts.
     return jax.jit(sharded_forward, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 

@@ -74,6 +74,7 @@ class ConvertCommand:
                 image_shape=self.image_shape,
             )
         except TransferError as error:
+            # The report fills many lines, and `main` prints an error as a single one.
             print(error.report, file=sys.stderr)
             raise ValueError(
                 f"{self.weights} does not fit {self.model}: {_suggest(error.report, module)}"
@@ -153,6 +154,7 @@ def _is_constructor(value: Any) -> bool:
         return False
     parameters = inspect.signature(value).parameters
     required = [name for name, item in parameters.items() if item.default is item.empty]
+    # A Linen module has no weights before `init`, so it costs little to make one and look at it.
     return "num_classes" in parameters and not required and hasattr(value(), "torch_rules")
 
 

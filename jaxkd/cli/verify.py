@@ -41,6 +41,7 @@ class VerifyCommand:
 
     def execute(self) -> None:
         """Repeats the run, prints the differences and exits with status 1 if there are any."""
+        # Imported here, because the help of a command must not wait for JAX.
         from jaxkd.runs.verify import verify
 
         with tempfile.TemporaryDirectory(prefix="jaxkd-verify-") as temporary:

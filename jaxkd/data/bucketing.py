@@ -92,6 +92,7 @@ class LengthBuckets:
                 "buckets need at least one example, count >= 1 and multiple >= 1, got tokens of "
                 f"shape {np.shape(tokens)}, count={count}, multiple={multiple}"
             )
+        # A text of padding alone has length 0, but a bucket has at least one token.
         rounded = np.minimum(-(-np.maximum(needed, 1) // multiple) * multiple, longest)
         candidates = np.unique([*rounded, longest]).tolist()
         # Number of examples that fit into each candidate length.
@@ -136,6 +137,7 @@ class LengthBuckets:
             [0] (1, 4)
         """
         lengths = token_lengths(tokens)
+        # Stable, so that the batches, and with them the rounding, are the same on every machine.
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(tokens), batch_size):
             rows = order[start : start + batch_size]

@@ -146,6 +146,7 @@ def _find_language_file(folder: Path, names: Sequence[str], language: str) -> Pa
     for rest in ("", "[_.-]*"):
         for name in names:
             for suffix in ("", ".gz"):
+                # Sorted, because the order of `glob` depends on the file system.
                 if paths := sorted(folder.glob(f"{name}{rest}.{language}{suffix}")):
                     return paths[0]
     return None

@@ -84,6 +84,7 @@ def read_labelled_lines(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], t
     """
     rows = []
     for index, line in enumerate(read_lines(path)):
+        # From the right, since a text may contain tabs and a class may not.
         text, tab, label = line.rpartition("\t")
         if index == 0 and label.strip().lower() == "label":
             continue

@@ -48,6 +48,7 @@ def open_prepared(folder: Path, name: str, data_dir: Path) -> PreparedDataset:
         DataError: If the metadata are damaged, or files of examples are missing.
     """
     tfds = import_or_raise("tensorflow_datasets")
+    # Without a builder at first: making one may fail, and the error needs the other fields.
     prepared = PreparedDataset(None, folder, name, data_dir)
     with _raise_as_damage(prepared):
         prepared = prepared._replace(builder=tfds.builder_from_directory(folder))
@@ -110,6 +111,7 @@ def _raise_as_damage(prepared: PreparedDataset) -> Generator[None]:
     """Turns the exceptions of reading into the error that the dataset is damaged."""
     try:
         yield
+    # A `DataError` names its cause already, and a lack of memory is no damage.
     except (DataError, MemoryError):
         raise
     except ImportError as error:

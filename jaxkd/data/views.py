@@ -15,6 +15,7 @@ Augment = Callable[[Array, Array], Array]
 """`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`."""
 
 
+# Compared and hashed by identity: an array, such as the key, has no hash.
 @dataclass(frozen=True, eq=False)
 class Views:
     """The augmented views of each example that a teacher and its students share.

@@ -27,6 +27,8 @@ def load_wordpiece(file: Path) -> "Tokenizer":
     vocabulary = _read_vocabulary(file)
     options = _read_options(file.with_name(_OPTIONS_FILE))
     tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    # The defaults are those of transformers, which a `tokenizer_config.json` need not repeat. An
+    # absent `strip_accents` follows `lowercase`.
     tokenizer.normalizer = library.normalizers.BertNormalizer(
         lowercase=options.get("do_lower_case", True),
         strip_accents=options.get("strip_accents"),

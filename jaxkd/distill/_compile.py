@@ -236,6 +236,8 @@ def _cached_logits_shape(
     def predict(variables: Any, inputs: Any) -> Any:
         logits = teacher.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
         if stage.views is not None:
+            # Only the shape counts here: `[B, V, ..., C]`, as `teacher_logits` returns it with
+            # views.
             logits = jnp.repeat(logits[:, None], stage.views, axis=1)
         return logits if stage.cache_top_k is None else top_k(logits, k=stage.cache_top_k)
 

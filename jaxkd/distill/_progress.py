@@ -55,6 +55,8 @@ class PlanProgress:
     def advance(self, steps: int, *, restored: bool = False) -> None:
         """Counts steps of the current group. `restored` steps were taken by an earlier run."""
         self._done += self._num_students * steps
+        # Restored steps took no time of this call and would make the estimate of the rest too
+        # short.
         if not restored:
             self._trained_steps += self._num_students * steps
         if self._bars is not None:
@@ -67,6 +69,7 @@ class PlanProgress:
             self._bars.remove_task(self._group)
         for message in messages[:-1]:
             self._print(message)
+        # The trainings of a group end together, so the last line alone tells the remaining time.
         self._print(messages[-1] + self._describe_rest())
 
     def _describe_rest(self) -> str:
@@ -80,8 +83,11 @@ class PlanProgress:
 
     def _print(self, message: str) -> None:
         if self._bars is not None:
+            # The bars' own console prints above them instead of through them. As markup, a name in
+            # square brackets would be taken for a style.
             self._bars.console.print(message, highlight=False, markup=False)
         elif is_primary_process():
+            # Python buffers a pipe in blocks, so that a log could stay empty for minutes.
             print(message, flush=True)
 
 

@@ -134,6 +134,7 @@ class MeshPlacement:
 
     mesh: Mesh
 
+    # Without an annotation, which would make it a field of the dataclass.
     max_students = 1
     """Students train one after another."""
 
@@ -159,6 +160,8 @@ class MeshPlacement:
         """
         if not np.ndim(array):
             return _put(jnp.asarray(array), self._sharding(), ())
+        # JAX puts an array onto devices in equal parts only. No batch selects the repeated
+        # examples, because the indices stay below N.
         length = -(-len(array) // self.mesh.size) * self.mesh.size
         return _put(array, self._sharding((DATA, MODEL)), (length, *array.shape[1:]))
 
@@ -174,6 +177,7 @@ class MeshPlacement:
 
     def put_keys(self, keys: Sequence[Array]) -> Array:
         """Returns the key of the only student. It stays where it is."""
+        # The key is not committed to a device, so `jit` may move it to those of the step.
         (key,) = keys
         return key
 
@@ -202,6 +206,7 @@ class MeshPlacement:
     def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
         """Makes a function that divides each batch of predictions among the devices."""
         predict = make_predict(model, mesh=self.mesh, buckets=buckets)
+        # Divided as those of a teacher: the variables of a large model need not fit one device.
         return lambda variables, inputs: predict(self.put_teachers([variables]), inputs)
 
     def _put_weight(self, weight: Any) -> Array:
@@ -281,6 +286,8 @@ class PmapPlacement:
             state, metrics = step(state, batch, teachers, key, info)
             return state, metrics["loss"]
 
+        # Summed gradients make the new state equal on all devices. Without an output axis it comes
+        # back in the form in which it is passed in.
         mapped = jax.pmap(
             take_share_of_step, axis_name=DATA, in_axes=(None, None, 0, None, None), out_axes=None
         )
@@ -306,6 +313,8 @@ class PmapPlacement:
         return make_predict(model, buckets=buckets)
 
     def _replicate(self, tree: Any) -> Any:
+        # `jax.device_put_replicated` is missing in the newest JAX. The second argument is there
+        # because pmap refuses to map nothing.
         copy = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
         return copy(tree, np.zeros(jax.local_device_count(), np.int32))
 
@@ -379,6 +388,8 @@ class VectorizedPlacement:
             state, metrics = step(state, batch, _get_own(teachers), key, info)
             return state, metrics["loss"]
 
+        # The distinct arrays are not mapped, so `jax.vmap` makes no copy of them for each student.
+        # A student picks its own by its position.
         per_student = _Shared(None, 0)
         vectorized: Any = jax.vmap(take_step, in_axes=(0, per_student, 0, per_student, 0))
         if jax.__version_info__ < (0, 10):
@@ -420,6 +431,8 @@ class VectorizedPlacement:
             return jax.device_put(jnp.stack(list(distinct.values())), self._sharding())
 
         def find_position(*leaves: Any) -> Array:
+            # Dicts keep the order of first insertion, so the positions are those of
+            # `stack_distinct`.
             positions = {leaf_id: i for i, leaf_id in enumerate(dict.fromkeys(map(id, leaves)))}
             position = np.array([positions[id(leaf)] for leaf in leaves], np.int32)
             return jax.device_put(position[self._fill(len(leaves))], self._sharding(*STUDENTS))
@@ -486,6 +499,7 @@ def _put(array: Any, sharding: NamedSharding, shape: Sequence[int]) -> Array:
 
     Each process reads only its own part of the array.
     """
+    # `put_examples` also passes the arrays that `DeviceArrays` has put there before.
     if isinstance(array, Array) and array.sharding == sharding and array.shape == tuple(shape):
         return array
     if sharding.is_fully_addressable and array.shape == tuple(shape):

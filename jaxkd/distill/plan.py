@@ -94,11 +94,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` if the attributes contradict each other."""
+        # The first character excludes `.` and `..`, which would lead out of the stage's own folder.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
                 "a stage's name is also a folder's name: use letters, digits, '_', '-' and '.', "
                 f"not {self.name!r}"
             )
+        # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
             self.examples(0)
         if self.steps < 1 or self.batch_size < 1:
@@ -163,6 +165,7 @@ def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
         raise ValueError(f"stages must have different names, got {[entry.name for entry in plan]}")
     needs = {entry.name: entry.needs if isinstance(entry, Stage) else () for entry in plan}
     for name, needed in needs.items():
+        # `TopologicalSorter` would accept an unknown name as one more entry that needs nothing.
         unknown = [other for other in needed if other not in entries]
         if unknown:
             raise ValueError(
@@ -170,6 +173,7 @@ def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
             )
     try:
         return tuple(entries[name] for name in graphlib.TopologicalSorter(needs).static_order())
+    # graphlib puts the nodes of the cycle into the second argument of its error.
     except graphlib.CycleError as error:
         raise ValueError(
             f"stages depend on each other in a cycle: {' -> '.join(error.args[1])}"

@@ -82,10 +82,13 @@ def run_plan(
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    # Before any training: a program that reads outdated weights raises no error, but its results
+    # are wrong.
     check_cpu_products()
     # The results keep the order in which the caller wrote the plan. Training needs teachers first.
     names = [entry.name for entry in plan]
     plan = order(plan)
+    # Read several times below, which a generator would not survive.
     seeds = list(seeds)
     placement = placement or single_device()
     with PlanProgress(plan, seeds, run.folder) as progress:
@@ -226,6 +229,8 @@ def _make_predict_fns(
     plan: Plan, make: Callable[..., PredictFn], buckets: LengthBuckets | None
 ) -> dict[str, PredictFn]:
     """Makes a predict function by name. Entries with the same model share one and its program."""
+    # Each call of `make` jits a new function, which would compile again. A `Model` is hashed by the
+    # identity of its two functions.
     make_once = functools.cache(functools.partial(make, buckets=buckets))
     return {entry.name: make_once(entry.model) for entry in plan}
 

@@ -224,6 +224,8 @@ def make_train_step(
             inputs = augment(_fold_in(key, Purpose.AUGMENT, state.step), inputs)
         # Augmented before it is divided, so that every number of devices draws the same views.
         share = _take_share(inputs, axis_name)
+        # Outside of `mean_loss`, so the teachers are constants for the gradient and their
+        # activations are not kept for it.
         live_outputs = tuple(
             _gather(teacher.apply(variables, share, train=False)[0], axis_name)
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
@@ -244,6 +246,8 @@ def make_train_step(
                 )
             # The loss sees the outputs of all devices, since it may compare examples.
             student = _gather(student, axis_name)
+            # Inside of `mean_loss`, because only the student's logits tell the number of classes to
+            # which the largest logits are expanded.
             cached_outputs = _get_cached_outputs(info, view, student.logits.shape[-1])
             outputs = live_outputs + cached_outputs
             own_params = loss_params[0] if loss_params else None
@@ -274,6 +278,7 @@ def make_train_step(
         state = TrainState(params, batch_stats, opt_state, state.step + 1, loss_state)
         return state, {"loss": value}
 
+    # With a donated state, old and new state need not be in memory at the same time.
     return jax.jit(step, donate_argnums=0)
 
 
@@ -291,6 +296,7 @@ def _get_cached_outputs(
     """Returns the outputs of teachers whose logits are cached. They have no features."""
     cached = info.teacher_logits
     if view is not None:
+        # From `[B, V, ..., C]` to `[B, ..., C]`: each example has a view of its own.
         cached = jax.tree.map(lambda array: array[jnp.arange(len(array)), view], cached)
     outputs = []
     for logits in cached:
@@ -311,6 +317,8 @@ def _take_share(array: Array, axis_name: str | None) -> Array:
     """Returns this device's share of a batch that every device holds whole."""
     if axis_name is None:
         return array
+    # The sum of a Python number is the number of devices, which is known at trace time. The size of
+    # a slice must be static.
     size = len(array) // lax.psum(1, axis_name)
     return lax.dynamic_slice_in_dim(array, lax.axis_index(axis_name) * size, size)
 

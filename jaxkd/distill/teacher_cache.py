@@ -181,6 +181,7 @@ def teacher_logits(
     is_primary = not jax.process_index()
     if is_primary:
         shutil.rmtree(path, ignore_errors=True)  # damaged logits are of no use
+    # Every process computes, because a prediction is one program over the devices of all of them.
     logits = compute()
     if is_primary:
         _save(path, {"logits": logits} if top_k is None else logits._asdict(), expected_notes)

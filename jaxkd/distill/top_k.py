@@ -63,6 +63,8 @@ def top_k(logits: ArrayLike, *, k: int) -> TopK:
         )
     logits = logits.astype(jnp.float32)
     values, indices = jax.lax.top_k(logits, k)
+    # By index, not by a comparison with the smallest kept logit: a class that ties with it but was
+    # not kept belongs to the rest.
     masked = jnp.put_along_axis(logits, indices, jnp.float32(-jnp.inf), axis=-1, inplace=False)
     return TopK(values, indices, jax.nn.logsumexp(masked, axis=-1))
 
@@ -104,6 +106,7 @@ def expand_top_k(kept: TopK, *, num_classes: int) -> Array:
             f"{kept.values.shape[-1]} logits of each example were kept, "
             f"but num_classes is {num_classes}"
         )
+    # With k = C no class takes a share. `math.log(0)` would raise an error all the same.
     share = jnp.asarray(kept.rest)[..., None] - math.log(max(num_others, 1))
     shares = jnp.broadcast_to(share, (*share.shape[:-1], num_classes))
     indices = jnp.asarray(kept.indices)

@@ -85,9 +85,12 @@ def softmax(
     """
     if where is not None:
         logits = jnp.where(broadcast_mask(where, logits.shape), logits, -jnp.inf)
+    # A softmax does not depend on the shift, so the gradient through it would cancel.
     largest = jax.lax.stop_gradient(logits.max(axis, keepdims=True, initial=-jnp.inf))
     # Where every class is at −inf, −inf − (−inf) would be NaN.
     shifted = logits - jnp.where(largest != -jnp.inf, largest, 0)
+    # Divided after the shift: large logits over a low temperature could overflow, and the
+    # difference of two infinities is NaN.
     if isinstance(temperature, jax.core.Tracer):
         # The operand is masked as well as the result, since −inf would otherwise turn the
         # gradient of the temperature into NaN.
@@ -98,6 +101,7 @@ def softmax(
         shifted = shifted / jnp.asarray(temperature, logits.dtype)
     exponentials = jnp.exp(shifted)
     total = exponentials.sum(axis, keepdims=True)
+    # 0 only in a row of −inf: in any other, the largest class contributes exp(0) = 1.
     total = jnp.where(total != 0, total, 1)
     return Softmax(exponentials / total, shifted - jnp.log(total))
 

@@ -324,6 +324,8 @@ def _projected_mse(state: Array, target: Array, projector: dict[str, Array]) -> 
         size = min(state.shape[axis], target.shape[axis])
         state = _average_pool(state, axis, size)
         target = _average_pool(target, axis, size)
+    # Pooled before the projection: an average commutes with an affine map, and the smaller map is
+    # cheaper to project.
     return hint_loss(project(projector, state), target)
 
 

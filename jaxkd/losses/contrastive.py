@@ -261,6 +261,7 @@ def contrastive_bank_loss(
         scores = _candidate_scores(anchors, rows, candidates, temperature)
         log_ratio = jnp.log(jnp.asarray(num_negatives / rows.shape[0], scores.dtype))
         log_odds = scores - log_constant.astype(scores.dtype) - log_ratio
+        # The positive is column 0. As in `contrastive_loss`, softplus gives −log h and −log(1 − h).
         return jax.nn.softplus(-log_odds[:, 0]) + jax.nn.softplus(log_odds[:, 1:]).sum(1)
 
     student_loss = anchored_loss(student, bank.teacher, bank.student_log_constant)
@@ -322,6 +323,7 @@ def calibrate_bank(
     candidates = _candidate_rows(bank, student, index, negatives)
 
     def log_constant(anchors: Array, rows: Array) -> Array:
+        # In log space, because e^{1/τ} overflows in float32 for τ below about 0.011.
         total = jax.nn.logsumexp(_candidate_scores(anchors, rows, candidates, temperature))
         return total + jnp.log(jnp.asarray(rows.shape[0] / candidates.size, total.dtype))
 

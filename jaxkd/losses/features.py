@@ -318,6 +318,7 @@ def variational_information_loss(
     """
     student, teacher = upcast_pair(_FEATURE_NAMES, student_features, teacher_features)
     _check_batch(student)
+    # Once more, because the projection is in float64 if the parameters are.
     mean, teacher = upcast_pair(_FEATURE_NAMES, project(params, student), teacher)
     check_shape(
         mean.shape == teacher.shape,

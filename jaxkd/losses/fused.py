@@ -399,12 +399,15 @@ def _chunked_divergence_bwd(
 
         return {side: add_side(side, *pair) for side, pair in gradients.items()}
 
+    # The states' gradient is a sum over parts, which bfloat16 would round at each of them. The
+    # kernel's is written part by part, so its own dtype is enough.
     gradients = {
         side: (
             jnp.zeros_like(states[side], dtype=_accumulation_dtype(states[side])),
             jnp.zeros_like(kernels[side]),
         )
         for side in (0, 1)
+        # Empty for a side that gets no gradient, see `_evaluate_chunks`.
         if len(mean_derivatives[side])
     }
     gradients = jax.lax.fori_loop(0, -(-vocabulary // part), add_part, gradients)

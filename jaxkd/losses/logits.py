@@ -369,4 +369,5 @@ def _reweight(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax
         raise ValueError(
             f"weights {weights.shape} do not broadcast against logits {log_probabilities.shape}"
         ) from None
+    # The softmax of log p + log w is p · w, divided by its sum.
     return softmax(log_probabilities + safe_log(weights), axis)

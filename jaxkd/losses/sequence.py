@@ -109,6 +109,8 @@ def next_tokens(
         f"logits {logits.shape} must have at least two positions [..., S, V], since a causal model "
         "predicts the next token",
     )
+    # Both positions must count: with padding on the left, the last padded position would otherwise
+    # predict the first token.
     return logits[..., :-1, :], tokens[..., 1:], where[..., :-1] & where[..., 1:]
 
 

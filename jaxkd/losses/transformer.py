@@ -60,6 +60,7 @@ def hidden_cosine_loss(student_states: ArrayLike, teacher_states: ArrayLike) -> 
     teacher = normalize(teacher)
     # Half the squared distance of unit vectors is 1 − cos, without its cancellation near 0.
     values = jnp.square(student - teacher).sum(-1) / 2
+    # A zero vector stays 0, and half its squared distance from a unit vector is 1/2.
     return jnp.where(student.any(-1) & teacher.any(-1), values, 1)
 
 

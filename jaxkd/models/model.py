@@ -102,6 +102,7 @@ def from_linen(module: linen.Module, *, train_argument: str | None = "train") ->
     def apply(
         variables: dict, inputs: Array, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
+        # In both modes, because Flax drops the values sown into a collection that is not mutable.
         mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
         rngs = None if key is None else {"dropout": key}
         applied: Any = module.apply(
@@ -283,6 +284,7 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
     def apply(
         variables: dict, inputs: Array, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
+        # Statistics in bfloat16 would stop moving: the small step of a moving average rounds away.
         compute_variables = {**variables, "params": cast(variables["params"])}
         outputs, batch_stats = model.apply(compute_variables, cast(inputs), train=train, key=key)
         return outputs._replace(logits=outputs.logits.astype(jnp.float32)), batch_stats

@@ -317,4 +317,5 @@ def _zero_padding(x: Array, where: Array) -> Array:
 
 def _write_position(cache: Array, new: Array, current: Array) -> Array:
     """Writes `[B, 1, heads, D]` into a cache `[B, M, heads, D]` where `current` is true."""
+    # A selection instead of `lax.dynamic_update_slice`, since there is one position per sentence.
     return jnp.where(current[..., None, None], new, cache)

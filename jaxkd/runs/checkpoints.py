@@ -65,6 +65,7 @@ def save(
         OSError: If the checkpoint cannot be written. Those of earlier steps are kept.
         ImportError: If orbax is missing.
     """
+    # Orbax refuses relative paths.
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with _delay_interrupts():
@@ -134,6 +135,8 @@ def load(folder: str | os.PathLike) -> Restored | None:
 
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder / str(step)).item_metadata.tree
+        # By default orbax would place the arrays on devices like those of the run that saved them,
+        # which this process need not have.
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(folder / str(step), restore_args=on_host)
     return Restored(step, tree, manifest["notes"])
@@ -186,6 +189,8 @@ def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: in
     try:
         with _silence_orbax(), _make_checkpointer() as checkpointer:
             checkpointer.save(folder / str(step), tree)
+            # `save` returns while threads still write, but the checksums are those of complete
+            # files.
             checkpointer.wait_until_finished()
     except ValueError as error:  # orbax raises it even for a full disk
         raise _to_os_error(error, folder / str(step)) from error
@@ -196,12 +201,15 @@ def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: in
     }
     manifest = {"sha256": _digest(content), **content}
     write_atomically(_manifest_path(folder, step), _encode(manifest))
+    # Only now that the new checkpoint counts may the others be deleted.
     _delete_others(folder, [number for number in _find_steps(folder) if number <= step][:keep])
 
 
 def _delete_others(folder: Path, steps: list[int]) -> None:
     """Deletes all checkpoints but those of some steps, and what killed processes left of others."""
     for path in folder.iterdir():
+        # A kill leaves `.7.json.<process>` in the middle of `write_atomically`, and
+        # `7.orbax-checkpoint-tmp` in the middle of orbax's save.
         match = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
         if match is None:
             continue

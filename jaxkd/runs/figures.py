@@ -152,6 +152,7 @@ def plot_size(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
             axes.errorbar(
                 *point, yerr=std, fmt="o", color=colour, capsize=3, lw=1, ms=7, mec="white"
             )
+        # At least 30: the margins are powers of the ratio, and vanish where all sizes are equal.
         ratio = max(max(sizes) / min(sizes), 30)
         axes.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)")
         # The names need room on the right.
@@ -230,6 +231,7 @@ def _label_points(
     """Writes each name to the right of its point, higher or lower where names would overlap."""
     # The layout fixes the position of the axes, and so of each point, only when it draws.
     figure.draw_without_rendering()
+    # From pixels to points, the unit of the offsets of an annotation.
     heights = 72 / figure.dpi * axes.transData.transform(points)[:, 1]
     shifts = _spread_out(heights, 13) - heights
     for index, (name, point, shift) in enumerate(zip(names, points, shifts, strict=True)):
@@ -245,6 +247,7 @@ def _label_points(
             (24, shift),
             textcoords="offset points",
             va="center",
+            # As part of the layout, the name would move the axes after its height was computed.
             in_layout=False,
             arrowprops=line,
         )
@@ -256,6 +259,7 @@ def _spread_out(heights: np.ndarray, gap: float) -> np.ndarray:
     blocks: list[list[int]] = []
     for index in np.argsort(heights, kind="stable"):
         block = [index]
+        # Pooling of adjacent violators: a merged block may overlap the one below it in turn.
         while blocks and _overlap(heights, blocks[-1], block, gap):
             block = blocks.pop() + block
         blocks.append(block)

@@ -123,6 +123,7 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
         raise ValueError(
             f"{name} has {counts[0]} seeds and {baseline} {counts[1]}: pairs need the same seeds"
         )
+    # A single accuracy, such as that of a pretrained teacher, broadcasts over the seeds.
     differences = 100 * (accuracies - baseline_accuracies)
     mean = differences.mean()
     change = f"({100 * baseline_accuracies.mean():.1f} % → {100 * accuracies.mean():.1f} %)"
@@ -287,6 +288,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
         [[str(cell).replace("|", r"\|") for cell in row] for row in rows],
         headers=list(headers),
         tablefmt="pipe",
+        # Cells are text already: as a number, 86.0 would be printed as 86.
         disable_numparse=True,
         # tabulate 0.9 fails on the alignment of a table without rows.
         colalign=alignment if rows else None,

@@ -146,6 +146,7 @@ def format_mean_and_std(values: Any, *, scale: float = 1.0) -> str:
 
 def _from_json_value(name: str, value: Any) -> Any:
     """Returns a field's value, a tuple for a list. Raises `ValueError` for another type."""
+    # These two are lists, which are empty where there is no value.
     if value is None and name not in ("accuracy", "seconds"):
         return None
     if name not in ("accuracy", "accuracy_interval", "seconds"):
@@ -271,6 +272,7 @@ def summarize(
     return ResultRow(
         name=name,
         accuracy=accuracies,
+        # All seeds are tested on the same examples, so more seeds do not narrow the interval.
         accuracy_interval=evaluate.accuracy_interval(float(np.mean(accuracies)) * total, total),
         agreement=float(np.mean(agreements)) if len(agreements) == len(metrics) else None,
         ece=float(np.mean([seed.ece for seed in metrics])),

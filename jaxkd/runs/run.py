@@ -96,6 +96,8 @@ class Run:
         if not _is_primary():
             return
         path = self.folder / "metrics.jsonl"
+        # The line break is written with its record. A crash then cuts off the last record at most,
+        # which `metrics` leaves out.
         with add_filename_to_errors(path), open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -200,6 +202,8 @@ def open_run(
     if path.exists():
         before = read_run(folder)
         _check_continuation(before, json_config, data)
+        # The environment remains that of the start, by which a report describes the run. The
+        # configuration is the new one, which may differ in the ignored options.
         return dataclasses.replace(before, config=json_config, lock=lock)
     run = Run(folder, json_config, data, describe_environment(), lock)
     content = {"config": run.config, "data": run.data, "environment": run.environment}
@@ -290,4 +294,5 @@ def _select_device_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode_json(value: Any) -> bytes:
+    # JSON has no NaN, and readers other than Python's would reject the whole file.
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

@@ -145,6 +145,7 @@ def _find_runs(folder: Path) -> list[Run]:
     if not (folder / "config.json").exists():
         folders = sorted(path.parent for path in folder.glob("*/config.json")) or folders
     runs = [read_run(path) for path in folders]
+    # Runs of one command may differ in their number of seeds: see `verify`.
     ignored = (*IGNORED_OPTIONS, "num_seeds")
     if any(describe_differences(runs[0].config, run.config, ignore=ignored) for run in runs):
         names = ", ".join(path.name for path in folders)
@@ -170,6 +171,8 @@ def _rerun(run: Run, scratch: Path) -> None:
     name = run.config["experiment"]
     arguments = [*command_line_options(run.config), "--workdir", str(scratch)]
     command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    # In a process of its own: the library imports no experiment, and XLA reads the flags that an
+    # option may set only when it starts.
     status = subprocess.run(command, check=False).returncode
     if status:
         raise RunError(
@@ -261,9 +264,11 @@ def _diff_tensors(first: np.ndarray | None, second: np.ndarray | None) -> str:
     first_bytes, second_bytes = (
         np.ascontiguousarray(tensor).reshape(-1, 1).view(np.uint8) for tensor in (first, second)
     )
+    # From `[elements, bytes of an element]` back to one boolean per element.
     differing = np.not_equal(first_bytes, second_bytes).any(1).reshape(first.shape)
     if not differing.any():
         return ""
+    # In float64, because a difference of unsigned integers would wrap around.
     distance = np.abs(first[differing].astype(np.float64) - second[differing].astype(np.float64))
     count = f"{differing.sum():,} of {differing.size:,} elements differ"
     return f"{count}, by up to {distance.max():.3g}"

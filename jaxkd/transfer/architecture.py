@@ -164,8 +164,10 @@ def widen(variables: Any, channels: Channels, size: int, *, key: Array) -> Any:
             f"size must be at least {num_channels}, the number of channels, got {size}; use narrow "
             "for fewer channels"
         )
+    # The paper's g: the identity for the old channels, and a random old channel for each new one.
     copied = jax.random.randint(key, (size - num_channels,), 0, num_channels)
     indices = np.concatenate([np.arange(num_channels), np.asarray(copied)])
+    # The paper's |{x : g(x) = g(j)}| for each channel j of the wide layer.
     copies = np.bincount(indices)[indices]
     values = _select_channels(leaves, channels, num_channels, indices, copies)
     return replace_leaves(variables, values)

@@ -291,6 +291,7 @@ def _check_acyclic(node: Any, ancestors: tuple[int, ...]) -> None:
     # JAX itself would recurse until it overflows the stack.
     if not isinstance(node, (dict, list, tuple)):
         return
+    # Among the ancestors, not all nodes seen so far: one object may occur twice in a tree.
     if id(node) in ancestors:
         raise ValueError(
             f"the tree contains itself: a {type(node).__name__} is one of its own descendants"
@@ -345,6 +346,7 @@ def _fits(value: np.ndarray, leaf: Any, expected: jax.ShapeDtypeStruct, dtypes: 
     if dtypes == "same":
         return value.dtype == expected.dtype
     if dtypes == "target":
+        # Only within a kind: a cast of floats to integers would truncate them.
         return any(
             jnp.issubdtype(value.dtype, kind) and jnp.issubdtype(expected.dtype, kind)
             for kind in _KINDS

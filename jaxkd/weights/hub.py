@@ -26,6 +26,7 @@ _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
+    # Both names mean the approximation by tanh, which is the default of `jax.nn.gelu`.
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
 }
@@ -206,6 +207,7 @@ def _make_distilbert(config: Mapping[str, Any], num_classes: int) -> BERT:
         segments=0,
         num_classes=num_classes,
         pooling=distilbert_pooling,
+        # No epsilon: DistilBERT's configuration has none, and its code fixes the default, 1e-12.
         dropout=_read_number(config, "dropout", 0.1),
         activation=_read_activation(config, "activation"),
     )
@@ -254,6 +256,7 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
     file, weights = _read_weights(folder)
     init = from_linen(module).init
     try:
+        # Shapes alone: the values come from the file, and from `_init_layers` for the heads.
         target = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     except ValueError as error:
         raise DataError(f"{folder / _CONFIG}: {one_line(error)}") from error

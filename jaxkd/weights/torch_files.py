@@ -52,6 +52,7 @@ def load_weights(path: str | os.PathLike, *, entry: str | None = None) -> dict[s
         weights = read_safetensors(path)
     else:
         weights = _find_state_dict(path, read_torch(path), entry)
+    # Only if all names have it, since a network may have a layer called `module`.
     if weights and all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): array for name, array in weights.items()}
     return weights
@@ -97,6 +98,7 @@ def from_torch(
         >>> kernel.shape, kernel.dtype, report.complete
         ((64, 10), dtype('float32'), True)
     """
+    # A plain dict, because JAX takes a mapping of an unregistered type for a single leaf.
     return transfer(dict(state_dict), variables, rules=rules, strict=strict, dtypes="target")
 
 
