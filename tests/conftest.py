@@ -1,7 +1,6 @@
 """Strict numerics and eight virtual CPU devices for every test."""
 
 import atexit
-import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -10,9 +9,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )
-if importlib.metadata.version("jax").startswith("0.7."):
-    # `jaxkd.runs.environment.check_cpu_products` says why.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_xnnpack=false"
 # The workers, and the processes that they start, compile a program once between them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxkd-compiled-")
@@ -24,6 +20,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax  # noqa: E402  (the flags above are read when JAX starts)
 import pytest  # noqa: E402
 
+import experiments  # noqa: E402, F401  (sets the flags that CPUs need with this version of JAX)
 from jaxkd.runs import ResultRow  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -192,9 +192,7 @@ def _restore(
         state = restored.tree
     # Only the primary process writes checkpoints, and its disk need not be shared.
     notes, state = broadcast_from_primary(notes, state)
-    # Copied, as in `init_train_state`: a step donates its state, and `jnp.asarray` may share the
-    # memory of a NumPy array.
-    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
         return state, StageProgress(0, 0.0, [], None)
     if notes["stage"] != compiled.fingerprint:

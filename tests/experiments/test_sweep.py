@@ -105,6 +105,7 @@ def test_heat_map_of_one_pair_and_one_seed(tmp_path):
         "T2_alpha0.5": [TrainedModel({}, 1.0, 0.6)],
     }
     sweep.plot_heatmap(trained, tmp_path / "heatmap.png", config, "")
+    assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_students_differ_only_in_scalars():
