@@ -31,6 +31,14 @@ OPTIONS = ("--num-labels", 9)
 
 
 @pytest.fixture(scope="module")
+def environment():
+    """The environment of a user's terminal, in which programs are optimized."""
+    of_tests = {"XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    variables = {name: value for name, value in os.environ.items() if name not in of_tests}
+    return variables | {"COLUMNS": "100"}
+
+
+@pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, execute):
     folder = tmp_path_factory.mktemp("finished") / "run"
     process = execute("teacher_assistant", *OPTIONS, "--workdir", folder)
