@@ -2,15 +2,58 @@
 
 import importlib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 # Packages of the extra `text`; all other optional packages belong to the extra `experiments`.
 _TEXT_PACKAGES = ("tokenizers", "sacrebleu")
 
+MAX_MESSAGE = 300
+"""Number of characters of the longest message, the command of a remedy aside."""
+_MAX_NAME = 40
+_NUM_NAMES = 4
+
 
 class DataError(ValueError):
     """A dataset cannot be loaded; the one-line message names the cause and the remedy."""
+
+    def __init__(self, message: str, *, command: str = "") -> None:
+        """Makes the error.
+
+        Args:
+            message: Cause and remedy. Line breaks become spaces, and of more than 300 characters
+                the middle is left out.
+            command: A command that the reader copies, appended whole.
+        """
+        super().__init__(shorten(to_one_line(message), MAX_MESSAGE) + command)
+
+
+def to_one_line(text: str) -> str:
+    """Replaces line breaks and other control characters by spaces, and escapes lone surrogates.
+
+    The names of files need not be UTF-8. Python holds the bytes that are not as lone surrogates,
+    which cannot be printed.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shorten(text: str, length: int) -> str:
+    """Leaves out the middle of a text that is longer than `length` characters."""
+    if len(text) <= length:
+        return text
+    head = (length - 5) // 2
+    return f"{text[:head]} ... {text[len(text) - (length - 5 - head) :]}"
+
+
+def list_names(names: Iterable[object]) -> str:
+    """Lists the first few names and the number of the others, such as `"a, b and 98 more"`."""
+    names = list(names)
+    shown = [shorten(to_one_line(str(name)), _MAX_NAME) for name in names[:_NUM_NAMES]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
 
 
 def import_or_raise(module: str) -> Any:
@@ -48,13 +91,13 @@ def expand_user_path(path: str | os.PathLike[str]) -> Path:
 def missing_package_error(error: ImportError) -> DataError:
     """Makes the error that names a missing package and the command that installs it."""
     extra = "text" if error.name in _TEXT_PACKAGES else "experiments"
-    command = f"pip install 'jaxkd-distill[{extra}]'"
     return DataError(
-        f"this needs {error.name}, which cannot be imported ({one_line(error)}): {command}"
+        f"this needs {error.name}, which cannot be imported ({one_line(error)}): ",
+        command=f"pip install 'jaxkd-distill[{extra}]'",
     )
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's text on one line of at most 200 characters, or its type if it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """Returns an error's text on one line of at most 150 characters, or its type if it has none."""
+    text = " ".join(to_one_line(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 150 else f"{text[:150]}..."
