@@ -5,6 +5,7 @@ when a dataset needs them.
 """
 
 from jaxkd.data.augment import crop_and_flip, random_crop, random_flip
+from jaxkd.data.class_names import match_classes, sort_classes
 from jaxkd.data.dataset import Dataset, Split
 from jaxkd.data.errors import DataError
 from jaxkd.data.sources import load
@@ -19,6 +20,8 @@ __all__ = [
     "channel_statistics",
     "crop_and_flip",
     "load",
+    "match_classes",
     "random_crop",
     "random_flip",
+    "sort_classes",
 ]

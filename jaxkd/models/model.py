@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -288,6 +289,50 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
         compute_variables = {**variables, "params": cast(variables["params"])}
         outputs, batch_stats = model.apply(compute_variables, cast(inputs), train=train, key=key)
         return outputs._replace(logits=outputs.logits.astype(jnp.float32)), batch_stats
+
+    return Model(model.init, apply)
+
+
+def with_class_order(model: Model, order: ArrayLike) -> Model:
+    """Makes a model whose classes are in another order, such as that of a student's labels.
+
+    Args:
+        model: Any model with logits `[..., C]`.
+        order: `[C]`, int. The model's output for each class, from `jaxkd.data.match_classes`.
+
+    Returns:
+        The model with logits `[..., order]`, with the same variables and features.
+
+    Raises:
+        ValueError: When applied, if `order` is not a permutation of the model's classes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd.data import match_classes
+        >>> from jaxkd.models import CNN, from_linen
+        >>> model = from_linen(CNN(features=(4,), hidden=8, num_classes=2))
+        >>> images = jnp.ones((1, 8, 8, 3))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> swapped = with_class_order(model, match_classes(["dog", "cat"], ["cat", "dog"]))
+        >>> logits, swapped_logits = (
+        ...     m.apply(variables, images, train=False)[0].logits for m in (model, swapped)
+        ... )
+        >>> bool((logits[:, ::-1] == swapped_logits).all())
+        True
+    """
+    order = np.asarray(order)
+
+    def apply(
+        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Outputs, dict]:
+        outputs, batch_stats = model.apply(variables, inputs, train=train, key=key)
+        # JAX would wrap or drop an index that does not exist.
+        if sorted(order.tolist()) != list(range(outputs.logits.shape[-1])):
+            raise ValueError(
+                f"the order of {order.size} classes is not one of the model's "
+                f"{outputs.logits.shape[-1]}: give each of its outputs once"
+            )
+        return outputs._replace(logits=outputs.logits[..., order]), batch_stats
 
     return Model(model.init, apply)
 

@@ -1,7 +1,12 @@
 """Files of weights in and out: PyTorch, safetensors, exported programs and hub folders."""
 
 from jaxkd.weights.programs import save_program
-from jaxkd.weights.safetensors_files import load_safetensors, read_safetensors, save_safetensors
+from jaxkd.weights.safetensors_files import (
+    load_safetensors,
+    read_class_names,
+    read_safetensors,
+    save_safetensors,
+)
 from jaxkd.weights.torch_files import from_torch, load_weights, save_torch, to_torch
 from jaxkd.weights.torch_pickle import read_torch
 
@@ -10,6 +15,7 @@ __all__ = [
     "from_torch",
     "load_safetensors",
     "load_weights",
+    "read_class_names",
     "read_safetensors",
     "read_torch",
     "save_program",

@@ -1,14 +1,20 @@
 """Saving and loading of variables as safetensors files."""
 
+import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from jax import Array
 
 from jaxkd._files import write_atomically
 
+_CLASS_NAMES = "class_names"
 
-def save_safetensors(path: str | os.PathLike, variables: dict) -> None:
+
+def save_safetensors(
+    path: str | os.PathLike, variables: dict, *, class_names: Sequence[str] = ()
+) -> None:
     """Saves variables as a safetensors file, which any framework can read and which runs no code.
 
     Names are paths, such as `params/conv1/kernel`. The same variables give the same bytes.
@@ -17,6 +23,8 @@ def save_safetensors(path: str | os.PathLike, variables: dict) -> None:
         path: The file. Its folder must exist.
         variables: Nested dicts of arrays. Integer keys, which NNX gives to the members of a list,
             are restored as integers.
+        class_names: Name of each class, by label, for `read_class_names`. They are a JSON list in
+            the entry `class_names` of the file's metadata.
 
     Raises:
         ValueError: If a key contains a `/` or is a string of digits, because loading would change
@@ -41,8 +49,46 @@ def save_safetensors(path: str | os.PathLike, variables: dict) -> None:
 
     # `save` writes the memory of an array in the order it has, so a transposed view must be copied.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flatten(variables).items()}
-    # No metadata: safetensors writes several entries in an order that changes between processes.
-    write_atomically(path, save(arrays))
+    # One entry: safetensors writes several in an order that changes between processes.
+    metadata = {_CLASS_NAMES: json.dumps(list(class_names))} if class_names else None
+    write_atomically(path, save(arrays, metadata))
+
+
+def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Reads the names of the classes from a safetensors file.
+
+    Args:
+        path: A file of `save_safetensors`.
+
+    Returns:
+        Name of each class, in the order of the logits; empty if the file does not name them.
+
+    Raises:
+        ValueError: If the file is damaged or is not a safetensors file.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from jaxkd.weights import read_class_names, save_safetensors
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "student.safetensors"
+        ...     save_safetensors(path, {"bias": np.zeros(2)}, class_names=("cat", "dog"))
+        ...     read_class_names(path)
+        ('cat', 'dog')
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = json.loads((file.metadata() or {}).get(_CLASS_NAMES, "[]"))
+    # json raises ValueError, and RecursionError for deeply nested lists.
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}): copy or save it again"
+        ) from error
+    # Another program may keep something else under this name.
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list else ()
 
 
 def load_safetensors(path: str | os.PathLike) -> dict:
