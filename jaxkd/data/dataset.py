@@ -34,7 +34,7 @@ class Dataset(NamedTuple):
 
     Attributes:
         train: The examples that teachers and students are trained on.
-        validation: A tenth of the source's training images, for choosing between models.
+        validation: The examples for choosing between models.
         test: The examples that results are reported on; nothing is chosen by them.
         class_names: Name of each class, by label.
     """
@@ -45,14 +45,21 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def make_dataset(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
-    """Checks the splits of a source and holds out a tenth of its training images for validation.
+def make_dataset(
+    name: str,
+    train: Split,
+    test: Split,
+    class_names: tuple[str, ...],
+    validation: Split | None = None,
+) -> Dataset:
+    """Checks the splits of a source, and holds out validation images if it has none.
 
     Args:
         name: The dataset's name, for error messages.
         train: All training images; at least two.
         test: Test images.
         class_names: Name of each class, by label.
+        validation: Validation images. By default a tenth of the training images is held out.
 
     Returns:
         The dataset. Equal calls hold out the same images, and each split keeps the source's order.
@@ -61,12 +68,16 @@ def make_dataset(name: str, train: Split, test: Split, class_names: tuple[str, .
         DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has
             no class.
     """
-    for split_name, split, minimum in (("train", train, 2), ("test", test, 1)):
+    splits = [("train", train, 2), ("test", test, 1)]
+    if validation is not None:
+        splits.append(("validation", validation, 1))
+    for split_name, split, minimum in splits:
         _check_size(f"{name}: {split_name}", split, minimum)
         _check_images(f"{name}: {split_name}", split.images)
         _check_labels(f"{name}: {split_name}", split.labels, len(class_names))
-    count = max(1, len(train.labels) // 10)
-    train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
+    if validation is None:
+        count = max(1, len(train.labels) // 10)
+        train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
     return Dataset(train, validation, test, class_names)
 
 

@@ -25,6 +25,9 @@ def read_decoded(path: Path, fingerprint: str) -> tuple[Split, Split] | None:
         The training and the test split, or `None` if the file is missing, damaged or has another
         fingerprint.
     """
+    # Reading from a pipe or a device may never end.
+    if not path.is_file():
+        return None
     try:
         # Opened here, because np.load leaks the handle if the zip file is damaged.
         with path.open("rb") as handle, np.load(handle) as file:

@@ -1,54 +1,97 @@
 """Photographs in folders named after their classes."""
 
 import itertools
+import os
 import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxkd.data.class_names import sort_classes
 from jaxkd.data.dataset import Split
-from jaxkd.data.errors import DataError, import_or_raise, one_line
+from jaxkd.data.errors import (
+    DataError,
+    import_or_raise,
+    list_names,
+    one_line,
+    shorten,
+    to_one_line,
+)
 from jaxkd.data.progress import track
+from jaxkd.data.text_files import FILE_NAMES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
+_MODES_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
-def read_image_folder(path: Path, *, image_size: int) -> tuple[Split, Split, tuple[str, ...]]:
-    """Reads `path/train/<class>/*` and `path/test/<class>/*`, in sorted order.
+class _Listing(NamedTuple):
+    """What is in a folder.
 
-    Images are jpg, jpeg, png, bmp, gif (the first frame) and webp files, in upper or lower case.
-    Other files and hidden files are skipped.
+    Attributes:
+        images: The images, sorted.
+        sub_folders: The folders below it that hold some of them.
+        passed_over: Files that are not images, and links to folders; without hidden ones.
+    """
+
+    images: list[Path]
+    sub_folders: list[Path]
+    passed_over: list[Path]
+
+
+def read_image_folder(
+    path: Path, *, image_size: int
+) -> tuple[Split, Split, tuple[str, ...], Split | None]:
+    """Reads `train/CLASS/*`, `test/CLASS/*` and, if it is there, `val/CLASS/*`, in sorted order.
+
+    Images are jpg, jpeg, png, bmp, gif (the first frame) and webp files, in upper or lower case, in
+    a class folder or below it. Hidden files are skipped. The validation folder may also be called
+    `valid`, `validation` or `dev`. Classes are sorted, integers in numeric order before other
+    names.
 
     Args:
         path: The folder.
         image_size: Side in pixels to which every image is fitted.
 
     Returns:
-        Training split, test split and class names. Images are uint8
-        `[N, image_size, image_size, 3]`.
+        Training split, test split, class names and, if there is one, the validation split. Images
+        are uint8 `[N, image_size, image_size, 3]`. Warnings say which files were passed over, which
+        sub-folders were read, and how many images have transparent parts.
 
     Raises:
-        DataError: If a folder is missing or empty, train and test differ in their classes, or an
-            image is damaged.
+        DataError: If a folder is missing or empty, the splits differ in their classes, there is
+            only one class, or an image is damaged or not a regular file.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}: check the path")
     class_names = _class_names(path / "train")
-    _check_same_classes(path, class_names, _class_names(path / "test"))
-    train = _read_split(path / "train", class_names, image_size)
-    test = _read_split(path / "test", class_names, image_size)
-    return train, test, class_names
+    if len(class_names) < 2:
+        raise DataError(
+            f"{path / 'train'} has the class folder {shorten(class_names[0], 40)!r} alone: at "
+            "least two are needed"
+        )
+    parts = {"train": path / "train", "test": path / "test"}
+    if (validation := _find_validation(path)) is not None:
+        parts["validation"] = validation
+    for part in parts.values():
+        _check_same_classes(path, class_names, part)
+    listings = {
+        split: [_list_images(part / name) for name in class_names] for split, part in parts.items()
+    }
+    _warn_of_structure(path, parts.values(), itertools.chain(*listings.values()))
+    splits = {split: _read_split(parts[split], listings[split], image_size) for split in parts}
+    return splits["train"], splits["test"], class_names, splits.get("validation")
 
 
 def fit_image(image: "Image", image_size: int) -> np.ndarray:
     """Turns an image upright, converts it to RGB, and crops and scales it to a square.
 
     Args:
-        image: Any Pillow image.
+        image: Any Pillow image. Transparent parts are shown on white.
         image_size: Side of the square in pixels.
 
     Returns:
@@ -58,15 +101,36 @@ def fit_image(image: "Image", image_size: int) -> np.ndarray:
     Raises:
         ValueError: If the image has more than 8 bits a channel.
     """
+    return _fit(_to_rgb(image)[0], image_size)
+
+
+def _fit(image: "Image", image_size: int) -> np.ndarray:
+    return np.asarray(import_or_raise("PIL.ImageOps").fit(image, (image_size, image_size)))
+
+
+def _to_rgb(image: "Image") -> tuple["Image", bool]:
+    """Returns the upright image in RGB, and whether parts of it were transparent."""
     # convert("RGB") would silently clip these modes to 255.
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"its mode is {image.mode}, of more than 8 bits a channel, which would be clipped"
+            f"its mode is {image.mode}, of more than 8 bits a channel, which would be clipped; "
+            "save it with 8"
         )
-    image_ops = import_or_raise("PIL.ImageOps")
     # Cameras store photographs as the sensor sees them and the orientation in the EXIF data.
-    upright = image_ops.exif_transpose(image).convert("RGB")
-    return np.asarray(image_ops.fit(upright, (image_size, image_size)))
+    upright = import_or_raise("PIL.ImageOps").exif_transpose(image)
+    # A palette, and also a grey or an RGB image, may name a transparent colour.
+    if upright.mode not in _MODES_WITH_ALPHA and "transparency" not in upright.info:
+        return upright.convert("RGB"), False
+    # "La" and "RGBa", with premultiplied colours, convert to their sibling alone.
+    upright = upright.convert({"La": "LA", "RGBa": "RGBA"}.get(upright.mode, upright.mode))
+    rgba = upright.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return rgba.convert("RGB"), False
+    # convert("RGB") would drop alpha, and show the colour that the file has below it, often black.
+    flat = import_or_raise("PIL.Image").new("RGB", rgba.size, "white")
+    flat.paste(rgba, mask=alpha)
+    return flat, True
 
 
 def _class_names(part: Path) -> tuple[str, ...]:
@@ -74,63 +138,139 @@ def _class_names(part: Path) -> tuple[str, ...]:
         raise DataError(
             f"there is no folder {part}: images are expected in train/<class>/ and test/<class>/"
         )
-    names = sorted(
-        entry.name for entry in part.iterdir() if entry.is_dir() and not _is_hidden(entry)
-    )
+    names = [entry.name for entry in part.iterdir() if entry.is_dir() and not _is_hidden(entry)]
     if not names:
         raise DataError(f"{part} has no class folders: images are expected in {part.name}/<class>/")
-    return tuple(names)
-
-
-def _check_same_classes(
-    path: Path, train_names: tuple[str, ...], test_names: tuple[str, ...]
-) -> None:
-    missing_names = {
-        "test": set(train_names) - set(test_names),
-        "train": set(test_names) - set(train_names),
-    }
-    for part, names in missing_names.items():
-        if names:
+    for name in names:
+        # Class names are printed and saved with the weights.
+        if to_one_line(name) != name:
             raise DataError(
-                f"{path / part} lacks the class folders {', '.join(sorted(names))}: "
+                f"{part} has the class folder {name!r}, whose name is not printable UTF-8: "
+                "rename it"
+            )
+    return sort_classes(names)
+
+
+def _find_validation(path: Path) -> Path | None:
+    found = [path / name for name in FILE_NAMES["validation"] if (path / name).is_dir()]
+    if len(found) > 1:
+        raise DataError(
+            f"{path} has several validation folders, {list_names(part.name for part in found)}: "
+            "keep one"
+        )
+    return found[0] if found else None
+
+
+def _check_same_classes(path: Path, train_names: tuple[str, ...], part: Path) -> None:
+    names = _class_names(part)
+    missing_names = {
+        part.name: set(train_names) - set(names),
+        "train": set(names) - set(train_names),
+    }
+    for lacking, missing in missing_names.items():
+        if missing:
+            raise DataError(
+                f"{path / lacking} lacks the class folders {list_names(sort_classes(missing))}: "
                 "add or remove them"
             )
 
 
-def _read_split(part: Path, class_names: tuple[str, ...], image_size: int) -> Split:
-    files = [_image_files(part / name) for name in class_names]
-    labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members in files])
-    paths = track(itertools.chain(*files), description=f"reading {part.name}", total=len(labels))
-    return Split(np.stack([_read_image(path, image_size) for path in paths]), labels)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    files = [
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in _SUFFIXES and not _is_hidden(entry)
-    ]
-    if not files:
+def _list_images(folder: Path) -> _Listing:
+    images, sub_folders, passed_over = [], [], []
+    # Links to folders are not followed, since they may lead back to a folder above.
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in files if not name.startswith(".")]
+        found = [path for path in paths if path.suffix.lower() in _SUFFIXES]
+        images += found
+        if found and Path(parent) != folder:
+            sub_folders.append(Path(parent))
+        passed_over += [path for path in paths if path.suffix.lower() not in _SUFFIXES]
+        passed_over += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+    if not images:
         raise DataError(
             f"{folder} has no images ({', '.join(sorted(_SUFFIXES))}): "
             "add some or remove the folder"
         )
-    # iterdir's order depends on the file system; results must not.
-    return sorted(files)
+    # The order of a folder depends on the file system; results must not.
+    return _Listing(sorted(images), sorted(sub_folders), sorted(passed_over))
+
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"cannot read a folder ({one_line(error)}): check its permissions") from error
+
+
+def _warn_of_structure(path: Path, parts: Collection[Path], listings: Iterable[_Listing]) -> None:
+    """Says which files and folders are passed over and which sub-folders are read, if any."""
+    sub_folders = []
+    passed_over = sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.is_dir() and not _is_hidden(entry) and entry not in parts
+    )
+    for part in parts:
+        passed_over += sorted(
+            entry for entry in part.iterdir() if not entry.is_dir() and not _is_hidden(entry)
+        )
+    for listing in listings:
+        sub_folders += listing.sub_folders
+        passed_over += listing.passed_over
+    if passed_over:
+        shown = list_names(entry.relative_to(path) for entry in passed_over)
+        _warn(
+            f"{path}: {len(passed_over):,} files and folders are passed over, since they are no "
+            f"images or not in a class folder: {shown}"
+        )
+    if sub_folders:
+        shown = list_names(folder.relative_to(path) for folder in sub_folders)
+        _warn(
+            f"{path}: images in {len(sub_folders):,} sub-folders belong to the class of the folder "
+            f"above: {shown}"
+        )
+
+
+def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
+    files = [listing.images for listing in listings]
+    labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members in files])
+    paths = track(itertools.chain(*files), description=f"reading {part.name}", total=len(labels))
+    images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
+    num_transparent = num_plain = 0
+    for i, path in enumerate(paths):
+        images[i], is_transparent = _read_image(path, image_size)
+        num_transparent += is_transparent
+        # A white sign on transparent ground has vanished.
+        num_plain += is_transparent and images[i].min() == images[i].max()
+    if num_transparent:
+        plain = f"; {num_plain:,} of them are of one colour then" if num_plain else ""
+        _warn(
+            f"{part}: {num_transparent:,} of {len(labels):,} images have transparent parts, which "
+            f"are shown on white{plain}"
+        )
+    return Split(images, labels)
 
 
 def _is_hidden(entry: Path) -> bool:
     return entry.name.startswith(".")
 
 
-def _read_image(path: Path, image_size: int) -> np.ndarray:
+def _warn(message: str) -> None:
+    # The level of a caller of `jaxkd.data.load`.
+    warnings.warn(to_one_line(message), stacklevel=6)
+
+
+def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, bool]:
+    """Returns a fitted image, and whether parts of it were transparent."""
+    # Reading from a pipe or a device may never end.
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file: replace or delete it")
     pillow = import_or_raise("PIL.Image")
     try:
         with warnings.catch_warnings():
             # Pillow warns of damaged EXIF data and of transparent palettes; such images are usable.
             warnings.filterwarnings("ignore", module="PIL")
             with pillow.open(path) as image:
-                return fit_image(image, image_size)
+                rgb, is_transparent = _to_rgb(image)
+                return _fit(rgb, image_size), is_transparent
     # SyntaxError is what Pillow raises for a broken PNG chunk.
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(

@@ -8,6 +8,9 @@ from jaxkd.data import embedded, image_folder, tfds_images, tfds_prepare
 from jaxkd.data.dataset import Dataset, Split, make_dataset
 from jaxkd.data.errors import DataError, expand_user_path
 
+# A thousand photographs of this side fill 50 GB.
+_MAX_IMAGE_SIZE = 4096
+
 
 def load(
     name: str | os.PathLike[str],
@@ -20,14 +23,15 @@ def load(
     The first of these that fits is loaded:
 
     1. `"fashion_mnist_mini"`, which is part of the package: 10,000 + 2,000 images of Fashion-MNIST.
-    2. A folder `train/<class>/*.jpg`, `test/<class>/*.jpg`: a path, or the name of a folder that
-       exists.
+    2. A folder `train/<class>/*.jpg`, `test/<class>/*.jpg` and optionally `val/<class>/*.jpg` (or
+       `valid`, `validation`, `dev`): a path, or the name of a folder that exists.
     3. A TensorFlow dataset, such as `"cifar10"`, `"cifar10:3.0.2"` or `"name/config"`. If it is not
        prepared yet and TensorFlow is installed, it is downloaded and prepared first. Its test set
        is the split `test`, else the split `validation`, else a fifth of `train`.
 
-    A tenth of the training images, drawn by a fixed key, becomes the validation set. Only preparing
-    a TensorFlow dataset uses the network.
+    A tenth of the training images, drawn by a fixed key, becomes the validation set, unless a
+    folder has one. Only preparing a TensorFlow dataset uses the network. Warnings say what was
+    passed over or chosen without being asked for.
 
     Args:
         name: Name or path, as above.
@@ -55,22 +59,25 @@ def load(
         Xiao et al. 2017, Fashion-MNIST, https://arxiv.org/abs/1708.07747
     """
     name = os.fspath(name)
-    if image_size < 1:
-        raise DataError(f"image_size is {image_size}: choose at least 1 pixel")
+    if not 1 <= image_size <= _MAX_IMAGE_SIZE:
+        limit = "at least 1 pixel" if image_size < 1 else f"at most {_MAX_IMAGE_SIZE:,} pixels"
+        raise DataError(f"image_size is {image_size}: choose {limit}")
     return make_dataset(name, *_read(name, tfds_prepare.resolve_data_dir(data_dir), image_size))
 
 
-def _read(name: str, data_dir: Path, image_size: int) -> tuple[Split, Split, tuple[str, ...]]:
+def _read(
+    name: str, data_dir: Path, image_size: int
+) -> tuple[Split, Split, tuple[str, ...], Split | None]:
     if name == embedded.NAME:
-        return embedded.read_embedded()
+        return *embedded.read_embedded(), None
     if _is_path(name, data_dir):
         return image_folder.read_image_folder(expand_user_path(name), image_size=image_size)
-    return tfds_images.read_tfds_images(name, data_dir, image_size=image_size)
+    return *tfds_images.read_tfds_images(name, data_dir, image_size=image_size), None
 
 
 def _is_path(name: str, data_dir: Path) -> bool:
     """Returns True for a path, `photos/fruit`, False for a dataset, `mnist_corrupted/fog`."""
-    if expand_user_path(name).is_dir():
+    if os.path.isdir(expand_user_path(name)):
         return True
     head, *tail = re.split(r"[/\\]", name)
     # A path that does not exist is still a path, so that the error can say so.

@@ -6,6 +6,7 @@ Those stored as array_record are read without TensorFlow.
 import contextlib
 import hashlib
 import logging
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxkd.data import decoded_cache, image_folder, tfds_prepare, tfds_reader
 from jaxkd.data.dataset import Split, hold_out_test
-from jaxkd.data.errors import DataError, import_or_raise
+from jaxkd.data.errors import DataError, import_or_raise, list_names
 from jaxkd.data.progress import track
 from jaxkd.data.tfds_reader import PreparedDataset
 
@@ -61,6 +62,7 @@ def read_tfds_images(
     """
     folder = tfds_prepare.find_or_prepare(name, data_dir)
     prepared = tfds_reader.open_prepared(folder, name, data_dir)
+    _warn_of_splits(prepared)
     fields = _find_fields(prepared, image_size)
     # Beside the folder: TFDS must not find an unknown file in it.
     cache_path = folder.with_name(f"{folder.name}.decoded.npz")
@@ -70,6 +72,19 @@ def read_tfds_images(
         splits = _decode(prepared, fields)
         decoded_cache.write_decoded(cache_path, fingerprint, *splits)
     return *splits, fields.class_names
+
+
+def _warn_of_splits(prepared: PreparedDataset) -> None:
+    """Says which split is not read, or which images are the test set in place of a missing one."""
+    splits = prepared.builder.info.splits
+    if "test" in splits and "validation" in splits:
+        choice = "the split validation is not read; a tenth of train is held out for validation"
+    elif "test" in splits or "train" not in splits:
+        return
+    else:
+        substitute = "the split validation" if "validation" in splits else "a fifth of train"
+        choice = f"there is no split test; {substitute} is the test set"
+    warnings.warn(f"{prepared.name}: {choice}", stacklevel=5)
 
 
 def _find_fields(prepared: PreparedDataset, image_size: int) -> _Fields:
@@ -111,7 +126,7 @@ def _decode(prepared: PreparedDataset, fields: _Fields) -> tuple[Split, Split]:
     splits = prepared.builder.info.splits
     if "train" not in splits:
         raise DataError(
-            f"{prepared.name} has no split named train, only {', '.join(splits)}: "
+            f"{prepared.name} has no split named train, only {list_names(splits)}: "
             "choose another dataset"
         )
     train = _decode_split(prepared, fields, "train")

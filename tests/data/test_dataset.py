@@ -109,6 +109,15 @@ def test_empty_split(train, test, message):
         make(numbered(train), numbered(test))
 
 
+def test_given_validation_images_leave_the_training_images_whole():
+    result = dataset.make_dataset("set", numbered(10), numbered(3), ("a", "b"), numbered(4))
+    assert [len(split.labels) for split in result[:3]] == [10, 4, 3]
+    validation = numbered(4)
+    validation.labels[1] = -1
+    with pytest.raises(DataError, match=r"set: validation has label -1 at index 1, outside 0..1"):
+        dataset.make_dataset("set", numbered(10), numbered(3), ("a", "b"), validation)
+
+
 def test_images_without_labels():
     with pytest.raises(DataError, match="train has 4 images but 3 labels"):
         make(Split(numbered(4).images, numbered(3).labels))

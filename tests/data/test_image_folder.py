@@ -1,6 +1,8 @@
 import io
+import os
 import random
 import sys
+import zlib
 from pathlib import Path
 
 import chex
@@ -30,7 +32,7 @@ def photos(tmp_path):
 
 
 def test_classes_and_files_are_in_sorted_order(photos):
-    train, test, class_names = image_folder.read_image_folder(photos, image_size=4)
+    train, test, class_names, _ = image_folder.read_image_folder(photos, image_size=4)
     assert class_names == ("apple", "lime")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
     assert train.labels.dtype == np.int32 and train.images.dtype == np.uint8
@@ -69,9 +71,11 @@ def test_hidden_and_other_files_are_skipped(photos):
     save(photos / "train" / ".thumbnails" / "a.png")
     (photos / "train" / "apple" / "notes.txt").write_text("no image")
     (photos / "train" / "README").write_text("no class")
-    chex.assert_trees_all_equal(
-        image_folder.read_image_folder(photos, image_size=4)[:2], expected[:2]
-    )
+    (photos / "extra").mkdir()
+    message = "3 files and folders are passed over.*: extra, train/README, train/apple/notes.txt"
+    with pytest.warns(UserWarning, match=message):
+        with_others = image_folder.read_image_folder(photos, image_size=4)
+    chex.assert_trees_all_equal(with_others[:2], expected[:2])
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
@@ -93,11 +97,72 @@ def test_transparent_palette(photos):
     palette = Image.new("P", (8, 8))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(photos / "train" / "apple" / "a.png", transparency=bytes([128, 255]))
-    assert image_folder.read_image_folder(photos, image_size=4)[0].images[3, 0, 0].tolist() == [
-        10,
-        20,
-        30,
-    ]
+    with pytest.warns(UserWarning, match="train: 1 of 7 images have transparent parts"):
+        train = image_folder.read_image_folder(photos, image_size=4)[0]
+    # 128 / 255 of the colour, and the rest is white.
+    assert train.images[3, 0, 0].tolist() == [132, 137, 142]
+
+
+def black_sign(mode):
+    """A black square on transparent ground that has black below it."""
+    grey_and_alpha = np.zeros((16, 16, 2), np.uint8)
+    grey_and_alpha[4:12, 4:12, 1] = 255
+    image = Image.fromarray(grey_and_alpha)
+    if mode == "P":
+        palette = Image.fromarray((grey_and_alpha[..., 1] == 255).astype(np.uint8))
+        palette = palette.convert("P")
+        palette.putpalette([0, 0, 0] * 256)
+        palette.info["transparency"] = 0
+        return palette
+    if mode == "RGB":
+        rgb = np.zeros((16, 16, 3), np.uint8)
+        rgb[grey_and_alpha[..., 1] == 0] = (7, 0, 7)
+        rgb = Image.fromarray(rgb)
+        # A colour that is transparent wherever it occurs.
+        rgb.info["transparency"] = (7, 0, 7)
+        return rgb
+    if mode == "PA":
+        image = image.convert("RGBA").convert("PA")
+        assert image.getextrema()[1] == (0, 255)
+        return image
+    # Pillow converts grey images to "La" and colour images to "RGBa" alone.
+    return image.convert("RGBA").convert(mode) if mode.startswith("RGB") else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa", "PA", "P", "RGB"])
+def test_black_sign_on_transparent_ground_is_black_on_white(mode):
+    fitted = image_folder.fit_image(black_sign(mode), 16)
+    assert (fitted[4:12, 4:12] == 0).all() and (fitted[:4] == 255).all()
+
+
+def test_images_with_transparency_are_counted_and_said_once(photos, recwarn):
+    for number in range(3):
+        black_sign("RGBA").save(photos / "train" / "apple" / f"sign{number}.png")
+    Image.new("LA", (8, 8), (255, 0)).save(photos / "train" / "apple" / "white.png")
+    # An alpha channel that hides nothing is no transparency.
+    Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(photos / "train" / "apple" / "opaque.png")
+    images = data.load(photos, image_size=4).train.images
+    assert (images == [1, 2, 3]).all((1, 2, 3)).sum() == 1
+    (warning,) = recwarn.list
+    assert str(warning.message).endswith(
+        "train: 4 of 11 images have transparent parts, which are shown on white; 1 of them are of "
+        "one colour then"
+    )
+    assert warning.filename == __file__
+
+
+def test_sixteen_bits_of_colour_are_scaled():
+    # Pillow keeps the high byte of 16-bit RGB, as libpng does.
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + checksum
+
+    header = (2).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    rows = (b"\0" + (0x80FF).to_bytes(2, "big") * 6) * 2
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    png += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    with Image.open(io.BytesIO(png)) as image:
+        assert (image_folder.fit_image(image, 2) == 0x80).all()
 
 
 def test_fit_keeps_the_centre_and_its_proportions():
@@ -171,6 +236,97 @@ def test_class_in_one_part_only(part, lacking, photos):
         data.load(photos)
 
 
+def test_thousands_of_missing_classes_end_in_a_short_line(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / "train" / name / "0.png")
+    for number in range(1000):
+        (tmp_path / "test" / f"{number}{'x' * 80}").mkdir(parents=True)
+    with pytest.raises(data.DataError, match="test lacks the class folders a, b: add") as error:
+        data.load(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "old")
+    (tmp_path / "test").rename(tmp_path / "train")
+    (tmp_path / "old").rename(tmp_path / "test")
+    with pytest.raises(data.DataError, match=r"test lacks .* and 996 more: add") as error:
+        data.load(tmp_path)
+    assert len(str(error.value)) <= 300
+
+
+def test_numbered_classes_are_in_numeric_order(tmp_path):
+    for part in ("train", "test"):
+        for number in range(12):
+            save(tmp_path / part / str(number) / "0.png", (number, 0, 0))
+    train, test, class_names, _ = image_folder.read_image_folder(tmp_path, image_size=1)
+    assert class_names == tuple(map(str, range(12)))
+    assert test.images[:, 0, 0, 0].tolist() == test.labels.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+def test_validation_folder_is_used(name, photos):
+    for colour, label in (((7, 0, 0), "apple"), ((8, 0, 0), "lime")):
+        save(photos / name / label / "0.png", colour)
+    dataset = data.load(photos, image_size=1)
+    assert [len(split.labels) for split in dataset[:3]] == [6, 2, 4]
+    assert dataset.validation.images.ravel().tolist() == [7, 0, 0, 8, 0, 0]
+    assert dataset.validation.labels.tolist() == [0, 1]
+
+
+def test_validation_folder_has_the_same_classes_and_is_one(photos):
+    save(photos / "val" / "apple" / "0.png")
+    with pytest.raises(data.DataError, match="/val lacks the class folders lime: add or remove"):
+        data.load(photos)
+    save(photos / "val" / "lime" / "0.png")
+    (photos / "validation").mkdir()
+    with pytest.raises(data.DataError, match="several validation folders, validation, val: keep"):
+        data.load(photos)
+
+
+def test_images_below_a_class_folder_belong_to_the_class(photos):
+    expected = image_folder.read_image_folder(photos, image_size=4)[0]
+    (photos / "train" / "lime" / "2020" / "may").mkdir(parents=True)
+    path = photos / "train" / "lime" / "2.png"
+    path.rename(photos / "train" / "lime" / "2020" / "may" / "2.png")
+    with pytest.warns(UserWarning, match=r"images in 1 sub-folders .*: train/lime/2020/may$"):
+        train = image_folder.read_image_folder(photos, image_size=4)[0]
+    chex.assert_trees_all_equal(train, expected)
+
+
+def test_link_to_a_folder_above_is_passed_over(photos):
+    (photos / "train" / "lime" / "again").symlink_to(photos / "train")
+    with pytest.warns(UserWarning, match="1 files and folders are passed over.*train/lime/again"):
+        assert len(image_folder.read_image_folder(photos, image_size=4)[0].labels) == 6
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    for part in ("train", "test"):
+        save(tmp_path / part / "apple" / "0.png")
+    with pytest.raises(data.DataError, match="has the class folder 'apple' alone: at least two"):
+        data.load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device", "dangling link"])
+def test_what_is_not_a_regular_file_is_refused(kind, photos):
+    path = photos / "train" / "apple" / "x.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+    with pytest.raises(data.DataError, match="x.jpg is not a regular file: replace or delete it"):
+        data.load(photos)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_class_name_that_is_not_printable_is_refused(photos):
+    for name in (b"caf\xe9", b"a\nb"):
+        folder = os.path.join(os.fsencode(photos), b"train", name)
+        os.mkdir(folder)
+        with pytest.raises(data.DataError, match="not printable UTF-8: rename it") as error:
+            data.load(photos)
+        str(error.value).encode("utf-8")
+        assert "\n" not in str(error.value)
+        os.rmdir(folder)
+
+
 def test_truncated_image(photos):
     path = photos / "train" / "apple" / "a.jpg"
     Image.effect_noise((64, 64), 50).save(path)
@@ -218,7 +374,7 @@ def test_damage_of_any_kind_is_an_image_or_a_data_error(suffix, tmp_path):
             content[draw.randrange(min(200, len(content)))] = draw.randrange(256)
         path.write_bytes(content)
         try:
-            assert image_folder._read_image(path, 8).shape == (8, 8, 3)
+            assert image_folder._read_image(path, 8)[0].shape == (8, 8, 3)
             outcomes["image"] += 1
         except data.DataError as error:
             assert str(path) in str(error) and "\n" not in str(error)

@@ -23,7 +23,8 @@ def dispatch(monkeypatch):
         "read_tfds_images",
         lambda name, data_dir, image_size: ("tfds", name, data_dir),
     )
-    monkeypatch.setattr(sources, "make_dataset", lambda name, *source: source)
+    # Without the validation split, which TFDS has not.
+    monkeypatch.setattr(sources, "make_dataset", lambda name, *source: source[:3])
 
 
 def test_embedded_dataset_is_loaded_and_divided():
@@ -113,9 +114,22 @@ def test_unknown_name(name, message, tmp_path):
         data.load(name, tmp_path)
 
 
-def test_image_size_below_one():
-    with pytest.raises(data.DataError, match="image_size is 0: choose at least 1 pixel"):
-        data.load("fashion_mnist_mini", image_size=0)
+@pytest.mark.parametrize(
+    ("image_size", "message"),
+    [
+        (0, "image_size is 0: choose at least 1 pixel"),
+        (10**9, "image_size is 1000000000: choose at most 4,096 pixels"),
+    ],
+)
+def test_image_size_out_of_bounds(image_size, message):
+    with pytest.raises(data.DataError, match=message):
+        data.load("fashion_mnist_mini", image_size=image_size)
+
+
+def test_name_of_thousands_of_characters_ends_in_a_short_line():
+    with pytest.raises(data.DataError, match="there is no folder") as error:
+        data.load("photos/" + "x" * 5000)
+    assert len(str(error.value)) <= 300
 
 
 def test_import_needs_jax_and_numpy_alone():

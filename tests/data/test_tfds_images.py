@@ -176,22 +176,28 @@ def test_configurations(tmp_path):
 
 def test_validation_is_the_test_set_if_there_is_no_other(tmp_path):
     prepare(tmp_path, counts={"train": 20, "validation": 5})
-    dataset = data.load("tiny", tmp_path)
+    with pytest.warns(UserWarning, match="no split test; the split validation is the test set"):
+        dataset = data.load("tiny", tmp_path)
     assert [len(split.labels) for split in dataset[:3]] == [18, 2, 5]
     assert sorted(brightness(dataset.test)) == list(range(5))
 
 
 def test_test_is_preferred_to_validation(tmp_path):
     prepare(tmp_path, counts={"train": 20, "validation": 5, "test": 3})
-    assert [len(split.labels) for split in data.load("tiny", tmp_path)[:3]] == [18, 2, 3]
+    with pytest.warns(UserWarning, match="tiny: the split validation is not read; a tenth") as said:
+        dataset = data.load("tiny", tmp_path)
+    assert [len(split.labels) for split in dataset[:3]] == [18, 2, 3]
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_a_fifth_of_train_is_the_test_set_if_there_is_none(tmp_path):
     prepare(tmp_path, counts={"train": 50})
-    dataset = data.load("tiny", tmp_path)
+    with pytest.warns(UserWarning, match="no split test; a fifth of train is the test set"):
+        dataset = data.load("tiny", tmp_path)
     assert [len(split.labels) for split in dataset[:3]] == [36, 4, 10]
     assert sorted(sum((brightness(split) for split in dataset[:3]), [])) == list(range(50))
-    chex.assert_trees_all_equal(data.load("tiny", tmp_path)[:3], dataset[:3])
+    with pytest.warns(UserWarning, match="no split test"):
+        chex.assert_trees_all_equal(data.load("tiny", tmp_path)[:3], dataset[:3])
 
 
 def test_no_train_split(tmp_path):
