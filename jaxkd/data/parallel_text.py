@@ -1,20 +1,22 @@
 """Texts and their translations."""
 
 import os
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxkd.data.errors import DataError, expand_user_path
+from jaxkd.data.errors import DataError, expand_user_path, list_names, to_one_line
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
     VALIDATION_SEED,
     hold_out_tenth,
+    iterate_lines,
     line_origin,
-    read_lines,
     strip_text,
 )
 
@@ -48,49 +50,61 @@ class PairDataset(NamedTuple):
     test: Pairs
 
 
-def load_pairs(folder: str | os.PathLike[str], *, source: str, target: str) -> PairDataset:
+def load_pairs(
+    folder: str | os.PathLike[str], *, source: str, target: str, max_unpacked: int | None = None
+) -> PairDataset:
     """Loads texts and their translations from a folder of files with one text a line.
 
     Each split has a file for each language: `train.en` and `train.de`, `val.en` (or `validation`,
     `valid`, `dev`) and so on, and `test.en` or a name that begins with it, such as
-    `test_2016_flickr.en`. `.gz` files are read too. For a missing validation or test set a tenth of
-    the training texts, drawn by a fixed key, is held out.
+    `test_2016_flickr.en`. Both files of a pair have the same name but for the language. `.gz` files
+    are read too. For a missing validation or test set a tenth of the training texts, drawn by a
+    fixed key, is held out.
 
     Args:
         folder: The folder.
         source: Suffix of the files to translate from, such as `"en"`.
         target: Suffix of the files to translate to.
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+            times its size, whichever is more.
 
     Returns:
-        The pairs.
+        The pairs. A warning says which files are read if a split has several pairs.
 
     Raises:
-        DataError: If a file is missing, the two files of a split differ in length, or a line is
-            empty or not UTF-8; the message names file and line.
+        DataError: If a file is missing or has no partner of the same name, the two files of a split
+            differ in length, or a line is empty or not UTF-8; the message names file and line.
     """
     root = expand_user_path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(
             f"there is no folder {root}: give one with train.{source} and train.{target}"
         )
     splits = {}
     for split, names in FILE_NAMES.items():
-        source_file = _find_language_file(root, names, source)
-        target_file = _find_language_file(root, names, target)
-        if source_file and target_file:
-            splits[split] = read_pairs(source_file, target_file)
-        # A single file of a pair is an error even in a split that may be missing.
-        elif source_file or target_file or split == "train":
-            files = ", ".join(sorted(path.name for path in root.iterdir())[:8])
-            raise DataError(
-                f"{root} has no pair {names[0]}.{source} and {names[0]}.{target}: "
-                f"it has {files or 'nothing'}"
-            )
+        files = _find_pair(root, names, source, target)
+        if files is not None:
+            splits[split] = read_pairs(*files, max_unpacked=max_unpacked)
+        elif split == "train":
+            raise _missing_pair_error(root, names[0], source, target, root.iterdir())
     return make_pair_dataset(splits["train"], splits.get("validation"), splits.get("test"))
 
 
-def read_pairs(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pairs:
+def read_pairs(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    max_unpacked: int | None = None,
+) -> Pairs:
     """Reads two files whose lines with the same number are translations of each other.
+
+    Args:
+        source: The file of the texts.
+        target: The file of their translations.
+        max_unpacked: As for `load_pairs`.
+
+    Returns:
+        The pairs.
 
     Raises:
         DataError: If the files differ in length, or a line is empty or not UTF-8; the message names
@@ -98,8 +112,10 @@ def read_pairs(source: str | os.PathLike[str], target: str | os.PathLike[str]) -
     """
     source_path = expand_user_path(source)
     target_path = expand_user_path(target)
-    source_lines = read_lines(source_path)
-    target_lines = read_lines(target_path)
+    if source_path == target_path:
+        raise DataError(f"source and target are both {source_path}: choose two files")
+    source_lines = list(iterate_lines(source_path, max_unpacked=max_unpacked))
+    target_lines = list(iterate_lines(target_path, max_unpacked=max_unpacked))
     if len(source_lines) != len(target_lines):
         longer_path = source_path if len(source_lines) > len(target_lines) else target_path
         first_unpaired = line_origin(longer_path, min(len(source_lines), len(target_lines)))
@@ -140,13 +156,68 @@ def _select_pairs(pairs: Pairs, indices: np.ndarray) -> Pairs:
     return Pairs(*(tuple(column[i] for i in indices) for column in pairs))
 
 
-def _find_language_file(folder: Path, names: Sequence[str], language: str) -> Path | None:
-    """Finds a split's file in a language by its name, else by the beginning of its name."""
+def _find_pair(
+    folder: Path, names: Sequence[str], source: str, target: str
+) -> tuple[Path, Path] | None:
+    """Finds the two files of a split, which have the same name but for the language.
+
+    Returns:
+        The files, `None` if there are none of this split in either language.
+
+    Raises:
+        DataError: If there are files, but no two of the same name.
+    """
+    source_files = _find_language_files(folder, names, source)
+    target_files = _find_language_files(folder, names, target)
+    stems = [stem for stem in source_files if stem in target_files]
+    # A single file of a pair is an error even in a split that may be missing.
+    if not stems and (source_files or target_files):
+        files = [*source_files.values(), *target_files.values()]
+        raise _missing_pair_error(folder, names[0], source, target, files)
+    if not stems:
+        return None
+
     # Exact names first: `test.en` wins over `test_2016_flickr.en`.
-    for rest in ("", "[_.-]*"):
-        for name in names:
-            for suffix in ("", ".gz"):
-                # Sorted, because the order of `glob` depends on the file system.
-                if paths := sorted(folder.glob(f"{name}{rest}.{language}{suffix}")):
-                    return paths[0]
+    def rank(stem: str) -> tuple[bool, int | None, str]:
+        return stem not in names, _find_name(stem, names), stem
+
+    chosen = min(stems, key=rank)
+    others = [stem for stem in stems if stem != chosen and rank(stem)[0] == rank(chosen)[0]]
+    if others:
+        warnings.warn(
+            f"{to_one_line(str(folder))}: of several pairs {chosen} is read, not "
+            f"{list_names(others)}",
+            stacklevel=3,
+        )
+    return source_files[chosen], target_files[chosen]
+
+
+def _find_language_files(folder: Path, names: Sequence[str], language: str) -> dict[str, Path]:
+    """Returns the files of a split in a language by their names without language and `.gz`."""
+    files = {}
+    # Sorted, because the order depends on the file system; an unpacked file wins over its `.gz`.
+    for path in sorted(folder.iterdir()):
+        stem = path.name.removesuffix(".gz").removesuffix(f".{language}")
+        has_language = path.name.removesuffix(".gz") != stem
+        if has_language and _find_name(stem, names) is not None and path.is_file():
+            files.setdefault(stem, path)
+    return files
+
+
+def _find_name(stem: str, names: Sequence[str]) -> int | None:
+    """Returns the index of the name that a stem is or begins with."""
+    for index, name in enumerate(names):
+        # `test_2016_flickr` belongs to the split `test`, unlike `testimony`.
+        if re.match(rf"{name}($|[_.-])", stem):
+            return index
     return None
+
+
+def _missing_pair_error(
+    folder: Path, name: str, source: str, target: str, files: Iterable[Path]
+) -> DataError:
+    listed = list_names(sorted(path.name for path in files))
+    return DataError(
+        f"{folder} has no pair {name}.{source} and {name}.{target}, of the same name but for the "
+        f"language: it has {listed or 'nothing'}"
+    )

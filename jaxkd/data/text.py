@@ -2,22 +2,23 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxkd.data import tfds_prepare, tfds_texts
-from jaxkd.data.errors import DataError, expand_user_path
+from jaxkd.data import tables, tfds_prepare, tfds_texts
+from jaxkd.data.class_names import sort_classes
+from jaxkd.data.errors import DataError, expand_user_path, list_names, shorten, to_one_line
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
     VALIDATION_SEED,
     hold_out_tenth,
+    iterate_lines,
     line_origin,
-    read_labelled_lines,
-    read_lines,
     strip_text,
 )
 
@@ -56,33 +57,47 @@ class TextDataset(NamedTuple):
 
 
 def load_texts(
-    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
+    name: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    text_column: str | int | None = None,
+    label_column: str | int | None = None,
+    max_unpacked: int | None = None,
 ) -> TextDataset:
     """Loads a text classification dataset by name or path.
 
     The first of these that fits is loaded:
 
     1. A folder with `train.tsv`, `test.tsv` and optionally `dev.tsv` (or `validation`, `valid`,
-       `val`). A line is a text, a tab and its class, which is a number or a name; a first line
-       whose class is `label` is skipped. `.tsv.gz` files are read too.
+       `val`). A line is a text, a tab and its class, which is a number or a name. A table of other
+       columns needs a header, whose usual names, such as `text` and `label`, are recognised, or the
+       options below. `.csv` files and `.gz` files of either are read too.
     2. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
        `"glue/sst2"`. If it is not prepared yet and TensorFlow is installed, it is downloaded and
        prepared first.
 
     If there is no validation set, a tenth of the training texts, drawn by a fixed key, is held out.
-    If the test set is missing or, as in GLUE, unlabelled, the validation set becomes the test set.
+    If the test set of a TensorFlow dataset is missing, or that of any dataset is unlabelled, as in
+    GLUE, the validation set becomes the test set. Classes are sorted, integers in numeric order
+    before other names. A warning says what was chosen without being asked for.
 
     Args:
         name: Name or path, as above.
         data_dir: The folder of TensorFlow datasets; `None` means `$TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
+        text_column: For a folder: the column of the texts, by its name in the header or by its
+            number from 1.
+        label_column: The column of the classes.
+        max_unpacked: For a folder: number of bytes to which a `.gz` file may unpack. By default 32
+            MiB or 32 times its size, whichever is more.
 
     Returns:
         The texts; equal calls give equal texts.
 
     Raises:
         DataError: If there is no such dataset, or it is damaged, or something that reading it needs
-            is missing.
+            is missing; if the columns are not known, or half as many classes as texts make it
+            likely that they are the wrong ones.
     """
     name = os.fspath(name)
     if not name:
@@ -91,8 +106,10 @@ def load_texts(
             "name of a dataset"
         )
     folder = expand_user_path(name)
-    if folder.is_dir():
-        return _read_folder(folder)
+    if os.path.isdir(folder):
+        return _read_folder(folder, text_column, label_column, max_unpacked)
+    if text_column is not None or label_column is not None:
+        raise DataError(f"there is no folder {folder}, and only its tables have columns to choose")
     data_dir = tfds_prepare.resolve_data_dir(data_dir)
     # `glue/sst2` looks like a path; only an unknown `glue` makes it one.
     if os.sep in name and not tfds_prepare.is_known(re.split("[/:]", name)[0], data_dir):
@@ -101,19 +118,26 @@ def load_texts(
             "dataset"
         )
     splits, class_names = tfds_texts.read_tfds_texts(name, data_dir)
+    if "test" not in splits:
+        _warn_of_test_set(name, has_validation="validation" in splits)
     return _make_text_dataset(
         {split: Texts(*columns) for split, columns in splits.items()}, class_names
     )
 
 
 def read_texts(
-    path: str | os.PathLike[str], *, field: int = 1
+    path: str | os.PathLike[str], *, field: int = 1, max_unpacked: int | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Reads texts without classes, one a line.
+
+    A first line with one of the usual names of a column, such as `sentence`, is left out, and a
+    warning says so.
 
     Args:
         path: A UTF-8 file, or a `.gz` of one.
         field: Number of the tab-separated field that holds the text, counted from 1.
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+            times its size, whichever is more.
 
     Returns:
         The texts, and where each comes from.
@@ -127,15 +151,20 @@ def read_texts(
         raise DataError(f"fields are counted from 1, got {field}")
     texts = []
     origins = []
-    for index, line in enumerate(read_lines(path)):
+    for index, line in enumerate(iterate_lines(path, max_unpacked=max_unpacked)):
         origin = line_origin(path, index)
         fields = line.split("\t")
         if len(fields) < field:
             raise DataError(
                 f"{origin} has {len(fields)} fields, not {field}: check which holds the text"
             )
+        if index == 0 and tables.is_text_header(fields[field - 1]):
+            warnings.warn(f"{to_one_line(origin)} is a header and is left out", stacklevel=2)
+            continue
         texts.append(strip_text(fields[field - 1], origin))
         origins.append(origin)
+    if not texts:
+        raise DataError(f"{path} has no text below its first line")
     return tuple(texts), tuple(origins)
 
 
@@ -175,40 +204,86 @@ def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
-def _read_folder(folder: Path) -> TextDataset:
-    columns = {}
-    for split, names in FILE_NAMES.items():
-        paths = [folder / f"{name}{suffix}" for name in names for suffix in (".tsv", ".tsv.gz")]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is not None:
-            columns[split] = read_labelled_lines(path)
-        elif split != "validation":
-            raise DataError(
-                f"{folder} has no {split}.tsv: each line of it is a text, a tab and a class"
-            )
-    class_names = sorted(
-        {label for _, labels, _ in columns.values() for label in labels}, key=_number_then_name
-    )
-    # A class that only the other splits have could never be learnt.
-    _, train_labels, _ = columns["train"]
-    unseen = sorted(set(class_names) - set(train_labels))
-    if unseen or len(class_names) < 2:
+def _read_folder(
+    folder: Path,
+    text_column: str | int | None,
+    label_column: str | int | None,
+    max_unpacked: int | None,
+) -> TextDataset:
+    paths = {split: _find_table(folder, names) for split, names in FILE_NAMES.items()}
+    train_path, test_path = paths["train"], paths["test"]
+    if train_path is None or test_path is None:
         raise DataError(
-            f"{folder}: train.tsv must have all classes, at least two; "
-            f"it lacks {unseen or 'a second one'}"
+            f"{folder} has no {'test' if train_path else 'train'}.tsv: each line of it is a text, "
+            "a tab and a class"
         )
+    train = tables.read_train_table(
+        train_path, text_column=text_column, label_column=label_column, max_unpacked=max_unpacked
+    )
+    split_tables = {"train": train}
+    for split in ("validation", "test"):
+        if (path := paths[split]) is not None:
+            table = tables.read_other_table(path, train, max_unpacked=max_unpacked)
+            if table.labels:
+                split_tables[split] = table
+            else:
+                warnings.warn(
+                    f"{to_one_line(str(path))} has no classes and is left out", stacklevel=3
+                )
+    others = [table for split, table in split_tables.items() if split != "train"]
+    tables.check_first_line(train_path, train, others)
+    class_names = _sort_known_classes(train_path, train, others)
+    if "test" not in split_tables:
+        _warn_of_test_set(str(folder), has_validation="validation" in split_tables)
     indices = {name: index for index, name in enumerate(class_names)}
-    splits = {
-        split: Texts(texts, np.array([indices[label] for label in labels], np.int32), origins)
-        for split, (texts, labels, origins) in columns.items()
-    }
+    splits = {}
+    for split, table in split_tables.items():
+        labels = np.array([indices[label] for label in table.labels], np.int32)
+        splits[split] = Texts(table.texts, labels, table.origins)
     return _make_text_dataset(splits, class_names)
 
 
-def _number_then_name(class_name: str) -> tuple[float, str]:
-    """Returns the sort key that orders numbers by value, before all other names."""
-    is_number = class_name.lstrip("-").isdigit()
-    return (float(class_name), "") if is_number else (float("inf"), class_name)
+def _find_table(folder: Path, names: Sequence[str]) -> Path | None:
+    """Finds the table of a split; a warning says which is read if there are several."""
+    paths = [folder / f"{name}{suffix}" for name in names for suffix in tables.SUFFIXES]
+    found = [path for path in paths if os.path.isfile(path)]
+    if len(found) > 1:
+        others = list_names(path.name for path in found[1:])
+        warnings.warn(f"{to_one_line(str(found[0]))} is read, {others} beside it not", stacklevel=4)
+    return found[0] if found else None
+
+
+def _sort_known_classes(
+    path: Path, train: tables.Table, others: Sequence[tables.Table]
+) -> tuple[str, ...]:
+    """Returns the classes of the training texts, after a check that there are no others."""
+    class_names = sort_classes(train.labels)
+    # A class that only the other splits have could never be learnt.
+    known = set(class_names)
+    unseen = {}
+    for table in others:
+        for label, origin in zip(table.labels, table.origins, strict=True):
+            if label not in known:
+                unseen.setdefault(label, origin)
+    if unseen:
+        raise DataError(
+            f"{path} must have all classes: it lacks {list_names(map(repr, unseen))}, which "
+            f"{shorten(next(iter(unseen.values())), 80)} has"
+        )
+    if len(class_names) < 2:
+        raise DataError(
+            f"{path} must have all classes, at least two: it has {shorten(class_names[0], 40)!r} "
+            "alone"
+        )
+    return class_names
+
+
+def _warn_of_test_set(name: str, *, has_validation: bool) -> None:
+    substitute = "the validation set" if has_validation else "a tenth of the training texts"
+    warnings.warn(
+        f"{to_one_line(name)}: there is no test set with classes; {substitute} is the test set",
+        stacklevel=4,
+    )
 
 
 def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> TextDataset:
@@ -216,7 +291,8 @@ def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> 
     train, validation, test = (splits.get(split) for split in ("train", "validation", "test"))
     if train is None:
         raise DataError(
-            f"there is nothing to train on, only {sorted(splits)}: choose another dataset"
+            f"there is nothing to train on, only {list_names(sorted(splits)) or 'nothing'}: "
+            "choose another dataset"
         )
     # As for GLUE, results are then compared on the published validation set.
     if test is None:

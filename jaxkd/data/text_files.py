@@ -1,7 +1,9 @@
 """File names, held-out sets and line-by-line reading, shared by all datasets of texts."""
 
 import gzip
+import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,31 @@ FILE_NAMES = {
 TEST_SEED = 0x7E57
 VALIDATION_SEED = 0xDA7A
 
+# Text packs to a third or a fifth. A file of one repeated line packs to a thousandth.
+_MIN_UNPACKED = 2**25
+_MAX_RATIO = 32
+_CHUNK = 2**20
 
-def read_utf8(path: Path) -> str:
+
+def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
     """Returns the text of a UTF-8 file; a `.gz` file is decompressed.
 
+    Args:
+        path: The file.
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+            times its size, whichever is more.
+
     Raises:
-        DataError: If the file cannot be read or a line is not UTF-8; the message names the line.
+        DataError: If the file cannot be read, unpacks to more, or a line is not UTF-8; the message
+            names the line.
     """
+    # A pipe or a device may never end.
+    if not os.path.isfile(path):
+        fault = "is not a regular file" if os.path.lexists(path) else "does not exist"
+        raise DataError(f"{path} {fault}: check the path")
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
+        content = _unpack(path, max_unpacked) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise DataError(
             f"cannot read {path} ({one_line(error)}): check the path and the file"
         ) from error
@@ -39,22 +55,31 @@ def read_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}, line {line} is not UTF-8 ({one_line(error)}): save it as UTF-8"
+            f"{path}, line {line} is not UTF-8 ({_describe_byte(error)}): save it as UTF-8"
         ) from error
 
 
-def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a UTF-8 file without line ends; a `.gz` file is decompressed.
+def iterate_lines(path: Path, *, max_unpacked: int | None = None) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file without line ends; a `.gz` file is decompressed.
+
+    Args:
+        path: The file.
+        max_unpacked: As for `read_utf8`.
 
     Raises:
-        DataError: If the file cannot be read or is empty, or a line is not UTF-8; the message names
-            the line.
+        DataError: As `read_utf8`, or if the file is empty.
     """
-    # Not str.splitlines, which also splits at U+2028, form feeds and others within a text.
-    lines = read_utf8(path).removeprefix("\ufeff").removesuffix("\n").split("\n")
-    if lines == [""]:
+    text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff").removesuffix("\n")
+    if not text:
         raise DataError(f"{path} is empty: it must hold one text a line")
-    return [line.removesuffix("\r") for line in lines]
+    start = 0
+    # Not str.splitlines, which also splits at U+2028, form feeds and others within a text. Not
+    # str.split, whose list of a million empty lines takes more memory than the file.
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end].removesuffix("\r")
+        start = end + 1
 
 
 def line_origin(path: Path, index: int) -> str:
@@ -73,31 +98,6 @@ def strip_text(text: str, origin: str) -> str:
     return text.strip()
 
 
-def read_labelled_lines(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Reads lines of a text, a tab and a class; a header line is skipped.
-
-    Returns:
-        The texts, the names of their classes, and their origins.
-
-    Raises:
-        DataError: If a line has another form, or there is no text; the message names the line.
-    """
-    rows = []
-    for index, line in enumerate(read_lines(path)):
-        # From the right, since a text may contain tabs and a class may not.
-        text, tab, label = line.rpartition("\t")
-        if index == 0 and label.strip().lower() == "label":
-            continue
-        origin = line_origin(path, index)
-        if not tab or not label.strip():
-            raise DataError(f"{origin} must be a text, a tab and a class, got {line[:40]!r}")
-        rows.append((strip_text(text, origin), label.strip(), origin))
-    if not rows:
-        raise DataError(f"{path} has no text below its first line")
-    texts, labels, origins = zip(*rows, strict=True)
-    return texts, labels, origins
-
-
 def hold_out_tenth(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Divides indices into the remaining and a tenth that is held out, both sorted.
 
@@ -111,3 +111,25 @@ def hold_out_tenth(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if count < 2:
         raise DataError(f"{count} texts cannot be divided: more are needed")
     return hold_out_indices(count, max(1, count // 10), key=fixed_key(seed))
+
+
+def _unpack(path: Path, max_unpacked: int | None) -> bytearray:
+    limit = max_unpacked
+    if limit is None:
+        limit = max(_MIN_UNPACKED, _MAX_RATIO * path.stat().st_size)
+    content = bytearray()
+    with gzip.open(path) as file:
+        # In pieces, because a single read would reserve the memory of the limit at once.
+        while chunk := file.read(_CHUNK):
+            content += chunk
+            if len(content) > limit:
+                raise DataError(
+                    f"{path} unpacks to more than {limit:,} bytes: unpack it by `gunzip`, or raise "
+                    "max_unpacked"
+                )
+    return content
+
+
+def _describe_byte(error: UnicodeDecodeError) -> str:
+    # Not str(error): Python puts the whole content into some messages.
+    return f"byte 0x{error.object[error.start]:02x}, {error.reason}"

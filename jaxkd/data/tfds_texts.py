@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxkd.data import tfds_prepare, tfds_reader
-from jaxkd.data.errors import import_or_raise
+from jaxkd.data.errors import DataError, import_or_raise
 
 Columns = tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]
 """Texts, labels and origins of a split."""
@@ -34,6 +34,7 @@ def read_tfds_texts(name: str, data_dir: Path) -> tuple[dict[str, Columns], tupl
     expected = "a text classification set"
     text = tfds_reader.only_feature(prepared, features.Text, expected=expected)
     label = tfds_reader.only_feature(prepared, features.ClassLabel, expected=expected)
+    class_names = tuple(prepared.builder.info.features[label].names)
     splits = {}
     for split in ("train", "validation", "test"):
         if split not in prepared.builder.info.splits:
@@ -41,15 +42,35 @@ def read_tfds_texts(name: str, data_dir: Path) -> tuple[dict[str, Columns], tupl
         examples = tfds_reader.read_examples(prepared, split)
         columns = _to_columns(f"{name}, {split}", [(row[text], row[label]) for row in examples])
         # TFDS gives the label -1 to the examples of an unlabelled split.
-        if (columns[1] >= 0).all():
-            splits[split] = columns
-    return splits, tuple(prepared.builder.info.features[label].names)
+        if (columns[1] == -1).all():
+            continue
+        _check_labels(f"{name}, {split}", columns[1], len(class_names))
+        splits[split] = columns
+    return splits, class_names
+
+
+def _check_labels(origin: str, labels: np.ndarray, num_classes: int) -> None:
+    invalid = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if invalid.size:
+        raise DataError(
+            f"{origin} has label {labels[invalid[0]]} at example {invalid[0] + 1}, outside "
+            f"0..{num_classes - 1}: choose a dataset whose splits are labelled or not as a whole"
+        )
 
 
 def _to_columns(origin: str, rows: list[tuple[Any, Any]]) -> Columns:
+    origins = tuple(f"{origin}, example {i + 1}" for i in range(len(rows)))
+    texts = tuple(_decode(text, name) for (text, _), name in zip(rows, origins, strict=True))
+    return texts, np.array([label for _, label in rows], np.int32), origins
+
+
+def _decode(text: Any, origin: str) -> str:
     # TFDS leaves texts as UTF-8 bytes unless a dataset decodes them itself.
-    texts = tuple(
-        text.decode("utf-8") if isinstance(text, bytes) else str(text) for text, _ in rows
-    )
-    labels = np.array([label for _, label in rows], np.int32)
-    return texts, labels, tuple(f"{origin}, example {i + 1}" for i in range(len(texts)))
+    if not isinstance(text, bytes):
+        return str(text)
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{origin} is not UTF-8 ({error.reason}): choose another dataset"
+        ) from error

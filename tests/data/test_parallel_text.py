@@ -1,4 +1,5 @@
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,72 @@ def test_files_of_unequal_length_are_reported_with_file_and_line(parallel):
         DataError, match=r"val\.en has 4 lines and .*val\.de 2.*val\.en, line 3 has none"
     ):
         parallel_text.load_pairs(parallel, source="en", target="de")
+
+
+@pytest.mark.parametrize(
+    ("source_name", "target_name"),
+    [("test_2016_x.en", "test_2017_y.de"), ("valid.en", "val.de"), ("test.a.en", "test.b.de.gz")],
+)
+def test_files_of_other_names_are_no_pair(parallel, source_name, target_name):
+    for path in (*parallel.glob("val*"), *parallel.glob("test*")):
+        path.unlink()
+    # Of equal length, so that nothing but the names tells them apart.
+    write(parallel, source_name, ["one", "two"])
+    write(parallel, target_name, ["drei", "vier"])
+    message = rf"no pair .*of the same name but for the language: it has .*{source_name}"
+    with pytest.raises(DataError, match=message) as error:
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    assert target_name in str(error.value) and "train" not in str(error.value)
+
+
+def test_first_of_several_pairs_is_read_and_said(parallel):
+    for language in ("en", "de"):
+        write(parallel, f"test_2017_mscoco.{language}", [f"{language} later {i}" for i in range(2)])
+        write(parallel, f"dev.{language}", ["another"])
+        write(parallel, f"train_small.{language}", ["another"])
+        # Not of a split, and of another language.
+        write(parallel, f"testimony.{language}", ["another"])
+        write(parallel, f"train.{language}.old", ["another"])
+    # Its translation is missing, so it is not one of the pairs.
+    write(parallel, "test_2015.en", ["another"])
+    with pytest.warns(UserWarning) as said:
+        dataset = parallel_text.load_pairs(parallel, source="en", target="de")
+    assert [len(split.sources) for split in dataset] == [40, 4, 3]
+    # An exact name, such as train.en, is no guess.
+    assert [str(warning.message).partition(": ")[2] for warning in said] == [
+        "of several pairs val is read, not dev",
+        "of several pairs test_2016_flickr is read, not test_2017_mscoco",
+    ]
+    assert {warning.filename for warning in said} == {__file__}
+
+
+def test_languages_are_not_patterns_and_differ(parallel):
+    with pytest.raises(DataError, match=r"no pair train\.\* and train\.de"):
+        parallel_text.load_pairs(parallel, source="*", target="de")
+    with pytest.raises(DataError, match=r"source and target are both .*train.en: choose two"):
+        parallel_text.load_pairs(parallel, source="en", target="en")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_bombs_and_pipes_are_refused(parallel):
+    (parallel / "val.de.gz").write_bytes(gzip.compress(b"ja\n" * 12_000_000))
+    (parallel / "val.de").unlink()
+    with pytest.raises(DataError, match="unpacks to more than 33,554,432 bytes"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    (parallel / "val.de.gz").unlink()
+    os.mkfifo(parallel / "val.de")
+    with pytest.raises(DataError, match="no pair validation.en and validation.de"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    with pytest.raises(DataError, match="val.de is not a regular file"):
+        parallel_text.read_pairs(parallel / "val.en", parallel / "val.de")
+
+
+def test_thousands_of_files_end_in_a_short_line(parallel):
+    for number in range(300):
+        (parallel / f"{number}{'x' * 100}").touch()
+    with pytest.raises(DataError, match=r"it has .* and 302 more") as error:
+        parallel_text.load_pairs(parallel, source="es", target="fr")
+    assert len(str(error.value)) <= 300
 
 
 def test_empty_lines_and_missing_languages(parallel):

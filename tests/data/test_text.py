@@ -41,11 +41,13 @@ def test_classes_are_sorted_by_name_and_a_tenth_is_for_validation(folder):
 
 
 def test_numbers_sort_as_numbers_and_a_header_is_skipped(folder):
-    write(folder, "train.tsv", ["sentence\tlabel", *(f"text {i}\t{i}" for i in (10, 9, 0))])
+    write(folder, "train.tsv", ["sentence\tlabel", *(f"text {i}\t{i}" for i in (10, 9, 0) * 2)])
     write(folder, "dev.tsv.gz", ["another\t9"])
     write(folder, "test.tsv", ["last\t0"])
-    dataset = text.load_texts(folder)
-    assert dataset.class_names == ("0", "9", "10") and dataset.train.labels.tolist() == [2, 1, 0]
+    with pytest.warns(UserWarning, match="the text is column 'sentence', the class 'label'"):
+        dataset = text.load_texts(folder)
+    assert dataset.class_names == ("0", "9", "10")
+    assert dataset.train.labels.tolist() == [2, 1, 0] * 2
     assert dataset.validation.labels.tolist() == [1]
 
 
@@ -132,9 +134,27 @@ def test_tensorflow_datasets_are_read(tmp_path):
 
 def test_validation_set_replaces_an_unlabelled_test_set(tmp_path):
     prepare(tmp_path, {"train": 20, "validation": 5, "test": 6})
-    dataset = text.load_texts("tiny", tmp_path)
+    with pytest.warns(UserWarning, match="no test set with classes; the validation set is"):
+        dataset = text.load_texts("tiny", tmp_path)
     assert [len(split.texts) for split in dataset[:3]] == [18, 2, 5]
     assert dataset.test.origins[0].startswith("tiny, validation")
+
+
+@pytest.mark.parametrize(("label", "split"), [(-1, "validation"), (-1, "train")])
+def test_splits_that_are_labelled_in_part_are_refused(tmp_path, label, split):
+    prepare(
+        tmp_path,
+        {"train": 6, split: 6},
+        lambda i: {"text": f"text {i}", "label": label if i == 3 else i % 2},
+    )
+    with pytest.raises(DataError, match=r"has label -1 at example \d, outside 0..1: choose"):
+        text.load_texts("tiny", tmp_path)
+
+
+def test_text_of_another_encoding_ends_in_one_line(tmp_path):
+    prepare(tmp_path, {"train": 4}, lambda i: {"text": b"caf\xe9", "label": i % 2})
+    with pytest.raises(DataError, match=r"tiny, train, example 1 is not UTF-8 .*: choose another"):
+        text.load_texts("tiny", tmp_path)
 
 
 def test_dataset_without_text_or_unprepared(tmp_path, pretend_tensorflow):

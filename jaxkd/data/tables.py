@@ -1,0 +1,392 @@
+"""Tables of texts and their classes, and which of their columns hold them."""
+
+import csv
+import io
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxkd.data.errors import DataError, list_names, shorten, to_one_line
+from jaxkd.data.text_files import iterate_lines, line_origin, read_utf8, strip_text
+
+SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
+"""Suffixes that a table may have."""
+
+TEXT_NAMES = (
+    "text", "texts", "sentence", "sentences", "review", "reviews", "comment", "comments",
+    "content", "document", "message", "tweet", "utterance", "phrase", "query", "body",
+)  # fmt: skip
+"""Names by which a header's column of texts is recognised, in any case."""
+
+LABEL_NAMES = (
+    "label", "labels", "class", "classes", "category", "sentiment", "target", "polarity", "rating",
+    "stars", "score", "intent", "topic", "emotion", "gold_label",
+)  # fmt: skip
+"""Names by which a header's column of classes is recognised, in any case."""
+
+MAX_CLASS_SHARE = 0.5
+"""A column with more classes than this share of the rows, and more than two, is refused."""
+
+_OPTIONS = "text_column and label_column (--text-column, --label-column)"
+
+
+class Columns(NamedTuple):
+    """Where a table holds its texts and classes.
+
+    Attributes:
+        text: Index of the column of the texts.
+        label: Index of the column of the classes; `None` if the table has no classes.
+        count: Number of columns.
+        names: The names of the columns, by its first line; `None` if that is an example.
+    """
+
+    text: int
+    label: int | None
+    count: int
+    names: tuple[str, ...] | None
+
+
+class Table(NamedTuple):
+    """The texts of a table.
+
+    Attributes:
+        columns: Its columns.
+        texts: The texts.
+        labels: The name of the class of each text, empty without classes.
+        origins: File and line of each text.
+    """
+
+    columns: Columns
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    origins: tuple[str, ...]
+
+
+class _Row(NamedTuple):
+    origin: str
+    fields: list[str]
+
+
+def read_train_table(
+    path: Path,
+    *,
+    text_column: str | int | None = None,
+    label_column: str | int | None = None,
+    max_unpacked: int | None = None,
+) -> Table:
+    """Reads the table of the training texts, and finds its columns.
+
+    Without options, a first line with one of the usual names is a header. Without a header, a line
+    is a text and a class.
+
+    Args:
+        path: A `.tsv` or `.csv` file, or a `.gz` of one.
+        text_column: The column of the texts: its name in the header, or its number from 1.
+        label_column: The column of the classes.
+        max_unpacked: Number of bytes to which a `.gz` file may unpack.
+
+    Returns:
+        The table. A warning says which columns of a header were chosen.
+
+    Raises:
+        DataError: If the columns are not known, a line has another form, there is no text, or there
+            are too many classes.
+    """
+    rows = _read_rows(path, max_unpacked)
+    text, label = _read_option(text_column), _read_option(label_column)
+    header = [_clean(field) for field in rows[0].fields]
+    is_named = isinstance(text, str) or isinstance(label, str)
+    if is_named or _is_header(header, rows[1:]):
+        columns = _choose_named(path, header, text, label)
+    else:
+        columns = _choose_unnamed(path, rows, text, label)
+    table = _make_table(path, rows, columns)
+    _check_share(path, table)
+    if columns.names and (text is None or label is None):
+        warnings.warn(
+            f"{to_one_line(str(path))}: line 1 is a header; the text is column "
+            f"{header[columns.text]!r}, the class {header[columns.label or 0]!r}; {_OPTIONS} "
+            "choose others",
+            stacklevel=4,
+        )
+    return table
+
+
+def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = None) -> Table:
+    """Reads the table of another split, whose columns are those of the training texts.
+
+    Args:
+        path: The file.
+        train: The table of the training texts.
+        max_unpacked: As for `read_train_table`.
+
+    Returns:
+        The table, without labels if it has no column of classes or every class is -1, as in GLUE.
+
+    Raises:
+        DataError: If a line has another form, or there is no text.
+    """
+    rows = _read_rows(path, max_unpacked)
+    columns = train.columns
+    header = [_clean(field) for field in rows[0].fields]
+    if _repeats_header(header, columns) or _is_header(header, rows[1:], set(train.labels)):
+        columns = _find_again(path, header, columns)
+    else:
+        columns = columns._replace(names=None)
+    table = _make_table(path, rows, columns)
+    if set(table.labels) == {"-1"} and "-1" not in train.labels:
+        return table._replace(labels=())
+    return table
+
+
+def check_first_line(path: Path, train: Table, others: Collection[Table]) -> None:
+    """Raises if the first line of a table without a header looks like one.
+
+    Its class is then that of no other line, while each other class has several.
+
+    Args:
+        path: The file of the training texts.
+        train: Its table.
+        others: The tables of the other splits.
+
+    Raises:
+        DataError: If the first line may be a header.
+    """
+    if train.columns.names:
+        return
+    text, label = train.texts[0], train.labels[0]
+    counts = Counter(train.labels)
+    for table in others:
+        # The same header may be in each file.
+        labels = table.labels[1:] if table.texts[0] == text else table.labels
+        counts.update(labels)
+    if counts.pop(label) == 1 and len(counts) > 1 and min(counts.values()) > 1:
+        raise DataError(
+            f"{path}: no other line has the class {shorten(label, 40)!r} of line 1: if it is a "
+            f"header, name its columns by {_OPTIONS}; if it is an example, move it down"
+        )
+
+
+def is_text_header(field: str) -> bool:
+    """Returns True if a field is one of the usual names of a column of texts."""
+    return _clean(field) in TEXT_NAMES
+
+
+def _read_rows(path: Path, max_unpacked: int | None) -> list[_Row]:
+    if _is_csv(path):
+        return list(_parse_csv(path, max_unpacked))
+    lines = iterate_lines(path, max_unpacked=max_unpacked)
+    return [_Row(line_origin(path, i), line.split("\t")) for i, line in enumerate(lines)]
+
+
+def _parse_csv(path: Path, max_unpacked: int | None) -> Iterator[_Row]:
+    text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff")
+    if not text.strip():
+        raise DataError(f"{path} is empty: it must hold one text a line")
+    # Lines keep their ends, because a quoted text may contain line breaks.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 0
+    try:
+        for fields in reader:
+            yield _Row(line_origin(path, start), fields)
+            start = reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{line_origin(path, start)} is not CSV ({error}): correct it") from error
+
+
+def _is_csv(path: Path) -> bool:
+    return ".csv" in path.suffixes[-2:]
+
+
+def _read_option(option: str | int | None) -> str | int | None:
+    """Returns a number from 1 as an integer, and a name as it is compared."""
+    if not isinstance(option, str):
+        return option
+    return int(option) if option.isascii() and option.isdecimal() else _clean(option)
+
+
+def _clean(field: str) -> str:
+    return field.strip().strip('"').strip().casefold()
+
+
+def _is_header(header: Sequence[str], rows: Sequence[_Row], classes: Collection[str] = ()) -> bool:
+    """True if a line has one of the usual names, and no other line has it in the same column."""
+    for column, name in enumerate(header):
+        if name not in TEXT_NAMES and name not in LABEL_NAMES:
+            continue
+        # A class may be called "review".
+        recurs = any(
+            len(row.fields) > column and _clean(row.fields[column]) == name for row in rows
+        )
+        if not recurs and name not in {_clean(label) for label in classes}:
+            return True
+    # pandas numbers columns without a name.
+    return len(header) > 1 and list(header) == [str(i) for i in range(len(header))]
+
+
+def _repeats_header(header: Sequence[str], columns: Columns) -> bool:
+    return columns.names is not None and columns.names[columns.text] in header
+
+
+def _choose_named(
+    path: Path, header: Sequence[str], text: str | int | None, label: str | int | None
+) -> Columns:
+    text_index = _find_column(path, header, text, TEXT_NAMES)
+    label_index = _find_column(path, header, label, LABEL_NAMES)
+    if len(header) == 2:
+        # Each of two columns is known by the other one.
+        if text_index is None and label_index is not None:
+            text_index = _other_column(header, label_index, LABEL_NAMES)
+        elif label_index is None and text_index is not None:
+            label_index = _other_column(header, text_index, TEXT_NAMES)
+        elif text_index is None and header == ["0", "1"]:
+            text_index, label_index = 0, 1
+    if text_index is None or label_index is None or text_index == label_index:
+        raise DataError(
+            f"{path} has the columns {list_names(header)}: choose those of text and class by "
+            f"{_OPTIONS}"
+        )
+    return Columns(text_index, label_index, len(header), tuple(header))
+
+
+def _other_column(header: Sequence[str], index: int, usual: Sequence[str]) -> int | None:
+    """Returns the other one of two columns, unless both have names of the same kind."""
+    return None if header[index] in usual and header[1 - index] in usual else 1 - index
+
+
+def _find_column(
+    path: Path, header: Sequence[str], option: str | int | None, usual: Sequence[str]
+) -> int | None:
+    """Returns the index of a column, `None` if several or none have one of the usual names."""
+    if isinstance(option, int):
+        return _check_number(path, option, len(header))
+    if option is not None:
+        if header.count(option) != 1:
+            fault = "several columns" if option in header else "no column"
+            raise DataError(
+                f"{path} has {fault} {shorten(option, 40)!r} in line 1, only {list_names(header)}: "
+                "give a name that occurs once, or a number from 1"
+            )
+        return header.index(option)
+    found = [index for index, name in enumerate(header) if name in usual]
+    # The first of the usual names wins: a table may have a topic and a score beside its label.
+    best = [index for index in found if header[index] == usual[0]]
+    found = best or found
+    return found[0] if len(found) == 1 else None
+
+
+def _choose_unnamed(
+    path: Path, rows: Sequence[_Row], text: int | None, label: int | None
+) -> Columns:
+    count = _count_columns(rows)
+    text_index = None if text is None else _check_number(path, text, count)
+    label_index = None if label is None else _check_number(path, label, count)
+    if count == 2:
+        if text_index is None:
+            text_index = 0 if label_index is None else 1 - label_index
+        if label_index is None:
+            label_index = 1 - text_index
+    if text_index is None or label_index is None or text_index == label_index:
+        raise DataError(
+            f"{path} has {count} columns and no header: choose those of text and class by their "
+            f"numbers from 1, {_OPTIONS}"
+        )
+    return Columns(text_index, label_index, count, None)
+
+
+def _check_number(path: Path, number: int, count: int) -> int:
+    if not 1 <= number <= count:
+        raise DataError(f"{path} has no column {number}: it has {count}, counted from 1")
+    return number - 1
+
+
+def _count_columns(rows: Sequence[_Row]) -> int:
+    """Returns the most frequent number of columns; a line without a tab is not a table."""
+    counts = Counter(max(2, len(row.fields)) for row in rows)
+    # Two, if it is as frequent as another number.
+    return max(counts, key=lambda count: (counts[count], -count))
+
+
+def _find_again(path: Path, header: Sequence[str], train: Columns) -> Columns:
+    """Finds the columns of the training texts by the header of another table."""
+
+    def find(index: int | None, usual: Sequence[str]) -> int | None:
+        name = train.names[index] if train.names and index is not None else None
+        return _find_column(path, header, name if name in header else None, usual)
+
+    text = find(train.text, TEXT_NAMES)
+    label = find(train.label, LABEL_NAMES)
+    if len(header) == train.count:
+        # The same form under other names.
+        text = train.text if text is None and label == train.label else text
+        label = train.label if label is None and text == train.text else label
+    if text is None:
+        raise DataError(
+            f"{path} has the columns {list_names(header)}, but not that of the texts of the "
+            "training set: give both the same header"
+        )
+    return Columns(text, label, len(header), tuple(header))
+
+
+def _make_table(path: Path, rows: Sequence[_Row], columns: Columns) -> Table:
+    texts, labels, origins = [], [], []
+    num_joined = 0
+    # A text may contain tabs and a class may not.
+    may_join = columns[:3] == (0, 1, 2) and not _is_csv(path)
+    for row in rows[1:] if columns.names else rows:
+        fields = row.fields
+        if may_join and len(fields) > 2:
+            fields = ["\t".join(fields[:-1]), fields[-1]]
+            num_joined += 1
+        _check_row(path, row.origin, fields, columns)
+        texts.append(strip_text(fields[columns.text], row.origin))
+        if columns.label is not None:
+            labels.append(fields[columns.label].strip())
+        origins.append(row.origin)
+    if not texts:
+        raise DataError(f"{path} has no text below its first line")
+    _check_joined(path, num_joined, len(texts))
+    return Table(columns, tuple(texts), tuple(labels), tuple(origins))
+
+
+def _check_row(path: Path, origin: str, fields: Sequence[str], columns: Columns) -> None:
+    has_label = columns.label is None or (
+        len(fields) > columns.label and fields[columns.label].strip()
+    )
+    if len(fields) == columns.count and has_label:
+        return
+    shown = shorten("\t".join(fields), 40)
+    if columns[:3] == (0, 1, 2):
+        separator = "comma" if _is_csv(path) else "tab"
+        raise DataError(f"{origin} must be a text, a {separator} and a class, got {shown!r}")
+    fault = "has no class" if len(fields) == columns.count else f"has {len(fields)} columns"
+    raise DataError(
+        f"{origin} {fault}, but each line must have {columns.count} columns: correct {shown!r}"
+    )
+
+
+def _check_joined(path: Path, num_joined: int, num_texts: int) -> None:
+    if num_joined > num_texts / 2:
+        raise DataError(
+            f"{path}: most lines have more than two columns: give each a name in line 1, and "
+            f"choose those of text and class by {_OPTIONS}"
+        )
+    if num_joined:
+        warnings.warn(
+            f"{to_one_line(str(path))}: {num_joined:,} texts contain tabs; the class is what "
+            "follows the last tab",
+            stacklevel=6,
+        )
+
+
+def _check_share(path: Path, table: Table) -> None:
+    classes = set(table.labels)
+    if len(classes) <= max(2, MAX_CLASS_SHARE * len(table.texts)):
+        return
+    raise DataError(
+        f"{path} has {len(classes):,} classes in {len(table.texts):,} texts, more than "
+        f"{MAX_CLASS_SHARE:.0%}, such as {shorten(min(classes), 40)!r}: they are probably in "
+        f"another column; choose it by {_OPTIONS}"
+    )

@@ -1,0 +1,355 @@
+"""Which columns of a table hold the texts and the classes, and what is refused or said."""
+
+import gzip
+import os
+
+import pytest
+
+from jaxkd.data import DataError, text
+
+CLASSES = ("bad", "good")
+ROWS = [(f"review {i}", CLASSES[i % 2]) for i in range(30)]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes the files of a folder, by lines of fields, and loads it."""
+
+    def write_and_load(files, **options):
+        for name, rows in files.items():
+            separator = "," if ".csv" in name else "\t"
+            lines = [row if isinstance(row, str) else separator.join(row) for row in rows]
+            content = "".join(f"{line}\n" for line in lines).encode()
+            content = gzip.compress(content) if name.endswith(".gz") else content
+            (tmp_path / name).write_bytes(content)
+        return text.load_texts(tmp_path, **options)
+
+    return write_and_load
+
+
+def texts_and_classes(dataset, split):
+    names = [dataset.class_names[label] for label in split.labels]
+    return list(zip(split.texts, names, strict=True))
+
+
+def all_rows(dataset):
+    """Returns the training and validation texts with their classes, sorted by number."""
+    rows = texts_and_classes(dataset, dataset.train)
+    rows += texts_and_classes(dataset, dataset.validation)
+    return sorted(rows, key=lambda row: int(row[0].split()[1]))
+
+
+TEST = [("review 30", "bad"), ("review 31", "good")]
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    ("header", "order", "chosen"),
+    [
+        (("text", "sentiment"), (0, 1), "'text', the class 'sentiment'"),
+        (("Review", "Stars"), (0, 1), "'review', the class 'stars'"),
+        (("label", "text"), (1, 0), "'text', the class 'label'"),
+        (("kommentar", "label"), (0, 1), "'kommentar', the class 'label'"),
+        (("text", "stimmung"), (0, 1), "'text', the class 'stimmung'"),
+        (("index", "sentence", "label"), (None, 0, 1), "'sentence', the class 'label'"),
+        (("", "text", "label"), (None, 0, 1), "'text', the class 'label'"),
+        (("id", "label", "topic", "text"), (None, 1, None, 0), "'text', the class 'label'"),
+        (('"text"', '"label"'), (0, 1), "'text', the class 'label'"),
+        (("0", "1"), (0, 1), "'0', the class '1'"),
+    ],
+)
+def test_columns_are_found_by_the_header(load, header, order, chosen):
+    def arrange(rows):
+        columns = [[str(i) if j is None else row[j] for j in order] for i, row in enumerate(rows)]
+        return [header, *columns]
+
+    with pytest.warns(UserWarning, match="train.tsv: line 1 is a header") as said:
+        dataset = load({"train.tsv": arrange(ROWS), "test.tsv": arrange(TEST)})
+    (warning,) = said
+    assert f"the text is column {chosen};" in str(warning.message)
+    assert warning.filename == __file__ and len(str(warning.message)) <= 300
+    assert dataset.class_names == CLASSES and all_rows(dataset) == ROWS
+    assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_named_columns_are_taken_without_a_word(load):
+    rows = [(str(i), label, line) for i, (line, label) in enumerate(ROWS)]
+    files = {
+        "train.tsv": [("nummer", "stimmung", "kommentar"), *rows],
+        # Another order, which the header tells.
+        "test.tsv": [("kommentar", "stimmung"), *TEST],
+    }
+    dataset = load(files, text_column="Kommentar", label_column="stimmung")
+    assert dataset.class_names == CLASSES and all_rows(dataset) == ROWS
+    assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_header_of_the_first_file_alone(load):
+    rows = [(str(i), *row) for i, row in enumerate(ROWS)]
+    files = {
+        "train.tsv": [("index", "sentence", "label"), *rows],
+        "test.tsv": [("0", *TEST[0]), ("1", *TEST[1])],
+    }
+    with pytest.warns(UserWarning, match="line 1 is a header"):
+        dataset = load(files)
+    assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_header_of_the_second_file_alone(load):
+    dataset = load({"train.tsv": ROWS, "test.tsv": [("text", "label"), *TEST]})
+    assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_examples_that_look_like_a_header_are_kept(load):
+    rows = [(line, "review" if label == "good" else "question") for line, label in ROWS]
+    rows[0] = ("review 0", "review")
+    dataset = load({"train.tsv": rows, "dev.tsv": [rows[0]], "test.tsv": [rows[0]]})
+    assert dataset.class_names == ("question", "review") and len(dataset.train.texts) == 30
+    assert dataset.test.texts == dataset.validation.texts == ("review 0",)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (("index", "sentence1", "sentence2", "label"), "has the columns index, sentence1, "),
+        (("text", "sentence"), "has the columns text, sentence: choose those of text and class"),
+        (("sentence", "review", "label"), "has the columns sentence, review, label: choose"),
+        (("text", "topic", "score"), "has the columns text, topic, score: choose"),
+    ],
+)
+def test_ambiguous_header_asks_for_the_columns(load, header, message):
+    rows = [header, *([row[0], *row[1:], "x", "y"][: len(header)] for row in ROWS)]
+    with pytest.raises(DataError, match=message) as error:
+        load({"train.tsv": rows, "test.tsv": TEST})
+    assert "text_column" in str(error.value) and "--label-column" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "body"}, "has no column 'body' in line 1, only text, label, text: give"),
+        ({"text_column": "text"}, "has several columns 'text' in line 1"),
+        ({"text_column": 4}, "has no column 4: it has 3, counted from 1"),
+        ({"text_column": "0"}, "has no column 0"),
+        ({"text_column": 2, "label_column": 2}, "choose those of text and class"),
+    ],
+)
+def test_options_that_no_column_fits(load, options, message):
+    rows = [("text", "label", "text"), *((*row, "x") for row in ROWS)]
+    with pytest.raises(DataError, match=message):
+        load({"train.tsv": rows, "test.tsv": TEST}, **options)
+
+
+def test_columns_belong_to_folders(tmp_path):
+    with pytest.raises(DataError, match="there is no folder imdb_reviews, and only its tables"):
+        text.load_texts("imdb_reviews", tmp_path, text_column="text")
+
+
+# No header
+
+
+def test_header_of_unknown_names_is_not_taken_as_an_example(load):
+    header = ("kommentar", "stimmung")
+    with pytest.raises(DataError, match="no other line has the class 'stimmung' of line 1: if it"):
+        load({"train.tsv": [header, *ROWS], "test.tsv": TEST})
+    with pytest.raises(DataError, match="no other line has the class 'stimmung' of line 1"):
+        load({"train.tsv": [header, *ROWS], "test.tsv": [header, *TEST]})
+    # A rare class further down is one.
+    dataset = load({"train.tsv": [*ROWS, ("review 40", "stimmung")], "test.tsv": TEST})
+    assert dataset.class_names == (*CLASSES, "stimmung")
+
+
+def test_class_in_the_first_column(load):
+    swapped = {
+        name: [row[::-1] for row in rows]
+        for name, rows in (("train.tsv", ROWS), ("test.tsv", TEST))
+    }
+    message = r"has 30 classes in 30 texts, more than 50%, such as 'review 0': .* label_column"
+    with pytest.raises(DataError, match=message):
+        load(swapped)
+    for options in ({"label_column": 1}, {"text_column": "2"}):
+        dataset = load(swapped, **options)
+        assert dataset.class_names == CLASSES and all_rows(dataset) == ROWS
+        assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_columns_by_number(load):
+    # CoLA's form: source, class, mark, sentence.
+    def arrange(rows):
+        return [("gj04", label, "*", line) for line, label in rows]
+
+    files = {"train.tsv": arrange(ROWS), "test.tsv": arrange(TEST)}
+    with pytest.raises(DataError, match="has 4 columns and no header: choose .* numbers from 1"):
+        load(files)
+    dataset = load(files, text_column=4, label_column=2)
+    assert all_rows(dataset) == ROWS and texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_tabs_within_a_few_texts_are_said(load):
+    rows = [(f"{line}\tand more", label) if i == 3 else (line, label)
+            for i, (line, label) in enumerate(ROWS)]  # fmt: skip
+    with pytest.warns(UserWarning, match="train.tsv: 1 texts contain tabs; the class is what fol"):
+        dataset = load({"train.tsv": rows, "test.tsv": TEST})
+    assert all_rows(dataset) == rows
+
+
+def test_row_names_without_a_header_are_not_text(load):
+    # R's write.table writes a column more than its header names.
+    rows = [("text", "label"), *((str(i), *row) for i, row in enumerate(ROWS))]
+    with pytest.raises(DataError, match="most lines have more than two columns"):
+        load({"train.tsv": rows, "test.tsv": TEST})
+
+
+def test_lines_of_another_number_of_columns_are_refused(load):
+    rows = [("index", "sentence", "label"), *((str(i), *row) for i, row in enumerate(ROWS))]
+    rows[7] = ("6", "review 6\twith a tab", "bad")
+    with pytest.raises(DataError, match=r"train.tsv, line 8 has 4 columns, but each line must ha"):
+        load({"train.tsv": rows, "test.tsv": TEST})
+    rows[7] = ("6", "review 6", " ")
+    with pytest.raises(DataError, match=r"train.tsv, line 8 has no class, but"):
+        load({"train.tsv": rows, "test.tsv": TEST})
+
+
+# Unlabelled splits
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        [("index", "sentence"), ("0", "uneasy mishmash"), ("1", "a joy")],
+        [("sentence", "label"), ("uneasy mishmash", "-1"), ("a joy", "-1")],
+    ],
+)
+def test_unlabelled_test_set_of_glue_is_replaced_by_the_validation_set(load, test):
+    header = ("sentence", "label")
+    files = {"train.tsv": [header, *ROWS], "dev.tsv": [header, *TEST], "test.tsv": test}
+    with pytest.warns(UserWarning) as said:
+        dataset = load(files)
+    messages = [str(warning.message) for warning in said]
+    assert any("test.tsv has no classes and is left out" in message for message in messages)
+    assert any("the validation set is the test set" in message for message in messages)
+    assert dataset.class_names == CLASSES
+    assert texts_and_classes(dataset, dataset.test) == TEST
+    assert len(dataset.train.texts) == 27 and len(dataset.validation.texts) == 3
+    (folder,) = {os.path.dirname(origin.split(",")[0]) for origin in dataset.train.origins}
+    os.remove(os.path.join(folder, "dev.tsv"))
+    with pytest.warns(UserWarning) as said:
+        assert len(load({}).test.texts) == 3
+    assert "a tenth of the training texts is the test set" in str(said[-1].message)
+
+
+def test_unseen_classes_are_named_with_their_line(load):
+    with pytest.raises(DataError, match=r"it lacks 'so', which .*test.tsv, line 2 has"):
+        load({"train.tsv": ROWS, "test.tsv": [("a", "bad"), ("b", "so")]})
+    rows = [(f"text {i}", f"class {i}") for i in range(20_000)]
+    with pytest.raises(DataError, match=r"lacks 'class 0', .* and 19,996 more, which") as error:
+        load({"train.tsv": ROWS, "test.tsv": rows})
+    assert len(str(error.value)) <= 300
+
+
+# Classes
+
+
+def test_odd_numbers_are_names(load):
+    names = ("²", "①", "--1", "2", "1")
+    rows = [(f"review {i}", names[i % 5]) for i in range(30)]
+    assert load({"train.tsv": rows, "test.tsv": rows}).class_names == ("1", "2", "--1", "²", "①")
+
+
+def test_many_classes_are_fine_if_there_are_enough_texts(load):
+    rows = [(f"review {i}", f"class {i // 2}") for i in range(400)]
+    assert len(load({"train.tsv": rows, "test.tsv": rows}).class_names) == 200
+
+
+# Files
+
+
+def test_csv_with_quotes_and_line_breaks(load):
+    lines = ["text,label", '"fine, ""really"" fine\nand long",good', "poor,bad"]
+    rows = [f"{line},{label}" for line, label in ROWS]
+    with pytest.warns(UserWarning, match="line 1 is a header"):
+        dataset = load({"train.csv.gz": ["text,label", *rows], "test.csv": lines})
+    assert dataset.test.texts == ('fine, "really" fine\nand long', "poor")
+    assert [origin.rpartition("line ")[2] for origin in dataset.test.origins] == ["2", "4"]
+    assert all_rows(dataset) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,label\n"never closed,good\n', r"test.csv, line 2 is not CSV \(unexpected end"),
+        ("a,b,c\nd\n", r"test.csv, line 1 must be a text, a comma and a class, got 'a.tb.tc'"),
+        ("fine,good\n\n", r"test.csv, line 2 must be a text, a comma and a class, got ''"),
+        (f"{'x' * 200_000},good\n", r"line 1 is not CSV \(field larger than field limit"),
+        ("\n", r"test.csv is empty"),
+    ],
+)
+def test_damaged_csv(load, tmp_path, content, message):
+    (tmp_path / "test.csv").write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        load({"train.csv": ROWS})
+    assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
+
+
+def test_one_of_several_files_is_read_and_said(load):
+    files = {"train.tsv": ROWS, "train.csv": TEST, "val.tsv": TEST, "dev.tsv": ROWS}
+    with pytest.warns(UserWarning) as said:
+        dataset = load(files | {"test.tsv": TEST})
+    assert [str(warning.message).rpartition("/")[2] for warning in said] == [
+        "train.tsv is read, train.csv beside it not",
+        "val.tsv is read, dev.tsv beside it not",
+    ]
+    assert len(dataset.train.texts) == 30 and len(dataset.validation.texts) == 2
+
+
+def test_gzip_bomb_is_refused(load, tmp_path):
+    bomb = gzip.compress(b"fine\tgood\n" * 4_000_000)
+    assert len(bomb) < 300_000
+    (tmp_path / "test.tsv.gz").write_bytes(bomb)
+    with pytest.raises(DataError, match="unpacks to more than 33,554,432 bytes: unpack it by") as e:
+        load({"train.tsv": ROWS})
+    assert len(str(e.value)) <= 300 and "max_unpacked" in str(e.value)
+
+
+def test_limit_of_unpacking_is_an_argument(load, tmp_path):
+    files = {"train.tsv": ROWS, "test.tsv.gz": TEST}
+    with pytest.raises(DataError, match="unpacks to more than 20 bytes"):
+        load(files, max_unpacked=20)
+    assert len(load(files, max_unpacked=1000).test.texts) == 2
+    path = tmp_path / "test.tsv.gz"
+    with pytest.raises(DataError, match="unpacks to more than 20 bytes"):
+        text.read_texts(path, max_unpacked=20)
+    assert len(text.read_texts(path, max_unpacked=1000)[0]) == 2
+
+
+def test_huge_line_ends_in_a_short_message(load):
+    with pytest.raises(DataError, match="test.tsv, line 1 must be a text, a tab and a") as error:
+        load({"train.tsv": ROWS, "test.tsv": ["x" * 1_000_000]})
+    assert len(str(error.value)) <= 300
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(DataError, match="is not a regular file: check the path"):
+            text.read_texts(path)
+    with pytest.raises(DataError, match="nowhere does not exist: check the path"):
+        text.read_texts(tmp_path / "nowhere")
+
+
+def test_header_of_texts_without_classes_is_left_out(tmp_path):
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tuneasy mishmash\n")
+    with pytest.warns(UserWarning, match="test.tsv, line 1 is a header and is left out"):
+        texts, origins = text.read_texts(tmp_path / "test.tsv", field=2)
+    assert texts == ("uneasy mishmash",) and origins[0].endswith("line 2")
+
+
+@pytest.mark.parametrize("content", ["fine\tgood\n".encode("utf-16"), b"caf\xe9\tgood\n"])
+def test_other_encodings_end_in_one_line(load, tmp_path, content):
+    (tmp_path / "test.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=r"test.tsv, line 1 is not UTF-8 \(byte 0x..,") as error:
+        load({"train.tsv": ROWS})
+    assert len(str(error.value)) <= 300
