@@ -26,6 +26,7 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
 
     Raises:
         ValueError: If there is no axis besides that of the examples.
+        ValueError: If a token is negative, such as -100, which others use for padding.
         TypeError: If the tokens are not integers.
 
     Example:
@@ -38,6 +39,8 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
         raise TypeError(f"tokens must be integers, with 0 as padding, got {tokens.dtype}")
     if tokens.ndim < 2:
         raise ValueError(f"tokens must have the shape [N, ..., S], got {tokens.shape}")
+    if tokens.size and tokens.min() < 0:
+        raise ValueError(f"tokens must be at least 0, which is padding, got {tokens.min()}")
     positions = (tokens != 0) * np.arange(1, tokens.shape[-1] + 1)
     return positions.max(tuple(range(1, tokens.ndim)), initial=0)
 

@@ -194,7 +194,8 @@ def decode(tokenizer: "Tokenizer", tokens: np.ndarray) -> list[str]:
         N texts.
 
     Raises:
-        ValueError: If `tokens` is not of rank 2.
+        ValueError: If `tokens` is not of rank 2, or an id is negative, such as the -100 of labels
+            that others ignore.
         TypeError: If the ids are not integers.
     """
     tokens = np.asarray(tokens)
@@ -205,6 +206,8 @@ def decode(tokenizer: "Tokenizer", tokens: np.ndarray) -> list[str]:
         )
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.size and tokens.min() < 0:
+        raise ValueError(f"tokens must be at least 0, which is padding, got {tokens.min()}")
     end_ids = [
         token_id for token in _END_TOKENS if (token_id := tokenizer.token_to_id(token)) is not None
     ]
@@ -212,6 +215,37 @@ def decode(tokenizer: "Tokenizer", tokens: np.ndarray) -> list[str]:
     is_text = (tokens != 0) & ~has_ended
     rows = [row[where].tolist() for row, where in zip(tokens, is_text, strict=True)]
     return tokenizer.decode_batch(rows)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises unless every token id has a row in an embedding of `vocab_size` tokens.
+
+    An embedding raises no error: -1 reads the last token's row, and an id beyond it gives NaN or,
+    by plain indexing, the last row.
+
+    Args:
+        tokens: Integers `[N, ...]`; 0 is padding.
+        vocab_size: Number of tokens of the vocabulary.
+
+    Raises:
+        ValueError: If an id is negative or beyond the vocabulary; the message names the example.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxkd.data import tokens
+        >>> tokens.check_ids(np.array([[2, 7, 3], [2, -100, 3]]), 30)
+        Traceback (most recent call last):
+        ValueError: example 1 has the token id -100, outside 0..29: ...
+    """
+    tokens = np.asarray(tokens)
+    # The extremes first, because a comparison would make an array of the size of the tokens.
+    if not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return
+    index = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
+    raise ValueError(
+        f"example {index[0]} has the token id {tokens[tuple(index)]}, outside 0..{vocab_size - 1}: "
+        "use the model's own tokenizer, and 0 for padding"
+    )
 
 
 def check_same_tokenizer(teacher: "Tokenizer", student: "Tokenizer") -> None:

@@ -27,6 +27,12 @@ def test_tokens_are_integers_with_an_axis():
         token_lengths(np.ones(3, int))
 
 
+def test_negative_tokens_are_no_padding():
+    with pytest.raises(ValueError, match="tokens must be at least 0, which is padding, got -100"):
+        token_lengths(np.array([[5, 7, -100, -100]]))
+    assert token_lengths(np.zeros((0, 4), np.int32)).shape == (0,)
+
+
 # All lengths from 1 to 24, so that a length of 24 occurs.
 SENTENCES = make_tokens(np.random.default_rng(0).permutation(np.arange(200) % 24 + 1), 24)
 

@@ -273,6 +273,29 @@ def test_decode_stops_at_the_end(trained):
         tokens.decode(trained, array.astype(float))
 
 
+# --- ids ---
+
+
+@pytest.mark.parametrize(("token_id", "is_right"), [(-100, 0), (-1, 0), (0, 1), (29, 1), (30, 0)])
+def test_ids_are_those_of_the_vocabulary(token_id, is_right):
+    array = np.array([[[2, 7, 3], [2, 3, 0]], [[2, token_id, 3], [2, 3, 0]]])
+    if is_right:
+        tokens.check_ids(array, 30)
+        return
+    message = rf"example 1 has the token id {token_id}, outside 0..29: use the model's own"
+    with pytest.raises(ValueError, match=message):
+        tokens.check_ids(array, 30)
+
+
+def test_there_may_be_no_ids():
+    tokens.check_ids(np.zeros((0, 5), np.int32), 30)
+
+
+def test_negative_ids_cannot_be_decoded(trained):
+    with pytest.raises(ValueError, match="tokens must be at least 0, which is padding, got -100"):
+        tokens.decode(trained, np.array([[2, -100, 3]]))
+
+
 # --- two tokenizers ---
 
 
