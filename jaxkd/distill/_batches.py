@@ -58,7 +58,9 @@ def make_order(key: Array, num_examples: int, batch_size: int) -> SelectFn:
     return select
 
 
-def make_bucketed_order(key: Array, lengths: np.ndarray, batch_size: int) -> SelectFn:
+def make_bucketed_order(
+    key: Array, lengths: np.ndarray, batch_size: int, *, keep_epochs: bool = False
+) -> SelectFn:
     """Makes the function that selects the examples of a step, with similar lengths in a batch.
 
     The epochs are those of `make_order`. Every `BATCHES_PER_POOL` batches, or every epoch if it is
@@ -69,6 +71,8 @@ def make_bucketed_order(key: Array, lengths: np.ndarray, batch_size: int) -> Sel
         key: The PRNG key of the training.
         lengths: `[N]`, the length of each example.
         batch_size: Number of examples in a batch.
+        keep_epochs: Whether examples keep their epoch, by which the step counts their views. A
+            pool that spans two epochs would otherwise mix them.
 
     Returns:
         `step -> indices`, int [batch_size].
@@ -87,12 +91,18 @@ def make_bucketed_order(key: Array, lengths: np.ndarray, batch_size: int) -> Sel
     def sort_pool(pool: int) -> np.ndarray:
         steps = range(pool * pool_size, (pool + 1) * pool_size)
         indices = np.concatenate([select_unsorted(step) for step in steps])
+        epochs = np.zeros_like(indices)
+        if keep_epochs:
+            epochs = (pool * len(indices) + np.arange(len(indices))) // len(lengths)
         # A stable sort keeps equal lengths in the drawn order, and the bits equal everywhere.
-        by_length = indices[np.argsort(lengths[indices], kind="stable")]
+        by_length = indices[np.lexsort((lengths[indices], epochs))]
         batches = by_length.reshape(pool_size, batch_size)
         shuffle_key = jax.random.fold_in(jax.random.fold_in(key, Purpose.BUCKET), pool)
         # Without a new order, every pool would go from short to long examples.
-        return batches[np.asarray(jax.random.permutation(shuffle_key, pool_size))]
+        order = np.asarray(jax.random.permutation(shuffle_key, pool_size))
+        # By the sum of the epochs: a batch that spans two epochs stays between them.
+        batch_epochs = epochs.reshape(pool_size, batch_size).sum(axis=1)
+        return batches[order[np.argsort(batch_epochs[order], kind="stable")]]
 
     return lambda step: sort_pool(step // pool_size)[step % pool_size]
 
@@ -106,6 +116,8 @@ class BatchSelector:
         inputs: list[np.ndarray],
         batch_size: int,
         buckets: LengthBuckets | None,
+        *,
+        has_views: bool = False,
     ) -> None:
         """Makes the order of examples of each student.
 
@@ -114,6 +126,7 @@ class BatchSelector:
             inputs: The inputs of each student, `[N, ...]`.
             batch_size: Number of examples in a batch.
             buckets: The lengths to which batches of tokens are cut; `None` for other inputs.
+            has_views: Whether the examples have views, which the epochs show in turn.
         """
         self._buckets = buckets
         if buckets is None:
@@ -125,7 +138,7 @@ class BatchSelector:
         else:
             self._lengths = [token_lengths(array) for array in inputs]
             self._select_fns = [
-                make_bucketed_order(key, lengths, batch_size)
+                make_bucketed_order(key, lengths, batch_size, keep_epochs=has_views)
                 for key, lengths in zip(keys, self._lengths, strict=True)
             ]
 

@@ -123,6 +123,7 @@ class TrainingLoop:
             [batch["inputs"] for batch, _ in examples],
             group.batch_size,
             self._buckets,
+            has_views=any(run.stage.views is not None for run in group.stage_runs),
         )
         # One entry per bucket length. Without buckets, the only key is `None`.
         self._put_examples = functools.cache(functools.partial(self._put_cut_examples, examples))

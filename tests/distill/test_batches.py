@@ -59,6 +59,25 @@ def test_bucketed_batch_does_not_depend_on_the_steps_before():
         np.testing.assert_array_equal(select_first(step), expected[step])
 
 
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(500, 16), (64, 32), (50, 16), (5, 16)])
+def test_epochs_are_kept_for_views(num_examples, batch_size):
+    lengths = np.random.default_rng(1).integers(1, 60, num_examples)
+    key = jax.random.key(3)
+    select = _batches.make_bucketed_order(key, lengths, batch_size, keep_epochs=True)
+    plain = _batches.make_bucketed_order(key, lengths, batch_size)
+    num_steps = 6 * num_examples // batch_size
+    stream = np.concatenate([select(step) for step in range(num_steps)])
+    # As the step counts views: by the position in the stream.
+    for start in range(0, len(stream) - num_examples + 1, num_examples):
+        assert sorted(stream[start : start + num_examples]) == list(range(num_examples))
+    # Pools within one epoch are those without views.
+    pool_size = max(1, min(BATCHES_PER_POOL, num_examples // batch_size))
+    for step in range(num_steps):
+        first = step // pool_size * pool_size * batch_size
+        if first // num_examples == (first + pool_size * batch_size - 1) // num_examples:
+            np.testing.assert_array_equal(select(step), plain(step))
+
+
 def test_fewer_examples_than_a_batch_are_repeated():
     select = _batches.make_bucketed_order(jax.random.key(0), np.array([3, 1]), 8)
     assert sorted(select(0)) == [0] * 4 + [1] * 4
