@@ -15,6 +15,7 @@ from jaxkd.models import (
     Outputs,
     from_linen,
     from_nnx,
+    with_class_order,
     with_compute_dtype,
     with_input_normalization,
 )
@@ -225,3 +226,26 @@ def test_frozen_batch_stats_leave_scale_and_bias_trainable():
         jax.tree.leaves(variables["params"]), jax.tree.leaves(state.params), strict=True
     ):
         assert (before != after).any()
+
+
+def test_class_order_moves_the_logits_alone():
+    model = from_nnx(lambda rngs: NNXNet(rngs=rngs))
+    variables = model.init(jax.random.key(0), inputs())
+    key = jax.random.key(1)
+    expected, expected_stats = model.apply(variables, inputs(), train=True, key=key)
+    ordered = with_class_order(model, [2, 0, 1])
+    outputs, batch_stats = jax.jit(ordered.apply, static_argnames="train")(
+        variables, inputs(), train=True, key=key
+    )
+    np.testing.assert_allclose(outputs.logits, expected.logits[:, [2, 0, 1]], atol=1e-5)
+    chex.assert_trees_all_close(
+        (outputs.features, batch_stats), (expected.features, expected_stats), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3]])
+def test_class_order_is_a_permutation(order):
+    model = with_class_order(from_nnx(lambda rngs: NNXNet(rngs=rngs)), order)
+    variables = model.init(jax.random.key(0), inputs())
+    with pytest.raises(ValueError, match=f"order of {len(order)} classes is not one of the mod"):
+        model.apply(variables, inputs(), train=False)

@@ -1,6 +1,8 @@
 """Tests of saving and loading variables as safetensors files."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxkd.models import CNN, from_linen
-from jaxkd.weights import load_safetensors, save_safetensors
+from jaxkd.weights import load_safetensors, read_class_names, save_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,46 @@ def test_same_weights_give_the_same_file(variables, tmp_path):
     save_safetensors(tmp_path / "first", variables)
     save_safetensors(tmp_path / "second", backwards)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_class_names_travel_with_the_weights(variables, tmp_path):
+    path = tmp_path / "student.safetensors"
+    names = ("10", "Ärger", "a, b\n")
+    save_safetensors(path, variables, class_names=names)
+    assert read_class_names(path) == names
+    assert_same(load_safetensors(path), variables)
+    save_safetensors(path, variables)
+    assert read_class_names(path) == ()
+
+
+def test_same_class_names_give_the_same_file_in_every_process(tmp_path):
+    code = (
+        "import sys, numpy; from jaxkd.weights import save_safetensors;"
+        "save_safetensors(sys.argv[1], {'b': numpy.zeros(2)}, class_names=['cat', 'dog'])"
+    )
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "first")]
+    subprocess.run(command, env=environment, check=True)
+    save_safetensors(tmp_path / "second", {"b": np.zeros(2)}, class_names=["cat", "dog"])
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("value", ["{}", "[1]", "3"])
+def test_another_program_s_entry_names_no_classes(tmp_path, value):
+    from safetensors.numpy import save_file
+
+    save_file({"b": np.zeros(2)}, tmp_path / "other", {"class_names": value, "format": "pt"})
+    assert read_class_names(tmp_path / "other") == ()
+
+
+def test_damaged_class_names(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"b": np.zeros(2)}, tmp_path / "other", {"class_names": "["})
+    (tmp_path / "page").write_text("<html>")
+    for name in ("other", "page"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete safetensors file"):
+            read_class_names(tmp_path / name)
 
 
 @pytest.mark.parametrize("key", ["conv/1", "12"])
