@@ -248,6 +248,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="A ladder of teachers",
+        class_names=dataset.class_names,
         students=students,
         comparisons=comparisons,
         reference=deepest,

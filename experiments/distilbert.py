@@ -363,7 +363,8 @@ def plot_retention(retentions: Mapping[str, Retention], path: Path) -> None:
 def main(config: Config) -> None:
     """Fine-tunes the teacher, trains the students, compares them and writes the report."""
     config.check()
-    data = texts.encode(config, texts.load(config))
+    dataset = texts.load(config)
+    data = texts.encode(config, dataset)
     student = choose_student(config, data)
     run = plans.open_run("distilbert", config, config.dataset, texts.list_arrays(data))
     teacher = texts.train_teacher(run, config, data)
@@ -383,6 +384,7 @@ def main(config: Config) -> None:
         trained | {"teacher": [teacher]},
         data.test,
         title="A BERT of half the layers",
+        class_names=dataset.class_names,
         students=students,
         comparisons=[
             *((name, "labels") for name in students if name != "labels"),

@@ -280,6 +280,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="A classifier of photographs",
+        class_names=dataset.class_names,
         students=("student_alone", "student_distilled"),
         comparisons=(("student_distilled", "student_alone"), ("student_distilled", "teacher")),
         unlisted=("imagenet",),

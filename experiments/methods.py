@@ -304,6 +304,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Methods of distillation, side by side",
+        class_names=dataset.class_names,
         students=students,
         comparisons=[(name, "labels") for name in students[1:]],
     )

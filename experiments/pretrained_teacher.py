@@ -37,6 +37,10 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Statistics of each channel with which the ResNet's images were normalised: ImageNet's, although
 it was trained on CIFAR-10."""
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+)  # fmt: skip
+"""The classes of CIFAR-10, in the order of the ResNet's outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,9 @@ def make_plan(
         config,
         mean=MEAN,
         std=STD,
+    )
+    teacher = images.match_teacher(
+        teacher, config.weights, dataset.class_names, default=CLASS_NAMES
     )
     student = images.make_cnn((32, 64), 64, dataset, config)
     all_labels = dataset.train.examples
@@ -121,6 +128,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="A pretrained teacher",
+        class_names=dataset.class_names,
         students=("all_alone", "all_distilled", "few_alone", "few_distilled"),
         comparisons=(
             ("all_distilled", "all_alone"),

@@ -180,6 +180,7 @@ def main(config: Config) -> None:
         trained | {"teacher": [teacher]},
         data.test,
         title="BERT teaches an LSTM",
+        class_names=dataset.class_names,
         students=students,
         comparisons=[
             (name, baseline) for baseline in ("lstm_alone", "teacher") for name in distilled

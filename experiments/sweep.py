@@ -198,6 +198,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Temperature and alpha",
+        class_names=dataset.class_names,
         students=students,
         comparisons=[],
     )

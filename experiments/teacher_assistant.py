@@ -87,6 +87,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Teacher, assistant, student",
+        class_names=dataset.class_names,
         # The candidates for the export. The student of all labels is left out: it only serves to
         # compare.
         students=("student_alone", "student_direct", "student_assisted"),

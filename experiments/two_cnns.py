@@ -92,6 +92,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Two CNNs of one architecture",
+        class_names=dataset.class_names,
         students=("model_a", "model_b"),
         comparisons=(("model_b", "model_a"), ("model_b", "teacher")),
     )

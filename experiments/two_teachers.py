@@ -171,6 +171,7 @@ def main(config: Config) -> None:
         trained,
         dataset.test.examples,
         title="Two teachers",
+        class_names=dataset.class_names,
         students=("alone", "by_large", "by_medium", "by_both", "by_average"),
         comparisons=(
             ("medium", "medium_scratch"),

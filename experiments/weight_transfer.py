@@ -124,6 +124,7 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
         trained,
         dataset.test.examples,
         title="The source task",
+        class_names=dataset.class_names,
         students=("source",),
         comparisons=(),
         reference="source",
@@ -210,6 +211,7 @@ def main(config: Config) -> None:
         trained,
         target.test.examples,
         title="From one task to another",
+        class_names=target.class_names,
         students=students,
         comparisons=[
             (f"{variant}_{count}", f"scratch_{count}")

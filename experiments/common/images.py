@@ -13,7 +13,7 @@ from experiments.common import plans
 from experiments.common.cli import OptionError, require
 from jaxkd import data, distill, models, runs
 from jaxkd.distill import Examples, LossFn
-from jaxkd.weights import from_torch, load_weights
+from jaxkd.weights import from_torch, load_weights, read_class_names
 
 DataFn = Callable[[int], dict[str, Any]]
 """`seed -> examples`."""
@@ -25,7 +25,7 @@ class Options(common_options.Options):
 
     dataset: str = "fashion_mnist_mini"
     """`fashion_mnist_mini`, which is included; a TFDS name such as `cifar10`; or a folder with
-    train/CLASS/ and test/CLASS/."""
+    train/CLASS/, test/CLASS/ and optionally val/CLASS/."""
     data_dir: str | None = None
     """Folder of the TFDS data sets. By default the one that TFDS uses."""
     image_size: int = 64
@@ -137,6 +137,41 @@ def load_pretrained(
             f"--weights {path}: {reason}; `python -m jaxkd convert` shows the details"
         ) from error
     return distill.Pretrained(name, model, jax.device_put(variables))
+
+
+def match_teacher(
+    teacher: distill.Pretrained, path: str | Path, names: Sequence[str], *, default: Sequence[str]
+) -> distill.Pretrained:
+    """Brings a pretrained teacher's classes into the order of the data's, by their names.
+
+    Args:
+        teacher: The teacher.
+        path: The file of its weights. That of a student of jaxkd names its classes.
+        names: The classes of the data, by label.
+        default: The teacher's classes, if the file does not name them.
+
+    Raises:
+        OptionError: If the two do not have the same classes.
+    """
+    try:
+        teacher_names = read_class_names(path) or tuple(default)
+    except ValueError:  # a PyTorch file
+        teacher_names = tuple(default)
+    is_numbered = all(name.isdecimal() for name in names)
+    if is_numbered and len(names) == len(teacher_names) and {*names} != {*teacher_names}:
+        print(
+            f"the classes of the images are numbers: {names[0]} is taken for the teacher's "
+            f"{teacher_names[0]}, and so on in this order"
+        )
+        return teacher
+    try:
+        order = data.match_classes(teacher_names, names)
+    except data.DataError as error:
+        raise OptionError(f"--dataset: {error}") from error
+    if (order == np.arange(len(order))).all():
+        return teacher
+    print("the classes of teacher and images are in different orders: they are matched by name")
+    return teacher._replace(model=models.with_class_order(teacher.model, order))
 
 
 def make_few_labels(dataset: data.Dataset, count: int) -> tuple[DataFn, DataFn]:

@@ -159,6 +159,7 @@ def save_results(
     test: Mapping[str, Any],
     *,
     title: str,
+    class_names: Sequence[str],
     students: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
     reference: str = "teacher",
@@ -174,6 +175,7 @@ def save_results(
         trained: The trained models, from `distill.run_plan`.
         test: `inputs` and `labels`.
         title: Title of the report.
+        class_names: Name of each class, by label. They are saved with the student's weights.
         students: The stages of which the best one is exported, by validation accuracy.
         comparisons: Pairs of a stage and the baseline that the report compares it with.
         reference: Name of the model with which agreement is measured.
@@ -198,7 +200,9 @@ def save_results(
         remarks=make_remarks(rows, run.folder) if make_remarks else (),
     )
     best, seed = find_best(trained, students)
-    export_student(run.folder, plan, best, trained[best][seed], test["inputs"][0])
+    export_student(
+        run.folder, plan, best, trained[best][seed], test["inputs"][0], class_names=class_names
+    )
     report.print_table(rows)
     for name, baseline in comparisons:
         print(report.compare_rows(rows, name, baseline))
@@ -208,7 +212,13 @@ def save_results(
 
 
 def export_student(
-    folder: Path, plan: Plan, name: str, trained: TrainedModel, example: Any
+    folder: Path,
+    plan: Plan,
+    name: str,
+    trained: TrainedModel,
+    example: Any,
+    *,
+    class_names: Sequence[str],
 ) -> None:
     """Saves a student's weights and its program, which run without this project.
 
@@ -218,7 +228,9 @@ def export_student(
         name: Name of the student's stage.
         trained: The trained student.
         example: One input, without the axis of the batch.
+        class_names: Name of each class, by label.
     """
     model = next(entry.model for entry in plan if entry.name == name)
-    weights.save_safetensors(folder / "student.safetensors", trained.variables)
+    path = folder / "student.safetensors"
+    weights.save_safetensors(path, trained.variables, class_names=class_names)
     weights.save_program(folder / "student.jaxexport", model, trained.variables, example)

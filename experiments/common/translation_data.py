@@ -69,7 +69,13 @@ def load(options: Options) -> parallel_text.PairDataset:
     """Loads the pairs that the options name: two files, or files of two languages in a folder."""
     source = Path(options.source).expanduser()
     target = Path(options.target).expanduser()
+    require(
+        source.is_file() == target.is_file(),
+        f"--source {options.source} --target {options.target}: one is a file and the other is not; "
+        "give two files, or two suffixes of files in --dataset",
+    )
     if source.is_file() and target.is_file():
+        print(f"{source} and {target} are read, not --dataset {options.dataset}")
         dataset = parallel_text.make_pair_dataset(parallel_text.read_pairs(source, target))
     else:
         dataset = parallel_text.load_pairs(

@@ -17,7 +17,7 @@ from experiments import teacher_assistant
 from experiments.common import cli
 from jaxkd import data, evaluate
 from jaxkd.runs.results import TIMINGS
-from jaxkd.weights import load_safetensors
+from jaxkd.weights import load_safetensors, read_class_names
 
 NAMES = [
     "teacher",
@@ -162,6 +162,7 @@ def test_exported_student_runs_without_the_library(finished_run, image_dir, tmp_
     assert min(abs(float(alone.stdout) - accuracy) for accuracy in row["accuracy"]) < 1e-6
     variables = load_safetensors(folder / "student.safetensors")
     assert evaluate.parameter_count(variables) == row["parameters"]
+    assert read_class_names(folder / "student.safetensors") == ("blue", "green", "red")
 
 
 @pytest.mark.thorough

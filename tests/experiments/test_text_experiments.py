@@ -14,7 +14,7 @@ from experiments.common import plans, texts
 from jaxkd import losses, runs, transfer
 from jaxkd.distill import LossContext, TrainedModel
 from jaxkd.models import BERT, Outputs, from_linen, mean_pooling
-from jaxkd.weights import to_torch
+from jaxkd.weights import read_class_names, to_torch
 
 pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
 
@@ -137,7 +137,8 @@ def test_sentiment_trains_a_teacher_once_and_students_for_each_seed(
     assert {seed for stage, seed in trained if stage == "teacher"} == {0}
     printed = capsys.readouterr().out
     assert "29 of 30 further texts are used" in printed and "lstm_transfer is" in printed
-    assert (folder / "student.safetensors").is_file() and (folder / "accuracy.png").is_file()
+    assert read_class_names(folder / "student.safetensors") == ("0", "1")
+    assert (folder / "accuracy.png").is_file()
     before = (folder / "results.json").read_text()
     sentiment.main(config)
     assert "already trained" in capsys.readouterr().out

@@ -262,6 +262,8 @@ def test_two_files_replace_a_folder(languages, encoded):
     }
     dataset = translation_data.load(dataclasses.replace(config, **files))
     assert [len(split.sources) for split in dataset] == [122, 13, 15]
+    with pytest.raises(OptionError, match="one is a file and the other is not; give two files"):
+        translation_data.load(dataclasses.replace(config, **files | {"target": "de"}))
 
 
 def test_the_loss_is_the_mean_over_words_whatever_the_padding(encoded):

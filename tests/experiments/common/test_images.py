@@ -1,12 +1,14 @@
 """Caching of teachers, and views and augmentation of stages on images."""
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.common import images, plans
 from experiments.common.cli import OptionError
 from experiments.common.images import Options
-from jaxkd import data, models
+from jaxkd import data, distill, models
+from jaxkd.weights import save_safetensors
 
 
 def test_teachers_can_be_cached_if_all_views_are_known():
@@ -36,3 +38,49 @@ def test_stage_has_the_views_of_the_options():
 def test_refuses_invalid_options(options, error):
     with pytest.raises(OptionError, match=error):
         Options(**options).check()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """A teacher of three classes that prefers the first one."""
+    model = models.from_linen(models.CNN((2,), 2, num_classes=3))
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+    variables["params"]["logits"]["bias"] = np.array([9.0, 0, 0], np.float32)
+    return distill.Pretrained("teacher", model, variables)
+
+
+def predicted_class(teacher, names):
+    inputs = np.zeros((1, 8, 8, 1), np.float32)
+    outputs, _ = teacher.model.apply(teacher.variables, inputs, train=False)
+    return names[int(outputs.logits.argmax())]
+
+
+def test_teacher_s_classes_are_matched_by_the_names_in_its_file(teacher, tmp_path, capsys):
+    path = tmp_path / "student.safetensors"
+    save_safetensors(path, teacher.variables, class_names=("dog", "ant", "cat"))
+    names = ("ant", "cat", "dog")
+    default = ("x", "y", "z")
+    assert predicted_class(teacher, names) == "ant"
+    matched = images.match_teacher(teacher, path, names, default=default)
+    assert predicted_class(matched, names) == "dog"
+    assert "they are matched by name" in capsys.readouterr().out
+    message = "--dataset: the classes .* only the data has fox and only the teacher has dog: rename"
+    with pytest.raises(OptionError, match=message):
+        images.match_teacher(teacher, path, ("ant", "cat", "fox"), default=default)
+
+
+def test_teacher_s_classes_are_those_of_the_script_if_its_file_has_none(teacher, tmp_path, capsys):
+    path = tmp_path / "teacher.th"
+    path.write_bytes(b"no safetensors")
+    names = ("ant", "cat", "dog")
+    default = ("dog", "ant", "cat")
+    assert predicted_class(images.match_teacher(teacher, path, names, default=default), names) == (
+        "dog"
+    )
+    assert images.match_teacher(teacher, path, names, default=names) is teacher
+    capsys.readouterr()
+    assert images.match_teacher(teacher, path, ("0", "1", "2"), default=default) is teacher
+    assert "0 is taken for the teacher's dog, and so on" in capsys.readouterr().out
+    assert images.match_teacher(teacher, path, ("0", "1", "2"), default="012") is teacher
+    with pytest.raises(OptionError, match="only the data has 0, 1, 2, 3 and only the teacher"):
+        images.match_teacher(teacher, path, ("0", "1", "2", "3"), default=default)
