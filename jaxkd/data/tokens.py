@@ -233,7 +233,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
     Example:
         >>> import numpy as np
         >>> from jaxkd.data import tokens
-        >>> tokens.check_ids(np.array([[2, 7, 3], [2, -100, 3]]), 30)
+        >>> array = np.array([[2, 7, 3], [2, -100, 3]])
+        >>> tokens.check_ids(array, 30)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: example 1 has the token id -100, outside 0..29: ...
     """

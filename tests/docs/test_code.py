@@ -112,6 +112,11 @@ def make_bert():
     save_file(weights.to_torch(variables, module.torch_rules()), folder / "model.safetensors")
 
 
+def make_teacher():
+    names = ("banana", "apple")
+    weights.save_safetensors("teacher.safetensors", {"params": {}}, class_names=names)
+
+
 def make_resnet():
     module = models.resnet20()
     images = jnp.zeros((1, 32, 32, 3))
@@ -126,6 +131,7 @@ FILES = {
     "reviews": make_sentences,
     "pairs": make_translations,
     "bert": make_bert,
+    "teacher.safetensors": make_teacher,
     "resnet20-12fca82f.th": make_resnet,
 }
 
