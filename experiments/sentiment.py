@@ -103,7 +103,7 @@ def load_unlabelled(
         bool(is_new.any()),
         f"--unlabelled {config.unlabelled}: all of its texts contain a labelled one",
     )
-    indices = np.flatnonzero(is_new)
+    indices = np.flatnonzero(is_new).tolist()
     return [further_texts[i] for i in indices], [origins[i] for i in indices]
 
 

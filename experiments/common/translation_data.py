@@ -81,7 +81,9 @@ def load(options: Options) -> parallel_text.PairDataset:
         dataset = parallel_text.load_pairs(
             options.dataset, source=options.source, target=options.target
         )
-    train = parallel_text.Pairs(*(column[: options.pairs] for column in dataset.train))
+    sources, targets, origins = dataset.train
+    count = options.pairs
+    train = parallel_text.Pairs(sources[:count], targets[:count], origins[:count])
     return dataset._replace(train=train)
 
 

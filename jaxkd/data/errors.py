@@ -78,8 +78,11 @@ def expand_user_path(path: str | os.PathLike[str]) -> Path:
     """Replaces a leading `~` or `~user` by the home directory.
 
     Raises:
-        DataError: If there is no such user.
+        DataError: If there is no such user, or the path has a null character.
     """
+    # The system's functions raise a ValueError, each with words of its own.
+    if "\0" in os.fspath(path):
+        raise DataError(f"{os.fspath(path)!r} has a null character: check the path")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

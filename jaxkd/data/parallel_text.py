@@ -14,10 +14,12 @@ from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
     VALIDATION_SEED,
+    LineOrigins,
     hold_out_tenth,
     iterate_lines,
     line_origin,
     strip_text,
+    take,
 )
 
 
@@ -33,7 +35,7 @@ class Pairs(NamedTuple):
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    origins: tuple[str, ...]
+    origins: Sequence[str]
 
 
 class PairDataset(NamedTuple):
@@ -65,7 +67,7 @@ def load_pairs(
         folder: The folder.
         source: Suffix of the files to translate from, such as `"en"`.
         target: Suffix of the files to translate to.
-        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 8 MiB or 16
             times its size, whichever is more.
 
     Returns:
@@ -126,7 +128,7 @@ def read_pairs(
     return Pairs(
         _strip_lines(source_path, source_lines),
         _strip_lines(target_path, target_lines),
-        tuple(line_origin(source_path, index) for index in range(len(source_lines))),
+        LineOrigins(source_path, range(len(source_lines))),
     )
 
 
@@ -153,7 +155,8 @@ def _strip_lines(path: Path, lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _select_pairs(pairs: Pairs, indices: np.ndarray) -> Pairs:
-    return Pairs(*(tuple(column[i] for i in indices) for column in pairs))
+    sources, targets = (tuple(column[i] for i in indices) for column in pairs[:2])
+    return Pairs(sources, targets, take(pairs.origins, indices))
 
 
 def _find_pair(

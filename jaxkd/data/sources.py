@@ -59,6 +59,11 @@ def load(
         Xiao et al. 2017, Fashion-MNIST, https://arxiv.org/abs/1708.07747
     """
     name = os.fspath(name)
+    if not name:
+        raise DataError(
+            "the name of the dataset is empty: give a folder with train/CLASS and test/CLASS, or "
+            "the name of a dataset"
+        )
     if not 1 <= image_size <= _MAX_IMAGE_SIZE:
         limit = "at least 1 pixel" if image_size < 1 else f"at most {_MAX_IMAGE_SIZE:,} pixels"
         raise DataError(f"image_size is {image_size}: choose {limit}")

@@ -1,5 +1,6 @@
 """Tables of texts and their classes, and which of their columns hold them."""
 
+import array
 import csv
 import io
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxkd.data.errors import DataError, list_names, shorten, to_one_line
-from jaxkd.data.text_files import iterate_lines, line_origin, read_utf8, strip_text
+from jaxkd.data.text_files import LineOrigins, line_origin, read_utf8, split_lines
 
 SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
 """Suffixes that a table may have."""
@@ -61,12 +62,29 @@ class Table(NamedTuple):
     columns: Columns
     texts: tuple[str, ...]
     labels: tuple[str, ...]
-    origins: tuple[str, ...]
+    origins: Sequence[str]
 
 
-class _Row(NamedTuple):
-    origin: str
-    fields: list[str]
+class _Source(NamedTuple):
+    """A table before its columns are known.
+
+    It is read once to find them and once more for the texts, since the fields of all lines would
+    take many times the memory of the file.
+
+    Attributes:
+        path: The file.
+        text: Its content.
+        first: The fields of its first line, without quotes and in lower case.
+        counts: How many lines have each number of columns.
+        recurring: Indices of the columns in which another line has one of the usual names that the
+            first line has there.
+    """
+
+    path: Path
+    text: str
+    first: list[str]
+    counts: Counter[int]
+    recurring: set[int]
 
 
 def read_train_table(
@@ -94,15 +112,14 @@ def read_train_table(
         DataError: If the columns are not known, a line has another form, there is no text, or there
             are too many classes.
     """
-    rows = _read_rows(path, max_unpacked)
+    source = _open(path, max_unpacked)
     text, label = _read_option(text_column), _read_option(label_column)
-    header = [_clean(field) for field in rows[0].fields]
-    is_named = isinstance(text, str) or isinstance(label, str)
-    if is_named or _is_header(header, rows[1:]):
+    header = source.first
+    if isinstance(text, str) or isinstance(label, str) or _is_header(source):
         columns = _choose_named(path, header, text, label)
     else:
-        columns = _choose_unnamed(path, rows, text, label)
-    table = _make_table(path, rows, columns)
+        columns = _choose_unnamed(source, text, label)
+    table = _make_table(source, columns)
     _check_share(path, table)
     if columns.names and (text is None or label is None):
         warnings.warn(
@@ -128,14 +145,13 @@ def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = Non
     Raises:
         DataError: If a line has another form, or there is no text.
     """
-    rows = _read_rows(path, max_unpacked)
+    source = _open(path, max_unpacked)
     columns = train.columns
-    header = [_clean(field) for field in rows[0].fields]
-    if _repeats_header(header, columns) or _is_header(header, rows[1:], set(train.labels)):
-        columns = _find_again(path, header, columns)
+    if _repeats_header(source.first, columns) or _is_header(source, set(train.labels)):
+        columns = _find_again(path, source.first, columns)
     else:
         columns = columns._replace(names=None)
-    table = _make_table(path, rows, columns)
+    table = _make_table(source, columns)
     if set(table.labels) == {"-1"} and "-1" not in train.labels:
         return table._replace(labels=())
     return table
@@ -174,23 +190,44 @@ def is_text_header(field: str) -> bool:
     return _clean(field) in TEXT_NAMES
 
 
-def _read_rows(path: Path, max_unpacked: int | None) -> list[_Row]:
-    if _is_csv(path):
-        return list(_parse_csv(path, max_unpacked))
-    lines = iterate_lines(path, max_unpacked=max_unpacked)
-    return [_Row(line_origin(path, i), line.split("\t")) for i, line in enumerate(lines)]
+def _open(path: Path, max_unpacked: int | None) -> _Source:
+    """Reads a file, and what must be known of all lines before columns are chosen.
 
-
-def _parse_csv(path: Path, max_unpacked: int | None) -> Iterator[_Row]:
-    text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff")
-    if not text.strip():
+    Raises:
+        DataError: If the file cannot be read or a line is empty.
+    """
+    text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff").removesuffix("\n")
+    if not text:
         raise DataError(f"{path} is empty: it must hold one text a line")
+    counts: Counter[int] = Counter()
+    first: list[str] = []
+    recurring: set[int] = set()
+    usual: dict[int, str] = {}
+    for index, fields in _iterate_rows(path, text):
+        if not any(fields):
+            raise DataError(f"{line_origin(path, index)} is empty: remove it")
+        if not counts:
+            first = [_clean(field) for field in fields]
+            usual = {i: name for i, name in enumerate(first) if name in TEXT_NAMES + LABEL_NAMES}
+        for i, name in usual.items():
+            if counts and i < len(fields) and _clean(fields[i]) == name:
+                recurring.add(i)
+        counts[len(fields)] += 1
+    return _Source(path, text, first, counts, recurring)
+
+
+def _iterate_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the index of a row's first line, from 0, and the row's fields."""
+    if not _is_csv(path):
+        for index, line in enumerate(split_lines(text)):
+            yield index, line.split("\t")
+        return
     # Lines keep their ends, because a quoted text may contain line breaks.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     start = 0
     try:
         for fields in reader:
-            yield _Row(line_origin(path, start), fields)
+            yield start, fields
             start = reader.line_num
     except csv.Error as error:
         raise DataError(f"{line_origin(path, start)} is not CSV ({error}): correct it") from error
@@ -211,19 +248,16 @@ def _clean(field: str) -> str:
     return field.strip().strip('"').strip().casefold()
 
 
-def _is_header(header: Sequence[str], rows: Sequence[_Row], classes: Collection[str] = ()) -> bool:
-    """True if a line has one of the usual names, and no other line has it in the same column."""
-    for column, name in enumerate(header):
-        if name not in TEXT_NAMES and name not in LABEL_NAMES:
-            continue
-        # A class may be called "review".
-        recurs = any(
-            len(row.fields) > column and _clean(row.fields[column]) == name for row in rows
-        )
-        if not recurs and name not in {_clean(label) for label in classes}:
+def _is_header(source: _Source, classes: Collection[str] = ()) -> bool:
+    """True if the first line has one of the usual names, and no other line has it there."""
+    # A class may be called "review".
+    known_classes = {_clean(label) for label in classes}
+    for column, name in enumerate(source.first):
+        is_usual = name in TEXT_NAMES or name in LABEL_NAMES
+        if is_usual and column not in source.recurring and name not in known_classes:
             return True
     # pandas numbers columns without a name.
-    return len(header) > 1 and list(header) == [str(i) for i in range(len(header))]
+    return len(source.first) > 1 and source.first == [str(i) for i in range(len(source.first))]
 
 
 def _repeats_header(header: Sequence[str], columns: Columns) -> bool:
@@ -277,10 +311,9 @@ def _find_column(
     return found[0] if len(found) == 1 else None
 
 
-def _choose_unnamed(
-    path: Path, rows: Sequence[_Row], text: int | None, label: int | None
-) -> Columns:
-    count = _count_columns(rows)
+def _choose_unnamed(source: _Source, text: int | None, label: int | None) -> Columns:
+    path = source.path
+    count = _count_columns(source.counts)
     text_index = None if text is None else _check_number(path, text, count)
     label_index = None if label is None else _check_number(path, label, count)
     if count == 2:
@@ -302,11 +335,10 @@ def _check_number(path: Path, number: int, count: int) -> int:
     return number - 1
 
 
-def _count_columns(rows: Sequence[_Row]) -> int:
+def _count_columns(counts: Counter[int]) -> int:
     """Returns the most frequent number of columns; a line without a tab is not a table."""
-    counts = Counter(max(2, len(row.fields)) for row in rows)
-    # Two, if it is as frequent as another number.
-    return max(counts, key=lambda count: (counts[count], -count))
+    # The smallest, if several are as frequent.
+    return max(2, max(counts, key=lambda count: (counts[count], -count)))
 
 
 def _find_again(path: Path, header: Sequence[str], train: Columns) -> Columns:
@@ -330,33 +362,43 @@ def _find_again(path: Path, header: Sequence[str], train: Columns) -> Columns:
     return Columns(text, label, len(header), tuple(header))
 
 
-def _make_table(path: Path, rows: Sequence[_Row], columns: Columns) -> Table:
-    texts, labels, origins = [], [], []
+def _make_table(source: _Source, columns: Columns) -> Table:
+    path = source.path
+    texts, labels, indices = [], [], array.array("q")
+    classes: dict[str, str] = {}
     num_joined = 0
     # A text may contain tabs and a class may not.
     may_join = columns[:3] == (0, 1, 2) and not _is_csv(path)
-    for row in rows[1:] if columns.names else rows:
-        fields = row.fields
+    rows = _iterate_rows(path, source.text)
+    if columns.names:
+        next(rows)
+    for index, fields in rows:
         if may_join and len(fields) > 2:
             fields = ["\t".join(fields[:-1]), fields[-1]]
             num_joined += 1
-        _check_row(path, row.origin, fields, columns)
-        texts.append(strip_text(fields[columns.text], row.origin))
+        _check_row(path, index, fields, columns)
+        text = fields[columns.text].strip()
+        if not text:
+            raise DataError(f"{line_origin(path, index)} is empty: remove it")
+        texts.append(text)
         if columns.label is not None:
-            labels.append(fields[columns.label].strip())
-        origins.append(row.origin)
+            label = fields[columns.label].strip()
+            # One string for each class, not one for each line.
+            labels.append(classes.setdefault(label, label))
+        indices.append(index)
     if not texts:
         raise DataError(f"{path} has no text below its first line")
     _check_joined(path, num_joined, len(texts))
-    return Table(columns, tuple(texts), tuple(labels), tuple(origins))
+    return Table(columns, tuple(texts), tuple(labels), LineOrigins(path, indices))
 
 
-def _check_row(path: Path, origin: str, fields: Sequence[str], columns: Columns) -> None:
+def _check_row(path: Path, index: int, fields: Sequence[str], columns: Columns) -> None:
     has_label = columns.label is None or (
         len(fields) > columns.label and fields[columns.label].strip()
     )
     if len(fields) == columns.count and has_label:
         return
+    origin = line_origin(path, index)
     shown = shorten("\t".join(fields), 40)
     if columns[:3] == (0, 1, 2):
         separator = "comma" if _is_csv(path) else "tab"

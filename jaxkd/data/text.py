@@ -1,5 +1,6 @@
 """Texts with classes, and texts without."""
 
+import array
 import os
 import re
 import warnings
@@ -16,10 +17,12 @@ from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
     VALIDATION_SEED,
+    LineOrigins,
     hold_out_tenth,
     iterate_lines,
     line_origin,
     strip_text,
+    take,
 )
 
 # Shorter texts, such as "a good film", occur within others by chance.
@@ -37,7 +40,7 @@ class Texts(NamedTuple):
 
     texts: tuple[str, ...]
     labels: np.ndarray
-    origins: tuple[str, ...]
+    origins: Sequence[str]
 
 
 class TextDataset(NamedTuple):
@@ -88,8 +91,8 @@ def load_texts(
         text_column: For a folder: the column of the texts, by its name in the header or by its
             number from 1.
         label_column: The column of the classes.
-        max_unpacked: For a folder: number of bytes to which a `.gz` file may unpack. By default 32
-            MiB or 32 times its size, whichever is more.
+        max_unpacked: For a folder: number of bytes to which a `.gz` file may unpack. By default 8
+            MiB or 16 times its size, whichever is more.
 
     Returns:
         The texts; equal calls give equal texts.
@@ -127,7 +130,7 @@ def load_texts(
 
 def read_texts(
     path: str | os.PathLike[str], *, field: int = 1, max_unpacked: int | None = None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+) -> tuple[tuple[str, ...], Sequence[str]]:
     """Reads texts without classes, one a line.
 
     A first line with one of the usual names of a column, such as `sentence`, is left out, and a
@@ -136,7 +139,7 @@ def read_texts(
     Args:
         path: A UTF-8 file, or a `.gz` of one.
         field: Number of the tab-separated field that holds the text, counted from 1.
-        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 8 MiB or 16
             times its size, whichever is more.
 
     Returns:
@@ -150,7 +153,7 @@ def read_texts(
     if field < 1:
         raise DataError(f"fields are counted from 1, got {field}")
     texts = []
-    origins = []
+    indices = array.array("q")
     for index, line in enumerate(iterate_lines(path, max_unpacked=max_unpacked)):
         origin = line_origin(path, index)
         fields = line.split("\t")
@@ -162,10 +165,10 @@ def read_texts(
             warnings.warn(f"{to_one_line(origin)} is a header and is left out", stacklevel=2)
             continue
         texts.append(strip_text(fields[field - 1], origin))
-        origins.append(origin)
+        indices.append(index)
     if not texts:
         raise DataError(f"{path} has no text below its first line")
-    return tuple(texts), tuple(origins)
+    return tuple(texts), LineOrigins(path, indices)
 
 
 def without_overlap(texts: Sequence[str], excluded: Iterable[str]) -> np.ndarray:
@@ -307,8 +310,5 @@ def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> 
 
 
 def _select_texts(split: Texts, indices: np.ndarray) -> Texts:
-    return Texts(
-        tuple(split.texts[i] for i in indices),
-        split.labels[indices],
-        tuple(split.origins[i] for i in indices),
-    )
+    texts = tuple(split.texts[i] for i in indices)
+    return Texts(texts, split.labels[indices], take(split.origins, indices))

@@ -3,8 +3,9 @@
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -23,8 +24,8 @@ TEST_SEED = 0x7E57
 VALIDATION_SEED = 0xDA7A
 
 # Text packs to a third or a fifth. A file of one repeated line packs to a thousandth.
-_MIN_UNPACKED = 2**25
-_MAX_RATIO = 32
+_MIN_UNPACKED = 2**23
+_MAX_RATIO = 16
 _CHUNK = 2**20
 
 
@@ -33,7 +34,7 @@ def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
 
     Args:
         path: The file.
-        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 32 MiB or 32
+        max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 8 MiB or 16
             times its size, whichever is more.
 
     Raises:
@@ -72,6 +73,11 @@ def iterate_lines(path: Path, *, max_unpacked: int | None = None) -> Iterator[st
     text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff").removesuffix("\n")
     if not text:
         raise DataError(f"{path} is empty: it must hold one text a line")
+    return split_lines(text)
+
+
+def split_lines(text: str) -> Iterator[str]:
+    """Yields the lines of a text without line ends."""
     start = 0
     # Not str.splitlines, which also splits at U+2028, form feeds and others within a text. Not
     # str.split, whose list of a million empty lines takes more memory than the file.
@@ -80,6 +86,43 @@ def iterate_lines(path: Path, *, max_unpacked: int | None = None) -> Iterator[st
         end = len(text) if end < 0 else end
         yield text[start:end].removesuffix("\r")
         start = end + 1
+
+
+class LineOrigins(Sequence[str]):
+    """Names the lines of a file when they are asked for.
+
+    A string for each line would take more memory than short lines themselves.
+    """
+
+    def __init__(self, path: Path, indices: Sequence[int] | np.ndarray) -> None:
+        """Names lines by their indices, which count from 0."""
+        self._path = path
+        self._indices = np.asarray(indices)
+
+    def __len__(self) -> int:
+        """Returns the number of lines."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        """Returns the name of a line, or the names of a slice."""
+        if isinstance(index, slice):
+            return LineOrigins(self._path, self._indices[index])
+        return line_origin(self._path, int(self._indices[index]))
+
+    def take(self, indices: np.ndarray) -> "LineOrigins":
+        """Returns the names of some of the lines."""
+        return LineOrigins(self._path, self._indices[indices])
+
+
+def take(column: Sequence[str], indices: np.ndarray) -> Sequence[str]:
+    """Returns some of the texts or origins of a column."""
+    if isinstance(column, LineOrigins):
+        return column.take(indices)
+    return tuple(column[i] for i in indices)
 
 
 def line_origin(path: Path, index: int) -> str:

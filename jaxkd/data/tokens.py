@@ -292,7 +292,8 @@ def _describe_difference(teacher: "Tokenizer", student: "Tokenizer") -> str | No
 
 
 def _find_tokenizer_file(path: Path) -> Path:
-    if path.is_dir():
+    # Not Path.is_dir and Path.is_file, which fail for a name that is too long.
+    if os.path.isdir(path):
         files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
         if not files:
             raise DataError(
@@ -300,7 +301,7 @@ def _find_tokenizer_file(path: Path) -> Path:
                 "put the tokenizer's file there"
             )
         return files[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(
             f"there is no tokenizer {path}: "
             f"give a {' or '.join(_TOKENIZER_FILES)}, or a folder that has one"

@@ -126,6 +126,15 @@ def test_image_size_out_of_bounds(image_size, message):
         data.load("fashion_mnist_mini", image_size=image_size)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "the name of the dataset is empty: give a folder"), ("a\0b", "has a null character: ch")],
+)
+def test_names_that_are_no_path(name, message):
+    with pytest.raises(data.DataError, match=message):
+        data.load(name)
+
+
 def test_name_of_thousands_of_characters_ends_in_a_short_line():
     with pytest.raises(data.DataError, match="there is no folder") as error:
         data.load("photos/" + "x" * 5000)

@@ -62,7 +62,7 @@ def test_windows_line_ends_and_byte_order_marks_are_not_text(folder):
         (
             "test.tsv",
             b"fine\tgood\n\nbad\tbad\n",
-            r"test\.tsv, line 2 must be a text, a tab and a class",
+            r"test\.tsv, line 2 is empty: remove it",
         ),
         ("test.tsv", b"fine\tgood\n\tbad\n", r"test\.tsv, line 2 is empty"),
         (
@@ -179,6 +179,16 @@ def test_texts_without_classes_are_a_field_of_each_line(tmp_path):
         text.read_texts(tmp_path / "snippets.txt", field=4)
     with pytest.raises(DataError, match="counted from 1"):
         text.read_texts(tmp_path / "snippets.txt", field=0)
+
+
+def test_origins_are_a_sequence_of_names(tmp_path):
+    write(tmp_path, "more.txt", [f"text {i}" for i in range(9)])
+    _, origins = text.read_texts(tmp_path / "more.txt")
+    names = [f"{tmp_path / 'more.txt'}, line {i + 1}" for i in range(9)]
+    assert list(origins) == names and len(origins) == 9 and origins[-1] == names[-1]
+    assert list(origins[2:4]) == names[2:4]
+    with pytest.raises(IndexError):
+        origins[9]
 
 
 def test_overlap_ignores_case_and_punctuation():

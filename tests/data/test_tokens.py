@@ -128,6 +128,13 @@ def test_missing_files(tmp_path):
         tokens.load_tokenizer(tmp_path / "nowhere.json")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/dev/zero"])
+def test_paths_that_are_no_file_end_in_a_short_line(name):
+    with pytest.raises(data.DataError) as error:
+        tokens.load_tokenizer(name)
+    assert len(str(error.value)) <= 300
+
+
 def test_damage_of_any_kind_is_a_tokenizer_or_a_data_error(tmp_path, trained):
     path = tmp_path / "tokenizer.json"
     draw = random.Random(0)

@@ -137,7 +137,7 @@ def test_sentiment_trains_a_teacher_once_and_students_for_each_seed(
     assert {seed for stage, seed in trained if stage == "teacher"} == {0}
     printed = capsys.readouterr().out
     assert "29 of 30 further texts are used" in printed and "lstm_transfer is" in printed
-    assert read_class_names(folder / "student.safetensors") == ("0", "1")
+    assert read_class_names(folder / "student.safetensors") == ("negative", "positive")
     assert (folder / "accuracy.png").is_file()
     before = (folder / "results.json").read_text()
     sentiment.main(config)
@@ -354,7 +354,7 @@ def test_tinybert_s_terms_are_0_where_the_features_are_the_teacher_s(outputs):
         (sentiment, ["--frozen-layers", "4"], "has 4 layers"),
         (sentiment, ["--max-length", "99"], "has positions for 24 tokens"),
         (sentiment, ["--max-length", "2"], "needs at least 3 tokens"),
-        (sentiment, ["--unlabelled", "nowhere.txt"], "cannot read nowhere.txt"),
+        (sentiment, ["--unlabelled", "nowhere.txt"], "nowhere.txt does not exist"),
         (
             distilbert,
             ["--layers", "0", "7"],
