@@ -83,7 +83,10 @@ def read_image_folder(
         split: [_list_images(part / name) for name in class_names] for split, part in parts.items()
     }
     _warn_of_structure(path, parts.values(), itertools.chain(*listings.values()))
-    splits = {split: _read_split(parts[split], listings[split], image_size) for split in parts}
+    # Not a comprehension, which is a frame of its own before Python 3.12: warnings count frames.
+    splits = {}
+    for split, part in parts.items():
+        splits[split] = _read_split(part, listings[split], image_size)
     return splits["train"], splits["test"], class_names, splits.get("validation")
 
 

@@ -120,12 +120,7 @@ def load_texts(
             f"there is no folder {folder}: give one with train.tsv and test.tsv, or the name of a "
             "dataset"
         )
-    splits, class_names = tfds_texts.read_tfds_texts(name, data_dir)
-    if "test" not in splits:
-        _warn_of_test_set(name, has_validation="validation" in splits)
-    return _make_text_dataset(
-        {split: Texts(*columns) for split, columns in splits.items()}, class_names
-    )
+    return _read_tfds(name, data_dir)
 
 
 def read_texts(
@@ -213,7 +208,10 @@ def _read_folder(
     label_column: str | int | None,
     max_unpacked: int | None,
 ) -> TextDataset:
-    paths = {split: _find_table(folder, names) for split, names in FILE_NAMES.items()}
+    # Not a comprehension, which is a frame of its own before Python 3.12: warnings count frames.
+    paths = {}
+    for split, names in FILE_NAMES.items():
+        paths[split] = _find_table(folder, names)
     train_path, test_path = paths["train"], paths["test"]
     if train_path is None or test_path is None:
         raise DataError(
@@ -244,6 +242,15 @@ def _read_folder(
         labels = np.array([indices[label] for label in table.labels], np.int32)
         splits[split] = Texts(table.texts, labels, table.origins)
     return _make_text_dataset(splits, class_names)
+
+
+def _read_tfds(name: str, data_dir: Path) -> TextDataset:
+    splits, class_names = tfds_texts.read_tfds_texts(name, data_dir)
+    if "test" not in splits:
+        _warn_of_test_set(name, has_validation="validation" in splits)
+    return _make_text_dataset(
+        {split: Texts(*columns) for split, columns in splits.items()}, class_names
+    )
 
 
 def _find_table(folder: Path, names: Sequence[str]) -> Path | None:

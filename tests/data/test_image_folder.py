@@ -288,6 +288,9 @@ def test_images_below_a_class_folder_belong_to_the_class(photos):
     with pytest.warns(UserWarning, match=r"images in 1 sub-folders .*: train/lime/2020/may$"):
         train = image_folder.read_image_folder(photos, image_size=4)[0]
     chex.assert_trees_all_equal(train, expected)
+    with pytest.warns(UserWarning) as said:
+        data.load(photos)
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_link_to_a_folder_above_is_passed_over(photos):

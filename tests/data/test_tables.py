@@ -190,8 +190,11 @@ def test_columns_by_number(load):
 def test_tabs_within_a_few_texts_are_said(load):
     rows = [(f"{line}\tand more", label) if i == 3 else (line, label)
             for i, (line, label) in enumerate(ROWS)]  # fmt: skip
-    with pytest.warns(UserWarning, match="train.tsv: 1 texts contain tabs; the class is what fol"):
+    with pytest.warns(
+        UserWarning, match="train.tsv: 1 texts contain tabs; the class is what f"
+    ) as said:
         dataset = load({"train.tsv": rows, "test.tsv": TEST})
+    assert [warning.filename for warning in said] == [__file__]
     assert all_rows(dataset) == rows
 
 
@@ -231,6 +234,7 @@ def test_unlabelled_test_set_of_glue_is_replaced_by_the_validation_set(load, tes
     messages = [str(warning.message) for warning in said]
     assert any("test.tsv has no classes and is left out" in message for message in messages)
     assert any("the validation set is the test set" in message for message in messages)
+    assert {warning.filename for warning in said} == {__file__}
     assert dataset.class_names == CLASSES
     assert texts_and_classes(dataset, dataset.test) == TEST
     assert len(dataset.train.texts) == 27 and len(dataset.validation.texts) == 3
@@ -303,6 +307,7 @@ def test_one_of_several_files_is_read_and_said(load):
         "train.tsv is read, train.csv beside it not",
         "val.tsv is read, dev.tsv beside it not",
     ]
+    assert {warning.filename for warning in said} == {__file__}
     assert len(dataset.train.texts) == 30 and len(dataset.validation.texts) == 2
 
 
@@ -344,8 +349,9 @@ def test_pipes_and_devices_are_refused(tmp_path):
 
 def test_header_of_texts_without_classes_is_left_out(tmp_path):
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tuneasy mishmash\n")
-    with pytest.warns(UserWarning, match="test.tsv, line 1 is a header and is left out"):
+    with pytest.warns(UserWarning, match="test.tsv, line 1 is a header and is left out") as said:
         texts, origins = text.read_texts(tmp_path / "test.tsv", field=2)
+    assert [warning.filename for warning in said] == [__file__]
     assert texts == ("uneasy mishmash",) and origins[0].endswith("line 2")
 
 

@@ -134,8 +134,9 @@ def test_tensorflow_datasets_are_read(tmp_path):
 
 def test_validation_set_replaces_an_unlabelled_test_set(tmp_path):
     prepare(tmp_path, {"train": 20, "validation": 5, "test": 6})
-    with pytest.warns(UserWarning, match="no test set with classes; the validation set is"):
+    with pytest.warns(UserWarning, match="no test set with classes; the validation") as said:
         dataset = text.load_texts("tiny", tmp_path)
+    assert [warning.filename for warning in said] == [__file__]
     assert [len(split.texts) for split in dataset[:3]] == [18, 2, 5]
     assert dataset.test.origins[0].startswith("tiny, validation")
 
