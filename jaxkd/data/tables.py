@@ -114,20 +114,15 @@ def read_train_table(
     """
     source = _open(path, max_unpacked)
     text, label = _read_option(text_column), _read_option(label_column)
-    header = source.first
-    if isinstance(text, str) or isinstance(label, str) or _is_header(source):
-        columns = _choose_named(path, header, text, label)
+    is_named = isinstance(text, str) or isinstance(label, str)
+    if is_named or _is_header(source):
+        columns = _choose_named(path, source.first, text, label)
     else:
         columns = _choose_unnamed(source, text, label)
     table = _make_table(source, columns)
     _check_share(path, table)
-    if columns.names and (text is None or label is None):
-        warnings.warn(
-            f"{to_one_line(str(path))}: line 1 is a header; the text is column "
-            f"{header[columns.text]!r}, the class {header[columns.label or 0]!r}; {_OPTIONS} "
-            "choose others",
-            stacklevel=4,
-        )
+    if columns.names and (text is None or label is None or not is_named):
+        _warn_of_header(path, columns)
     return table
 
 
@@ -147,11 +142,14 @@ def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = Non
     """
     source = _open(path, max_unpacked)
     columns = train.columns
-    if _repeats_header(source.first, columns) or _is_header(source, set(train.labels)):
+    repeats_header = _repeats_header(source.first, columns)
+    if repeats_header or _is_header(source, set(train.labels)):
         columns = _find_again(path, source.first, columns)
     else:
         columns = columns._replace(names=None)
     table = _make_table(source, columns)
+    if columns.names and not repeats_header:
+        _warn_of_header(path, columns)
     if set(table.labels) == {"-1"} and "-1" not in train.labels:
         return table._replace(labels=())
     return table
@@ -188,6 +186,17 @@ def check_first_line(path: Path, train: Table, others: Collection[Table]) -> Non
 def is_text_header(field: str) -> bool:
     """Returns True if a field is one of the usual names of a column of texts."""
     return _clean(field) in TEXT_NAMES
+
+
+def _warn_of_header(path: Path, columns: Columns) -> None:
+    names = columns.names or ()
+    chosen = f"the text is column {shorten(names[columns.text], 40)!r}"
+    if columns.label is not None:
+        chosen += f", the class {shorten(names[columns.label], 40)!r}"
+    warnings.warn(
+        f"{to_one_line(str(path))}: line 1 is a header; {chosen}; {_OPTIONS} choose others",
+        stacklevel=6,
+    )
 
 
 def _open(path: Path, max_unpacked: int | None) -> _Source:
@@ -419,7 +428,7 @@ def _check_joined(path: Path, num_joined: int, num_texts: int) -> None:
         warnings.warn(
             f"{to_one_line(str(path))}: {num_joined:,} texts contain tabs; the class is what "
             "follows the last tab",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

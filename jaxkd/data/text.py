@@ -212,28 +212,16 @@ def _read_folder(
     paths = {}
     for split, names in FILE_NAMES.items():
         paths[split] = _find_table(folder, names)
-    train_path, test_path = paths["train"], paths["test"]
-    if train_path is None or test_path is None:
+    if paths["train"] is None or paths["test"] is None:
+        missing = "test" if paths["train"] else "train"
         raise DataError(
-            f"{folder} has no {'test' if train_path else 'train'}.tsv: each line of it is a text, "
-            "a tab and a class"
+            f"{folder} has no {missing}.tsv: each line of it is a text, a tab and a class"
         )
-    train = tables.read_train_table(
-        train_path, text_column=text_column, label_column=label_column, max_unpacked=max_unpacked
-    )
-    split_tables = {"train": train}
-    for split in ("validation", "test"):
-        if (path := paths[split]) is not None:
-            table = tables.read_other_table(path, train, max_unpacked=max_unpacked)
-            if table.labels:
-                split_tables[split] = table
-            else:
-                warnings.warn(
-                    f"{to_one_line(str(path))} has no classes and is left out", stacklevel=3
-                )
-    others = [table for split, table in split_tables.items() if split != "train"]
-    tables.check_first_line(train_path, train, others)
-    class_names = _sort_known_classes(train_path, train, others)
+    split_tables = _read_tables(paths, text_column, label_column, max_unpacked)
+    train = split_tables["train"]
+    others = [table for table in split_tables.values() if table is not train]
+    tables.check_first_line(paths["train"], train, others)
+    class_names = _sort_known_classes(paths["train"], train, others)
     if "test" not in split_tables:
         _warn_of_test_set(str(folder), has_validation="validation" in split_tables)
     indices = {name: index for index, name in enumerate(class_names)}
@@ -242,6 +230,34 @@ def _read_folder(
         labels = np.array([indices[label] for label in table.labels], np.int32)
         splits[split] = Texts(table.texts, labels, table.origins)
     return _make_text_dataset(splits, class_names)
+
+
+def _read_tables(
+    paths: dict[str, Path | None],
+    text_column: str | int | None,
+    label_column: str | int | None,
+    max_unpacked: int | None,
+) -> dict[str, tables.Table]:
+    """Reads the tables of all splits, and leaves out those without classes."""
+    split_tables: dict[str, tables.Table] = {}
+    for split, path in paths.items():
+        if path is None:
+            continue
+        # The training texts come first, and their columns are those of the others.
+        if split == "train":
+            table = tables.read_train_table(
+                path,
+                text_column=text_column,
+                label_column=label_column,
+                max_unpacked=max_unpacked,
+            )
+        else:
+            table = tables.read_other_table(path, split_tables["train"], max_unpacked=max_unpacked)
+        if table.labels:
+            split_tables[split] = table
+        else:
+            warnings.warn(f"{to_one_line(str(path))} has no classes and is left out", stacklevel=4)
+    return split_tables
 
 
 def _read_tfds(name: str, data_dir: Path) -> TextDataset:
@@ -272,9 +288,9 @@ def _sort_known_classes(
     known = set(class_names)
     unseen = {}
     for table in others:
-        for label, origin in zip(table.labels, table.origins, strict=True):
-            if label not in known:
-                unseen.setdefault(label, origin)
+        for index, label in enumerate(table.labels):
+            if label not in known and label not in unseen:
+                unseen[label] = table.origins[index]
     if unseen:
         raise DataError(
             f"{path} must have all classes: it lacks {list_names(map(repr, unseen))}, which "

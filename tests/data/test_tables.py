@@ -98,8 +98,17 @@ def test_header_of_the_first_file_alone(load):
 
 
 def test_header_of_the_second_file_alone(load):
-    dataset = load({"train.tsv": ROWS, "test.tsv": [("text", "label"), *TEST]})
+    with pytest.warns(UserWarning, match=r"test.tsv: line 1 is a header; the text .* 'label';"):
+        dataset = load({"train.tsv": ROWS, "test.tsv": [("text", "label"), *TEST]})
     assert texts_and_classes(dataset, dataset.test) == TEST
+
+
+def test_header_above_columns_by_number_is_left_out_and_said(load):
+    files = {"train.tsv": [("text", "label"), *ROWS], "test.tsv": TEST}
+    with pytest.warns(UserWarning, match="line 1 is a header") as said:
+        dataset = load(files, text_column=1, label_column=2)
+    assert [warning.filename for warning in said] == [__file__]
+    assert all_rows(dataset) == ROWS
 
 
 def test_examples_that_look_like_a_header_are_kept(load):
