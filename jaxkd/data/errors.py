@@ -3,6 +3,8 @@
 import importlib
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,18 @@ class DataError(ValueError):
             command: A command that the reader copies, appended whole.
         """
         super().__init__(shorten(to_one_line(message), MAX_MESSAGE) + command)
+
+
+def warn(message: str) -> None:
+    """Warns on one line of at most 300 characters, at the line of code that called `jaxkd.data`."""
+    # Counted, because helpers and, before Python 3.12, comprehensions are frames of their own.
+    # `skip_file_prefixes` came with Python 3.12.
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("jaxkd.data"):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(shorten(to_one_line(message), MAX_MESSAGE), stacklevel=level)
 
 
 def to_one_line(text: str) -> str:

@@ -18,6 +18,7 @@ from jaxkd.data.errors import (
     one_line,
     shorten,
     to_one_line,
+    warn,
 )
 from jaxkd.data.progress import track
 from jaxkd.data.text_files import FILE_NAMES
@@ -83,10 +84,7 @@ def read_image_folder(
         split: [_list_images(part / name) for name in class_names] for split, part in parts.items()
     }
     _warn_of_structure(path, parts.values(), itertools.chain(*listings.values()))
-    # Not a comprehension, which is a frame of its own before Python 3.12: warnings count frames.
-    splits = {}
-    for split, part in parts.items():
-        splits[split] = _read_split(part, listings[split], image_size)
+    splits = {split: _read_split(parts[split], listings[split], image_size) for split in parts}
     return splits["train"], splits["test"], class_names, splits.get("validation")
 
 
@@ -220,13 +218,13 @@ def _warn_of_structure(path: Path, parts: Collection[Path], listings: Iterable[_
         passed_over += listing.passed_over
     if passed_over:
         shown = list_names(entry.relative_to(path) for entry in passed_over)
-        _warn(
+        warn(
             f"{path}: {len(passed_over):,} files and folders are passed over, since they are no "
             f"images or not in a class folder: {shown}"
         )
     if sub_folders:
         shown = list_names(folder.relative_to(path) for folder in sub_folders)
-        _warn(
+        warn(
             f"{path}: images in {len(sub_folders):,} sub-folders belong to the class of the folder "
             f"above: {shown}"
         )
@@ -245,7 +243,7 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
         num_plain += is_transparent and images[i].min() == images[i].max()
     if num_transparent:
         plain = f"; {num_plain:,} of them are of one colour then" if num_plain else ""
-        _warn(
+        warn(
             f"{part}: {num_transparent:,} of {len(labels):,} images have transparent parts, which "
             f"are shown on white{plain}"
         )
@@ -254,11 +252,6 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
 
 def _is_hidden(entry: Path) -> bool:
     return entry.name.startswith(".")
-
-
-def _warn(message: str) -> None:
-    # The level of a caller of `jaxkd.data.load`.
-    warnings.warn(to_one_line(message), stacklevel=6)
 
 
 def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, bool]:

@@ -2,14 +2,13 @@
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxkd.data.errors import DataError, expand_user_path, list_names, to_one_line
+from jaxkd.data.errors import DataError, expand_user_path, list_names, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
@@ -187,11 +186,7 @@ def _find_pair(
     chosen = min(stems, key=rank)
     others = [stem for stem in stems if stem != chosen and rank(stem)[0] == rank(chosen)[0]]
     if others:
-        warnings.warn(
-            f"{to_one_line(str(folder))}: of several pairs {chosen} is read, not "
-            f"{list_names(others)}",
-            stacklevel=3,
-        )
+        warn(f"{folder}: of several pairs {chosen} is read, not {list_names(others)}")
     return source_files[chosen], target_files[chosen]
 
 

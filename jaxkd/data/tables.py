@@ -3,13 +3,12 @@
 import array
 import csv
 import io
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxkd.data.errors import DataError, list_names, shorten, to_one_line
+from jaxkd.data.errors import DataError, list_names, shorten, warn
 from jaxkd.data.text_files import LineOrigins, line_origin, read_utf8, split_lines
 
 SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
@@ -193,10 +192,7 @@ def _warn_of_header(path: Path, columns: Columns) -> None:
     chosen = f"the text is column {shorten(names[columns.text], 40)!r}"
     if columns.label is not None:
         chosen += f", the class {shorten(names[columns.label], 40)!r}"
-    warnings.warn(
-        f"{to_one_line(str(path))}: line 1 is a header; {chosen}; {_OPTIONS} choose others",
-        stacklevel=6,
-    )
+    warn(f"{path}: line 1 is a header; {chosen}; {_OPTIONS} choose others")
 
 
 def _open(path: Path, max_unpacked: int | None) -> _Source:
@@ -425,11 +421,7 @@ def _check_joined(path: Path, num_joined: int, num_texts: int) -> None:
             f"choose those of text and class by {_OPTIONS}"
         )
     if num_joined:
-        warnings.warn(
-            f"{to_one_line(str(path))}: {num_joined:,} texts contain tabs; the class is what "
-            "follows the last tab",
-            stacklevel=7,
-        )
+        warn(f"{path}: {num_joined:,} texts contain tabs; the class is what follows the last tab")
 
 
 def _check_share(path: Path, table: Table) -> None:

@@ -3,7 +3,6 @@
 import array
 import os
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxkd.data import tables, tfds_prepare, tfds_texts
 from jaxkd.data.class_names import sort_classes
-from jaxkd.data.errors import DataError, expand_user_path, list_names, shorten, to_one_line
+from jaxkd.data.errors import DataError, expand_user_path, list_names, shorten, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
@@ -157,7 +156,7 @@ def read_texts(
                 f"{origin} has {len(fields)} fields, not {field}: check which holds the text"
             )
         if index == 0 and tables.is_text_header(fields[field - 1]):
-            warnings.warn(f"{to_one_line(origin)} is a header and is left out", stacklevel=2)
+            warn(f"{origin} is a header and is left out")
             continue
         texts.append(strip_text(fields[field - 1], origin))
         indices.append(index)
@@ -208,10 +207,7 @@ def _read_folder(
     label_column: str | int | None,
     max_unpacked: int | None,
 ) -> TextDataset:
-    # Not a comprehension, which is a frame of its own before Python 3.12: warnings count frames.
-    paths = {}
-    for split, names in FILE_NAMES.items():
-        paths[split] = _find_table(folder, names)
+    paths = {split: _find_table(folder, names) for split, names in FILE_NAMES.items()}
     if paths["train"] is None or paths["test"] is None:
         missing = "test" if paths["train"] else "train"
         raise DataError(
@@ -256,7 +252,7 @@ def _read_tables(
         if table.labels:
             split_tables[split] = table
         else:
-            warnings.warn(f"{to_one_line(str(path))} has no classes and is left out", stacklevel=4)
+            warn(f"{path} has no classes and is left out")
     return split_tables
 
 
@@ -275,7 +271,7 @@ def _find_table(folder: Path, names: Sequence[str]) -> Path | None:
     found = [path for path in paths if os.path.isfile(path)]
     if len(found) > 1:
         others = list_names(path.name for path in found[1:])
-        warnings.warn(f"{to_one_line(str(found[0]))} is read, {others} beside it not", stacklevel=4)
+        warn(f"{found[0]} is read, {others} beside it not")
     return found[0] if found else None
 
 
@@ -306,10 +302,7 @@ def _sort_known_classes(
 
 def _warn_of_test_set(name: str, *, has_validation: bool) -> None:
     substitute = "the validation set" if has_validation else "a tenth of the training texts"
-    warnings.warn(
-        f"{to_one_line(name)}: there is no test set with classes; {substitute} is the test set",
-        stacklevel=4,
-    )
+    warn(f"{name}: there is no test set with classes; {substitute} is the test set")
 
 
 def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> TextDataset:

@@ -6,7 +6,6 @@ Those stored as array_record are read without TensorFlow.
 import contextlib
 import hashlib
 import logging
-import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxkd.data import decoded_cache, image_folder, tfds_prepare, tfds_reader
 from jaxkd.data.dataset import Split, hold_out_test
-from jaxkd.data.errors import DataError, import_or_raise, list_names
+from jaxkd.data.errors import DataError, import_or_raise, list_names, warn
 from jaxkd.data.progress import track
 from jaxkd.data.tfds_reader import PreparedDataset
 
@@ -84,7 +83,7 @@ def _warn_of_splits(prepared: PreparedDataset) -> None:
     else:
         substitute = "the split validation" if "validation" in splits else "a fifth of train"
         choice = f"there is no split test; {substitute} is the test set"
-    warnings.warn(f"{prepared.name}: {choice}", stacklevel=5)
+    warn(f"{prepared.name}: {choice}")
 
 
 def _find_fields(prepared: PreparedDataset, image_size: int) -> _Fields:

@@ -2,8 +2,10 @@
 
 import pickle
 
+import pytest
+
 from jaxkd.data import DataError
-from jaxkd.data.errors import list_names, one_line, shorten
+from jaxkd.data.errors import list_names, one_line, shorten, warn
 
 
 def test_message_is_one_short_line_with_its_beginning_and_its_end():
@@ -27,6 +29,13 @@ def test_lone_surrogates_and_escapes_can_be_printed():
 def test_error_survives_pickling():
     error = DataError("a\nb", command="ls")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a bls"
+
+
+def test_warning_is_one_short_line_at_the_caller_of_the_package():
+    with pytest.warns(UserWarning) as said:
+        warn("a\n" + "x" * 999)
+    assert [len(str(warning.message)) for warning in said] == [300]
+    assert said[0].filename == __file__
 
 
 def test_lists_are_the_first_few_and_a_count():
