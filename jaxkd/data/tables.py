@@ -27,7 +27,8 @@ LABEL_NAMES = (
 """Names by which a header's column of classes is recognised, in any case."""
 
 MAX_CLASS_SHARE = 0.5
-"""A column with more classes than this share of the rows, and more than two, is refused."""
+"""More classes than this share of the texts, and than two, are refused, unless both columns are
+named."""
 
 _OPTIONS = "text_column and label_column (--text-column, --label-column)"
 
@@ -119,7 +120,9 @@ def read_train_table(
     else:
         columns = _choose_unnamed(source, text, label)
     table = _make_table(source, columns)
-    _check_share(path, table)
+    # Who names both columns may have a text for each class.
+    if text is None or label is None:
+        _check_share(path, table)
     if columns.names and (text is None or label is None or not is_named):
         _warn_of_header(path, columns)
     return table

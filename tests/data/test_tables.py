@@ -277,6 +277,14 @@ def test_many_classes_are_fine_if_there_are_enough_texts(load):
     assert len(load({"train.tsv": rows, "test.tsv": rows}).class_names) == 200
 
 
+def test_a_text_for_each_class_needs_both_columns_named(load):
+    rows = [("text", "label"), *((f"review {i}", f"class {i}") for i in range(30))]
+    with pytest.raises(DataError, match="has 30 classes in 30 texts, more than 50%"):
+        load({"train.tsv": rows, "test.tsv": rows})
+    options = {"text_column": "text", "label_column": "label"}
+    assert len(load({"train.tsv": rows, "test.tsv": rows}, **options).class_names) == 30
+
+
 # Files
 
 
