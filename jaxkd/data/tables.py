@@ -257,7 +257,9 @@ def _clean(field: str) -> str:
 
 
 def _is_header(source: _Source, classes: Collection[str] = ()) -> bool:
-    """True if the first line has one of the usual names, and no other line has it there."""
+    """True if the first line has both of the usual names, or one that no other line has there."""
+    if not {*TEXT_NAMES}.isdisjoint(source.first) and not {*LABEL_NAMES}.isdisjoint(source.first):
+        return True
     # A class may be called "review".
     known_classes = {_clean(label) for label in classes}
     for column, name in enumerate(source.first):
@@ -388,6 +390,8 @@ def _make_table(source: _Source, columns: Columns) -> Table:
         text = fields[columns.text].strip()
         if not text:
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
+        if columns.names and _repeats(fields, columns):
+            raise DataError(f"{line_origin(path, index)} repeats the header: remove it")
         texts.append(text)
         if columns.label is not None:
             label = fields[columns.label].strip()
@@ -398,6 +402,14 @@ def _make_table(source: _Source, columns: Columns) -> Table:
         raise DataError(f"{path} has no text below its first line")
     _check_joined(path, num_joined, len(texts))
     return Table(columns, tuple(texts), tuple(labels), LineOrigins(path, indices))
+
+
+def _repeats(fields: Sequence[str], columns: Columns) -> bool:
+    """True if a line has the names of the columns, as in files that were joined."""
+    names = columns.names or ()
+    # The text first, because it differs from its name in almost every line.
+    indices = (columns.text,) if columns.label is None else (columns.text, columns.label)
+    return all(_clean(fields[index]) == names[index] for index in indices)
 
 
 def _check_row(path: Path, index: int, fields: Sequence[str], columns: Columns) -> None:
