@@ -2,12 +2,20 @@
 
 import contextlib
 import os
+import re
+import secrets
 from collections.abc import Container, Generator, Mapping
 from pathlib import Path
+
+MAX_DIFFERENCES = 3
+"""Number of differences that a message lists. The others are counted."""
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file so that it always holds either all of its old or all of its new content.
+
+    Threads and processes may write the same file: one of the contents stays. A symbolic link is
+    replaced, not followed.
 
     Args:
         path: The file. Its folder must exist.
@@ -18,10 +26,13 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """
     path = Path(path)
     # In the same folder, because a file can only be moved in one step within a file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # A random name, because another thread may write the same path, and a process of another host
+    # may have this one's number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with add_filename_to_errors(path):
-            with open(temporary, "wb") as file:
+            # Exclusively: a file or a link that is already there belongs to somebody else.
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 # Without it, a power cut after the rename may leave an empty file under the final
@@ -30,6 +41,11 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Returns whether a killed process may have left a file of this name in `write_atomically`."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", name) is not None
 
 
 @contextlib.contextmanager
@@ -42,13 +58,20 @@ def add_filename_to_errors(path: str | os.PathLike) -> Generator[None]:
         raise
 
 
-def describe_differences(before: Mapping, after: Mapping, *, ignore: Container[str] = ()) -> str:
+def describe_differences(
+    before: Mapping,
+    after: Mapping,
+    *,
+    ignore: Container[str] = (),
+    limit: int | None = MAX_DIFFERENCES,
+) -> str:
     """Describes the values in which two mappings differ, such as two configurations.
 
     Args:
         before: The values by name.
         after: The other values by name. A name that one side lacks counts as `None`.
         ignore: Names that may differ.
+        limit: Number of differences that are listed. `None` lists all.
 
     Returns:
         One line, or an empty string if nothing differs.
@@ -59,6 +82,15 @@ def describe_differences(before: Mapping, after: Mapping, *, ignore: Container[s
     """
     names = [name for name in sorted(before.keys() | after.keys()) if name not in ignore]
     differing = [name for name in names if before.get(name) != after.get(name)]
-    return "; ".join(
-        f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in differing
-    )
+    descriptions = [
+        f"{name} was {_shorten(before.get(name))} and is {_shorten(after.get(name))}"
+        for name in differing[:limit]
+    ]
+    if len(differing) > len(descriptions):
+        descriptions.append(f"and {len(differing) - len(descriptions)} more")
+    return "; ".join(descriptions)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
