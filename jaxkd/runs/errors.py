@@ -1,7 +1,9 @@
-"""The error of a run, and the advice on a missing package."""
+"""The error of a run, the advice on a missing package, and the check of a folder's name."""
 
 import contextlib
+import os
 from collections.abc import Generator
+from pathlib import Path
 
 
 class RunError(ValueError):
@@ -27,3 +29,26 @@ def add_install_command(extra: str = "train") -> Generator[None]:
             f"pip install 'jaxkd-distill[{extra}]'",
             name=error.name,
         ) from error
+
+
+def check_folder_name(folder: str | os.PathLike) -> Path:
+    """Returns a folder's path after a check that every package can write below it.
+
+    Orbax fails with another name only when it saves, which may be hours later.
+
+    Args:
+        folder: The folder. It need not exist.
+
+    Raises:
+        RunError: If the name is not UTF-8 or contains a null character.
+    """
+    path = Path(folder)
+    try:
+        name = str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        name = b"\0"
+    if b"\0" in name:
+        raise RunError(
+            f"the folder {ascii(str(path))[:200]} has a name that is not UTF-8: name another folder"
+        )
+    return path

@@ -8,6 +8,7 @@ checkpoints/    one folder per seed and stage
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -19,14 +20,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkd._files import add_filename_to_errors, describe_differences, write_atomically
-from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, lock_folder
+from jaxkd._files import (
+    add_filename_to_errors,
+    describe_differences,
+    is_temporary,
+    write_atomically,
+)
+from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, identify_lock, lock_folder
 from jaxkd.runs.environment import describe_environment
-from jaxkd.runs.errors import RunError
+from jaxkd.runs.errors import RunError, check_folder_name
 from jaxkd.runs.results import ResultRow
 
-DEVICE_OPTIONS = ("parallel", "model_devices")
-"""Options that divide the work among devices, on which rounding depends."""
+DEVICE_OPTIONS = ("parallel", "model_devices", "max_students")
+"""Options that divide the work among devices and programs, on which rounding depends."""
 IGNORED_OPTIONS = (
     "workdir",
     "data_dir",
@@ -50,6 +56,8 @@ class Run:
         data: The fingerprint of the data.
         environment: What `describe_environment` returned when the run was started.
         lock: Keeps other processes out as long as it is alive. `None` without a lock.
+        lock_id: Device and inode of the lock's file, by which `check_folder` notices that the
+            folder was deleted. `None` for a run that `read_run` opened.
     """
 
     folder: Path
@@ -57,6 +65,19 @@ class Run:
     data: str
     environment: dict[str, Any]
     lock: object | None = dataclasses.field(default=None, repr=False, compare=False)
+    lock_id: tuple[int, int] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def check_folder(self) -> None:
+        """Checks that the folder is still the one that `open_run` locked.
+
+        Raises:
+            RunError: If it was deleted, even if another run has started there since.
+        """
+        if self.lock_id is not None and identify_lock(self.folder) != self.lock_id:
+            raise RunError(
+                f"{self.folder} was deleted, or its {LOCK_FILE}, while this run used it: start the "
+                "run again, in another folder if another run has started there"
+            )
 
     def checkpoint_folder(self, seed: int, stage: str) -> Path:
         """Returns the folder of a stage's checkpoints for a seed."""
@@ -70,19 +91,15 @@ class Run:
             left out.
 
         Raises:
-            RunError: If another line is damaged.
+            RunError: If another line is damaged. The message names it.
             OSError: If the file cannot be read.
         """
         path = self.folder / "metrics.jsonl"
-        try:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            # Each record ends with a line break, so a line without one was cut off.
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
-            return [record for record in records if record.keys() >= {"seed", "stage", "step"}]
-        except (ValueError, AttributeError) as error:
-            raise RunError(
-                f"{path} is damaged ({error}): restore it, or name another --workdir"
-            ) from error
+        # A pipe, which is no regular file, would never end.
+        content = path.read_bytes() if path.is_file() else b""
+        # Each record ends with a line break, so a line without one was cut off.
+        lines = content.split(b"\n")[:-1]
+        return [_parse_record(path, number, line) for number, line in enumerate(lines, 1)]
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl`. Only the primary process writes.
@@ -91,14 +108,16 @@ class Run:
             record: JSON values, with `seed`, `stage` and `step`.
 
         Raises:
-            OSError: If the file cannot be written.
+            RunError: If the folder was deleted in the meantime.
+            OSError: If the file cannot be written, or is a symbolic link.
         """
         if not _is_primary():
             return
+        self.check_folder()
         path = self.folder / "metrics.jsonl"
         # The line break is written with its record. A crash then cuts off the last record at most,
         # which `metrics` leaves out.
-        with add_filename_to_errors(path), open(path, "a") as file:
+        with add_filename_to_errors(path), open(path, "a", opener=_open_unlinked) as file:
             file.write(json.dumps(record) + "\n")
 
     def rewind_metrics(self, seed: int, stage: str, step: int) -> None:
@@ -112,11 +131,12 @@ class Run:
             step: The last step whose record is kept.
 
         Raises:
-            RunError: If `metrics.jsonl` is damaged.
+            RunError: If `metrics.jsonl` is damaged, or the folder was deleted in the meantime.
             OSError: If the file cannot be written.
         """
         if not _is_primary():
             return
+        self.check_folder()
         records = [
             record
             for record in self.metrics()
@@ -134,10 +154,12 @@ class Run:
 
         Raises:
             ValueError: If a value is not finite.
+            RunError: If the folder was deleted in the meantime.
             OSError: If the file cannot be written.
         """
         if not _is_primary():
             return
+        self.check_folder()
         content = _encode_json([row.to_json() for row in rows])
         write_atomically(self.folder / "results.json", content)
 
@@ -151,10 +173,15 @@ class Run:
         path = self.folder / "results.json"
         try:
             return [ResultRow.from_json(row) for row in json.loads(path.read_text())]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RunError(
-                f"{path} is damaged ({error}): restore it, or name another --workdir"
+                f"{path} is damaged ({_first_line(error)}): restore it, or name another --workdir"
             ) from error
+
+
+def checkpoint_identity(seed: int, stage: str) -> dict[str, Any]:
+    """Returns the identity with which the checkpoints of a stage are saved for a seed."""
+    return {"seed": seed, "stage": stage}
 
 
 def open_run(
@@ -163,10 +190,11 @@ def open_run(
     """Starts a run in an empty or absent folder, or continues the run in a folder.
 
     This process locks the folder as long as the returned value is alive, and may open the run
-    again. Another process is refused. The lock ends with the process, even if that is killed.
+    again. Another process is refused. The lock ends with the process, even if that is killed. If
+    the folder is deleted while it is in use, the next write raises a `RunError`.
 
-    In a program of several processes, only the primary one uses the folder. The other processes
-    need not see it.
+    In a program of several processes, all call this function, but only the primary one uses the
+    folder. The others need not see it, and raise an error if the primary one does.
 
     Args:
         folder: The folder of the run.
@@ -178,16 +206,28 @@ def open_run(
 
     Raises:
         RunError: If the folder contains something else, or a run with another configuration or
-            other data, or if another process has the run open.
+            other data, if another process has the run open, or if the folder's name is not UTF-8.
         OSError: If the folder cannot be created or written.
         ImportError: If filelock is missing.
     """
-    folder = Path(folder)
+    folder = check_folder_name(folder)
     # A round trip through JSON, so that tuples compare equal to the lists of config.json.
     json_config = json.loads(_encode_json(dict(config)))
     data = fingerprint(arrays)
     if not _is_primary():
+        if _has_primary_failed(False):
+            raise RunError(f"the primary process cannot use {folder}: its message tells why")
         return Run(folder, json_config, data, describe_environment())
+    try:
+        run = _open_as_primary(folder, json_config, data)
+    except BaseException:
+        _has_primary_failed(True)
+        raise
+    _has_primary_failed(False)
+    return run
+
+
+def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str) -> Run:
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is not a folder: name another --workdir")
@@ -199,13 +239,16 @@ def open_run(
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written: name another --workdir")
     lock = lock_folder(folder)
+    lock_id = identify_lock(folder)
+    # Only now that no other process writes them.
+    _delete_temporary_files(folder)
     if path.exists():
         before = read_run(folder)
         _check_continuation(before, json_config, data)
         # The environment remains that of the start, by which a report describes the run. The
         # configuration is the new one, which may differ in the ignored options.
-        return dataclasses.replace(before, config=json_config, lock=lock)
-    run = Run(folder, json_config, data, describe_environment(), lock)
+        return dataclasses.replace(before, config=json_config, lock=lock, lock_id=lock_id)
+    run = Run(folder, json_config, data, describe_environment(), lock, lock_id)
     content = {"config": run.config, "data": run.data, "environment": run.environment}
     write_atomically(path, _encode_json(content))
     return run
@@ -232,9 +275,9 @@ def read_run(folder: str | os.PathLike) -> Run:
         run = Run(Path(folder), content["config"], content["data"], content["environment"])
         if not isinstance(run.config, dict) or not isinstance(run.environment, dict):
             raise TypeError("config and environment must be objects")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
-            f"{path} is not the configuration of a run ({error}): "
+            f"{path} is not the configuration of a run ({_first_line(error)}): "
             "restore it, or name another folder"
         ) from error
     return run
@@ -261,9 +304,60 @@ def _is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def _has_primary_failed(failed: bool) -> bool:
+    """Tells the other processes, which would wait for the primary one in the first step."""
+    if jax.process_count() == 1:
+        return failed
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+
+
 def _is_leftover(path: Path) -> bool:
     """True if a process that was killed before it wrote the configuration may leave this file."""
-    return path.name in (LOCK_FILE, HOLDER_FILE) or path.name.startswith(".config.json")
+    if path.name in (LOCK_FILE, HOLDER_FILE) or path.name.startswith(".config.json"):
+        return True
+    return is_temporary(path.name)
+
+
+def _delete_temporary_files(folder: Path) -> None:
+    """Deletes what killed processes left of files that they were writing."""
+    for path in folder.iterdir():
+        if is_temporary(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    """Opens a file unless it is a symbolic link, which may lead to a file of somebody else."""
+    if os.path.islink(path):
+        # Windows has no flag for it.
+        raise OSError(errno.ELOOP, "is a symbolic link, remove it", path)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Returns a record of `metrics.jsonl` after a check of what identifies it."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("not a record")
+        for name, expected in (("seed", int), ("stage", str), ("step", int)):
+            value = record.get(name)
+            if not isinstance(value, expected) or isinstance(value, bool):
+                kind = "an integer" if expected is int else "a string"
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"line {number} of {path} is damaged ({_first_line(error)}): restore it, delete that "
+            "line, or name another --workdir"
+        ) from error
+    return record
+
+
+def _first_line(error: Exception) -> str:
+    """Returns the first line of an error, cut to a length that a message can hold."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:120]
 
 
 def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> None:
@@ -285,7 +379,7 @@ def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> No
     if changes:
         warnings.warn(
             f"{before.folder} was started in another environment, so bits may differ ({changes})",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,6 +1,7 @@
 """A run's folder: started once, continued only with the same configuration, never overwritten."""
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from jaxkd import runs
 from jaxkd.runs import ResultRow, environment
+from jaxkd.runs import run as run_module
 
 CONFIG = {"epochs": 3, "alpha": 0.5, "workdir": None, "data_dir": None}
 ARRAYS = (np.zeros((2, 3), np.uint8),)
@@ -85,11 +87,13 @@ def test_read_only_folder_is_an_error(tmp_path, monkeypatch):
         runs.open_run(tmp_path, CONFIG, arrays=ARRAYS)
 
 
-def test_full_disk_names_the_file(tmp_path):
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full, which refuses every byte")
     run = runs.open_run(tmp_path, CONFIG)
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(
+        run_module, "_open_unlinked", lambda path, flags: os.open("/dev/full", flags)
+    )
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
         run.append_metrics({"seed": 0, "stage": "teacher", "step": 1})
 
@@ -111,12 +115,130 @@ def test_metrics_rewind_to_a_step_and_leave_out_a_line_that_was_cut_off(tmp_path
     assert run.metrics() == records[:5]
 
 
-@pytest.mark.parametrize("line", ["gibberish\n", "[1]\n", "\xff\n"])
-def test_damaged_metrics_are_an_error(tmp_path, line):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gibberish",
+        "[1]",
+        "3",
+        "\xff",
+        "",
+        '{"seed": 0, "stage": "a"}',
+        '{"seed": 0, "stage": "a", "step": "x"}',
+        '{"seed": 0, "stage": "a", "step": true}',
+        '{"seed": 0, "stage": 3, "step": 1}',
+        '{"seed": 0, "stage": "a", "step": ' + 5000 * "1" + "}",
+        100_000 * "[",
+    ],
+)
+def test_damaged_metrics_are_an_error_that_names_the_line(tmp_path, line):
     run = runs.open_run(tmp_path, CONFIG)
-    (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1"))
-    with pytest.raises(runs.RunError, match=r"metrics.jsonl is damaged"):
-        run.metrics()
+    sound = '{"seed": 0, "stage": "a", "step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes((sound + line + "\n" + sound).encode("latin-1"))
+    for read in (run.metrics, lambda: run.rewind_metrics(0, "a", 0)):
+        with pytest.raises(
+            runs.RunError, match=r"^line 2 of .*metrics.jsonl is damaged "
+        ) as raised:
+            read()
+        assert len(str(raised.value).removeprefix(str(tmp_path))) < 300
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock-holder", "metrics.jsonl", "config.json"])
+def test_links_in_the_folder_are_not_followed(tmp_path, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "thesis.tex").write_text("precious")
+    (folder / name).symlink_to(tmp_path / "thesis.tex")
+    with contextlib.suppress(runs.RunError, OSError):
+        run = runs.open_run(folder, CONFIG)
+        run.append_metrics({"seed": 0, "stage": "a", "step": 1})
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_lock_that_is_a_link_is_an_error(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "absent")
+    with pytest.raises(runs.RunError, match=r"\.lock is a link or no regular file, .*remove it"):
+        runs.open_run(tmp_path, CONFIG)
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@pytest.mark.parametrize("name", [".lock", ".lock-holder", "metrics.jsonl"])
+def test_pipes_in_the_folder_are_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with contextlib.suppress(runs.RunError):
+        assert runs.open_run(tmp_path, CONFIG).metrics() == []
+
+
+def test_what_a_kill_left_of_a_file_is_deleted_when_the_run_is_opened(tmp_path):
+    runs.open_run(tmp_path, CONFIG)
+    for name in (".metrics.jsonl.0123abcd.tmp", ".report.md.00000000.tmp", ".notes", "x.tmp"):
+        (tmp_path / name).write_text("")
+    runs.open_run(tmp_path, CONFIG)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".lock",
+        ".lock-holder",
+        ".notes",
+        "config.json",
+        "x.tmp",
+    ]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_folder_that_was_deleted_is_noticed_at_the_next_write(tmp_path, restart):
+    folder = tmp_path / "run"
+    run = runs.open_run(folder, CONFIG)
+    shutil.rmtree(folder)
+    second = runs.open_run(folder, CONFIG) if restart else None
+    record = {"seed": 0, "stage": "a", "step": 1}
+    for write in (
+        lambda: run.append_metrics(record),
+        lambda: run.rewind_metrics(0, "a", 0),
+        lambda: run.write_results([]),
+    ):
+        with pytest.raises(runs.RunError, match=r"run was deleted, or its \.lock, while this run"):
+            write()
+    if second is not None:
+        second.append_metrics(record)
+        assert second.metrics() == [record]
+    assert folder.exists() == restart
+
+
+@pytest.mark.parametrize("name", [b"\xff", "\0"])
+def test_folder_whose_name_is_not_utf8_is_refused_at_once(tmp_path, name):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + name) if name == b"\xff" else f"a{name}"
+    with pytest.raises(runs.RunError, match="has a name that is not UTF-8: name another folder"):
+        runs.open_run(folder, CONFIG)
+    assert os.listdir(tmp_path) == []
+
+
+LEFT_OPEN = """
+import sys
+from jaxkd import runs
+run = runs.open_run(sys.argv[1], {})
+cycle = [run]
+cycle.append(cycle)
+"""
+
+
+def test_run_that_a_module_keeps_open_ends_silently(tmp_path):
+    command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path)]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, "", "")
+    assert not is_locked(tmp_path)
+
+
+def test_options_of_the_devices_may_change(tmp_path):
+    runs.open_run(tmp_path, {"max_students": 0, "alpha": 0.5})
+    with pytest.warns(UserWarning, match="bits may differ .max_students was 0 and is 4"):
+        runs.open_run(tmp_path, {"max_students": 4, "alpha": 0.5})
+
+
+def test_message_of_many_differences_is_short(tmp_path):
+    runs.open_run(tmp_path, {f"option_{i}": "x" * 1000 for i in range(100)})
+    with pytest.raises(runs.RunError, match="; and 97 more") as raised:
+        runs.open_run(tmp_path, {})
+    assert len(str(raised.value).replace(str(tmp_path), "")) < 400
 
 
 def test_continuing_in_another_environment_warns(tmp_path):
