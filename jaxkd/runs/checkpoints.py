@@ -2,10 +2,13 @@
 
 Orbax writes the arrays, and its folder appears in one rename. Because orbax restores a flipped bit
 silently, a manifest of checksums is written beside the folder once that is complete. A folder
-without a manifest, or with one that disagrees with it, does not count.
+without a manifest, or with one that disagrees with it, does not count. The manifest also holds the
+step and what the training is called, so that a checkpoint which was copied to another place does
+not count there.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -14,6 +17,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -24,6 +28,22 @@ import numpy as np
 
 from jaxkd._files import describe_differences, write_atomically
 from jaxkd.runs.errors import add_install_command
+
+ATTEMPTS = 3
+"""Number of times that a save is tried which orbax ends for taking too long.
+
+It measures with a clock that a user or a time server may set forward.
+"""
+RETRY_SECONDS = 1.0
+"""Time between two attempts."""
+
+# Orbax's barriers and its logger belong to the process: saves of two threads would wait for each
+# other forever.
+_ORBAX_LOCK = threading.Lock()
+
+
+class ForeignCheckpointError(ValueError):
+    """A sound checkpoint is that of another step or another training."""
 
 
 class Restored(NamedTuple):
@@ -46,41 +66,53 @@ def save(
     tree: Any,
     *,
     notes: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
     keep: int = 2,
 ) -> None:
     """Saves a tree of arrays as the newest checkpoint in a folder.
 
     Checkpoints of later steps are deleted: training that comes to this step has passed over them
-    because they are damaged. Files that are not checkpoints are left alone. Ctrl-C takes effect
-    after the save.
+    because they are damaged or foreign. Files that are not checkpoints are left alone. Ctrl-C takes
+    effect after the save. Threads may save at the same time, each into a folder of its own; one
+    waits for the other.
 
     Args:
         folder: The folder with the checkpoints of one training. It is created if absent.
         step: Step of the checkpoint. An older checkpoint of this step is replaced.
         tree: A pytree of arrays.
         notes: JSON values to save with the arrays.
+        identity: JSON values that name the training, such as its seed. A checkpoint is restored
+            only under the same ones.
         keep: Number of the newest checkpoints that are kept. With two, one may become damaged.
 
     Raises:
+        ValueError: If `step` or `keep` is not an integer, `step` is below 0 or `keep` below 1.
         OSError: If the checkpoint cannot be written. Those of earlier steps are kept.
         ImportError: If orbax is missing.
     """
+    step = _check_integer("step", step, 0)
+    keep = _check_integer("keep", keep, 1)
     # Orbax refuses relative paths.
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with _delay_interrupts():
-        _save(folder, step, tree, notes or {}, keep)
+    with _delay_interrupts(), _ORBAX_LOCK:
+        _save(folder, step, tree, notes or {}, identity or {}, keep)
 
 
-def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
+def restore(
+    folder: str | os.PathLike, like: Any, *, identity: Mapping[str, Any] | None = None
+) -> Restored | None:
     """Restores the newest sound checkpoint in a folder.
 
-    A damaged checkpoint is passed over with a warning.
+    A checkpoint that is damaged, or that is one of another training or step, is passed over with a
+    warning.
 
     Args:
         folder: The folder with the checkpoints of one training.
         like: A tree with the structure, shapes and dtypes that were saved. The leaves are arrays or
             `jax.ShapeDtypeStruct`.
+        identity: The identity with which it was saved. A checkpoint that was saved without one, or
+            by an older version, has any. `None` takes every checkpoint.
 
     Returns:
         The checkpoint, its leaves placed as those of `like`, or `None` if there is no sound one.
@@ -90,7 +122,7 @@ def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
-    newest = _find_newest_sound(folder)
+    newest = _find_newest_sound(folder, identity)
     if newest is None:
         return None
     step, manifest = newest
@@ -98,25 +130,24 @@ def restore(folder: str | os.PathLike, like: Any) -> Restored | None:
     expected = _describe_tree(like)
     if saved != expected:
         # A few paths are enough, of possibly hundreds.
-        paths = sorted(
-            path for path in saved.keys() | expected.keys() if saved.get(path) != expected.get(path)
-        )[:3]
-        differences = describe_differences(
-            {path: saved.get(path) for path in paths}, {path: expected.get(path) for path in paths}
-        )
+        differences = describe_differences(saved, expected, limit=2)
         raise ValueError(f"checkpoint {folder / str(step)} is of another tree ({differences})")
-    with _make_checkpointer() as checkpointer:
+    with _ORBAX_LOCK, _make_checkpointer() as checkpointer:
         tree = checkpointer.restore(folder / str(step), jax.tree.map(_to_abstract, like))
     return Restored(step, tree, manifest["notes"])
 
 
-def load(folder: str | os.PathLike) -> Restored | None:
+def load(
+    folder: str | os.PathLike, *, identity: Mapping[str, Any] | None = None
+) -> Restored | None:
     """Loads the newest sound checkpoint in a folder into host memory, whatever its structure.
 
-    A damaged checkpoint is passed over with a warning.
+    A checkpoint that is damaged, or that is one of another training or step, is passed over with a
+    warning.
 
     Args:
         folder: The folder with the checkpoints of one training.
+        identity: As for `restore`.
 
     Returns:
         The checkpoint with a tree of nested dicts and lists of NumPy arrays, or `None` if there is
@@ -126,20 +157,28 @@ def load(folder: str | os.PathLike) -> Restored | None:
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
-    newest = _find_newest_sound(folder)
+    newest = _find_newest_sound(folder, identity)
     if newest is None:
         return None
     step, manifest = newest
     with add_install_command():
         import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _ORBAX_LOCK, ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(folder / str(step)).item_metadata.tree
         # By default orbax would place the arrays on devices like those of the run that saved them,
         # which this process need not have.
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(folder / str(step), restore_args=on_host)
     return Restored(step, tree, manifest["notes"])
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> int:
+    """Returns an integer of Python. A fraction or a truth value is not one, even if it is whole."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return int(value)
 
 
 @contextlib.contextmanager
@@ -182,19 +221,21 @@ def _to_os_error(error: ValueError, path: Path) -> OSError:
     return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
 
 
-def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: int) -> None:
+def _save(
+    folder: Path,
+    step: int,
+    tree: Any,
+    notes: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    keep: int,
+) -> None:
     # The manifest is the last file to be written and the first to be deleted: while it is there,
     # the folder is complete.
-    _delete(folder, step)
-    try:
-        with _silence_orbax(), _make_checkpointer() as checkpointer:
-            checkpointer.save(folder / str(step), tree)
-            # `save` returns while threads still write, but the checksums are those of complete
-            # files.
-            checkpointer.wait_until_finished()
-    except ValueError as error:  # orbax raises it even for a full disk
-        raise _to_os_error(error, folder / str(step)) from error
+    _delete(_manifest_path(folder, step))
+    _write_arrays(folder / str(step), tree)
     content = {
+        "step": step,
+        "identity": dict(identity),
         "files": _compute_checksums(folder / str(step)),
         "tree": _describe_tree(tree),
         "notes": dict(notes),
@@ -205,44 +246,97 @@ def _save(folder: Path, step: int, tree: Any, notes: Mapping[str, Any], keep: in
     _delete_others(folder, [number for number in _find_steps(folder) if number <= step][:keep])
 
 
+def _write_arrays(path: Path, tree: Any) -> None:
+    """Writes the folder of a checkpoint, and tries again if orbax says that it took too long."""
+    for attempt in range(1, ATTEMPTS + 1):
+        # What an earlier attempt or another process left: orbax would refuse to write over it.
+        for leftover in (path, *path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*")):
+            _delete(leftover)
+        try:
+            with _silence_orbax(), _make_checkpointer() as checkpointer:
+                checkpointer.save(path, tree)
+                # `save` returns while threads still write, but the checksums are those of complete
+                # files.
+                checkpointer.wait_until_finished()
+            return
+        except TimeoutError as error:  # an OSError, but none that says more
+            if attempt == ATTEMPTS:
+                message = f"orbax took too long {ATTEMPTS} times ({_first_line(error)})"
+                raise OSError(errno.ETIMEDOUT, message, str(path)) from error
+            warnings.warn(
+                f"{path} took too long to write, or the clock was set: trying again", stacklevel=4
+            )
+            # Threads of this attempt may still write under the same name.
+            time.sleep(RETRY_SECONDS)
+        except ValueError as error:  # orbax raises it even for a full disk
+            raise _to_os_error(error, path) from error
+
+
 def _delete_others(folder: Path, steps: list[int]) -> None:
     """Deletes all checkpoints but those of some steps, and what killed processes left of others."""
     for path in folder.iterdir():
-        # A kill leaves `.7.json.<process>` in the middle of `write_atomically`, and
+        # A kill leaves `.7.json.<random>.tmp` in the middle of `write_atomically`, and
         # `7.orbax-checkpoint-tmp` in the middle of orbax's save.
-        match = re.match(r"\.?(\d+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
+        match = re.match(r"\.?([0-9]+)($|\.json|\.orbax-checkpoint-tmp)", path.name)
         if match is None:
             continue
         step = match[1]
-        if int(step) not in steps or path.name not in (step, f"{step}.json"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Compared as text, because `007` is another name than `7`.
+        if step not in map(str, steps) or path.name not in (step, f"{step}.json"):
+            _delete(path)
 
 
-def _find_newest_sound(folder: Path) -> tuple[int, dict[str, Any]] | None:
+def _find_newest_sound(
+    folder: Path, identity: Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any]] | None:
     """Returns the step and the manifest of the newest sound checkpoint."""
     for step in _find_steps(folder):
         try:
-            return step, _read_sound_manifest(folder, step)
-        except (ValueError, OSError) as error:
+            return step, _read_sound_manifest(folder, step, identity)
+        # A deeply nested manifest is a `RecursionError`.
+        except (ValueError, OSError, RecursionError) as error:
+            kind = "foreign" if isinstance(error, ForeignCheckpointError) else "damaged"
             warnings.warn(
-                f"checkpoint {folder / str(step)} is damaged and passed over: {_first_line(error)}",
+                f"checkpoint {folder / str(step)} is {kind} and passed over: {_first_line(error)}",
                 stacklevel=3,
             )
     return None
 
 
-def _read_sound_manifest(folder: Path, step: int) -> dict[str, Any]:
-    """Returns a checkpoint's manifest, or raises `ValueError` if a checksum differs."""
-    content = _manifest_path(folder, step).read_bytes()
+def _read_sound_manifest(
+    folder: Path, step: int, identity: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns a checkpoint's manifest, or raises `ValueError` if it is damaged or foreign."""
+    path = _manifest_path(folder, step)
+    if not path.is_file():  # reading a pipe would never end
+        raise ValueError("its manifest is not a file")
+    content = path.read_bytes()
     manifest = json.loads(content)
     # Parsing hides some flipped bits: 1e-5 and 1E-5 are one bit apart.
     if not isinstance(manifest, dict) or content != _encode(manifest):
         raise ValueError("its manifest is not as it was written")
     if manifest.pop("sha256", None) != _digest(manifest):
         raise ValueError("its manifest differs from its checksum")
+    if not all(isinstance(manifest.get(name), dict) for name in ("files", "tree", "notes")):
+        raise ValueError("its manifest is not that of a checkpoint")
+    _check_identity(manifest, step, identity)
     if manifest["files"] != _compute_checksums(folder / str(step)):
         raise ValueError("its files differ from their checksums")
     return manifest
+
+
+def _check_identity(
+    manifest: Mapping[str, Any], step: int, identity: Mapping[str, Any] | None
+) -> None:
+    """Raises `ForeignCheckpointError` if a checkpoint was saved as another step or training."""
+    # Manifests of older versions have neither.
+    saved_step = manifest.get("step", step)
+    if saved_step != step:
+        raise ForeignCheckpointError(f"it was saved as step {saved_step!r}")
+    saved = manifest.get("identity")
+    if saved and identity is not None and saved != dict(identity):
+        differences = describe_differences(saved, identity) if isinstance(saved, dict) else saved
+        raise ForeignCheckpointError(f"it is that of another training ({differences})")
 
 
 def _make_checkpointer() -> Any:
@@ -279,7 +373,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def _manifest_path(folder: Path, step: int) -> Path:
@@ -288,13 +383,17 @@ def _manifest_path(folder: Path, step: int) -> Path:
 
 def _find_steps(folder: Path) -> list[int]:
     """Returns the steps that have a manifest, newest first."""
-    steps = (int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit())
-    return sorted(steps, reverse=True)
+    # `007` and digits of other scripts are no names that `save` writes.
+    stems = (path.stem for path in folder.glob("*.json"))
+    return sorted((int(s) for s in stems if re.fullmatch(r"0|[1-9][0-9]*", s)), reverse=True)
 
 
-def _delete(folder: Path, step: int) -> None:
-    _manifest_path(folder, step).unlink(missing_ok=True)
-    shutil.rmtree(folder / str(step), ignore_errors=True)
+def _delete(path: Path) -> None:
+    """Deletes a file, a folder or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _compute_checksums(folder: Path) -> dict[str, str]:

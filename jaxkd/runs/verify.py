@@ -14,7 +14,7 @@ from jaxkd._files import describe_differences
 from jaxkd.runs.checkpoints import Restored, load
 from jaxkd.runs.errors import RunError
 from jaxkd.runs.results import rows_without_timings
-from jaxkd.runs.run import IGNORED_OPTIONS, Run, read_run
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, checkpoint_identity, read_run
 
 OMITTED_OPTIONS = (
     "experiment",
@@ -102,9 +102,9 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> Verdict
         *_diff_students(pair),
     ]
     conditions = [
-        describe_differences(pair[0].config, pair[1].config, ignore=IGNORED_OPTIONS),
+        describe_differences(pair[0].config, pair[1].config, ignore=IGNORED_OPTIONS, limit=None),
         describe_differences({"data": pair[0].data}, {"data": pair[1].data}),
-        describe_differences(pair[0].environment, pair[1].environment),
+        describe_differences(pair[0].environment, pair[1].environment, limit=None),
     ]
     compared = f"{len(records[1])} records, {len(stages)} checkpoints, {len(rows[1])} rows"
     return Verdict(differences, [line for line in conditions if line], compared)
@@ -218,7 +218,8 @@ def _diff_checkpoints(pair: tuple[Run, Run], stages: Sequence[tuple[str, int]]) 
     """Yields a line with the number of final checkpoints that differ and the first of them."""
     differences = []
     for stage, seed in stages:
-        checkpoints = [load(run.checkpoint_folder(seed, stage)) for run in pair]
+        identity = checkpoint_identity(seed, stage)
+        checkpoints = [load(run.checkpoint_folder(seed, stage), identity=identity) for run in pair]
         if difference := _diff_checkpoint(*checkpoints):
             differences.append(f"stage {stage}, seed {seed}: {difference}")
     if differences:
