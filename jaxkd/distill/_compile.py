@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._multi_step import MultiStep
-from jaxkd.distill.placement import Placement
+from jaxkd.distill.placement import DATA, Placement
 from jaxkd.distill.plan import Pretrained, Stage
 from jaxkd.distill.step import BatchInfo, StepFn, init_train_state, make_train_step
 from jaxkd.distill.top_k import top_k
@@ -28,7 +30,8 @@ class CompiledStage(NamedTuple):
         multi_step: Takes steps. Stages with the same program have the identical function.
         init: `(key, inputs) -> variables`.
         score: `variables -> Score` on the validation split.
-        fingerprint: JSON values that identify the training. A checkpoint with others is refused.
+        fingerprint: JSON values that identify the training, whatever the seed. A checkpoint with
+            others is refused.
     """
 
     stage: Stage
@@ -44,10 +47,12 @@ class _Program(NamedTuple):
     Attributes:
         stages: The stages.
         make_step: Makes the step of the first one.
+        digest: Digest of the lowered step; `None` until it is needed.
     """
 
     stages: list[Stage]
     make_step: Callable[..., StepFn]
+    digest: str | None = None
 
 
 def compile_stages(
@@ -55,35 +60,121 @@ def compile_stages(
     seed: int,
     placement: Placement,
     scores: Mapping[str, Callable[[dict], Score]],
+    buckets: LengthBuckets | None = None,
 ) -> list[CompiledStage]:
     """Makes the compiled functions of all stages of a plan.
+
+    Every program is lowered once, without compiling it, for the digest by which a checkpoint knows
+    its program.
 
     Args:
         plan: The stages and pretrained models, sorted.
         seed: A seed whose examples have the shapes of every seed's.
         placement: Where the stages train.
         scores: `variables -> Score` on the validation split, by name.
+        buckets: The lengths to which batches of tokens are cut.
 
     Returns:
         The stages in the order of the plan.
     """
-    models = {entry.name: entry.model for entry in plan}
+    entries = {entry.name: entry for entry in plan}
     pretrained = {entry.name: entry.variables for entry in plan if isinstance(entry, Pretrained)}
+    # Computed once for all stages that share a teacher.
+    hash_weights = functools.cache(lambda name: _hash_weights(pretrained[name]))
     # Jitted once per model: a new `jax.jit` for each stage would compile the same program again.
-    inits = {model: jax.jit(model.init) for model in models.values()}
+    models = {entry.model for entry in plan}
+    inits = {model: jax.jit(model.init) for model in models}
+    digests: dict[tuple[str, str], str] = {}
+
+    def hash_predict(name: str, example: Any) -> str:
+        key = name, str(example)
+        if key not in digests:
+            digests[key] = _hash_predict(entries[name], example)
+        return digests[key]
+
     compiled = {}
     for program in _find_programs(plan, seed):
         multi_step = placement.make_multi_step(program.make_step)
+        digest = program.digest or _hash_step(program, entries, seed)
         for stage in program.stages:
-            weights = {name: pretrained[name] for name in stage.needs if name in pretrained}
+            weights = {name: hash_weights(name) for name in stage.needs if name in pretrained}
             compiled[stage.name] = CompiledStage(
                 stage,
                 multi_step,
                 inits[stage.model],
                 scores[stage.name],
-                _describe(stage, weights),
+                _describe(stage, weights)
+                | {"program": digest}
+                | _describe_batches(stage, seed, buckets, hash_predict),
             )
     return [compiled[entry.name] for entry in plan if entry.name in compiled]
+
+
+def check_buckets(
+    plan: Sequence[Stage | Pretrained],
+    seed: int,
+    buckets: LengthBuckets,
+    validation_inputs: Any,
+    *,
+    scores_classes: bool,
+) -> None:
+    """Checks that logits which are joined over examples have one shape at every bucket length.
+
+    Args:
+        plan: The stages and pretrained models.
+        seed: A seed whose examples have the shapes of every seed's.
+        buckets: The lengths to which tokens are cut.
+        validation_inputs: `[N, ..., S]`.
+        scores_classes: Whether the logits of the validation split are joined.
+
+    Raises:
+        ValueError: If there are logits of each token, whose number is the bucket length.
+    """
+    entries = {entry.name: entry for entry in plan}
+    results: dict[Any, bool] = {}
+
+    def has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any) -> bool:
+        if not hasattr(inputs, "shape"):  # a dict of inputs has no one length
+            return False
+        # Entries may share a model, which is then traced once.
+        key = entry.model, inputs.shape[1:], inputs.dtype
+        if key not in results:
+            results[key] = _has_logits_of_tokens(entry, inputs, buckets)
+        return results[key]
+
+    for entry in plan:
+        if scores_classes and has_logits_of_tokens(entry, validation_inputs):
+            raise ValueError(
+                f"{entry.name!r} has logits of each token, which buckets cut to several lengths: "
+                "pass a make_score, or no buckets"
+            )
+        if not isinstance(entry, Stage) or not entry.cache_teachers:
+            continue
+        inputs = entry.examples(seed)["inputs"]
+        for name in entry.teachers:
+            if has_logits_of_tokens(entries[name], inputs):
+                raise ValueError(
+                    f"stage {entry.name!r} caches logits of each token of {name!r}, which buckets "
+                    "cut to several lengths: drop cache_teachers or the buckets"
+                )
+
+
+def _has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any, buckets: LengthBuckets) -> bool:
+    """Returns whether the shape of an example's logits depends on the bucket length."""
+
+    def predict(variables: Any, inputs: Any) -> Any:
+        return entry.model.apply(variables, inputs, train=False)[0].logits
+
+    def at_length(length: int) -> Any:
+        dtype = jax.dtypes.canonicalize_dtype(inputs.dtype)
+        return jax.ShapeDtypeStruct((1, *inputs.shape[1:-1], length), dtype)
+
+    variables = _variables_shape(entry, at_length(inputs.shape[-1]))
+    shortest, longest = (
+        jax.eval_shape(predict, variables, at_length(length)).shape
+        for length in (buckets.lengths[0], buckets.lengths[-1])
+    )
+    return shortest != longest
 
 
 def group_by_program(plan: Sequence[Stage | Pretrained], seed: int = 0) -> list[list[Stage]]:
@@ -104,7 +195,7 @@ def group_by_program(plan: Sequence[Stage | Pretrained], seed: int = 0) -> list[
 
 
 def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Program]:
-    models = {entry.name: entry.model for entry in plan}
+    entries = {entry.name: entry for entry in plan}
     candidates: dict[Any, list[_Program]] = {}
     for entry in plan:
         if not isinstance(entry, Stage):
@@ -115,11 +206,11 @@ def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Progr
         if same is not None:
             same.stages.append(entry)
         else:
-            programs.append(_Program([entry], _step_maker(entry, models)))
+            programs.append(_Program([entry], _step_maker(entry, entries)))
     return [
         program
         for programs in candidates.values()
-        for program in _merge_equal(programs, models, seed)
+        for program in _merge_equal(programs, entries, seed)
     ]
 
 
@@ -144,15 +235,16 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
 
 
 def _merge_equal(
-    programs: Sequence[_Program], models: Mapping[str, Model], seed: int
+    programs: Sequence[_Program], entries: Mapping[str, Stage | Pretrained], seed: int
 ) -> list[_Program]:
     """Merges programs whose lowered steps are equal."""
     if len(programs) == 1:
         return list(programs)
     by_digest: dict[str, _Program] = {}
     for program in programs:
-        digest = _hash_step(program, models, seed)
-        by_digest.setdefault(digest, program._replace(stages=[])).stages.extend(program.stages)
+        digest = _hash_step(program, entries, seed)
+        merged = by_digest.setdefault(digest, program._replace(stages=[], digest=digest))
+        merged.stages.extend(program.stages)
     return list(by_digest.values())
 
 
@@ -165,14 +257,16 @@ def _is_same_step(stage: Stage, other: Stage) -> bool:
     return all(getattr(stage, name) == getattr(other, name) for name in names)
 
 
-def _step_maker(stage: Stage, models: Mapping[str, Model]) -> Callable[..., StepFn]:
+def _step_maker(stage: Stage, entries: Mapping[str, Stage | Pretrained]) -> Callable[..., StepFn]:
     return functools.partial(
         make_train_step,
         stage.model,
         stage.tx,
         stage.loss,
         # Cached teachers are not run: their logits come with the batch.
-        teachers=() if stage.cache_teachers else tuple(models[name] for name in stage.teachers),
+        teachers=()
+        if stage.cache_teachers
+        else tuple(entries[name].model for name in stage.teachers),
         augment=stage.augment,
         views=stage.views,
         loss_tx=stage.loss_tx,
@@ -180,8 +274,12 @@ def _step_maker(stage: Stage, models: Mapping[str, Model]) -> Callable[..., Step
     )
 
 
-def _hash_step(program: _Program, models: Mapping[str, Model], seed: int) -> str:
-    """Returns a digest of a step as it is lowered for its shapes, without compiling it."""
+def _hash_step(program: _Program, entries: Mapping[str, Stage | Pretrained], seed: int) -> str:
+    """Returns a digest of a step as it is lowered for its shapes, without compiling it.
+
+    The step is lowered for one device, wherever the stage trains, and without the names of
+    functions. Another process with the same versions of JAX and its packages finds the same digest.
+    """
     stage = program.stages[0]
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = _batch_shapes(stage, seed)
@@ -195,8 +293,8 @@ def _hash_step(program: _Program, models: Mapping[str, Model], seed: int) -> str
         variables = stage.model.init(key, inputs)
         return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
 
-    teachers = [models[name] for name in stage.teachers]
-    teacher_variables = tuple(jax.eval_shape(teacher.init, key, example) for teacher in teachers)
+    teachers = [entries[name] for name in stage.teachers]
+    teacher_variables = tuple(_variables_shape(teacher, example) for teacher in teachers)
     info = BatchInfo()
     if stage.views is not None:
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -204,19 +302,45 @@ def _hash_step(program: _Program, models: Mapping[str, Model], seed: int) -> str
         info = BatchInfo(index, scalar, key)
     if stage.cache_teachers:
         logits = tuple(
-            _cached_logits_shape(stage, teacher, variables, batch["inputs"])
+            _cached_logits_shape(stage, teacher.model, variables, batch["inputs"])
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
         )
         info = info._replace(teacher_logits=logits)
         teacher_variables = ()
     step: Any = program.make_step()
     state = jax.eval_shape(init_state, key, example)
-    text = step.lower(state, batch, teacher_variables, key, info).as_text()
+    text = _lower(step, state, batch, teacher_variables, key, info)
     # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
     # them shares with no other.
-    if any(marker in text for marker in ("callback", "host_transfer", "jax.const")):
-        text += stage.name
-    return hashlib.sha256(text.encode()).hexdigest()
+    is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
+    return _hash_text(text if is_complete else text + stage.name)
+
+
+def _lower(function: Any, *arguments: Any) -> str:
+    """Returns the text of a jitted function, lowered for the shapes of its arguments."""
+    try:
+        return function.lower(*arguments).as_text()
+    except NameError:
+        # A network that names the axis of pmap, such as one with another batch norm.
+        mapped = jax.vmap(function, in_axes=None, axis_name=DATA, axis_size=1)
+        return jax.jit(mapped).lower(*arguments).as_text()
+
+
+def _variables_shape(entry: Stage | Pretrained, example: Any) -> Any:
+    """Returns the shapes of a model's variables."""
+    if isinstance(entry, Pretrained):
+        return jax.eval_shape(lambda: dict(entry.variables))
+    return jax.eval_shape(entry.model.init, jax.eval_shape(lambda: jax.random.key(0)), example)
+
+
+def _hash_text(text: str) -> str:
+    """Returns a digest of a lowered program that does not depend on names and addresses."""
+    names = re.findall(r"func\.func \w+ (@[\w.]+)", text)
+    numbers = {name: f"@{number}" for number, name in enumerate(names)}
+    text = re.sub(r"@[\w.]+", lambda match: numbers.get(match[0], match[0]), text)
+    # A callback is an address, or a number that counts those of the process.
+    lines = [re.sub(r"\d+", "", line) if "callback" in line else line for line in text.splitlines()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _batch_shapes(stage: Stage, seed: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -244,8 +368,13 @@ def _cached_logits_shape(
     return jax.eval_shape(predict, variables, inputs)
 
 
-def _describe(stage: Stage, pretrained: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what identifies a training in JSON. The loss and the optimizer cannot be included."""
+def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what identifies a training in JSON, without its program.
+
+    Args:
+        stage: The stage.
+        pretrained: The digests of the pretrained weights that it needs.
+    """
     description: dict[str, Any] = {
         "steps": stage.steps,
         "batch_size": stage.batch_size,
@@ -260,9 +389,33 @@ def _describe(stage: Stage, pretrained: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             description[name] = value
     if pretrained:
-        description["pretrained"] = {
-            # Weights that a user exchanges under the same name would otherwise go unnoticed.
-            name: fingerprint(map(np.asarray, jax.tree.leaves(jax.device_get(variables))))
-            for name, variables in pretrained.items()
-        }
+        # Weights that a user exchanges under the same name would otherwise go unnoticed.
+        description["pretrained"] = dict(pretrained)
     return description
+
+
+def _describe_batches(
+    stage: Stage, seed: int, buckets: LengthBuckets | None, hash_predict: Callable[..., str]
+) -> dict[str, Any]:
+    """Returns what a step reads but does not compute: cached teachers and the cut of its tokens."""
+    description: dict[str, Any] = {}
+    if buckets is not None:
+        description["buckets"] = list(buckets.lengths)
+    if stage.cache_teachers:
+        inputs = _batch_shapes(stage, seed)["inputs"]
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
+        # Their program is not part of the step.
+        description["cached_teachers"] = [hash_predict(name, example) for name in stage.teachers]
+    return description
+
+
+def _hash_weights(variables: Any) -> str:
+    return fingerprint(map(np.asarray, jax.tree.leaves(jax.device_get(variables))))
+
+
+def _hash_predict(entry: Stage | Pretrained, example: Any) -> str:
+    """Returns a digest of a model's predictions, as they are lowered."""
+    predict = jax.jit(
+        lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
+    )
+    return _hash_text(_lower(predict, _variables_shape(entry, example), example))

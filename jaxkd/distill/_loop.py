@@ -16,7 +16,7 @@ import numpy as np
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import BatchSelector, DeviceArrays
 from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel
-from jaxkd.distill.distributed import is_primary_process
+from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
 from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
@@ -205,13 +205,22 @@ class TrainingLoop:
         for i, stage_run in enumerate(self.group.stage_runs):
             self._seconds[i] = stage_run.progress.seconds + share
             if is_primary_process():
+                self._run.check_folder()
                 notes = {
                     "seconds": self._seconds[i],
                     "losses": losses[i].tolist(),
-                    "stage": stage_run.compiled.fingerprint,
+                    "stage": stage_run.fingerprint,
                     "validation_accuracy": self._accuracies[i],
                 }
-                checkpoints.save(stage_run.folder, step, jax.device_get(states[i]), notes=notes)
+                checkpoints.save(
+                    stage_run.folder,
+                    step,
+                    jax.device_get(states[i]),
+                    notes=notes,
+                    identity=stage_run.identity,
+                )
+                # A save makes a folder again that was deleted during it.
+                self._run.check_folder()
 
     def _save_if_consistent(self) -> None:
         """Saves a checkpoint on Ctrl-C, unless the interrupt hit inside a step.
@@ -229,20 +238,29 @@ class TrainingLoop:
 
     def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:
         """Returns the trained models, after a check that their records are there."""
-        recorded = {(r["seed"], r["stage"], r["step"]) for r in self._run.metrics()}
+        self._check_records()
         models = []
-        for i, (stage_run, state) in enumerate(zip(self.group.stage_runs, states, strict=True)):
-            name, seed = stage_run.stage.name, stage_run.seed
-            if is_primary_process() and (seed, name, self.group.steps) not in recorded:
-                raise RunError(
-                    f"{self._run.folder}/metrics.jsonl has lost the records of {stage_run.label}: "
-                    f"delete {stage_run.folder} to train it again"
-                )
+        for i, state in enumerate(states):
             # Students of a vectorised group come as NumPy arrays. Those who learn from them expect
             # JAX's.
             variables = jax.tree.map(jnp.asarray, state.variables)
             models.append(TrainedModel(variables, self._seconds[i], self._accuracies[i]))
         return models
+
+    def _check_records(self) -> None:
+        """Raises a `RunError`, on all processes, if the last record of a training is missing."""
+        lost = ""
+        if is_primary_process():
+            recorded = {(r["seed"], r["stage"], r["step"]) for r in self._run.metrics()}
+            for stage_run in self.group.stage_runs:
+                if (stage_run.seed, stage_run.stage.name, self.group.steps) not in recorded:
+                    lost = (
+                        f"{self._run.folder}/metrics.jsonl has lost the records of "
+                        f"{stage_run.label}: delete {stage_run.folder} to train it again"
+                    )
+        lost, _ = broadcast_from_primary(lost, ())
+        if lost:
+            raise RunError(lost)
 
     def _get_states(self) -> list[TrainState]:
         return self._placement.get_states(self._state, len(self.group))

@@ -1,6 +1,7 @@
 """The training of a stage for one seed: its start or its checkpoint, and its group."""
 
 import functools
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd._files import describe_differences
 from jaxkd.distill._compile import CompiledStage
+from jaxkd.distill._identity import TrainingDescriber, find_changes
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.plan import Stage
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.runs import Run, RunError, checkpoints
+from jaxkd.runs.run import checkpoint_identity
 
 
 class TrainedModel(NamedTuple):
@@ -61,6 +63,7 @@ class StageRun(NamedTuple):
         state: The training state.
         progress: Steps, time and evaluation so far.
         folder: Folder of the checkpoints.
+        fingerprint: JSON values that identify the training. They are saved in its checkpoints.
     """
 
     compiled: CompiledStage
@@ -72,6 +75,12 @@ class StageRun(NamedTuple):
     state: TrainState
     progress: StageProgress
     folder: Path
+    fingerprint: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The identity of the checkpoints."""
+        return checkpoint_identity(self.seed, self.stage.name)
 
     @property
     def stage(self) -> Stage:
@@ -121,6 +130,7 @@ def start_or_resume(
     seed: int,
     trained: Mapping[str, Mapping[int, TrainedModel]],
     run: Run,
+    describer: TrainingDescriber,
 ) -> StageRun:
     """Returns the training of a stage for a seed, from its newest checkpoint or from step 0.
 
@@ -129,9 +139,11 @@ def start_or_resume(
         seed: The seed.
         trained: The models trained so far, by name and seed.
         run: The run, which holds the checkpoints.
+        describer: Describes the training, so that its checkpoints are known from others.
 
     Raises:
-        RunError: If the checkpoints belong to another training.
+        RunError: If the checkpoints belong to another training, or cannot be read. All processes
+            raise it.
         ValueError: If the stage cannot start from the weights that it names.
     """
     stage = compiled.stage
@@ -145,10 +157,28 @@ def start_or_resume(
     # The fresh state is needed even to resume: it tells Orbax the tree, shapes and dtypes to
     # restore.
     state = _init_state(compiled, key, start, examples["inputs"])
-    state, progress = _restore(compiled, state, folder)
+    # The digests of pretrained models are part of the stage's fingerprint.
+    weights = {
+        name: variables[name]
+        for name in stage.needs
+        if name not in compiled.fingerprint.get("pretrained", {})
+    }
+    fingerprint = {}
+    if is_primary_process():  # which alone reads and writes checkpoints
+        fingerprint = describer.describe(compiled.fingerprint, examples, state, weights)
+    state, progress = _restore(run, seed, stage.name, state, fingerprint)
     teachers = tuple(variables[name] for name in stage.teachers)
     return StageRun(
-        compiled, seed, key, _view_key(seed), examples, teachers, state, progress, folder
+        compiled,
+        seed,
+        key,
+        _view_key(seed),
+        examples,
+        teachers,
+        state,
+        progress,
+        folder,
+        fingerprint,
     )
 
 
@@ -177,32 +207,59 @@ def _init_state(
 
 
 def _restore(
-    compiled: CompiledStage, state: TrainState, folder: Path
+    run: Run, seed: int, name: str, state: TrainState, fingerprint: Mapping[str, Any]
 ) -> tuple[TrainState, StageProgress]:
     """Returns the newest checkpoint's state and progress, or the given state at step 0."""
-    try:
-        restored = checkpoints.restore(folder, state) if is_primary_process() else None
-    except ValueError as error:
-        raise RunError(
-            f"{error}: it belongs to another plan; name another folder for the run"
-        ) from error
     notes: dict[str, Any] = {"step": 0}
-    if restored is not None:
-        notes = restored.notes | {"step": restored.step}
-        state = restored.tree
+    if is_primary_process():
+        try:
+            notes, state = _restore_as_primary(run, seed, name, state, fingerprint)
+        # Whatever it is, the other processes would wait for this one.
+        except (ValueError, OSError, ImportError) as error:
+            if jax.process_count() == 1:
+                raise
+            notes = {"failure": str(error)}
     # Only the primary process writes checkpoints, and its disk need not be shared.
     notes, state = broadcast_from_primary(notes, state)
+    if "failure" in notes:
+        raise RunError(notes["failure"])
     state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
         return state, StageProgress(0, 0.0, [], None)
-    if notes["stage"] != compiled.fingerprint:
-        differences = describe_differences(notes["stage"], compiled.fingerprint)
-        raise RunError(
-            f"{folder} holds another training ({differences}): name another folder for the run"
-        )
     # The notes also hold the fingerprint, which is not part of the progress.
-    fields = {name: notes[name] for name in StageProgress._fields}
-    return state, StageProgress(**fields)
+    return state, StageProgress(**{field: notes[field] for field in StageProgress._fields})
+
+
+def _restore_as_primary(
+    run: Run, seed: int, name: str, state: TrainState, fingerprint: Mapping[str, Any]
+) -> tuple[dict[str, Any], TrainState]:
+    """Returns the newest checkpoint's notes and state, after a check that it is of this training.
+
+    Raises:
+        RunError: If it is of another training, or the run's records are damaged.
+    """
+    folder = run.checkpoint_folder(seed, name)
+    remedy = "delete that folder to train the stage again, or name another folder for the run"
+    try:
+        restored = checkpoints.restore(folder, state, identity=checkpoint_identity(seed, name))
+    except ValueError as error:
+        raise RunError(f"{error}: {remedy}") from error
+    run.metrics()  # raises an error if they are damaged
+    if restored is None or restored.step == 0:
+        return {"step": 0}, state
+    notes = restored.notes | {"step": restored.step}
+    if {"stage", *StageProgress._fields} - notes.keys() or not isinstance(notes["stage"], dict):
+        raise RunError(f"{folder} holds checkpoints that no plan saved: {remedy}")
+    changes, is_uncertain = find_changes(notes["stage"], fingerprint)
+    if changes:
+        raise RunError(f"{folder} holds another training ({'; '.join(changes)}): {remedy}")
+    if is_uncertain:
+        warnings.warn(
+            "checkpoints were saved in another environment or by an older version, so that a "
+            "change of the data, model, loss or optimizer since then may go unnoticed",
+            stacklevel=2,
+        )
+    return notes, restored.tree
 
 
 def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:
@@ -219,6 +276,8 @@ def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:
     if differing:
         listed = "; ".join(
             f"{path} is {source.get(path)} in {stage.start!r} and {target.get(path)} in the stage"
-            for path in differing
+            for path in differing[:2]
         )
+        if len(differing) > 2:
+            listed += f"; and {len(differing) - 2} more"
         raise ValueError(f"stage {stage.name!r} cannot start from {stage.start!r}: {listed}")

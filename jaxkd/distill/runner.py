@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
-from jaxkd.distill._compile import compile_stages
+from jaxkd.distill._compile import check_buckets, compile_stages
+from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._schedule import Round, make_schedule
@@ -75,10 +76,12 @@ def run_plan(
         its own variables.
 
     Raises:
-        ValueError: If the plan is inconsistent, or `evaluations` is less than 1.
-        RunError: If a loss is not finite, the run holds checkpoints of another plan, or XLA
-            computes with outdated weights (`runs.environment.check_cpu_products`).
-        OSError: If the run's folder cannot be written.
+        ValueError: If the plan is inconsistent, `evaluations` is less than 1, seeds are out of
+            range or repeated, or `buckets` meet logits of each token that need one length.
+        RunError: If a loss is not finite, the run holds checkpoints of another training (the
+            message names what differs), its folder was deleted, or XLA computes with outdated
+            weights (`runs.environment.check_cpu_products`).
+        OSError: If the run's folder or that of the teachers' logits cannot be written.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
@@ -95,9 +98,18 @@ def run_plan(
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
         # Only the shapes of a seed's examples matter here, and they are those of every seed.
-        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores)
+        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores, buckets)
+        describer = TrainingDescriber(validation)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
+    if buckets is not None:
+        check_buckets(
+            plan,
+            seeds[0] if seeds else 0,
+            buckets,
+            validation["inputs"],
+            scores_classes=make_score is None,
+        )
             predict_fns,
             run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
         )
@@ -113,7 +125,7 @@ def run_plan(
             evaluations=evaluations,
         )
         for round_ in make_schedule(stages, seeds, placement.max_students):
-            _train_round(round_, run, placement, trained, make_loop, progress)
+            _train_round(round_, run, placement, trained, describer, make_loop, progress)
     return {name: [trained[name][seed] for seed in seeds] for name in names}
 
 
@@ -184,7 +196,7 @@ def _train_round(
     # examples or another program.
     arrays = DeviceArrays(placement.put_array)
     for jobs in round_:
-        stage_runs = [start_or_resume(stage, seed, trained, run) for stage, seed in jobs]
+        stage_runs = [start_or_resume(stage, seed, trained, run, describer) for stage, seed in jobs]
         # A resumed group may be split, because each student has a checkpoint of its own.
         for group in group_by_step(stage_runs):
             progress.start_group(group.label, group.steps, len(group))
@@ -229,6 +241,7 @@ def _make_predict_fns(
     plan: Plan, make: Callable[..., PredictFn], buckets: LengthBuckets | None
 ) -> dict[str, PredictFn]:
     """Makes a predict function by name. Entries with the same model share one and its program."""
+    describer: TrainingDescriber,
     # Each call of `make` jits a new function, which would compile again. A `Model` is hashed by the
     # identity of its two functions.
     make_once = functools.cache(functools.partial(make, buckets=buckets))

@@ -127,6 +127,27 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def describe_lowering() -> dict[str, Any]:
+    """Returns the part of the environment on which the text of a lowered program depends.
+
+    Returns:
+        JSON values by name: versions of the packages that make programs, kind of device and JAX
+        settings.
+    """
+    config: Any = jax.config
+    packages = ("jax", "jaxlib", "flax", "optax", "jaxkd-distill")
+    return {
+        **{package: _package_version(package) for package in packages},
+        "platform": jax.default_backend(),
+        "x64": config.jax_enable_x64,
+        "prng": config.jax_default_prng_impl,
+        "prng_partitionable": config.jax_threefry_partitionable,
+        "prng_seed_offset": config.jax_random_seed_offset,
+        "matmul_precision": config.jax_default_matmul_precision,
+        "dtype_promotion": config.jax_numpy_dtype_promotion,
+    }
+
+
 def _describe_processor() -> dict[str, Any]:
     """Returns what XLA's programs for a CPU depend on: model, vector extensions, usable cores."""
     try:

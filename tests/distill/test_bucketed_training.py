@@ -130,3 +130,34 @@ def test_training_in_buckets_resumes_with_the_same_bits(trained, tmp_path, monke
     assert len(saves) == 2 * STEPS
     for name, (variables,) in get_variables(resumed).items():
         chex.assert_trees_all_equal(variables, trained[name][0])
+
+
+class Tagger(nn.Module):
+    """Logits of each token."""
+
+    @nn.compact
+    def __call__(self, tokens, train=False):
+        return nn.Dense(2)(nn.Embed(30, 4)(tokens))
+
+
+def tag_loss(student, teachers, batch, context):
+    return student.logits.mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("cached", "make_score", "message"),
+    [
+        (False, None, "'teacher' has logits of each token, .*: pass a make_score, or no buckets"),
+        (True, lambda model: None, "stage 'student' caches logits of each token of 'teacher'"),
+    ],
+)
+def test_logits_of_tokens_are_refused_before_the_first_step(tmp_path, cached, make_score, message):
+    teacher = distill.Stage(
+        "teacher", models.from_linen(Tagger()), SENTENCES, tag_loss, optax.sgd(0.5), STEPS
+    )
+    student = dataclasses.replace(
+        teacher, name="student", teachers=("teacher",), cache_teachers=cached
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, [teacher, student], make_score=make_score)
+    assert not (tmp_path / "checkpoints").exists()

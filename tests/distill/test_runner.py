@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxkd import distill, evaluate, runs
-from jaxkd.distill import placement
+from jaxkd.distill import placement, runner
+from jaxkd.distill._loop import TrainingLoop
+from jaxkd.distill.teacher_cache import TeacherCache
 from small_plans import (
     TRAIN,
     VALIDATION,
@@ -69,14 +71,14 @@ def test_seeds_differ_and_repeat(trained_chain, tmp_path):
     assert (kernels[0] != kernels[1]).any()
 
 
-def test_finished_stages_are_not_trained_again(trained_chain):
+def test_finished_stages_are_not_trained_again(trained_chain, monkeypatch):
     trained, run = trained_chain
 
     def fail(*args):
-        raise AssertionError("traced")
+        raise AssertionError("a step was taken")
 
-    plan = [dataclasses.replace(stage, loss=fail) for stage in make_chain()]
-    restored, _ = train(run.folder, plan, (0, 1))
+    monkeypatch.setattr(TrainingLoop, "_take_steps", fail)
+    restored, _ = train(run.folder, make_chain(), (0, 1))
     chex.assert_trees_all_equal(get_variables(restored), get_variables(trained))
     seconds, expected_seconds = (
         {name: [model.seconds for model in seeds] for name, seeds in models.items()}
@@ -104,6 +106,78 @@ def test_each_seed_may_have_examples_of_its_own(tmp_path):
 
 
 def test_plan_without_evaluations_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ((0, 2**32), r"seeds must be integers from 0 to 4294967295, got 4294967296"),
+        ((-1, 2**32 - 1), r"seeds must be integers .*, got -1"),
+        ((0, 1.0), r"got 1\.0"),
+        ((False,), r"got False"),
+        (("0",), r"got '0'"),
+        ((3, 1, 3, np.int64(1)), r"seeds must differ, but 1, 3 are repeated"),
+        (range(10**12), r"there are more than 10,000 seeds"),
+    ],
+)
+def test_seeds_that_do_not_give_trainings_of_their_own_are_refused(tmp_path, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, [make_stage("first", steps=1)], seeds)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_largest_and_numpy_seeds_are_trained_and_recorded(tmp_path):
+    trained, run = train(tmp_path, [make_stage("first", steps=1)], (np.int64(0), 2**32 - 1))
+    kernels = [model.variables["params"]["Dense_0"]["kernel"] for model in trained["first"]]
+    assert (kernels[0] != kernels[1]).any()
+    assert {record["seed"] for record in run.metrics()} == {0, 2**32 - 1}
+
+
+def test_reference_or_model_that_is_missing_is_named(trained_chain):
+    trained, _ = trained_chain
+    message = r"reference 'techer' is not in the plan, which has 'teacher', 'assistant', "
+    with pytest.raises(ValueError, match=message):
+        distill.evaluate_plan(make_chain(), trained, VALIDATION, reference="techer")
+    fewer = {name: trained[name] for name in ("teacher", "assistant")}
+    with pytest.raises(ValueError, match="trained lacks 'student', 'longer' of the plan"):
+        distill.evaluate_plan(make_chain(), fewer, VALIDATION, reference="teacher")
+
+
+def test_folder_of_the_teacher_cache_is_checked_before_the_first_step(tmp_path):
+    student = make_stage("student", teachers=("teacher",), loss=soft_loss, cache_teachers=True)
+    plan = [make_stage("teacher", 8), student]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Not a directory: '.*file/x'"):
+        train(tmp_path / "run", plan, teacher_cache=tmp_path / "file" / "x")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_teacher_cache_that_several_processes_do_not_use_is_said(tmp_path, monkeypatch):
+    cache = TeacherCache({}, {}, tmp_path / "cache")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.warns(UserWarning, match="cache is not used, because several processes"):
+        runner._check_cache(TeacherCache({}, {}, tmp_path / "cache"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.undo()
+    runner._check_cache(cache, tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_folder_that_is_deleted_ends_the_run(tmp_path):
+    run = runs.open_run(tmp_path / "run", {})
+
+    def make_score(model):
+        def score(variables, examples):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            return evaluate.Score(1.0, 0.5)
+
+        return score
+
+    with pytest.raises(runs.RunError, match=r"run was deleted, or its \.lock, while this run"):
+        distill.run_plan(
+            [make_stage("first")], [0], run, validation=VALIDATION, make_score=make_score
+        )
+    assert not (tmp_path / "run").exists()
+
+
     with pytest.raises(ValueError, match="evaluations must be at least 1"):
         train(tmp_path, make_chain(), evaluations=0)
 
