@@ -94,14 +94,6 @@ def run_plan(
     # Read several times below, which a generator would not survive.
     seeds = list(seeds)
     placement = placement or single_device()
-    with PlanProgress(plan, seeds, run.folder) as progress:
-        predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
-        scores = _make_scores(plan, predict_fns, validation, make_score)
-        # Only the shapes of a seed's examples matter here, and they are those of every seed.
-        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores, buckets)
-        describer = TrainingDescriber(validation)
-        cache = TeacherCache(
-            {entry.name: entry.model for entry in plan},
     if buckets is not None:
         check_buckets(
             plan,
@@ -117,9 +109,19 @@ def run_plan(
         trained = _collect_pretrained(plan, seeds, scores)
         make_loop = functools.partial(
             TrainingLoop,
+    with PlanProgress(plan, seeds, run.folder) as progress:
+        predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
+        scores = _make_scores(plan, predict_fns, validation, make_score)
+        # Only the shapes of a seed's examples matter here, and they are those of every seed.
+        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores, buckets)
+        describer = TrainingDescriber(validation)
+        cache = TeacherCache(
+            {entry.name: entry.model for entry in plan},
             run=run,
             placement=placement,
             teacher_cache=cache,
+        if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
+            _check_cache(cache, teacher_cache)
             buckets=buckets,
             save_every=save_every,
             evaluations=evaluations,
@@ -198,6 +200,42 @@ def _train_round(
     for jobs in round_:
         stage_runs = [start_or_resume(stage, seed, trained, run, describer) for stage, seed in jobs]
         # A resumed group may be split, because each student has a checkpoint of its own.
+def _check_seeds(seeds: Iterable[int]) -> list[int]:
+    """Returns the seeds after a check that each gives a training of its own."""
+    # One more than allowed, because a range may be longer than memory.
+    checked: list[Any] = list(itertools.islice(seeds, MAX_SEEDS + 1))
+    if len(checked) > MAX_SEEDS:
+        raise ValueError(f"there are more than {MAX_SEEDS:,} seeds: pass fewer")
+    for seed in checked:
+        is_integer = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+        # JAX takes a key's seed modulo 2**32, so that others would repeat the training of a seed
+        # within.
+        if not is_integer or not 0 <= seed < 2**32:
+            raise ValueError(f"seeds must be integers from 0 to {2**32 - 1}, got {seed!r:.40}")
+    checked = [int(seed) for seed in checked]
+    repeated = sorted(seed for seed, count in collections.Counter(checked).items() if count > 1)
+    if repeated:
+        raise ValueError(f"seeds must differ, but {_list(repeated)} are repeated")
+    return checked
+
+
+def _list(values: Sequence[Any]) -> str:
+    """Lists the first values and counts the others."""
+    listed = ", ".join(map(repr, values[:5]))
+    return listed if len(values) <= 5 else f"{listed} and {len(values) - 5} more"
+
+
+def _check_cache(cache: TeacherCache, folder: str | os.PathLike | None) -> None:
+    """Fails or warns about the folder of teachers' logits before a teacher is trained for it."""
+    cache.check_folder()
+    if folder is not None and jax.process_count() > 1:
+        warnings.warn(
+            f"teacher_cache {folder} is not used, because several processes compute the logits "
+            "together: each keeps them in memory",
+            stacklevel=3,
+        )
+
+
         for group in group_by_step(stage_runs):
             progress.start_group(group.label, group.steps, len(group))
             progress.advance(group.first_step, restored=True)

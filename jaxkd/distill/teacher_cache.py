@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -9,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from jaxkd.evaluate import PredictFn
 from jaxkd.models.model import Model
 from jaxkd.runs import fingerprint
 from jaxkd.runs.checkpoints import load, save
+from jaxkd.runs.errors import check_folder_name
+
+TEMPORARY_PREFIX = ".saving-"
+"""Begins the name of a folder in which logits are being saved. A kill may leave it."""
 
 
 class TeacherCache:
@@ -50,6 +55,20 @@ class TeacherCache:
         # not take part, and the others would wait for it.
         self._folder = Path(folder) if jax.process_count() == 1 else None
         self._latest: dict[str, tuple[tuple, tuple, Any]] = {}
+
+    def check_folder(self) -> None:
+        """Makes the folder, before teachers are trained whose logits it is to hold.
+
+        Raises:
+            RunError: If its name is not UTF-8.
+            OSError: If it cannot be made or written.
+        """
+        if self._folder is None:
+            return
+        folder = _prepare_folder(self._folder)
+        # One that others have filled may be read without a permission to write.
+        if not os.access(folder, os.W_OK) and not any(folder.iterdir()):
+            raise PermissionError(f"{folder} cannot be written: name another folder for the logits")
 
     def get(
         self,
@@ -173,8 +192,7 @@ def teacher_logits(
     expected_notes = _describe_origin(variables, iterate_views, views, top_k, notes)
     digest = hashlib.sha256(json.dumps(expected_notes, sort_keys=True).encode()).hexdigest()
     # The name need not be unique for certain: the notes are compared in full below.
-    path = Path(folder) / digest[:16]
-    path.parent.mkdir(parents=True, exist_ok=True)  # fail before hours of computing, not after
+    path = _prepare_folder(folder) / digest[:16]  # fails before hours of computing, not after
     saved = load(path)
     if saved is not None and saved.notes == expected_notes:
         return saved.tree["logits"] if top_k is None else TopK(**saved.tree)
@@ -186,6 +204,18 @@ def teacher_logits(
     if is_primary:
         _save(path, {"logits": logits} if top_k is None else logits._asdict(), expected_notes)
     return logits
+
+
+def _prepare_folder(folder: str | os.PathLike) -> Path:
+    """Makes the folder of the logits, and deletes what a killed process left there."""
+    path = check_folder_name(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for leftover in path.glob(f"{TEMPORARY_PREFIX}*"):
+        with _lock_folder(leftover) as is_locked:
+            # Another run that is saving holds its lock.
+            if is_locked:
+                shutil.rmtree(leftover, ignore_errors=True)
+    return path
 
 
 _IterateViews = Callable[[], Iterator[Iterable[np.ndarray]]]
@@ -280,9 +310,8 @@ def _hash_program(model: Model, variables: dict, inputs: ArrayLike) -> str:
 
 def _save(path: Path, tree: Any, notes: dict[str, Any]) -> None:
     """Saves to a temporary folder and renames it, because another run may save the same logits."""
-    # In the same folder, because a file system renames only within itself.
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as temporary:
-        temporary_path = Path(temporary) / path.name
+    with _make_locked_folder(path.parent) as temporary:
+        temporary_path = temporary / path.name
         save(temporary_path, 0, tree, notes=notes)
         try:
             temporary_path.rename(path)
@@ -290,3 +319,54 @@ def _save(path: Path, tree: Any, notes: dict[str, Any]) -> None:
             # If the path exists, another run has saved the same logits in the meantime.
             if not path.exists():
                 raise
+
+
+@contextlib.contextmanager
+def _make_locked_folder(parent: Path) -> Generator[Path]:
+    """Makes a temporary folder that `_prepare_folder` of another run leaves alone."""
+    while True:
+        # In the same folder, because a file system renames only within itself.
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=TEMPORARY_PREFIX, dir=parent, ignore_cleanup_errors=True
+            ) as temporary,
+            _lock_folder(Path(temporary)) as is_locked,
+        ):
+            # Another run may have found the folder before it was locked. Without locks, none
+            # deletes it.
+            if os.path.isdir(temporary) and is_locked is not False:
+                yield Path(temporary)
+                return
+
+
+@contextlib.contextmanager
+def _lock_folder(path: Path) -> Generator[bool | None]:
+    """Locks a folder for the block, which a kill ends as well.
+
+    Yields:
+        Whether it is locked now, or `None` if this system or file system cannot lock folders.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY)
+    except ImportError:  # Windows
+        yield None
+        return
+    except OSError:
+        yield False
+        return
+    try:
+        yield _try_lock(fcntl, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(fcntl: Any, descriptor: int) -> bool | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

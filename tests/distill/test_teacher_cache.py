@@ -1,5 +1,6 @@
 """Teacher logits are computed once for the views that students see, and read back unchanged."""
 
+import concurrent.futures
 import errno
 import functools
 import os
@@ -293,6 +294,47 @@ def test_secondary_processes_write_nothing(saved, tmp_path, monkeypatch):
     logits, calls = get_logits(tmp_path)
     assert calls == 9 and os.listdir(tmp_path) == []
     chex.assert_trees_all_equal(logits, saved[1])
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_teacher_cache as test
+from jaxkd.distill import teacher_cache
+save = teacher_cache.save
+def save_and_die(*args, **kwargs):
+    save(*args, **kwargs)
+    print(*os.listdir(sys.argv[2]), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+teacher_cache.save = save_and_die
+test.get_logits(sys.argv[2])
+"""
+
+
+@pytest.mark.thorough
+def test_what_a_kill_left_is_deleted_when_the_folder_is_opened(tmp_path):
+    command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), str(tmp_path)]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    (name,) = os.listdir(tmp_path)
+    assert completed.stdout == f"{name}\n" and name.startswith(teacher_cache.TEMPORARY_PREFIX)
+    assert get_logits(tmp_path)[1] == 9
+    (name,) = os.listdir(tmp_path)
+    assert not name.startswith(".")
+
+
+def test_folder_in_which_another_run_saves_is_left_alone(tmp_path):
+    with teacher_cache._make_locked_folder(tmp_path) as folder:
+        teacher_cache._prepare_folder(tmp_path)
+        assert folder.is_dir()
+    assert os.listdir(tmp_path) == []
+
+
+def test_threads_share_a_folder(tmp_path):
+    expected = [get_logits(None, top_k=k)[0] for k in (1, 2, 1, 2)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        logits = pool.map(lambda k: get_logits(tmp_path, top_k=k)[0], (1, 2, 1, 2), timeout=60)
+        chex.assert_trees_all_equal(list(logits), expected)
+    assert len(os.listdir(tmp_path)) == 2
 
 
 # The program of a model
