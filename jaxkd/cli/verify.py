@@ -1,8 +1,10 @@
 """The subcommand `jaxkd verify`: a repetition of a finished run and a comparison of both."""
 
 import dataclasses
+import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +26,9 @@ Examples:
   python -m jaxkd verify runs/teacher_assistant/fashion_mnist_mini-0123abcd
   python -m jaxkd verify RUN --keep runs/again
 
-The second example keeps the new run, and resumes it if it was stopped."""
+The second example keeps the new run, and resumes it if it was stopped.
+
+Without --keep, it is kept if it differs, in a temporary folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +48,31 @@ class VerifyCommand:
         # Imported here, because the help of a command must not wait for JAX.
         from jaxkd.runs.verify import verify
 
-        with tempfile.TemporaryDirectory(prefix="jaxkd-verify-") as temporary:
-            verdicts = verify(self.run, self.keep or temporary)
-        for folder, verdict in verdicts.items():
-            _print_verdict(folder, verdict)
-        if any(verdict.differences for verdict in verdicts.values()):
+        if self.keep is not None:
+            verdicts = verify(self.run, self.keep)
+            _print_verdicts(verdicts)
+        else:
+            temporary = Path(tempfile.mkdtemp(prefix="jaxkd-verify-"))
+            verdicts = {}
+            try:
+                verdicts = verify(self.run, temporary, is_temporary=True)
+                _print_verdicts(verdicts)
+            finally:
+                if _differ(verdicts):
+                    print(f"the new run is kept in {temporary}")
+                else:
+                    shutil.rmtree(temporary, ignore_errors=True)
+        if _differ(verdicts):
             sys.exit(1)
+
+
+def _differ(verdicts: Mapping[Path, "Verdict"]) -> bool:
+    return any(verdict.differences for verdict in verdicts.values())
+
+
+def _print_verdicts(verdicts: Mapping[Path, "Verdict"]) -> None:
+    for folder, verdict in verdicts.items():
+        _print_verdict(folder, verdict)
 
 
 def _print_verdict(folder: Path, verdict: "Verdict") -> None:

@@ -48,7 +48,9 @@ class Verdict(NamedTuple):
     compared: str
 
 
-def verify(folder: str | os.PathLike, scratch: str | os.PathLike) -> dict[Path, Verdict]:
+def verify(
+    folder: str | os.PathLike, scratch: str | os.PathLike, *, is_temporary: bool = False
+) -> dict[Path, Verdict]:
     """Repeats an experiment with the options that its run recorded, and compares both runs.
 
     Args:
@@ -56,6 +58,7 @@ def verify(folder: str | os.PathLike, scratch: str | os.PathLike) -> dict[Path, 
             folder or the folder of one run.
         scratch: The folder of the new run. It must be empty or absent, or hold the run of an
             earlier call that was stopped.
+        is_temporary: Keeps the name of that folder out of what the new run prints.
 
     Returns:
         The verdict on each run, by its folder.
@@ -72,7 +75,7 @@ def verify(folder: str | os.PathLike, scratch: str | os.PathLike) -> dict[Path, 
         if scratch.resolve() in (folder.resolve(), run.folder.resolve()):
             raise RunError(f"{scratch} is the run itself: name another folder for the rerun")
     # An experiment may use fewer seeds for one of its runs than the user asked for, never more.
-    _rerun(max(runs, key=lambda run: run.config.get("num_seeds", 0)), scratch)
+    _rerun(max(runs, key=lambda run: run.config.get("num_seeds", 0)), scratch, is_temporary)
     return {run.folder: compare_runs(run.folder, _find_rerun(run, scratch)) for run in runs}
 
 
@@ -167,13 +170,16 @@ def _check_finished(run: Run) -> None:
         )
 
 
-def _rerun(run: Run, scratch: Path) -> None:
+def _rerun(run: Run, scratch: Path, is_temporary: bool) -> None:
     name = run.config["experiment"]
     arguments = [*command_line_options(run.config), "--workdir", str(scratch)]
     command = [sys.executable, "-m", f"experiments.{name}", *arguments]
     # In a process of its own: the library imports no experiment, and XLA reads the flags that an
     # option may set only when it starts.
-    status = subprocess.run(command, check=False).returncode
+    if is_temporary:
+        status = _run_without_naming(command, str(scratch))
+    else:
+        status = subprocess.run(command, check=False).returncode
     if status:
         raise RunError(
             f"the rerun of experiments.{name} failed with exit status {status}: "
@@ -181,11 +187,27 @@ def _rerun(run: Run, scratch: Path) -> None:
         )
 
 
+def _run_without_naming(command: Sequence[str], folder: str) -> int:
+    """Runs a command whose output does not name a folder, and returns its exit status.
+
+    The folder of a new run that is identical is deleted. Whoever reads its name would look for it.
+    """
+    # Without a terminal, Python would hold lines back.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=environment, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line.replace(folder, "a temporary folder"), end="", flush=True)
+    return process.returncode
+
+
 def _find_rerun(run: Run, scratch: Path) -> Path:
     """Returns the folder in which the rerun left the counterpart of a run."""
     if (scratch / "config.json").exists():
         return scratch
-    return scratch / Path(run.config["workdir"] or "").name
+    return scratch / Path(run.config.get("workdir") or "").name
 
 
 def _group_records(run: Run) -> _Records:

@@ -1,5 +1,6 @@
 """Tests of `jaxkd verify`: messages and exit statuses, with a fake rerun."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def fake_verify(monkeypatch):
     calls = []
 
     def set_verdicts(*verdicts):
-        def verify_(folder, scratch):
+        def verify_(folder, scratch, is_temporary=False):
             calls.append((folder, Path(scratch), Path(scratch).exists()))
             return {folder / str(i): verdict for i, verdict in enumerate(verdicts)}
 
@@ -63,15 +64,31 @@ def test_rerun_that_differs_is_a_failure(fake_verify, capsys):
 
 
 def test_rerun_that_differs_under_other_conditions(fake_verify, capsys):
-    fake_verify(verify.Verdict(["metrics: loss"], ["jax was '0.10.2' and is '0.12.0'"], ""))
+    calls = fake_verify(verify.Verdict(["metrics: loss"], ["jax was '0.10.2' and is '0.12.0'"], ""))
     with pytest.raises(SystemExit) as stop:
         main(["verify", "run"])
-    assert stop.value.code == 1
+    ((_, scratch, _),) = calls
+    assert stop.value.code == 1 and scratch.is_dir()
+    shutil.rmtree(scratch)
     assert capsys.readouterr().out.splitlines() == [
         "run/0: differs",
         "  metrics: loss",
         "  recorded: jax was '0.10.2' and is '0.12.0'",
+        f"the new run is kept in {scratch}",
     ]
+
+
+def test_temporary_folder_is_deleted_after_an_error(monkeypatch):
+    folders = []
+
+    def fail(folder, scratch, is_temporary):
+        folders.append(scratch)
+        raise RunError("the rerun failed")
+
+    monkeypatch.setattr(verify, "verify", fail)
+    with pytest.raises(SystemExit, match="the rerun failed"):
+        main(["verify", "run"])
+    assert len(folders) == 1 and not folders[0].exists()
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
@@ -80,7 +97,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
         main(["verify", "absent"])
     assert stop.value.code == "error: absent holds no run: there is no config.json in it"
 
-    def fail(folder, scratch):
+    def fail(folder, scratch, is_temporary):
         raise RunError("the run\nis not finished")
 
     monkeypatch.setattr(verify, "verify", fail)

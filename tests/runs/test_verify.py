@@ -286,6 +286,7 @@ if "--fail" in sys.argv:
     sys.exit(3)
 pathlib.Path("arguments").write_text(" ".join(sys.argv[1:]))
 shutil.copytree(template, folder, dirs_exist_ok=True)
+print(f"Everything is in {folder}: start with report.md")
 """
 
 
@@ -312,6 +313,15 @@ def test_repeats_a_run_from_its_own_configuration(tiny):
     assert list(verdicts) == [Path("run")]
     (line,) = verdicts[Path("run")].differences
     assert "stage teacher, seed 0, step 8: loss was 0.125 and is 0.5" in line
+
+
+@pytest.mark.parametrize("is_temporary", [False, True])
+def test_output_of_the_new_run_does_not_name_a_folder_that_will_be_deleted(
+    tiny, capfd, is_temporary
+):
+    verify.verify("run", "again", is_temporary=is_temporary)
+    name = "a temporary folder" if is_temporary else "again"
+    assert capfd.readouterr().out == f"Everything is in {name}: start with report.md\n"
 
 
 def test_runs_of_one_command_are_repeated_together(tiny):
