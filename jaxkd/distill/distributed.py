@@ -1,14 +1,24 @@
 """Start-up of several processes that run one program, and values of the primary process."""
 
 import json
+import threading
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxkd.runs import RunError
+
+CONNECTION_SECONDS = 300
+"""Time that processes wait for each other at the start."""
+
 
 def initialize_distributed(
-    coordinator: str, *, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str,
+    *,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = CONNECTION_SECONDS,
 ) -> None:
     """Connects this process to the others, so that all their devices belong to one program.
 
@@ -21,14 +31,39 @@ def initialize_distributed(
             `jax.distributed.initialize` detects it, as it can on TPU pods and under SLURM.
         num_processes: Number of processes. Not needed with "auto".
         process_id: Index of this process, from 0. Not needed with "auto".
+        timeout: Seconds to wait for the other processes.
+
+    Raises:
+        RunError: If they cannot be reached in that time, or "auto" finds no coordinator.
 
     References:
         Multi-process JAX, https://docs.jax.dev/en/latest/multi_process.html
     """
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+    arguments: Any = () if coordinator == "auto" else (coordinator, num_processes, process_id)
+    errors: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            # JAX ends the process with an abort when its own time is up, so it gets more.
+            jax.distributed.initialize(*arguments, initialization_timeout=timeout + 60)
+        except BaseException as error:
+            errors.append(error)
+
+    # In a thread, because the connection cannot be given up.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise RunError(
+            f"the {num_processes or 'other'} processes did not connect to {coordinator} within "
+            f"{timeout} s: check the address, and that each was started with its own process_id"
+        )
+    for error in errors:
+        # XLA raises a `RuntimeError`, and JAX a `ValueError` if it detects nothing.
+        if not isinstance(error, (RuntimeError, ValueError)):
+            raise error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise RunError(f"no connection to the coordinator {coordinator}: {reason}") from error
 
 
 def is_primary_process() -> bool:
@@ -55,4 +90,6 @@ def broadcast_from_primary(value: Any, tree: Any) -> tuple[Any, Any]:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     buffer = text if is_primary_process() else np.zeros(length, np.uint8)
     text = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes()
+    if not jax.tree.leaves(tree):
+        return json.loads(text), tree
     return json.loads(text), multihost_utils.broadcast_one_to_all(jax.device_get(tree))
