@@ -135,9 +135,17 @@ class Stage:
         """Returns the examples of a seed.
 
         Raises:
-            ValueError: If there are no `inputs`, or the arrays differ in length.
+            ValueError: If there are no `inputs`, an array is a list, or the arrays differ in
+                length.
         """
         data = self.data(seed) if callable(self.data) else self.data
+        for name, array in data.items():
+            # Nested lists would be taken for many arrays.
+            if isinstance(array, (list, tuple)):
+                raise ValueError(
+                    f"stage {self.name!r} has a {type(array).__name__} as {name!r}: "
+                    "make it an array with np.asarray"
+                )
         lengths = {name: len(array) for name, array in data.items() if np.ndim(array)}
         if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
             raise ValueError(

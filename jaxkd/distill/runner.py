@@ -4,12 +4,16 @@ A finished stage is read from disk. A stage that was interrupted is resumed from
 checkpoint and ends with the bits of an unbroken run.
 """
 
+import collections
 import functools
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
@@ -30,6 +34,9 @@ from jaxkd.runs.environment import check_cpu_products
 
 Plan = Sequence[Stage | Pretrained]
 """Stages and pretrained models, in any order."""
+
+MAX_SEEDS = 10_000
+"""Largest number of seeds. More are taken for a mistake: they would be years of training."""
 
 MakeScore = Callable[[Model], ScoreFn]
 """`model -> ((variables, examples) -> Score)`."""
@@ -55,7 +62,7 @@ def run_plan(
 
     Args:
         plan: The stages and pretrained models.
-        seeds: The whole plan is trained once for each seed.
+        seeds: The whole plan is trained once for each seed, an integer from 0 to 2**32 - 1.
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
         placement: Where the stages train, such as `MeshPlacement(make_mesh())` for all devices. By
@@ -92,7 +99,7 @@ def run_plan(
     names = [entry.name for entry in plan]
     plan = order(plan)
     # Read several times below, which a generator would not survive.
-    seeds = list(seeds)
+    seeds = _check_seeds(seeds)
     placement = placement or single_device()
     if buckets is not None:
         check_buckets(
@@ -102,13 +109,6 @@ def run_plan(
             validation["inputs"],
             scores_classes=make_score is None,
         )
-            predict_fns,
-            run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
-        )
-        # Loops look their teachers up in this dictionary, which grows as stages end.
-        trained = _collect_pretrained(plan, seeds, scores)
-        make_loop = functools.partial(
-            TrainingLoop,
     with PlanProgress(plan, seeds, run.folder) as progress:
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
@@ -117,11 +117,18 @@ def run_plan(
         describer = TrainingDescriber(validation)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
+            predict_fns,
+            run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
+        )
+        if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
+            _check_cache(cache, teacher_cache)
+        # Loops look their teachers up in this dictionary, which grows as stages end.
+        trained = _collect_pretrained(plan, seeds, scores)
+        make_loop = functools.partial(
+            TrainingLoop,
             run=run,
             placement=placement,
             teacher_cache=cache,
-        if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
-            _check_cache(cache, teacher_cache)
             buckets=buckets,
             save_every=save_every,
             evaluations=evaluations,
@@ -155,7 +162,15 @@ def evaluate_plan(
     Returns:
         A row for each stage and model, in the order of the plan. A model that all seeds share, such
         as a pretrained one, is measured once.
+
+    Raises:
+        ValueError: If the plan has no model of the reference's name, or `trained` lacks a model.
     """
+    names = [entry.name for entry in plan]
+    if reference not in names:
+        raise ValueError(f"reference {reference!r} is not in the plan, which has {_list(names)}")
+    if missing := [name for name in names if name not in trained]:
+        raise ValueError(f"trained lacks {_list(missing)} of the plan: pass what run_plan returned")
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}
@@ -185,21 +200,6 @@ def evaluate_plan(
     return rows
 
 
-def _train_round(
-    round_: Round,
-    run: Run,
-    placement: Placement,
-    trained: dict[str, dict[int, TrainedModel]],
-    make_loop: Callable[..., TrainingLoop],
-    progress: PlanProgress,
-) -> None:
-    """Trains the groups of a round, one after another, and adds their models to `trained`."""
-    # The arrays of a round are dropped together at its end: the next round has another seed's
-    # examples or another program.
-    arrays = DeviceArrays(placement.put_array)
-    for jobs in round_:
-        stage_runs = [start_or_resume(stage, seed, trained, run, describer) for stage, seed in jobs]
-        # A resumed group may be split, because each student has a checkpoint of its own.
 def _check_seeds(seeds: Iterable[int]) -> list[int]:
     """Returns the seeds after a check that each gives a training of its own."""
     # One more than allowed, because a range may be longer than memory.
@@ -236,6 +236,22 @@ def _check_cache(cache: TeacherCache, folder: str | os.PathLike | None) -> None:
         )
 
 
+def _train_round(
+    round_: Round,
+    run: Run,
+    placement: Placement,
+    trained: dict[str, dict[int, TrainedModel]],
+    describer: TrainingDescriber,
+    make_loop: Callable[..., TrainingLoop],
+    progress: PlanProgress,
+) -> None:
+    """Trains the groups of a round, one after another, and adds their models to `trained`."""
+    # The arrays of a round are dropped together at its end: the next round has another seed's
+    # examples or another program.
+    arrays = DeviceArrays(placement.put_array)
+    for jobs in round_:
+        stage_runs = [start_or_resume(stage, seed, trained, run, describer) for stage, seed in jobs]
+        # A resumed group may be split, because each student has a checkpoint of its own.
         for group in group_by_step(stage_runs):
             progress.start_group(group.label, group.steps, len(group))
             progress.advance(group.first_step, restored=True)
@@ -279,7 +295,6 @@ def _make_predict_fns(
     plan: Plan, make: Callable[..., PredictFn], buckets: LengthBuckets | None
 ) -> dict[str, PredictFn]:
     """Makes a predict function by name. Entries with the same model share one and its program."""
-    describer: TrainingDescriber,
     # Each call of `make` jits a new function, which would compile again. A `Model` is hashed by the
     # identity of its two functions.
     make_once = functools.cache(functools.partial(make, buckets=buckets))

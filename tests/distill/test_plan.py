@@ -28,6 +28,15 @@ def keep_inputs(key, inputs):
     return inputs
 
 
+@pytest.mark.parametrize("data", [{"inputs": [[0.0, 1.0]]}, {"labels": [0]}, {"labels": (0,)}])
+@pytest.mark.parametrize("from_function", [False, True])
+def test_lists_as_data_are_refused(data, from_function):
+    data = {"inputs": np.zeros((1, 2)), **data}
+    message = "stage 'a' has a (list|tuple) as '(inputs|labels)': make it an array with np.asarray"
+    with pytest.raises(ValueError, match=message):
+        make_stage("a", data=(lambda seed: data) if from_function else data).examples(0)
+
+
 def test_order_puts_teachers_first_wherever_they_are_in_the_plan():
     chain = [
         make_stage("student", teachers=("assistant",)),

@@ -1,6 +1,7 @@
 """Plans run: what is learnt, what is measured, and what does not depend on the rest of the plan."""
 
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -105,7 +106,6 @@ def test_each_seed_may_have_examples_of_its_own(tmp_path):
         chex.assert_trees_all_equal(alone["first"][0].variables, trained["first"][seed].variables)
 
 
-def test_plan_without_evaluations_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("seeds", "message"),
     [
@@ -178,6 +178,7 @@ def test_folder_that_is_deleted_ends_the_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_without_evaluations_is_refused(tmp_path):
     with pytest.raises(ValueError, match="evaluations must be at least 1"):
         train(tmp_path, make_chain(), evaluations=0)
 
