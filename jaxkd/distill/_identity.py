@@ -43,11 +43,11 @@ class TrainingDescriber:
         """Takes the examples on which every training is evaluated."""
         # A reference, because an id is unique only while its object is alive.
         self._digests: dict[int, tuple[weakref.ref, str]] = {}
-        environment = describe_environment()
+        lowering, environment = describe_lowering(), describe_environment()
         self._common = {
             "validation": self._hash_tree(validation),
-            "program_environment": _hash_json(describe_lowering()),
-            "initial_environment": _hash_json(_without_commit(environment))
+            "program_environment": _hash_json(lowering),
+            "initial_environment": _hash_json([lowering, _without_commit(environment)])
             if _repeats_bits(environment)
             else None,
         }

@@ -145,6 +145,9 @@ def describe_lowering() -> dict[str, Any]:
         "prng_seed_offset": config.jax_random_seed_offset,
         "matmul_precision": config.jax_default_matmul_precision,
         "dtype_promotion": config.jax_numpy_dtype_promotion,
+        # For debugging, but programs read otherwise or round otherwise.
+        "disable_jit": config.jax_disable_jit,
+        "disable_most_optimizations": config.values.get("jax_disable_most_optimizations"),
     }
 
 

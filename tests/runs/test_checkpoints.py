@@ -431,9 +431,11 @@ def test_threads_write_one_file_atomically(tmp_path):
         writes = [
             pool.submit(write_atomically, tmp_path / "file", contents[i % 8]) for i in range(200)
         ]
-        for write in writes:
-            write.result()
-        stop.set()
+        try:
+            for write in writes:
+                write.result()
+        finally:
+            stop.set()
         reader.result()
     assert not torn and os.listdir(tmp_path) == ["file"]
 
