@@ -212,15 +212,17 @@ class TrainingLoop:
                     "stage": stage_run.fingerprint,
                     "validation_accuracy": self._accuracies[i],
                 }
-                checkpoints.save(
-                    stage_run.folder,
-                    step,
-                    jax.device_get(states[i]),
-                    notes=notes,
-                    identity=stage_run.identity,
-                )
-                # A save makes a folder again that was deleted during it.
-                self._run.check_folder()
+                try:
+                    checkpoints.save(
+                        stage_run.folder,
+                        step,
+                        jax.device_get(states[i]),
+                        notes=notes,
+                        identity=stage_run.identity,
+                    )
+                finally:
+                    # A save fails, or makes the folder again, if that was deleted during it.
+                    self._run.check_folder()
 
     def _save_if_consistent(self) -> None:
         """Saves a checkpoint on Ctrl-C, unless the interrupt hit inside a step.

@@ -12,6 +12,7 @@ from jaxkd import distill, evaluate, runs
 from jaxkd.distill import placement, runner
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill.teacher_cache import TeacherCache
+from jaxkd.runs import checkpoints
 from small_plans import (
     TRAIN,
     VALIDATION,
@@ -176,6 +177,21 @@ def test_folder_that_is_deleted_ends_the_run(tmp_path):
             [make_stage("first")], [0], run, validation=VALIDATION, make_score=make_score
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_folder_that_is_deleted_within_a_save_ends_the_run(tmp_path, monkeypatch, fails):
+    save = checkpoints.save
+
+    def delete_and_save(*args, **kwargs):
+        shutil.rmtree(tmp_path / "run")
+        if fails:
+            raise FileNotFoundError("what orbax says of it")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save", delete_and_save)
+    with pytest.raises(runs.RunError, match="run was deleted, or its"):
+        train(tmp_path / "run", [make_stage("first", steps=1)])
 
 
 def test_plan_without_evaluations_is_refused(tmp_path):
