@@ -94,6 +94,7 @@ def test_a_finished_stage_that_changed_is_refused_and_kept(folder, change):
     assert sorted(path for path in folder.rglob("*") if ".lock" not in path.name) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", ["one pixel", "the loss", "the learning rate"])
 def test_a_stage_that_was_stopped_in_the_middle_is_refused(tmp_path, monkeypatch, change):
     kill_at_save(monkeypatch, 3)
@@ -122,6 +123,7 @@ def test_other_validation_data_are_refused(folder):
         train(folder, make_plan(), validation=make_examples(2, 20))
 
 
+@pytest.mark.thorough
 def test_a_deleted_teacher_is_trained_again_and_its_student_is_refused(folder):
     plan = make_plan()
     plan[0] = dataclasses.replace(plan[0], loss=lambda *args: 2.0 * hard_loss(*args))
@@ -144,6 +146,7 @@ def test_a_deleted_teacher_that_did_not_change_keeps_its_student(folder, finishe
     chex.assert_trees_all_equal(get_variables(trained), get_variables(finished[1]))
 
 
+@pytest.mark.thorough
 def test_another_network_of_a_cached_teacher_is_refused(tmp_path):
     model = make_model(8)
     variables = model.init(jax.random.key(5), TRAIN["inputs"][:1])
@@ -181,6 +184,7 @@ def test_another_placement_is_accepted(folder, finished, name):
     chex.assert_trees_all_equal(get_variables(trained), get_variables(finished[1]))
 
 
+@pytest.mark.thorough
 def test_another_name_of_a_function_is_accepted(folder, finished):
     @jax.jit
     def some_name(logits, labels):
