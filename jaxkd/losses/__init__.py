@@ -2,6 +2,15 @@
 
 Importing this package loads only jax and optax. The catalogue, `docs/api/catalogue.md`, lists every
 function with its formula and paper.
+
+Defaults follow one rule:
+
+- In a loss on softened logits, `temperature` is 2.0, and the weight `alpha` of the teacher is 0.5.
+- Another hyper-parameter has the value that its paper or the authors' code fixes. So has a
+  temperature: 1.0 in `normalized_loss`, 0.07 in the contrastive losses.
+- What papers choose by task has no default: `beta`, `non_target_weight`, `correct`.
+- What must agree with another call has no default: the `temperature` of `temperature_softmax`,
+  `ensemble_logits` and `calibrate_bank` is that of the loss that follows.
 """
 
 from jaxkd.losses.alignment import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +73,16 @@ def check_fraction(name: str, value: ArrayLike, *, inclusive: bool = True) -> No
 def check_weights(kind: str, weights: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
     """Returns the weights of classes or teachers as an array.
 
-    Raises `ValueError` if a weight is negative. Traced weights are not checked.
+    Raises `ValueError` if a weight is negative or NaN, or all are 0. Traced weights are not
+    checked.
     """
-    if not isinstance(weights, jax.core.Tracer) and not np.all(np.asarray(weights) >= 0):
-        raise ValueError(
-            f"weights of {kind} must be at least 0, got {weights}; a weight of 0 leaves one out"
-        )
+    weights = untraced(weights)
+    if not isinstance(weights, jax.core.Tracer):
+        if not np.all(weights >= 0) or (weights.size and not weights.any()):
+            raise ValueError(
+                f"weights of {kind} must be at least 0, and one of them more, "
+                f"got {_shorten(weights)}; a weight of 0 leaves one out"
+            )
     return jnp.asarray(weights, dtype)
 
 
@@ -91,6 +96,36 @@ def check_term_weight(
         f"{name} {value.shape} must be a scalar or one weight per example {shape}",
     )
     return value
+
+
+def exclude_unused(used: ArrayLike, *arrays: Array) -> tuple[Array, ...]:
+    """Replaces the examples that a term does not use by zeros, such as those of weight 0.
+
+    The term and its gradient are then finite, whatever these examples hold. To mask the term alone
+    would leave 0 · NaN in the gradient.
+
+    Args:
+        used: Booleans, a scalar or `[...]`, one per example.
+        *arrays: `[...]` or `[..., C]`.
+
+    Returns:
+        The arrays, as they are if it is known that all examples are used.
+    """
+    if not isinstance(used, jax.core.Tracer) and np.all(used):
+        return arrays
+    return tuple(zero_masked(jnp.asarray(used), array) for array in arrays)
+
+
+def untraced(value: ArrayLike | Sequence[Any]) -> Any:
+    """Returns a value as NumPy's array, whose comparisons are known under `jit`, unless traced."""
+    # A sequence may hold traced numbers among others.
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    return jnp.asarray(value) if is_traced else np.asarray(value)
+
+
+def weigh(weight: Array, values: Array) -> Array:
+    """Multiplies the values of a term by its weights; 0 where the weight is 0, even if infinite."""
+    return weight * jnp.where(weight != 0, values, 0)
 
 
 def broadcast_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
@@ -172,6 +207,11 @@ def normalize(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     largest = jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0))
     x = x * safe_reciprocal(largest)
     return x * safe_reciprocal(safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
+
+
+def _shorten(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _concrete_scalar(name: str, value: ArrayLike) -> float | None:

@@ -52,7 +52,7 @@ def contrastive_loss(
     student_embeddings: ArrayLike,
     teacher_embeddings: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 0.07,
     labels: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Array:
@@ -205,7 +205,7 @@ def contrastive_bank_loss(
     index: ArrayLike,
     negatives: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 0.07,
     where: ArrayLike | None = None,
 ) -> Array:
     """Computes the CRD loss against the bank's rows of each example and of its negatives.

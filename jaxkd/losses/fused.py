@@ -36,7 +36,7 @@ def fused_linear_kl_divergence(
     teacher_states: ArrayLike,
     teacher_kernel: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
@@ -91,7 +91,7 @@ def fused_linear_reverse_kl_divergence(
     teacher_states: ArrayLike,
     teacher_kernel: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
@@ -138,7 +138,7 @@ def fused_linear_jensen_shannon_divergence(
     teacher_states: ArrayLike,
     teacher_kernel: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     beta: float,
     where: ArrayLike | None = None,
     chunk_size: int | None = None,

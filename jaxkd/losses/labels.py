@@ -6,13 +6,25 @@ Sums run over the classes only; the caller averages over the examples. `decouple
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_fraction, check_shape, check_term_weight
+from jaxkd.losses._arrays import (
+    check_fraction,
+    check_mask,
+    check_shape,
+    check_term_weight,
+    check_weights,
+    exclude_unused,
+    untraced,
+    weigh,
+    zero_masked,
+)
 from jaxkd.losses._softmax import (
     Softmax,
     check_labels,
@@ -28,7 +40,11 @@ from jaxkd.losses.logits import soft_cross_entropy
 
 
 def hard_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, weights: ArrayLike | None = None
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
 ) -> Array:
     """Computes the cross-entropy with integer labels.
 
@@ -37,16 +53,22 @@ def hard_cross_entropy(
     Args:
         logits: `[..., C]`, floating-point.
         labels: `[...]`, integers in [0, C).
-        weights: w, one for each class `[C]`; by default all 1. PyTorch's `weight` with a mean also
-            divides by the sum of the weights of the batch's labels.
+        weights: w, at least 0, one for each class `[C]`; by default all 1. An example whose class
+            has weight 0 is left out: its logits affect neither value nor gradient. PyTorch's
+            `weight` with a mean also divides by the sum of the weights of the batch's labels.
+        where: Booleans `[...]`, the examples that count (True), such as `labels != -100`; the
+            others are 0, whatever their logits and labels.
 
     Returns:
-        One value per example `[...]`, in float32 or wider; NaN where a label is out of range.
+        One value per example `[...]`, in float32 or wider; NaN where the label of an example that
+        counts is out of range.
 
     Raises:
-        ValueError: If the labels' shape is not that of the logits without their last axis, or there
-            is not one weight for each class.
-        TypeError: If the logits are not floating-point or the labels are not integers.
+        ValueError: If the labels' shape is not that of the logits without their last axis, a weight
+            is negative, there is not one weight for each class, or `where` is not one boolean for
+            each example.
+        TypeError: If the logits are not floating-point, the labels are not integers or `where` is
+            not boolean.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,22 +78,29 @@ def hard_cross_entropy(
     """
     logits = check_logits("logits", logits)
     labels = check_labels(labels, logits.shape)
-    value = -_take_at_labels(softmax(logits).log_probabilities, labels)
+    if where is not None:
+        where = check_mask("example", where, labels.shape)
+        logits, labels = zero_masked(where, logits), zero_masked(where, labels)
     if weights is None:
-        return value
-    weights = jnp.asarray(weights, value.dtype)
-    check_shape(
-        weights.shape == logits.shape[-1:],
-        f"weights {weights.shape} must have one entry for each class, {logits.shape[-1:]}; "
-        "to weight examples, multiply the result",
-    )
-    # A label out of range may take any weight: its value is NaN already.
-    weights = jnp.take(weights, labels, mode="clip")
-    # A class of weight 0 may be at −inf, where 0 · inf would be NaN.
-    return weights * jnp.where(weights != 0, value, 0)
+        values = -_take_at_labels(softmax(logits).log_probabilities, labels)
+    else:
+        weights = check_weights("classes", weights, logits.dtype)
+        check_shape(
+            weights.shape == logits.shape[-1:],
+            f"weights {weights.shape} must have one entry for each class, {logits.shape[-1:]}; "
+            "to weight examples, multiply the result",
+        )
+        # A label out of range has no weight. 1 keeps the NaN of its value, where 0 would hide it.
+        in_range = (labels >= 0) & (labels < logits.shape[-1])
+        weights = jnp.where(in_range, jnp.take(weights, labels, mode="clip"), 1)
+        (logits,) = exclude_unused(weights != 0, logits)
+        values = weigh(weights, -_take_at_labels(softmax(logits).log_probabilities, labels))
+    return values if where is None else zero_masked(where, values)
 
 
-def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: ArrayLike) -> Array:
+def label_smoothing_loss(
+    logits: ArrayLike, labels: ArrayLike, *, smoothing: ArrayLike = 0.1
+) -> Array:
     """Computes the cross-entropy with labels that are mixed with the uniform distribution.
 
     (1 − ε) CE(label, z) + ε CE(uniform, z)
@@ -82,7 +111,7 @@ def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: Arr
     Args:
         logits: `[..., C]`, finite, floating-point.
         labels: `[...]`, integers in [0, C).
-        smoothing: ε in [0, 1], a scalar.
+        smoothing: ε in [0, 1], a scalar; 0.1 in the paper that introduced it.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
@@ -99,6 +128,8 @@ def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: Arr
         [0.514]
 
     References:
+        Szegedy et al., Rethinking the Inception Architecture for Computer Vision,
+        https://arxiv.org/abs/1512.00567
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization,
         https://arxiv.org/abs/1909.11723
     """
@@ -106,7 +137,9 @@ def label_smoothing_loss(logits: ArrayLike, labels: ArrayLike, *, smoothing: Arr
     logits = check_logits("logits", logits)
     smoothing = jnp.asarray(smoothing, logits.dtype)
     hard = hard_cross_entropy(logits, labels)
-    return (1 - smoothing) * hard - smoothing * softmax(logits).log_probabilities.mean(-1)
+    uniform = -softmax(logits).log_probabilities.mean(-1)
+    # At ε = 0 a class may be at −inf, and at ε = 1 a label may be a placeholder.
+    return weigh(1 - smoothing, hard) + weigh(smoothing, uniform)
 
 
 def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: ArrayLike) -> Array:
@@ -170,10 +203,11 @@ def distillation_loss(
     Args:
         student_logits: `[..., C]`, floating-point.
         teacher_logits: The same shape.
-        labels: `[...]`, integers in [0, C), also where `alpha` is 1.
+        labels: `[...]`, integers in [0, C); any integer, such as −100, where `alpha` is 1.
         temperature: T > 0, a scalar.
         alpha: Weight of the soft term in [0, 1]; a number, or one per example `[...]`, such as 1
-            where the label is unknown.
+            where the label is unknown. Where it is 0, the teacher's logits have no effect, even if
+            they are NaN.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
@@ -195,17 +229,20 @@ def distillation_loss(
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
     student, teacher = check_logits_pair(student_logits, teacher_logits)
-    soft = soft_cross_entropy(student, teacher, temperature=temperature)
-    hard = hard_cross_entropy(student, labels)
+    labels = check_labels(labels, student.shape)
     # NumPy, since under jit `jnp.asarray` turns even a Python number into a tracer.
     if not isinstance(alpha, jax.core.Tracer) and not np.all(
         (np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)
     ):
         raise ValueError(f"alpha is the weight of the soft term and must be in [0, 1], got {alpha}")
-    alpha = check_term_weight("alpha", alpha, soft.shape, soft.dtype)
-    # A term of weight 0 may be infinite. At α = 1 the label may be a placeholder, even a class that
-    # is ruled out; at α = 0 the student may rule out classes that the teacher does not.
-    return alpha * jnp.where(alpha > 0, soft, 0) + (1 - alpha) * jnp.where(alpha < 1, hard, 0)
+    weight = check_term_weight("alpha", alpha, labels.shape, student.dtype)
+    # At α = 0 the teacher's logits may be NaN, and the student may rule out classes that the
+    # teacher does not. At α = 1 the label may be a placeholder, even a class that is ruled out.
+    alpha = untraced(alpha)
+    soft_inputs = exclude_unused(alpha > 0, student, teacher)
+    soft = soft_cross_entropy(*soft_inputs, temperature=temperature)
+    hard = hard_cross_entropy(*exclude_unused(alpha < 1, student, labels))
+    return weigh(weight, soft) + weigh(1 - weight, hard)
 
 
 def decoupled_loss(
@@ -213,7 +250,7 @@ def decoupled_loss(
     teacher_logits: ArrayLike,
     labels: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     target_weight: ArrayLike = 1.0,
     non_target_weight: ArrayLike,
 ) -> Array:
@@ -233,7 +270,7 @@ def decoupled_loss(
         temperature: T > 0, a scalar; the paper takes 4 on CIFAR-100 and 1 on ImageNet.
         target_weight: α, a number or one per example; 1 in the paper.
         non_target_weight: β, a number or one per example; from 0.5 to 8 in the paper, 8 for most
-            pairs on CIFAR-100.
+            pairs on CIFAR-100. An example of weight 0 in a term has no effect on it.
 
     Returns:
         One value per example `[...]`, in float32 or wider. With two classes the second term is 0.
@@ -254,24 +291,17 @@ def decoupled_loss(
     References:
         Zhao et al., Decoupled Knowledge Distillation, https://arxiv.org/abs/2203.08679
     """
-    student, teacher, scale = soften(student_logits, teacher_logits, temperature)
-    student_logs = student.log_probabilities
-    teacher_logs = teacher.log_probabilities
-    labels = check_labels(labels, student_logs.shape)
-    non_target = _non_target_mask(labels, student_logs.shape[-1])
-    target_term = divergence(
-        _target_against_rest(teacher_logs, labels, non_target),
-        _target_against_rest(student_logs, labels, non_target),
-    )
-    # A softmax of log-probabilities over fewer classes is the softmax of the logits over them.
-    non_target_term = divergence(
-        softmax(teacher_logs, where=non_target), softmax(student_logs, where=non_target)
-    )
-    shape = target_term.shape
-    dtype = target_term.dtype
-    target_weight = check_term_weight("target_weight", target_weight, shape, dtype)
-    non_target_weight = check_term_weight("non_target_weight", non_target_weight, shape, dtype)
-    return scale * (target_weight * target_term + non_target_weight * non_target_term)
+    student, teacher = check_logits_pair(student_logits, teacher_logits)
+    labels = check_labels(labels, student.shape)
+
+    def weighted(name: str, weight: ArrayLike, term: Callable[..., Array]) -> Array:
+        weights = check_term_weight(name, weight, labels.shape, student.dtype)
+        inputs = exclude_unused(untraced(weight) != 0, student, teacher, labels)
+        return weigh(weights, term(*inputs, temperature))
+
+    total = weighted("target_weight", target_weight, _target_term)
+    total += weighted("non_target_weight", non_target_weight, _non_target_term)
+    return jnp.square(jnp.asarray(temperature, student.dtype)) * total
 
 
 def normalized_loss(
@@ -322,10 +352,11 @@ def normalized_loss(
     student_log = _take_at_labels(softmax(student).log_probabilities, labels)
     # Through `expectation`, since the student may rule the label out where the confidence is 0.
     target_term = expectation(teacher_confidence[..., None], student_log[..., None])
+    weights = check_term_weight("gamma", gamma, target_term.shape, target_term.dtype)
+    student, teacher = exclude_unused(untraced(gamma) != 0, student, teacher)
     student, teacher, scale = soften(student, teacher, temperature, where=non_target)
-    gamma = check_term_weight("gamma", gamma, target_term.shape, target_term.dtype)
     non_target_term = expectation(teacher.probabilities, student.log_probabilities)
-    return -target_term - gamma * scale * non_target_term
+    return -target_term - weigh(weights * scale, non_target_term)
 
 
 def _take_at_labels(values: Array, labels: Array) -> Array:
@@ -339,6 +370,27 @@ def _take_at_labels(values: Array, labels: Array) -> Array:
 def _non_target_mask(labels: Array, num_classes: int) -> Array:
     """Returns a mask `[..., C]` that is True for all classes but the label."""
     return ~jax.nn.one_hot(labels, num_classes, dtype=bool)
+
+
+def _target_term(student: Array, teacher: Array, labels: Array, temperature: ArrayLike) -> Array:
+    softened_student, softened_teacher, _ = soften(student, teacher, temperature)
+    non_target = _non_target_mask(labels, student.shape[-1])
+    return divergence(
+        _target_against_rest(softened_teacher.log_probabilities, labels, non_target),
+        _target_against_rest(softened_student.log_probabilities, labels, non_target),
+    )
+
+
+def _non_target_term(
+    student: Array, teacher: Array, labels: Array, temperature: ArrayLike
+) -> Array:
+    softened_student, softened_teacher, _ = soften(student, teacher, temperature)
+    non_target = _non_target_mask(labels, student.shape[-1])
+    # A softmax of log-probabilities over fewer classes is the softmax of the logits over them.
+    return divergence(
+        softmax(softened_teacher.log_probabilities, where=non_target),
+        softmax(softened_student.log_probabilities, where=non_target),
+    )
 
 
 def _target_against_rest(log_probabilities: Array, labels: Array, non_target: Array) -> Softmax:

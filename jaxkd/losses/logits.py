@@ -66,7 +66,7 @@ def soft_cross_entropy(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -118,7 +118,7 @@ def kl_divergence(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -171,7 +171,7 @@ def reverse_kl_divergence(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
@@ -218,7 +218,7 @@ def jensen_shannon_divergence(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     beta: ArrayLike,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -369,5 +369,6 @@ def _reweight(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax
         raise ValueError(
             f"weights {weights.shape} do not broadcast against logits {log_probabilities.shape}"
         ) from None
-    # The softmax of log p + log w is p · w, divided by its sum.
-    return softmax(log_probabilities + safe_log(weights), axis)
+    # The softmax of log p + log w is p · w, divided by its sum. What has no weight may be NaN.
+    weighted = jnp.where(weights != 0, log_probabilities + safe_log(weights), -jnp.inf)
+    return softmax(weighted, axis)

@@ -353,7 +353,7 @@ def dist_inter_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     where: ArrayLike | None = None,
 ) -> Array:
     """Computes one minus the student–teacher correlation over the classes, times T² (DIST).
@@ -401,7 +401,7 @@ def dist_intra_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
     *,
-    temperature: ArrayLike,
+    temperature: ArrayLike = 2.0,
     where: ArrayLike | None = None,
 ) -> Array:
     """Computes one minus the student–teacher correlation over the examples, times T² (DIST).

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_positive, check_shape, check_weights, upcast, widest_dtype
+from jaxkd.losses._arrays import (
+    check_positive,
+    check_shape,
+    check_weights,
+    untraced,
+    upcast,
+    weigh,
+    widest_dtype,
+)
 from jaxkd.losses._softmax import check_logits, check_logits_pair, log_add_exp, safe_log, softmax
 from jaxkd.losses.labels import hard_cross_entropy
 
@@ -33,15 +42,17 @@ def ensemble_logits(
         teacher_logits: `[K, ..., C]`, floating-point, one entry for each teacher.
         temperature: T > 0, a scalar; the same as that of the loss.
         weights: w, at least 0, `[K]` or one for each teacher and example `[K, ...]`; they are
-            divided by their sum. By default all teachers have the same weight.
+            divided by their sum. By default all teachers have the same weight. A teacher of weight
+            0 has no effect, even if its logits are NaN.
         axis: The class axis.
 
     Returns:
-        Logits `[..., C]`, in float32 or wider; −inf where every teacher has −inf.
+        Logits `[..., C]`, in float32 or wider; −inf where every teacher has −inf, and for all
+        classes of an example without a teacher of weight above 0.
 
     Raises:
         ValueError: If there is no axis of teachers, the temperature is not a positive scalar, or
-            the weights are negative or have another shape.
+            the weights are negative, all 0 or of another shape.
         TypeError: If the logits are not floating-point.
 
     Example:
@@ -63,9 +74,11 @@ def ensemble_logits(
     axis = axis % logits.ndim
     check_shape(axis > 0, "axis 0 is the axis of teachers; pass another axis for the classes")
     shape_without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
-    weights = jnp.ones(logits.shape[0], logits.dtype) if weights is None else weights
-    weights = check_weights("teachers", weights, logits.dtype)
+    known_weights = untraced(np.ones(logits.shape[0]) if weights is None else weights)
+    weights = check_weights("teachers", known_weights, logits.dtype)
     weights = _expand_weights(weights, shape_without_classes)
+    if isinstance(known_weights, jax.core.Tracer) or not np.all(known_weights):
+        logits = jnp.where(jnp.expand_dims(weights != 0, axis), logits, 0)
     # The softmax of log-weights is the weights divided by their sum.
     log_weights = jnp.expand_dims(softmax(safe_log(weights), 0).log_probabilities, axis)
     # Once a teacher is taken out of `logits`, the class axis is one further to the front.
@@ -90,7 +103,9 @@ def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[fl
     Args:
         terms: K arrays of one shape `[...]`, floating-point, each with one value per example.
         weights: w, `[K]`, or one for each term and example `[K, ...]`, such as the result of
-            `teacher_weights`.
+            `teacher_weights`. A term of weight 0 for all examples is left out with its gradient. A
+            term of weight 0 for some examples, or of a traced weight 0, adds nothing to the sum,
+            but its own gradient must be finite: mask its inputs.
 
     Returns:
         One value per example `[...]`, in float32 or wider.
@@ -117,10 +132,16 @@ def weighted_sum(terms: Sequence[ArrayLike], *, weights: ArrayLike | Sequence[fl
     )
     widened = [upcast("a term", term) for term in terms]
     dtype = widest_dtype(*widened)
+    known_weights = untraced(weights)
+    weights = _expand_weights(jnp.asarray(known_weights, dtype), (len(widened), *shapes[0]))
+    if not isinstance(known_weights, jax.core.Tracer):
+        # Zeros in place of a term without weight, so that nothing is differentiated through it: a
+        # gradient of 0 times a NaN inside of the term would be NaN.
+        used = known_weights.reshape(len(widened), -1).any(1)
+        widened = [t if u else jnp.zeros_like(t) for t, u in zip(widened, used, strict=True)]
     stacked = jnp.stack([term.astype(dtype) for term in widened])
-    weights = _expand_weights(jnp.asarray(weights, stacked.dtype), stacked.shape)
     # A term of weight 0 is left out even where it is infinite, where 0 · inf would be NaN.
-    return jnp.where(weights != 0, weights * jnp.where(weights != 0, stacked, 0), 0).sum(0)
+    return weigh(weights, stacked).sum(0)
 
 
 def teacher_weights(teacher_logits: ArrayLike, labels: ArrayLike) -> Array:

@@ -290,3 +290,58 @@ def test_arrays_are_positional_and_options_keyword_only():
             assert parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY), name
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 assert parameter.default is parameter.empty, f"{name}: {parameter.name}"
+
+
+NO_DEFAULT = {
+    # The temperature of the loss that follows.
+    ("temperature_softmax", "temperature"),
+    ("ensemble_logits", "temperature"),
+    ("calibrate_bank", "temperature"),
+    # Papers choose these by task.
+    ("jensen_shannon_divergence", "beta"),
+    ("fused_linear_jensen_shannon_divergence", "beta"),
+    ("decoupled_loss", "non_target_weight"),
+    ("virtual_teacher_logits", "correct"),
+}
+FIXED_BY_A_PAPER = {
+    ("normalized_loss", "temperature"): 1.0,
+    ("normalized_loss", "gamma"): 1.5,
+    ("contrastive_loss", "temperature"): 0.07,
+    ("contrastive_bank_loss", "temperature"): 0.07,
+    ("update_bank", "momentum"): 0.5,
+    ("label_smoothing_loss", "smoothing"): 0.1,
+    ("decoupled_loss", "target_weight"): 1.0,
+    ("attention_transfer_map", "power"): 2,
+    ("attention_transfer_loss", "power"): 2,
+    ("attention_transfer_mse_loss", "power"): 2,
+    ("init_variational_information", "variance"): 5.0,
+    ("correlation_congruence_loss", "gamma"): 0.4,
+    ("correlation_congruence_loss", "order"): 2,
+}
+# Arrays, sizes and axes are not hyper-parameters.
+NOT_HYPERPARAMETERS = {"where", "weights", "labels", "layers", "count", "axis", "chunk_size"}
+NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives"}
+
+
+def test_defaults_follow_one_rule():
+    expected = {"temperature": 2.0, "alpha": 0.5}
+    found = set()
+    for name in losses.__all__:
+        for parameter in inspect.signature(getattr(losses, name)).parameters.values():
+            case = name, parameter.name
+            is_option = parameter.kind is parameter.KEYWORD_ONLY
+            if not is_option or parameter.name in NOT_HYPERPARAMETERS:
+                continue
+            found.add(case)
+            default = FIXED_BY_A_PAPER.get(case, expected.get(parameter.name))
+            if case in NO_DEFAULT:
+                assert parameter.default is parameter.empty, case
+            else:
+                assert default is not None and parameter.default == default, case
+    assert found >= NO_DEFAULT | set(FIXED_BY_A_PAPER)
+
+
+def test_losses_on_logits_need_no_options():
+    for name in ("soft_cross_entropy", "kl_divergence", "reverse_kl_divergence"):
+        loss = getattr(losses, name)
+        np.testing.assert_array_equal(loss(*LOGITS), loss(*LOGITS, temperature=2.0))

@@ -299,3 +299,97 @@ def test_weights_of_terms_are_scalars_or_per_example():
             decoupled(student, teacher, labels, **wrong)
     with pytest.raises(ValueError, match="one weight per example"):
         losses.normalized_loss(student, teacher, labels, gamma=jnp.ones(5))
+
+
+def with_nan_row(logits, row=1):
+    return logits.at[row].set(jnp.nan)
+
+
+def assert_row_has_no_effect(loss, arrays, row=1):
+    """Checks that what a row holds changes neither value nor gradient, for each array by itself."""
+    function = jax.value_and_grad(lambda *arrays: loss(*arrays).sum(), tuple(range(len(arrays))))
+    for compiled in (function, jax.jit(function)):
+        value, gradients = compiled(*arrays)
+        for i, array in enumerate(arrays):
+            replaced = [*arrays[:i], with_nan_row(array, row), *arrays[i + 1 :]]
+            new_value, new_gradients = compiled(*replaced)
+            chex.assert_tree_all_finite(new_gradients)
+            np.testing.assert_allclose(new_value, value, rtol=1e-6)
+            chex.assert_trees_all_close(new_gradients, gradients, rtol=1e-5)
+
+
+SOME_WEIGHTS = [0.9, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("weights", [SOME_WEIGHTS, jnp.array(SOME_WEIGHTS)], ids=["list", "array"])
+def test_an_example_of_weight_0_may_hold_anything(weights):
+    student, teacher, labels = draw(shape=(3, 4))
+    assert_row_has_no_effect(
+        lambda t: losses.distillation_loss(student, t, labels, alpha=weights), [teacher]
+    )
+    assert_row_has_no_effect(
+        lambda s, t: decoupled(s, t, labels, target_weight=weights, non_target_weight=weights),
+        [student, teacher],
+    )
+    assert_row_has_no_effect(
+        lambda s, t: decoupled(s, t, labels, target_weight=0.0, non_target_weight=weights),
+        [student, teacher],
+    )
+
+
+def test_traced_weights_of_0_exclude_as_well():
+    student, teacher, labels = draw(shape=(3, 4))
+    loss = jax.jit(
+        lambda t, weights: losses.distillation_loss(student, t, labels, alpha=weights).sum()
+    )
+    teacher = with_nan_row(teacher)
+    chex.assert_tree_all_finite(jax.value_and_grad(loss)(teacher, jnp.array(SOME_WEIGHTS)))
+    assert np.isnan(loss(teacher, jnp.full(3, 0.5)))
+
+
+def test_gamma_of_0_leaves_out_the_other_classes():
+    student, teacher, labels = draw(shape=(3, 4))
+    impossible = student.at[1, (labels[1] + 1) % 4].set(-jnp.inf)
+    loss = lambda s, gamma: losses.normalized_loss(s, teacher, labels, gamma=gamma).sum()  # noqa: E731
+    chex.assert_tree_all_finite(jax.value_and_grad(loss)(impossible, jnp.array(SOME_WEIGHTS)))
+    assert loss(impossible, 1.5) == jnp.inf
+
+
+@pytest.mark.parametrize("label", [-100, -1, 4])
+def test_a_label_out_of_range_has_no_weight_that_hides_it(label):
+    student, _, labels = draw(shape=(3, 4))
+    labels = labels.at[1].set(label)
+    weights = jnp.zeros(4).at[2].set(1.0)
+    values = losses.hard_cross_entropy(student, labels, weights=weights)
+    np.testing.assert_array_equal(np.isnan(values), [False, True, False])
+    # `where` and α = 1 exclude it instead.
+    where = jnp.array([True, False, True])
+    assert_row_has_no_effect(lambda s: losses.hard_cross_entropy(s, labels, where=where), [student])
+    alpha = jnp.where(where, 0.5, 1.0)
+    assert np.isfinite(losses.distillation_loss(student, student, labels, alpha=alpha)).all()
+
+
+def test_a_class_of_weight_0_is_left_out_with_its_gradient():
+    student, _, labels = draw(shape=(3, 4))
+    labels = labels.at[1].set(3).at[0].set(0).at[2].set(1)
+    weights = jnp.array([1.0, 2.0, 1.0, 0.0])
+    loss = lambda s: losses.hard_cross_entropy(s, labels, weights=weights)  # noqa: E731
+    assert_row_has_no_effect(loss, [student])
+    assert loss(student)[1] == 0
+
+
+def test_the_end_points_of_smoothing_leave_a_term_out():
+    logits = jnp.array([[0.0, 1.0, -jnp.inf]])
+    hard = losses.hard_cross_entropy(logits, jnp.array([1]))
+    np.testing.assert_allclose(
+        losses.label_smoothing_loss(logits, jnp.array([1]), smoothing=0.0), hard
+    )
+    unknown = losses.label_smoothing_loss(jnp.zeros((1, 3)), jnp.array([-1]), smoothing=1.0)
+    np.testing.assert_allclose(unknown, np.log(3), rtol=1e-6)
+
+
+def test_class_weights_must_exist():
+    with pytest.raises(ValueError, match="at least 0, and one of them more"):
+        losses.hard_cross_entropy(HALVES, ZERO, weights=jnp.zeros(3))
+    with pytest.raises(ValueError, match="at least 0, and one of them more"):
+        losses.kl_divergence(HALVES, LAST, weights=np.array([0.5, np.nan, 1.0]))

@@ -193,3 +193,55 @@ def test_terms_of_several_dtypes_are_widened():
         losses.weighted_sum([jnp.array([1, 2])], weights=(1.0,))
     with pytest.raises(ValueError, match="must have the same shape"):
         losses.example_weights(jnp.zeros((2, 3)), jnp.ones((2, 5)), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 2.0), "per example"])
+def test_a_teacher_of_weight_0_may_be_nan(weights, traced):
+    logits, _ = draw()
+    if weights == "per example":
+        weights = np.array([[1.0] * 6, [0.0] * 6, [2.0] * 6])
+
+    def loss(z, w):
+        ensemble = losses.ensemble_logits(z, temperature=2.0, weights=w)
+        return losses.kl_divergence(logits[0], ensemble).sum()
+
+    value_and_gradient = jax.value_and_grad(loss)
+    if traced:
+        compiled = jax.jit(value_and_gradient)
+        value_and_gradient = lambda z, w: compiled(z, jnp.asarray(w))  # noqa: E731
+    value, gradient = value_and_gradient(logits.at[1].set(jnp.nan), weights)
+    chex.assert_tree_all_finite((value, gradient))
+    expected = loss(logits[jnp.array([0, 2])], (1.0, 2.0))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_an_ensemble_needs_a_teacher():
+    logits, _ = draw(teachers=2)
+    with pytest.raises(ValueError, match="at least 0, and one of them more, got"):
+        losses.ensemble_logits(logits, temperature=1.0, weights=(0, 0))
+    # An example without a teacher has no class that counts, and no loss.
+    weights = np.ones((2, 6))
+    weights[:, 1] = 0
+    ensemble = losses.ensemble_logits(logits, temperature=2.0, weights=weights)
+    np.testing.assert_array_equal(ensemble[1], -np.inf)
+    values = losses.kl_divergence(logits[0], ensemble)
+    assert values[1] == 0 and (values[2:] > 0).all()
+
+
+def test_a_term_without_weight_has_no_gradient():
+    logits, _ = draw(teachers=2)
+    unsound = logits[1].at[0].set(jnp.nan)
+
+    def loss(student, weights):
+        terms = [losses.kl_divergence(student, teacher) for teacher in (logits[1], unsound)]
+        return losses.weighted_sum(terms, weights=weights).sum()
+
+    expected = jax.grad(lambda s: losses.kl_divergence(s, logits[1]).sum())(logits[0])
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss), static_argnums=1)):
+        np.testing.assert_allclose(gradient(logits[0], (1.0, 0.0)), expected, rtol=1e-5)
+    # Weights may mix known and traced numbers.
+    value = jax.jit(lambda s, w: losses.weighted_sum([s[:, 0], s[:, 1]], weights=[1.0, w]))(
+        logits[0], 2.0
+    )
+    np.testing.assert_allclose(value, logits[0, :, 0] + 2 * logits[0, :, 1], rtol=1e-5)
