@@ -1,13 +1,15 @@
 """Formulations of convolutions: equal values and gradients, and no branch in the program."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
 
-from jaxkd.models.convolution import convolve, depthwise_convolve
+from jaxkd.models.cnn import max_pool
+from jaxkd.models.convolution import Conv, convolve, depthwise_convolve
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -236,3 +238,21 @@ def test_one_exported_program_holds_the_formulation_of_each_platform():
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("reduce", ["max_pool", "mean"])
+def test_bfloat16_is_right_where_a_reduction_follows_two_convolutions(reduce):
+    """XLA of JAX 0.12.0 fuses these layers, and returns NaN or 1e38."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.relu(Conv(32, (3, 3))(x))
+            return max_pool(x) if reduce == "max_pool" else x.mean((1, 2))
+
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    variables = Net().init(jax.random.key(1), images)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (variables, images))
+    computed = jax.jit(Net().apply)(*narrow).astype(jnp.float32)
+    np.testing.assert_allclose(computed, Net().apply(variables, images), rtol=0.1, atol=0.02)
