@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.models.layers import Dropout, LayerNorm, RowDense, dense_rules
+from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -165,7 +165,7 @@ class BERT(nn.Module):
         return Outputs(_Dense(self.num_classes, name="logits")(drop(x)), features)
 
     def _embed(self, tokens: Array) -> Array:
-        token_embedding = nn.Embed(
+        token_embedding = Embed(
             self.vocab_size, self.hidden, embedding_init=_normal, name="token_embedding"
         )
         x = token_embedding(tokens)

@@ -70,6 +70,20 @@ class LayerNorm(nn.Module):
         return (centred * inverse * scale + bias).astype(x.dtype)
 
 
+class Embed(nn.Embed):
+    """An embedding that gives NaN for every token outside of the vocabulary.
+
+    Flax's gives NaN for tokens that are too large, but reads a negative one from the end: −100
+    would have another token's embedding.
+    """
+
+    def __call__(self, inputs: Array) -> Array:
+        """Maps tokens `[...]` to embeddings `[..., features]`."""
+        # Wide enough for the first number that is not in the vocabulary.
+        tokens = inputs if inputs.dtype.itemsize >= 4 else inputs.astype(jnp.int32)
+        return super().__call__(jnp.where(tokens < 0, self.num_embeddings, tokens))
+
+
 class RowDense(nn.Dense):
     """A dense layer that flattens all axes but the last into rows.
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.models.layers import Dropout, dense_rules
+from jaxkd.models.layers import Dropout, Embed, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.models.recurrent import LSTM, recurrent_rules
 from jaxkd.transfer import Rule
@@ -42,7 +42,8 @@ class LSTMClassifier(nn.Module):
         """Classifies sentences.
 
         Args:
-            inputs: Tokens `[B, S]`, integers, padded with 0 on the right.
+            inputs: Tokens `[B, S]`, integers, padded with 0 on the right. One that is not in the
+                vocabulary makes the logits of its sentence NaN.
             train: If true, applies dropout.
 
         Returns:
@@ -58,7 +59,7 @@ class LSTMClassifier(nn.Module):
         if not self.hidden:
             raise ValueError("hidden must have the width of at least one LSTM layer, got none")
         where = inputs != 0
-        x = nn.Embed(self.vocab_size, self.embedding, name="embedding")(inputs)
+        x = Embed(self.vocab_size, self.embedding, name="embedding")(inputs)
         # 0 at padding, so that a loss on this feature sees tokens alone.
         x = jnp.where(where[..., None], x, 0)
         features = {"embeddings": x}

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from flax import linen, nnx
 
 
+Inputs = Any
+"""An array `[B, ...]`, or a dict of such arrays with one B."""
+
+
 class Outputs(NamedTuple):
     """Outputs of a model for a batch.
 
@@ -44,22 +48,43 @@ class Model(NamedTuple):
     apply: Callable[..., tuple[Outputs, dict]]
 
 
-def from_linen(module: linen.Module, *, train_argument: str | None = "train") -> Model:
+_TRAIN_VALUES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+"""Values in training of the arguments that Flax and its users call by these names."""
+
+
+def from_linen(
+    module: linen.Module,
+    *,
+    train_argument: str | None = "train",
+    train_value: bool | None = None,
+) -> Model:
     """Makes a model from a Flax Linen module.
 
-    The module returns `Outputs` or logits alone. If it returns logits alone, the values that it
-    sows into `"intermediates"` become the features, named by their path.
+    The module takes an array, or a dict of arrays, and returns `Outputs` or logits alone. The
+    values that it sows into `"intermediates"` become features, named by their path; the features of
+    `Outputs` come first where a name is in both.
 
     Args:
         module: The module.
-        train_argument: Name of the boolean argument of the module's `__call__` that is true in
-            training; `None` for a module that computes the same in training and evaluation.
+        train_argument: Name of the boolean argument of the module's `__call__` that tells training
+            from evaluation; `None` for a module that computes the same in both.
+        train_value: Value of that argument in training. By default true for `train`, `training` and
+            `is_training`, and false for `deterministic` and `use_running_average`; any other
+            argument needs it.
 
     Returns:
         The pair of functions.
 
     Raises:
-        TypeError: If the module's `__call__` has no argument of that name.
+        TypeError: If the module's `__call__` has no argument of that name, or it is not known
+            whether it is true in training. From `apply`, if the module returns anything but
+            `Outputs` or one array.
         ValueError: From `init`, if the module has variables other than parameters and running
             statistics.
 
@@ -73,27 +98,36 @@ def from_linen(module: linen.Module, *, train_argument: str | None = "train") ->
         >>> outputs.logits.shape, sorted(outputs.features)
         ((2, 10), ['pre_logits', 'stage1'])
     """
+    name = type(module).__name__
     parameters = inspect.signature(type(module).__call__).parameters
     if train_argument is not None and train_argument not in parameters:
+        known = next((known for known in _TRAIN_VALUES if known in parameters), "...")
         raise TypeError(
-            f"{type(module).__name__}.__call__ has no argument {train_argument!r}: pass "
-            "train_argument=... with the name of the argument that is true in training, or "
+            f"{name}.__call__ has no argument {train_argument!r}: pass train_argument={known!r} "
+            "with the name of the argument that tells training from evaluation, or "
             "train_argument=None if there is none"
         )
+    if train_value is None and train_argument is not None:
+        train_value = _TRAIN_VALUES.get(train_argument)
+        if train_value is None:
+            raise TypeError(
+                f"is the argument {train_argument!r} of {name}.__call__ true in training or in "
+                "evaluation? Pass train_value=True or train_value=False, its value in training"
+            )
 
     def mode_arguments(train: bool) -> dict[str, Any]:
-        return {} if train_argument is None else {train_argument: train}
+        return {} if train_argument is None else {train_argument: train == train_value}
 
-    def init(key: Array, inputs: Array) -> dict:
+    def init(key: Array, inputs: Inputs) -> dict:
         # A module without a training argument may drop values during initialisation too.
         rngs = {"params": key, "dropout": jax.random.fold_in(key, 1)}
         variables: Any = module.init(rngs, inputs, **mode_arguments(False))
         unsupported = sorted(set(variables) - {"params", "batch_stats", "intermediates"})
         if unsupported:
             raise ValueError(
-                f"expected variables in params and batch_stats only, but "
-                f"{type(module).__name__} also keeps {', '.join(unsupported)}: remove them from "
-                "the module, or write the model's init and apply yourself"
+                f"expected variables in params and batch_stats only, but {name} also keeps "
+                f"{', '.join(unsupported)}: remove them from the module, or write the model's init "
+                "and apply yourself"
             )
         return {
             "params": variables.get("params", {}),
@@ -101,7 +135,7 @@ def from_linen(module: linen.Module, *, train_argument: str | None = "train") ->
         }
 
     def apply(
-        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+        variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
         # In both modes, because Flax drops the values sown into a collection that is not mutable.
         mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
@@ -109,12 +143,25 @@ def from_linen(module: linen.Module, *, train_argument: str | None = "train") ->
         applied: Any = module.apply(
             variables, inputs, **mode_arguments(train), mutable=mutable, rngs=rngs
         )
-        outputs, updates = applied
-        if not isinstance(outputs, Outputs):
-            outputs = Outputs(outputs, _name_sown_values(updates.get("intermediates", {})))
+        result, updates = applied
+        outputs = _check_outputs(result, name)
+        sown = _name_sown_values(updates.get("intermediates", {}))
+        outputs = outputs._replace(features=sown | dict(outputs.features))
         return outputs, updates.get("batch_stats", variables.get("batch_stats", {}))
 
     return Model(init, apply)
+
+
+def _check_outputs(result: Any, name: str) -> Outputs:
+    """Returns the outputs of a module; raises `TypeError` if they are of another type."""
+    if isinstance(result, Outputs):
+        return result
+    if not hasattr(result, "shape"):
+        raise TypeError(
+            f"{name} returns a {type(result).__name__}: let it return the logits alone, or "
+            "`return models.Outputs(logits, features)` with the features in a dict"
+        )
+    return Outputs(result, {})
 
 
 def _name_sown_values(intermediates: dict) -> dict[str, Array]:
@@ -139,10 +186,14 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Args:
         module: A function or class that takes `nnx.Rngs` and makes the module, or the module
             itself, whose weights `init` then returns for every key. Calling the module returns
-            `Outputs` or logits alone. `module.train()` and `module.eval()` choose the mode.
+            `Outputs` or logits alone; what it sows is not used. `module.train()` and
+            `module.eval()` choose the mode.
 
     Returns:
         The pair of functions. Each call works on a copy of the module, which never changes.
+
+    Raises:
+        TypeError: From `apply`, if the module returns anything but `Outputs` or one array.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -162,7 +213,7 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
         build(jax.random.key(0)), nnx.Param, nnx.BatchStat, ...
     )
 
-    def init(key: Array, inputs: Array) -> dict:
+    def init(key: Array, inputs: Inputs) -> dict:
         del inputs
         _, params, batch_stats, _ = nnx.split(build(key), nnx.Param, nnx.BatchStat, ...)
         variables = {
@@ -173,7 +224,7 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
         return jax.tree.map(jnp.array, variables)
 
     def apply(
-        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+        variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
         # `replace_by_pure_dict` writes into the state that it gets, which all calls share.
         params = jax.tree.map(lambda leaf: leaf, param_state)
@@ -187,35 +238,53 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
             merged.eval()
         if key is not None:
             nnx.reseed(merged, default=key, dropout=key)
-        result = merged(inputs)
-        outputs = result if isinstance(result, Outputs) else Outputs(result, {})
+        outputs = _check_outputs(merged(inputs), type(merged).__name__)
         return outputs, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
     return Model(init, apply)
 
 
-def with_input_normalization(model: Model, mean: ArrayLike, std: ArrayLike) -> Model:
+def with_input_normalization(
+    model: Model, mean: ArrayLike, std: ArrayLike, *, max_value: float | None = None
+) -> Model:
     """Makes a model normalise its input, so that it takes uint8 images as they are stored.
 
-    `x -> (x / 255 - mean) / std`, in float32. Teacher and student may use different values.
+    `x -> (x / max_value - mean) / std`, in float32. Teacher and student may use different values.
 
     Args:
         model: A model of floating-point images `[B, H, W, C]`.
         mean: Mean of each channel, `[C]`, of pixels scaled to [0, 1].
         std: Standard deviation of each channel, `[C]`, on the same scale.
+        max_value: Largest value that a pixel can have, such as 1.0 for floating-point images in
+            [0, 1]. By default 255, and only uint8 images are taken: another dtype does not tell
+            the scale of its pixels.
 
     Returns:
-        The model of uint8 images.
+        The model of images in [0, `max_value`].
+
+    Raises:
+        TypeError: From `init` and `apply`, if the images are not uint8 and there is no `max_value`.
+        ValueError: If `max_value` is not positive.
     """
+    if max_value is not None and not max_value > 0:
+        raise ValueError(f"max_value must be positive, got {max_value}")
     mean = jnp.asarray(mean, jnp.float32)
     std = jnp.asarray(std, jnp.float32)
 
     def normalize(inputs: Array) -> Array:
+        # The dtype is known while a program is traced, the pixels are not.
+        dtype = getattr(inputs, "dtype", type(inputs).__name__)
+        if max_value is None and dtype != jnp.uint8:
+            raise TypeError(
+                f"with_input_normalization expects uint8 images, got {dtype}: for another scale "
+                "pass max_value, 1.0 for pixels in [0, 1] or 255.0 for pixels in [0, 255]"
+            )
         channels = (1,) * (inputs.ndim - 1) + (-1,)
-        return (inputs.astype(jnp.float32) / 255 - mean.reshape(channels)) / std.reshape(channels)
+        pixels = inputs.astype(jnp.float32) / (255 if max_value is None else max_value)
+        return (pixels - mean.reshape(channels)) / std.reshape(channels)
 
     def apply(
-        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+        variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
         return model.apply(variables, normalize(inputs), train=train, key=key)
 
@@ -283,7 +352,7 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
         )
 
     def apply(
-        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+        variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
         # Statistics in bfloat16 would stop moving: the small step of a moving average rounds away.
         compute_variables = {**variables, "params": cast(variables["params"])}
@@ -364,7 +433,7 @@ def with_frozen_batch_stats(model: Model) -> Model:
     """
 
     def apply(
-        variables: dict, inputs: Array, *, train: bool, key: Array | None = None
+        variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
         del train
         return model.apply(variables, inputs, train=False, key=key)

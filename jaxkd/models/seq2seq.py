@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkd import attention
-from jaxkd.models.layers import Dropout, RowDense
+from jaxkd.models.layers import Dropout, Embed, RowDense
 from jaxkd.models.model import Outputs
 from jaxkd.models.recurrent import GRU, LSTM, State
 
@@ -179,8 +179,8 @@ class Seq2Seq(nn.Module):
         encoder_width = self.hidden // 2 if self.bidirectional else self.hidden
         # Flax names the layers of a dict by their keys, such as `encoder_1`.
         numbers = [str(i + 1) for i in range(self.layers)]
-        self.source_embedding = nn.Embed(self.vocab_size, self.embedding)
-        self.target_embedding = nn.Embed(target_vocab_size, self.embedding)
+        self.source_embedding = Embed(self.vocab_size, self.embedding)
+        self.target_embedding = Embed(target_vocab_size, self.embedding)
         self.encoder = {number: self.cell(encoder_width) for number in numbers}
         self.encoder_reverse = {
             number: self.cell(encoder_width, reverse=True) for number in numbers

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxkd import attention
-from jaxkd.models.layers import Dropout, LayerNorm, RowDense
+from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense
 from jaxkd.models.model import Outputs
 from jaxkd.models.seq2seq import check_pairs
 
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         # Flax names the layers of a dict by their keys, such as `encoder_1`.
         numbers = [str(i + 1) for i in range(self.layers)]
         # Logits of unit scale: the output multiplies normalised states by the embedding.
-        self.embedding = nn.Embed(
+        self.embedding = Embed(
             self.vocab_size, self.hidden, embedding_init=nn.initializers.normal(self.hidden**-0.5)
         )
         self.encoder = {number: _TransformerLayer(*sizes) for number in numbers}

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import errors
+from flax import linen as nn
 
-from jaxkd.models.layers import Dropout, LayerNorm
+from jaxkd.models.bert import BERT
+from jaxkd.models.layers import Dropout, Embed, LayerNorm
+from jaxkd.models.lstm import LSTMClassifier
 
 
 def drop(x, key=0, **keywords):
@@ -73,3 +76,25 @@ def test_layer_norm_is_the_formula_and_keeps_the_dtype():
     expected = (array - mean) / np.sqrt(var + 1e-6) * scale + bias
     np.testing.assert_allclose(LayerNorm(1e-6).apply(variables, x), expected, atol=1e-5)
     assert LayerNorm().apply(variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint8])
+def test_an_embedding_of_an_unknown_token_is_nan(dtype):
+    module = Embed(120, 2)
+    tokens = jnp.array([0, 5, 119], dtype)
+    variables = module.init(jax.random.key(0), tokens)
+    expected = nn.Embed(120, 2).apply(variables, tokens)
+    np.testing.assert_array_equal(module.apply(variables, tokens), expected)
+    unknown = jnp.array([120, 200] if dtype == jnp.uint8 else [-100, -1], dtype)
+    assert np.isnan(module.apply(variables, unknown)).all()
+
+
+@pytest.mark.parametrize("token", [-100, -1, 11])
+def test_a_text_with_an_unknown_token_has_no_prediction(token):
+    """A negative token would read the embedding of another one, counted from the end."""
+    tokens = jnp.array([[3, 4, 5], [3, token, 5]], jnp.int32)
+    bert = BERT(11, hidden=4, layers=1, heads=1, intermediate=4, positions=4)
+    for module in (LSTMClassifier(11, embedding=4, hidden=(4,), dense=4), bert):
+        variables = module.init(jax.random.key(0), jnp.ones((2, 3), jnp.int32))
+        is_nan = np.isnan(module.apply(variables, tokens).logits).all(1)
+        np.testing.assert_array_equal(is_nan, [False, True])

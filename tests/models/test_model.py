@@ -249,3 +249,102 @@ def test_class_order_is_a_permutation(order):
     variables = model.init(jax.random.key(0), inputs())
     with pytest.raises(ValueError, match=f"order of {len(order)} classes is not one of the mod"):
         model.apply(variables, inputs(), train=False)
+
+
+class Deterministic(nn.Module):
+    """Flax's own name for the opposite of training."""
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        return nn.Dropout(0.5, deterministic=deterministic)(x)
+
+
+class Mode(nn.Module):
+    @nn.compact
+    def __call__(self, x, inference):
+        return nn.Dropout(0.5, deterministic=inference)(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (Deterministic(), {"train_argument": "deterministic"}),
+        (Mode(), {"train_argument": "inference", "train_value": False}),
+    ],
+)
+def test_an_argument_that_is_false_in_training(module, options):
+    model = from_linen(module, **options)
+    assert model.init(jax.random.key(0), inputs())["params"] == {}
+    for train in (False, True):
+        outputs, _ = model.apply({"params": {}}, inputs(), train=train, key=jax.random.key(1))
+        assert bool((outputs.logits == 0).any()) == train, "only training drops values"
+
+
+def test_the_sense_of_an_unknown_argument_is_asked():
+    with pytest.raises(TypeError, match="'inference' of Mode.__call__ true in training or in eval"):
+        from_linen(Mode(), train_argument="inference")
+    with pytest.raises(TypeError, match="no argument 'train': pass train_argument='deterministic'"):
+        from_linen(Deterministic())
+
+
+class ReturnsPair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x), {"hidden": x}
+
+
+class NNXPair(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x), {"hidden": x}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: from_linen(ReturnsPair(), train_argument=None), lambda: from_nnx(NNXPair)]
+)
+def test_other_outputs_are_refused_with_the_line_to_write(make):
+    model = make()
+    variables = model.init(jax.random.key(0), inputs())
+    with pytest.raises(TypeError, match=r"a tuple: .*`return models.Outputs\(logits, features\)`"):
+        jax.eval_shape(lambda x: model.apply(variables, x, train=False), inputs())
+
+
+class SowsAndReturnsOutputs(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "sown", 2 * x)
+        self.sow("intermediates", "both", 3 * x)
+        return Outputs(x, {"both": x})
+
+
+def test_sown_values_join_the_features_of_outputs():
+    model = from_linen(SowsAndReturnsOutputs(), train_argument=None)
+    outputs, _ = model.apply({"params": {}}, inputs(), train=False)
+    chex.assert_trees_all_equal(outputs.features, {"sown": 2 * inputs(), "both": inputs()})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint16])
+def test_input_normalization_asks_for_the_scale_of_other_dtypes(dtype):
+    plain = from_linen(CNN(features=(4,), hidden=4))
+    images = jnp.ones((2, 8, 8, 3), jnp.uint8)
+    mean, std = [0.5] * 3, [0.2] * 3
+    model = with_input_normalization(plain, mean, std)
+    variables = model.init(jax.random.key(1), images)
+    with pytest.raises(TypeError, match=f"expects uint8 images, got {jnp.dtype(dtype)}: .* 1.0 "):
+        jax.eval_shape(lambda x: model.apply(variables, x, train=False), images.astype(dtype))
+    unit = with_input_normalization(plain, mean, std, max_value=1.0)
+    bytes_ = with_input_normalization(plain, mean, std, max_value=255.0)
+    expected, _ = model.apply(variables, 255 * images, train=False)
+    for scaled, other in ((images, unit), (255 * images, bytes_)):
+        actual, _ = other.apply(variables, scaled.astype(dtype), train=False)
+        chex.assert_trees_all_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+def test_input_normalization_takes_one_array():
+    model = with_input_normalization(from_linen(CNN()), [0.5] * 3, [0.2] * 3)
+    with pytest.raises(TypeError, match="expects uint8 images, got dict"):
+        model.init(jax.random.key(0), {"images": jnp.ones((1, 8, 8, 3), jnp.uint8)})
+    with pytest.raises(ValueError, match="max_value must be positive, got 0"):
+        with_input_normalization(from_linen(CNN()), [0.5] * 3, [0.2] * 3, max_value=0)
