@@ -165,7 +165,6 @@ def _default_max_students(
     is_divided = options.model_devices > 1 or jax.process_count() > 1
     if is_divided or mesh.devices.flat[0].platform == "cpu":
         return 1
-    largest = max((len(group) for group in distill.group_by_program(plan)), default=0)
-    students = options.num_seeds * largest
+    students = options.num_seeds * distill.count_concurrent_stages(plan)
     # With fewer students than devices, some devices would be idle.
     return 1 if students < mesh.size else min(students, MAX_STUDENTS)

@@ -1,6 +1,7 @@
 """Plans of stages, the training step, and the devices on which they run."""
 
 from jaxkd.distill._compile import group_by_program
+from jaxkd.distill._schedule import count_concurrent_stages
 from jaxkd.distill._stage_run import TrainedModel
 from jaxkd.distill.distributed import (
     broadcast_from_primary,
@@ -15,7 +16,7 @@ from jaxkd.distill.placement import (
     make_mesh,
     single_device,
 )
-from jaxkd.distill.plan import Examples, Pretrained, Stage, order
+from jaxkd.distill.plan import Examples, Pretrained, Stage, order, teacher_baselines
 from jaxkd.distill.runner import evaluate_plan, run_plan
 from jaxkd.distill.step import (
     Batch,
@@ -44,6 +45,7 @@ __all__ = [
     "TrainedModel",
     "VectorizedPlacement",
     "broadcast_from_primary",
+    "count_concurrent_stages",
     "evaluate_plan",
     "expand_top_k",
     "group_by_program",
@@ -55,5 +57,6 @@ __all__ = [
     "order",
     "run_plan",
     "single_device",
+    "teacher_baselines",
     "top_k",
 ]

@@ -1,11 +1,13 @@
 """The order of the trainings of a plan, and the groups that train in one program."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxkd.distill._compile import CompiledStage
+from jaxkd.distill._compile import CompiledStage, group_by_program
+from jaxkd.distill.plan import Pretrained, Stage, named_arrays, order
 
 Job = tuple[CompiledStage, int]
 """A stage and a seed."""
@@ -31,7 +33,7 @@ def make_schedule(
     if max_students == 1 or not seeds:
         # Seed by seed, so that a run that is stopped early holds whole seeds to compare.
         return [[[(stage, seed)] for stage in stages] for seed in seeds]
-    levels = _find_levels(stages)
+    levels = _find_levels([stage.stage for stage in stages])
     programs: dict[Any, list[CompiledStage]] = {}
     for stage in stages:
         shapes = _shapes(stage.stage.examples(seeds[0]))
@@ -46,17 +48,37 @@ def make_schedule(
     return rounds
 
 
-def _find_levels(stages: Sequence[CompiledStage]) -> dict[str, int]:
+def count_concurrent_stages(plan: Sequence[Stage | Pretrained], seed: int = 0) -> int:
+    """Counts the stages that can train together, at most, for each seed.
+
+    They share a program, have as many examples, and do not learn from each other.
+
+    Args:
+        plan: Stages and pretrained models in any order.
+        seed: A seed whose examples have the shapes of every seed's.
+
+    Returns:
+        The largest number; 0 for a plan without a stage.
+    """
+    levels = _find_levels([entry for entry in order(plan) if isinstance(entry, Stage)])
+    groups = [
+        collections.Counter((levels[stage.name], _shapes(stage.examples(seed))) for stage in group)
+        for group in group_by_program(plan, seed)
+    ]
+    return max((count for group in groups for count in group.values()), default=0)
+
+
+def _find_levels(stages: Sequence[Stage]) -> dict[str, int]:
     """Returns the length of the longest chain of stages that each stage learns from, by name."""
     levels: dict[str, int] = {}
     for stage in stages:
         # Pretrained models have no level: they are there before any stage.
-        needed = [levels[name] for name in stage.stage.needs if name in levels]
-        levels[stage.stage.name] = 1 + max(needed, default=-1)
+        needed = [levels[name] for name in stage.needs if name in levels]
+        levels[stage.name] = 1 + max(needed, default=-1)
     return levels
 
 
 def _shapes(examples: Mapping[str, Any]) -> frozenset[tuple]:
     return frozenset(
-        (name, jnp.shape(array), jnp.result_type(array)) for name, array in examples.items()
+        (name, jnp.shape(array), jnp.result_type(array)) for name, array in named_arrays(examples)
     )

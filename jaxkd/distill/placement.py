@@ -9,6 +9,7 @@ Only a vectorised placement takes more than one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -313,10 +314,20 @@ class PmapPlacement:
         return make_predict(model, buckets=buckets)
 
     def _replicate(self, tree: Any) -> Any:
-        # `jax.device_put_replicated` is missing in the newest JAX. The second argument is there
-        # because pmap refuses to map nothing.
-        copy = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
-        return copy(tree, np.zeros(jax.local_device_count(), np.int32))
+        # The second argument is there because pmap refuses to map nothing.
+        return _make_copy()(tree, np.zeros(jax.local_device_count(), np.int32))
+
+
+# Made once: a new function would be traced and compiled for every array.
+@functools.cache
+def _make_copy() -> Callable[..., Any]:
+    """Makes a function that copies arrays to every device."""
+    # `jax.device_put_replicated` is missing in the newest JAX.
+    return jax.pmap(_get_first, in_axes=(None, 0), out_axes=None)
+
+
+def _get_first(tree: Any, _: Array) -> Any:
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)

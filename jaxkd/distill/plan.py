@@ -6,7 +6,7 @@ after a weight transfer are all plans.
 
 import graphlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,7 +45,8 @@ class Stage:
             its PRNG key.
         model: The student.
         data: The examples by name: arrays of one length, `inputs` among them, of which a step
-            selects a batch, and scalars that every batch has. The loss reads them by name. A
+            selects a batch, and scalars that every batch has. `inputs` may be a dict of arrays, for
+            a model that takes one. The loss reads them by name. A
             function of the seed may return them, if seeds learn from different examples; their
             number must be equal. Stages whose steps compile to the same program, such as stages
             that differ in a scalar temperature, share it.
@@ -135,8 +136,8 @@ class Stage:
         """Returns the examples of a seed.
 
         Raises:
-            ValueError: If there are no `inputs`, an array is a list, or the arrays differ in
-                length.
+            ValueError: If there are no `inputs`, an array is a list, the arrays differ in length,
+                or `inputs` is a dict with views or cached teachers.
         """
         data = self.data(seed) if callable(self.data) else self.data
         for name, array in data.items():
@@ -146,13 +147,51 @@ class Stage:
                     f"stage {self.name!r} has a {type(array).__name__} as {name!r}: "
                     "make it an array with np.asarray"
                 )
-        lengths = {name: len(array) for name, array in data.items() if np.ndim(array)}
-        if "inputs" not in lengths or len(set(lengths.values())) != 1 or not lengths["inputs"]:
+        lengths = {name: len(array) for name, array in named_arrays(data) if np.ndim(array)}
+        has_inputs = any(name == "inputs" or name.startswith("inputs/") for name in lengths)
+        if not has_inputs or len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
                 f"stage {self.name!r} needs `inputs` and arrays of the same length, at least 1, "
-                f"got the lengths {lengths}"
+                f"got the lengths {str(lengths)[:150]}"
+            )
+        if isinstance(data["inputs"], Mapping) and (self.views or self.cache_teachers):
+            raise ValueError(
+                f"stage {self.name!r} has a dict of inputs, but views and cache_teachers need one "
+                "array: leave them out, or stack the inputs"
             )
         return data
+
+
+def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterates over arrays by name; those of a dict within have names such as `inputs/tokens`."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from named_arrays(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def teacher_baselines(plan: Sequence[Stage | Pretrained]) -> list[tuple[str, str]]:
+    """Pairs each teacher with the stages that train its student without a teacher.
+
+    A teacher that is no better than such a stage has little to teach.
+
+    Args:
+        plan: Stages and pretrained models in any order.
+
+    Returns:
+        Pairs of a teacher's name and the name of a stage of the same model as one of its students,
+        which has neither a teacher nor a start.
+    """
+    stages = [entry for entry in plan if isinstance(entry, Stage)]
+    pairs = [
+        (teacher, alone.name)
+        for student in stages
+        for teacher in student.teachers
+        for alone in stages
+        if alone.model == student.model and not alone.needs and alone.name != teacher
+    ]
+    return list(dict.fromkeys(pairs))
 
 
 def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:

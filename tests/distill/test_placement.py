@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxkd import distill, losses, models
+from jaxkd.distill import placement as placement_module
 from jaxkd.distill.placement import (
     MeshPlacement,
     Placement,
@@ -257,3 +258,14 @@ def test_pmap_with_a_batch_norm_that_ignores_the_axis_is_another_training():
 
     difference = compute_variance(PmapPlacement()) - compute_variance(single_device())
     assert np.abs(difference).max() > 1e-3
+
+
+def test_pmap_copies_arrays_of_one_shape_with_one_program(monkeypatch):
+    traces = []
+    monkeypatch.setattr(placement_module, "_get_first", lambda tree, _: traces.append(tree) or tree)
+    placement_module._make_copy.cache_clear()
+    for value in range(3):
+        copy = PmapPlacement().put_array(np.full((3, 2), value, np.float32))
+        assert (np.asarray(copy.addressable_data(0)) == value).all()
+    placement_module._make_copy.cache_clear()
+    assert len(traces) == 1

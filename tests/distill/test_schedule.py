@@ -121,3 +121,18 @@ def test_generations_of_one_program_train_in_order(tmp_path):
     )
     stages = dict.fromkeys(record["stage"] for record in run.metrics())
     assert list(stages) == ["first", "second", "third", "fourth"]
+
+
+def test_stages_that_learn_from_each_other_do_not_count_together():
+    teachers = {"second": "first", "third": "second"}
+    generations = [
+        make_stage(name, teachers=(teacher,), loss=soft_loss) for name, teacher in teachers.items()
+    ]
+    others = [make_stage("copy", teachers=("first",), loss=soft_loss)]
+    plan = [make_stage("first"), *generations]
+    assert distill.count_concurrent_stages(plan) == 1
+    assert distill.count_concurrent_stages([*plan, *others]) == 2
+    # Another number of examples is another shape on the devices.
+    fewer = {name: array[:20] for name, array in TRAIN.items()}
+    assert distill.count_concurrent_stages([*plan, make_stage("fewer", data=fewer)]) == 1
+    assert distill.count_concurrent_stages([]) == 0
