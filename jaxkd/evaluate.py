@@ -23,7 +23,7 @@ from jaxkd.losses import hard_cross_entropy
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
 
-PredictFn = Callable[[dict, ArrayLike], np.ndarray]
+PredictFn = Callable[[dict, Any], np.ndarray]
 """`(variables, inputs [N, ...]) -> logits [N, ..., C]`, float32."""
 
 ScoreFn = Callable[[dict, Mapping[str, Any]], "Score"]
@@ -88,8 +88,9 @@ def make_predict(
             a bucket length. Each bucket length is compiled.
 
     Returns:
-        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. It raises
-        `ValueError` if N is 0.
+        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. The inputs are an
+        array or a dict of arrays. It raises `ValueError` if N is 0, or if there are buckets for a
+        dict.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -110,20 +111,25 @@ def make_predict(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     forward = jax.jit(_forward(model)) if mesh is None else _forward_on_mesh(_forward(model), mesh)
 
-    def predict(variables: dict, inputs: ArrayLike) -> np.ndarray:
-        inputs = np.asarray(inputs)
-        if not len(inputs):
-            raise ValueError(f"there is nothing to predict: inputs have the shape {inputs.shape}")
+    def predict(variables: dict, inputs: Any) -> np.ndarray:
+        inputs = _as_numpy(inputs)
+        if not _count_rows(inputs):
+            shapes = jax.tree.map(np.shape, inputs)
+            raise ValueError(f"there is nothing to predict: inputs have the shape {shapes}")
+        if buckets is not None and isinstance(inputs, dict):
+            raise ValueError(
+                "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
+                "buckets out, or pass the tokens alone"
+            )
         batches = (
             _batches(inputs, batch_size) if buckets is None else buckets.batches(inputs, batch_size)
         )
         all_rows, all_logits = [], []
         for rows, batch in batches:
             # All batches have one size, so that one program serves them.
-            padding = [(0, batch_size - len(batch)), *[(0, 0)] * (batch.ndim - 1)]
-            padded = np.pad(batch, padding, mode="edge")
+            padded = jax.tree.map(lambda array: _pad_rows(array, batch_size), batch)
             # Wait for each batch: batches sent ahead of the computation would fill the memory.
-            all_logits.append(np.asarray(forward(variables, padded))[: len(batch)])
+            all_logits.append(np.asarray(forward(variables, padded))[: len(rows)])
             all_rows.append(rows)
         # Buckets take the rows in another order than that of the inputs.
         return np.concatenate(all_logits)[np.argsort(np.concatenate(all_rows))]
@@ -139,11 +145,13 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
 
     Returns:
         `(variables, examples) -> Score`. The examples are `inputs` `[N, ...]` and `labels` `[N]`.
-        Both numbers are NaN if a logit is.
+        Both numbers are NaN if a logit is. It raises `ValueError` if a label is no class of the
+        model.
     """
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
         logits = predict(variables, examples["inputs"])
+        _check_labels(logits, examples["labels"])
         # A diverged student is reported by the training loop, with its stage and step.
         if np.isnan(logits).any():
             return Score(float("nan"), float("nan"))
@@ -332,7 +340,7 @@ def parameter_bytes(variables: dict) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
 
 
-def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
+def flops(model: Model, variables: dict, inputs: Any) -> float | None:
     """Counts the floating-point operations of the prediction of one example.
 
     This is XLA's count for the program before it is compiled for a CPU, whatever the device in use.
@@ -343,7 +351,7 @@ def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
     Args:
         model: The model.
         variables: The variables, of which only shapes and dtypes matter.
-        inputs: `[B, ...]`, of which only shape and dtype matter.
+        inputs: `[B, ...]`, an array or a dict of arrays, of which only shape and dtype matter.
 
     Returns:
         The count. It is `None` if JAX has no CPU backend, if the backend does not count, or if the
@@ -360,7 +368,11 @@ def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
     """
     # Lowered from shapes alone: nothing runs, and no weights are copied to the CPU.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    example = jax.ShapeDtypeStruct((1, *jnp.shape(inputs)[1:]), jnp.result_type(inputs))
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)),
+        inputs,
+        is_leaf=lambda x: not isinstance(x, Mapping),
+    )
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -376,7 +388,7 @@ def flops(model: Model, variables: dict, inputs: ArrayLike) -> float | None:
 
 
 def latency(
-    model: Model, variables: dict, inputs: ArrayLike, *, repeats: int = 50, warmup: int = 5
+    model: Model, variables: dict, inputs: Any, *, repeats: int = 50, warmup: int = 5
 ) -> Latency:
     """Measures the wall time of predicting one batch that is on the device already.
 
@@ -385,7 +397,7 @@ def latency(
     Args:
         model: The model.
         variables: The variables of the model.
-        inputs: `[B, ...]`, one batch.
+        inputs: `[B, ...]`, one batch, an array or a dict of arrays.
         repeats: Number of calls that are timed.
         warmup: Number of calls before them. The first one compiles.
 
@@ -465,25 +477,42 @@ def classification_metrics(
     )
 
 
-def _batches(inputs: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _as_numpy(inputs: Any) -> Any:
+    """Returns an array, or the arrays of a dict, as NumPy's."""
+    if isinstance(inputs, Mapping):
+        return {name: np.asarray(array) for name, array in inputs.items()}
+    return np.asarray(inputs)
+
+
+def _count_rows(inputs: Any) -> int:
+    return min(len(array) for array in jax.tree.leaves(inputs))
+
+
+def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:
+    """Repeats the last row up to a number of rows."""
+    return np.pad(array, [(0, count - len(array)), *[(0, 0)] * (array.ndim - 1)], mode="edge")
+
+
+def _batches(inputs: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
     """Iterates over the row indices and the rows of each batch, in order."""
-    for start in range(0, len(inputs), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(inputs)))
-        yield rows, inputs[rows]
+    count = _count_rows(inputs)
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, min(start + batch_size, count))
+        yield rows, jax.tree.map(lambda array, rows=rows: array[rows], inputs)
 
 
-def _forward(model: Model) -> Callable[[dict, ArrayLike], Array]:
+def _forward(model: Model) -> Callable[[dict, Any], Array]:
     return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(
         jnp.float32
     )
 
 
 def _forward_on_mesh(
-    forward: Callable[[dict, Array], Array], mesh: Mesh
-) -> Callable[[dict, ArrayLike], Array]:
+    forward: Callable[[dict, Any], Array], mesh: Mesh
+) -> Callable[[dict, Any], Array]:
     """Divides a batch among all devices of a mesh. Each device gets the whole result."""
 
-    def sharded_forward(variables: dict, inputs: Array) -> Array:
+    def sharded_forward(variables: dict, inputs: Any) -> Array:
         by_example = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         return forward(variables, jax.lax.with_sharding_constraint(inputs, by_example))
 
@@ -506,4 +535,28 @@ def _check_labels(logits: np.ndarray, labels: ArrayLike) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels {labels.shape} must be one per row of the logits {logits.shape}")
+    if problem := describe_labels(labels, logits.shape[-1]):
+        raise ValueError(problem)
     return labels
+
+
+def describe_labels(labels: ArrayLike, num_classes: int) -> str:
+    """Describes the labels that are no class of a model; an empty string if all are classes.
+
+    Args:
+        labels: Integers of any shape.
+        num_classes: Number of the model's logits, C.
+
+    Returns:
+        A clause such as "3 of 20 labels are -1, which is not in [0, 10), the classes of the model".
+    """
+    labels = np.asarray(labels)
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if not outside.size:
+        return ""
+    smallest, largest = outside.min(), outside.max()
+    values = f"{smallest}" if smallest == largest else f"from {smallest} to {largest}"
+    return (
+        f"{outside.size:,} of {labels.size:,} labels are {values}, which is not in "
+        f"[0, {num_classes}), the classes of the model"
+    )

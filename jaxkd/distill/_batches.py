@@ -1,7 +1,7 @@
 """The order of examples, and the arrays that are on the devices."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -107,13 +107,18 @@ def make_bucketed_order(
     return lambda step: sort_pool(step // pool_size)[step % pool_size]
 
 
+def count_examples(inputs: Any) -> int:
+    """Returns the number of examples of an array, or of a dict of arrays."""
+    return len(jax.tree.leaves(inputs)[0])
+
+
 class BatchSelector:
     """Selects the batches of a group of students that train together."""
 
     def __init__(
         self,
         keys: list[Array],
-        inputs: list[np.ndarray],
+        inputs: list[Any],
         batch_size: int,
         buckets: LengthBuckets | None,
         *,
@@ -123,24 +128,38 @@ class BatchSelector:
 
         Args:
             keys: The PRNG key of each student.
-            inputs: The inputs of each student, `[N, ...]`.
+            inputs: The inputs of each student, `[N, ...]`, an array or a dict of arrays.
             batch_size: Number of examples in a batch.
             buckets: The lengths to which batches of tokens are cut; `None` for other inputs.
             has_views: Whether the examples have views, which the epochs show in turn.
+
+        Raises:
+            ValueError: If there are buckets, but the inputs are dicts.
         """
         self._buckets = buckets
         if buckets is None:
             self._lengths = []
             self._select_fns = [
-                make_order(key, len(array), batch_size)
-                for key, array in zip(keys, inputs, strict=True)
+                make_order(key, count_examples(arrays), batch_size)
+                for key, arrays in zip(keys, inputs, strict=True)
             ]
         else:
+            if any(isinstance(arrays, Mapping) for arrays in inputs):
+                raise ValueError(
+                    "buckets cut one array of tokens, but the inputs are a dict of arrays: leave "
+                    "the buckets out, or pass the tokens alone"
+                )
             self._lengths = [token_lengths(array) for array in inputs]
             self._select_fns = [
                 make_bucketed_order(key, lengths, batch_size, keep_epochs=has_views)
                 for key, lengths in zip(keys, self._lengths, strict=True)
             ]
+
+    def choose_length(self, student: int, rows: np.ndarray) -> int | None:
+        """Returns the bucket length of a batch of some examples of a student."""
+        if self._buckets is None:
+            return None
+        return self._buckets.choose(int(self._lengths[student][rows].max()))
 
     def select(self, step: int) -> tuple[int | None, np.ndarray]:
         """Returns the bucket length of a step's batches, and their indices `[P, B]`.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import DATA, Placement
 from jaxkd.distill.plan import Pretrained, Stage
@@ -128,8 +129,14 @@ def check_buckets(
         scores_classes: Whether the logits of the validation split are joined.
 
     Raises:
-        ValueError: If there are logits of each token, whose number is the bucket length.
+        ValueError: If the inputs are a dict, or there are logits of each token, whose number is the
+            bucket length.
     """
+    if isinstance(validation_inputs, Mapping):
+        raise ValueError(
+            "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
+            "buckets out, or pass the tokens alone"
+        )
     entries = {entry.name: entry for entry in plan}
     results: dict[Any, bool] = {}
 
@@ -206,7 +213,7 @@ def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Progr
         if same is not None:
             same.stages.append(entry)
         else:
-            programs.append(_Program([entry], _step_maker(entry, entries)))
+            programs.append(_Program([entry], _step_maker(entry, entries, seed)))
     return [
         program
         for programs in candidates.values()
@@ -221,7 +228,10 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
     # Python number (weak type) promotes in another way than an array.
     return (
         stage.model,
-        frozenset((name, x.shape, x.dtype, x.weak_type) for name, x in batch.items()),
+        frozenset(
+            (jax.tree_util.keystr(path), x.shape, x.dtype, x.weak_type)
+            for path, x in jax.tree_util.tree_leaves_with_path(batch)
+        ),
         # A step divides by the number of steps for `LossContext.progress`.
         stage.steps,
         stage.batch_size,
@@ -257,20 +267,26 @@ def _is_same_step(stage: Stage, other: Stage) -> bool:
     return all(getattr(stage, name) == getattr(other, name) for name in names)
 
 
-def _step_maker(stage: Stage, entries: Mapping[str, Stage | Pretrained]) -> Callable[..., StepFn]:
+def _step_maker(
+    stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int
+) -> Callable[..., StepFn]:
+    models = [entries[name].model for name in stage.teachers]
+    cached_num_classes = None
+    if stage.cache_top_k is not None:
+        inputs = stage.examples(seed)["inputs"]
+        cached_num_classes = [count_classes(model, inputs) for model in models]
     return functools.partial(
         make_train_step,
         stage.model,
         stage.tx,
         stage.loss,
         # Cached teachers are not run: their logits come with the batch.
-        teachers=()
-        if stage.cache_teachers
-        else tuple(entries[name].model for name in stage.teachers),
+        teachers=() if stage.cache_teachers else tuple(models),
         augment=stage.augment,
         views=stage.views,
         loss_tx=stage.loss_tx,
         num_steps=stage.steps,
+        cached_num_classes=cached_num_classes,
     )
 
 
@@ -284,7 +300,9 @@ def _hash_step(program: _Program, entries: Mapping[str, Stage | Pretrained], see
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = _batch_shapes(stage, seed)
     # Networks are initialised with one example, as `start_or_resume` does.
-    example = jax.ShapeDtypeStruct((1, *batch["inputs"].shape[1:]), batch["inputs"].dtype)
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch["inputs"]
+    )
 
     # Called with a real key, because a user's `init_loss` need not be traceable.
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.key(0))
@@ -343,15 +361,16 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _batch_shapes(stage: Stage, seed: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(stage: Stage, seed: int) -> dict[str, Any]:
     """Returns the shapes of a step's batch. A Python number keeps its weak type."""
-    shapes = {}
-    for name, array in stage.examples(seed).items():
+
+    def batch_shape(array: Any) -> jax.ShapeDtypeStruct:
         shape = jax.eval_shape(jnp.asarray, array)
         if shape.ndim:
             shape = jax.ShapeDtypeStruct((stage.batch_size, *shape.shape[1:]), shape.dtype)
-        shapes[name] = shape
-    return shapes
+        return shape
+
+    return jax.tree.map(batch_shape, dict(stage.examples(seed)))
 
 
 def _cached_logits_shape(

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
-from jaxkd.distill._batches import BatchSelector, DeviceArrays
+from jaxkd.distill import _diagnosis
+from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
 from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
+from jaxkd.distill.plan import named_arrays
 from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
+from jaxkd.evaluate import describe_labels
 from jaxkd.runs import Run, RunError, checkpoints
 
 
@@ -67,17 +70,24 @@ class TrainingLoop:
         ]
         self._reset_losses([stage_run.progress.losses for stage_run in group.stage_runs])
 
-    def train(self, on_advance: Callable[[int], None]) -> list[TrainedModel]:
+    def train(
+        self,
+        on_advance: Callable[[int], None],
+        on_evaluate: Callable[[int, float, float], None] | None = None,
+    ) -> list[TrainedModel]:
         """Takes all remaining steps, with evaluations and checkpoints.
 
         Args:
             on_advance: Called with the number of steps taken since its last call.
+            on_evaluate: Called after an evaluation with the step, and with the mean over the
+                students of the training loss since the last evaluation and of the accuracy.
 
         Returns:
             The trained model of each run of the group.
 
         Raises:
-            RunError: If a loss is not finite, or the records of a finished training are lost.
+            RunError: If a loss is not finite, the loss reads a label that is no class of the
+                student, or the records of a finished training are lost.
         """
         group = self.group
         for stage_run in group.stage_runs:
@@ -86,6 +96,8 @@ class TrainingLoop:
         if group.first_step == group.steps:
             return self._collect([stage_run.state for stage_run in group.stage_runs])
         self._put_on_devices()
+        if not group.first_step:
+            self._try_suspects()
         saved_at = time.monotonic()
         try:
             for step, next_step in itertools.pairwise(self._stops()):
@@ -94,7 +106,9 @@ class TrainingLoop:
                 if next_step in self._evaluation_steps:
                     # Evaluate before saving: on a restart, a record newer than the checkpoint is
                     # dropped and written again, while a missing one would be lost.
-                    self._evaluate(next_step)
+                    records = self._evaluate(next_step)
+                    if on_evaluate is not None:
+                        on_evaluate(next_step, *_average(records))
                 if next_step == group.steps or time.monotonic() - saved_at > self._save_every:
                     self._save(next_step)
                     saved_at = time.monotonic()
@@ -118,6 +132,7 @@ class TrainingLoop:
         teachers = []
         for stage_run in group.stage_runs:
             teachers.append(() if stage_run.stage.cache_teachers else stage_run.teachers)
+        self._examples = examples
         self._selector = BatchSelector(
             [stage_run.key for stage_run in group.stage_runs],
             [batch["inputs"] for batch, _ in examples],
@@ -139,7 +154,7 @@ class TrainingLoop:
         on_devices = []
         for arrays, info in examples:
             others = {name: array for name, array in arrays.items() if name != "inputs"}
-            inputs = self._arrays.get(arrays["inputs"], length)
+            inputs = jax.tree.map(lambda array: self._arrays.get(array, length), arrays["inputs"])
             # Only inputs have a token axis to cut.
             others, info = jax.tree.map(self._arrays.get, (others, info))
             on_devices.append((others | {"inputs": inputs}, info))
@@ -152,7 +167,7 @@ class TrainingLoop:
         info = BatchInfo()
         if stage.views is not None:
             # The same objects for all stages, which `DeviceArrays` finds by their identity.
-            index, num_examples = _make_index(len(inputs))
+            index, num_examples = _make_index(count_examples(inputs))
             info = BatchInfo(index, num_examples, stage_run.view_key)
         if stage.cache_teachers:
             logits = []
@@ -172,6 +187,87 @@ class TrainingLoop:
             info = info._replace(teacher_logits=tuple(logits))
         return stage_run.examples, info
 
+    def _try_suspects(self) -> None:
+        """Computes the loss of examples that may be unsound, before the first step.
+
+        Raises:
+            RunError: If the loss reads a label that is no class of the student, or is not finite
+                for the smallest and the largest tokens.
+        """
+        tried = set()
+        for i, stage_run in enumerate(self.group.stage_runs):
+            # Students of a program read equal examples in the same way.
+            shared = tuple(id(array) for _, array in named_arrays(stage_run.examples))
+            if shared in tried:
+                continue
+            tried.add(shared)
+            self._try_labels(i, stage_run)
+            rows = _diagnosis.find_extreme_tokens(stage_run.examples["inputs"])
+            if len(rows) and not np.isfinite(self._try_rows(i, rows)):
+                cause = self._find_cause(stage_run)
+                tokens = _diagnosis.describe_tokens(stage_run.examples["inputs"])
+                raise RunError(
+                    f"{stage_run.label}: the loss is not finite before the first step: "
+                    + (cause or f"is one of {tokens}, outside of the vocabulary of its model?")
+                )
+
+    def _try_labels(self, i: int, stage_run: StageRun) -> None:
+        labels = _diagnosis.get_labels(stage_run.examples)
+        if labels is None:
+            return
+        num_classes = _diagnosis.count_classes(stage_run.stage.model, stage_run.examples["inputs"])
+        rows = _diagnosis.find_unknown_labels(labels, num_classes)
+        if not len(rows):
+            return
+        replace = functools.partial(_diagnosis.replace_unknown_labels, labels, num_classes)
+        loss, read, other = (
+            self._try_rows(i, rows, labels=candidate)
+            for candidate in (labels, replace(), replace(shift=1))
+        )
+        # A loss that masks these labels is finite, and not that of the class that JAX would read.
+        is_masked = np.isfinite(loss) and (loss != read or read == other)
+        if not is_masked and np.isfinite(read):
+            raise RunError(
+                f"{stage_run.label}: {describe_labels(labels, num_classes)}, and the loss reads "
+                "them: number the classes from 0, give the model more classes, or mask such labels "
+                "in the loss, with where=labels >= 0 or with alpha=1"
+            )
+
+    def _try_rows(self, i: int, rows: np.ndarray, *, labels: np.ndarray | None = None) -> float:
+        """Returns the mean loss of a student for some of its examples. The state stays as it is."""
+        group = self.group
+        length = self._selector.choose_length(i, rows)
+        examples = self._put_examples(length)
+        if labels is not None:
+            # All students get the labels, since those that share an array must go on doing so.
+            arrays = [({**batch, "labels": labels}, info) for batch, info in self._examples]
+            examples = self._put_cut_examples(arrays, length)
+        losses = []
+        for start in range(0, len(rows), group.batch_size):
+            batch = np.resize(rows[start : start + group.batch_size], group.batch_size)
+            indices = np.tile(batch, (1, len(group), 1))
+            # A copy each time, since a step donates its state.
+            states = [
+                jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), stage_run.state)
+                for stage_run in group.stage_runs
+            ]
+            _, loss = group.multi_step(
+                self._placement.put_states(states), examples, indices, self._teachers, self._keys
+            )
+            losses.append(np.asarray(jax.device_get(loss))[0, i])
+        return float(np.mean(losses))
+
+    def _find_cause(self, stage_run: StageRun) -> str:
+        """Describes why a loss is not finite; an empty string if labels and teachers are sound."""
+        stage, inputs = stage_run.stage, stage_run.examples["inputs"]
+        some_inputs = jax.tree.map(lambda array: array[: _diagnosis.MAX_TEACHER_EXAMPLES], inputs)
+        teachers = dict(zip(stage.teachers, stage_run.teachers, strict=True))
+        logits = {
+            name: self._teacher_cache.predict(name, variables, some_inputs)
+            for name, variables in teachers.items()
+        }
+        return _diagnosis.find_cause(stage_run.examples, teachers, logits)
+
     def _take_steps(self, steps: Iterable[int]) -> None:
         """Takes steps. Consecutive steps in the same bucket are one call."""
         batches = map(self._selector.select, steps)
@@ -182,17 +278,40 @@ class TrainingLoop:
             )
             self._losses.append(losses)
 
-    def _evaluate(self, step: int) -> None:
-        """Scores every student on the validation split and records the result."""
+    def _evaluate(self, step: int) -> list[dict[str, Any]]:
+        """Scores every student on the validation split, and records and returns the results."""
         losses = self._get_losses()
+        records = []
         for i, state in enumerate(self._get_states()):
             stage_run = self.group.stage_runs[i]
             # Records are appended in the order of the group, so that an unbroken run repeats the
             # file.
+            self._check_losses(stage_run, losses[i], step)
             record = _evaluate(stage_run, state, step, losses[i])
             self._run.append_metrics(record)
             self._accuracies[i] = record["validation_accuracy"]
+            records.append(record)
         self._reset_losses([[] for _ in self.group.stage_runs])
+        return records
+
+    def _check_losses(self, stage_run: StageRun, losses: np.ndarray, step: int) -> None:
+        """Raises `RunError` with the first loss that is not finite, and its cause."""
+        unsound = np.flatnonzero(~np.isfinite(losses))
+        if not len(unsound):
+            return
+        first = step - len(losses) + int(unsound[0]) + 1
+        message = f"{stage_run.label}: the loss is {losses[unsound[0]]} in step {first}"
+        if cause := self._find_cause(stage_run):
+            raise RunError(f"{message}: {cause}")
+        if first == 1:
+            raise RunError(
+                f"{message}, before any weight has changed, and inputs and teachers are sound: "
+                "evaluate the student and the terms of its loss on one batch"
+            )
+        raise RunError(
+            f"{message}, and training has diverged, since inputs and teachers are sound; try a "
+            "smaller learning rate"
+        )
 
     def _save(self, step: int) -> None:
         """Saves a checkpoint of each student, as if it trained alone."""
@@ -277,6 +396,15 @@ class TrainingLoop:
         self._losses: list[Any] = [np.array(losses, np.float32).T]
 
 
+def _average(records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Returns the mean training loss and validation accuracy of a group."""
+    loss, accuracy = (
+        float(np.mean([record[name] for record in records]))
+        for name in ("loss", "validation_accuracy")
+    )
+    return loss, accuracy
+
+
 @functools.cache
 def _make_index(count: int) -> tuple[np.ndarray, np.int32]:
     """Returns the indices of all examples and their number, the same arrays for every stage."""
@@ -289,16 +417,22 @@ def _evaluate(
     """Returns the record of an evaluation."""
     loss = float(np.mean(losses))
     score = stage_run.compiled.score(jax.tree.map(jnp.asarray, state.variables))
-    if not np.isfinite(loss) or not np.isfinite(score.loss):
+    if not np.isfinite(score.loss):
+        message = f"{stage_run.label}: the validation loss is {score.loss} after step {step}"
+        if count := _diagnosis.count_not_finite(state.variables):
+            raise RunError(
+                f"{message}, since {count:,} weights are NaN or infinite, and training has "
+                "diverged; try a smaller learning rate"
+            )
         raise RunError(
-            f"{stage_run.label}: the loss is {loss} by step {step}, and training has diverged; "
-            "try a smaller learning rate"
+            f"{message}, while the training loss ({loss:.3g}) and all weights are finite: look for "
+            "NaN and for unknown tokens in the inputs of the validation split"
         )
     return {
         "seed": stage_run.seed,
         "stage": stage_run.stage.name,
         "step": step,
-        "epoch": step * stage_run.stage.batch_size / len(stage_run.examples["inputs"]),
+        "epoch": step * stage_run.stage.batch_size / count_examples(stage_run.examples["inputs"]),
         "loss": loss,
         "validation_loss": score.loss,
         "validation_accuracy": score.accuracy,

@@ -9,12 +9,15 @@ from typing import Any
 from jaxkd.distill.distributed import is_primary_process
 from jaxkd.distill.plan import Pretrained, Stage
 
+SECONDS_BETWEEN_EVALUATIONS = 10.0
+"""Least time between a line and the next one that an evaluation prints."""
+
 
 class PlanProgress:
     """Prints a line at the start of a plan and after each training, with bars on a terminal.
 
-    The bars need rich. Without it, or in a pipe, the lines are the same. Only the primary process
-    prints.
+    The bars need rich. Without it, or in a pipe, there is also a line after an evaluation, unless
+    another line was printed shortly before. Only the primary process prints.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class PlanProgress:
         self._total = len(seeds) * sum(stage.steps for stage in stages)
         self._done = 0
         self._trained_steps = 0
-        self._start = time.monotonic()
+        self._start = self._printed_at = time.monotonic()
         self._bars = _make_bars()
         num_trainings = len(seeds) * len(stages)
         self._introduction = (
@@ -48,7 +51,7 @@ class PlanProgress:
 
     def start_group(self, label: str, steps: int, num_students: int) -> None:
         """Shows a bar for a group of students that train together."""
-        self._num_students = num_students
+        self._label, self._steps, self._num_students = label, steps, num_students
         if self._bars is not None:
             self._group = self._bars.add_task(label, total=steps)
 
@@ -62,6 +65,21 @@ class PlanProgress:
         if self._bars is not None:
             self._bars.advance(self._group, steps)
             self._bars.advance(self._whole, self._num_students * steps)
+
+    def report_evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        """Prints a line after an evaluation, where no bar shows how far the group has come."""
+        is_recent = time.monotonic() - self._printed_at < SECONDS_BETWEEN_EVALUATIONS
+        # The line at the end of the group follows the last evaluation.
+        if self._bars is None and not is_recent and step < self._steps:
+            self._print(
+                f"{self._label}: step {step:,} of {self._steps:,}, loss {loss:.3g}, "
+                f"{accuracy:.1%} on validation{self._describe_rest()}"
+            )
+
+    def end_plan(self, messages: Sequence[str]) -> None:
+        """Prints what the user should know about the trained models."""
+        for message in messages:
+            self._print(message)
 
     def end_group(self, messages: Sequence[str]) -> None:
         """Removes the group's bar and prints a line for each of its trainings."""
@@ -82,6 +100,7 @@ class PlanProgress:
         return f" (about {duration} left)"
 
     def _print(self, message: str) -> None:
+        self._printed_at = time.monotonic()
         if self._bars is not None:
             # The bars' own console prints above them instead of through them. As markup, a name in
             # square brackets would be taken for a style.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxkd.distill._compile import CompiledStage
+from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber, find_changes
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.plan import Stage
@@ -156,7 +157,8 @@ def start_or_resume(
     start = variables[stage.start] if stage.start else None
     # The fresh state is needed even to resume: it tells Orbax the tree, shapes and dtypes to
     # restore.
-    state = _init_state(compiled, key, start, examples["inputs"])
+    example = jax.tree.map(lambda array: array[:1], examples["inputs"])
+    state = _init_state(compiled, key, start, example)
     # The digests of pretrained models are part of the stage's fingerprint.
     weights = {
         name: variables[name]
@@ -189,16 +191,16 @@ def _view_key(seed: int) -> Array:
 
 
 def _init_state(
-    compiled: CompiledStage, key: Array, start: dict | None, inputs: Array
+    compiled: CompiledStage, key: Array, start: dict | None, example: Any
 ) -> TrainState:
     stage = compiled.stage
-    variables = compiled.init(jax.random.fold_in(key, Purpose.INIT), inputs[:1])
+    variables = compiled.init(jax.random.fold_in(key, Purpose.INIT), example)
     # Fresh variables are made in any case, since a transfer fills them and the check needs their
     # shapes.
     if start is not None:
         if stage.transfer is not None:
             start = stage.transfer(start, variables)
-        _check_same_tree(stage, start, variables)
+        _check_start(stage, start, variables)
         variables = start
     loss_params = None
     if stage.init_loss is not None:
@@ -262,10 +264,11 @@ def _restore_as_primary(
     return notes, restored.tree
 
 
-def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:
+def _check_start(stage: Stage, start: dict, fresh: dict) -> None:
+    """Raises `ValueError` unless weights have the shapes and dtypes of fresh ones, and no NaN."""
     source, target = (
         {
-            jax.tree_util.keystr(path): leaf.shape
+            jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         for tree in (start, fresh)
@@ -273,11 +276,16 @@ def _check_same_tree(stage: Stage, start: dict, fresh: dict) -> None:
     differing = sorted(
         path for path in source.keys() | target.keys() if source.get(path) != target.get(path)
     )
+    problem = ""
     if differing:
-        listed = "; ".join(
-            f"{path} is {source.get(path)} in {stage.start!r} and {target.get(path)} in the stage"
-            for path in differing[:2]
+        # One is enough to see what differs, and a large network has hundreds.
+        path = differing[0]
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        problem = (
+            f"{path} is {source.get(path, 'missing')} there and {target.get(path, 'missing')} in "
+            f"the stage{more}; convert them with transfer=..."
         )
-        if len(differing) > 2:
-            listed += f"; and {len(differing) - 2} more"
-        raise ValueError(f"stage {stage.name!r} cannot start from {stage.start!r}: {listed}")
+    elif count := count_not_finite(start):
+        problem = f"{count:,} of its weights are NaN or infinite"
+    if problem:
+        raise ValueError(f"stage {stage.name!r} cannot start from {stage.start!r}: {problem}")

@@ -19,13 +19,14 @@ import numpy as np
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
+from jaxkd.distill._diagnosis import check_validation_labels, has_unknown_labels
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._schedule import Round, make_schedule
 from jaxkd.distill._stage_run import RunGroup, TrainedModel, group_by_step, start_or_resume
 from jaxkd.distill.placement import Placement, single_device
-from jaxkd.distill.plan import Pretrained, Stage, order
+from jaxkd.distill.plan import Pretrained, Stage, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import PredictFn, Score, ScoreFn, make_classifier_score, make_predict
 from jaxkd.models.model import Model
@@ -101,6 +102,8 @@ def run_plan(
     # Read several times below, which a generator would not survive.
     seeds = _check_seeds(seeds)
     placement = placement or single_device()
+    if make_score is None:
+        check_validation_labels(plan, validation)
     if buckets is not None:
         check_buckets(
             plan,
@@ -123,7 +126,14 @@ def run_plan(
         if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
             _check_cache(cache, teacher_cache)
         # Loops look their teachers up in this dictionary, which grows as stages end.
-        trained = _collect_pretrained(plan, seeds, scores)
+        trained = _collect_pretrained(
+            plan,
+            seeds,
+            scores,
+            is_scored=lambda model: (
+                make_score is not None or not has_unknown_labels(model, validation)
+            ),
+        )
         make_loop = functools.partial(
             TrainingLoop,
             run=run,
@@ -135,6 +145,7 @@ def run_plan(
         )
         for round_ in make_schedule(stages, seeds, placement.max_students):
             _train_round(round_, run, placement, trained, describer, make_loop, progress)
+        progress.end_plan(_describe_weak_teachers(plan, seeds, trained))
     return {name: [trained[name][seed] for seed in seeds] for name in names}
 
 
@@ -255,7 +266,8 @@ def _train_round(
         for group in group_by_step(stage_runs):
             progress.start_group(group.label, group.steps, len(group))
             progress.advance(group.first_step, restored=True)
-            models = make_loop(group, arrays=arrays).train(progress.advance)
+            loop = make_loop(group, arrays=arrays)
+            models = loop.train(progress.advance, progress.report_evaluation)
             for stage_run, model in zip(group.stage_runs, models, strict=True):
                 trained[stage_run.stage.name][stage_run.seed] = model
             progress.end_group(_describe_results(group, models))
@@ -277,15 +289,42 @@ def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[s
     return lines
 
 
+def _describe_weak_teachers(
+    plan: Plan, seeds: Sequence[int], trained: Mapping[str, Mapping[int, TrainedModel]]
+) -> list[str]:
+    """Returns a line for each teacher that is no better than its student without it."""
+
+    def mean_accuracy(name: str) -> float:
+        return float(np.mean([trained[name][seed].validation_accuracy for seed in seeds]))
+
+    lines = []
+    for teacher, alone in teacher_baselines(plan) if seeds else ():
+        accuracy, baseline = mean_accuracy(teacher), mean_accuracy(alone)
+        if accuracy <= baseline:
+            lines.append(
+                f"the teacher {teacher} is no better than its student {alone} without a teacher: "
+                f"{accuracy:.1%} and {baseline:.1%} on validation; improve the teacher first"
+            )
+    return lines
+
+
 def _collect_pretrained(
-    plan: Plan, seeds: Sequence[int], scores: Mapping[str, Callable[[dict], Score]]
+    plan: Plan,
+    seeds: Sequence[int],
+    scores: Mapping[str, Callable[[dict], Score]],
+    is_scored: Callable[[Model], bool],
 ) -> dict[str, dict[int, TrainedModel]]:
-    """Returns the models by name and seed, with the pretrained ones filled in."""
+    """Returns the models by name and seed, with the pretrained ones filled in.
+
+    A teacher of other classes, for which `is_scored` is False, has the accuracy NaN.
+    """
     trained: dict[str, dict[int, TrainedModel]] = {entry.name: {} for entry in plan}
     for entry in plan:
         if isinstance(entry, Pretrained):
             variables = dict(entry.variables)
-            accuracy = scores[entry.name](variables).accuracy
+            accuracy = float("nan")
+            if is_scored(entry.model):
+                accuracy = scores[entry.name](variables).accuracy
             # One object for all seeds, by which `evaluate_plan` sees that they share it.
             trained[entry.name] = dict.fromkeys(seeds, TrainedModel(variables, 0.0, accuracy))
     return trained

@@ -17,7 +17,8 @@ StepFn = Callable[..., tuple["TrainState", dict[str, Array]]]
 """`(state, batch, teacher_variables, key, info) -> (state, metrics)`, see `make_train_step`."""
 
 Batch = Mapping[str, Any]
-"""The user's arrays of a step: `inputs` [B, ...] and what the loss reads, such as `labels` [B]."""
+"""The user's arrays of a step: `inputs` [B, ...], an array or a dict of arrays, and what the loss
+reads, such as `labels` [B]."""
 
 LossFn = Callable[..., Array]
 """`(student, teachers, batch, context) -> [B]`, one value per example.
@@ -152,6 +153,7 @@ def make_train_step(
     views: int | None = None,
     loss_tx: optax.GradientTransformation | None = None,
     num_steps: int | None = None,
+    cached_num_classes: Sequence[int] | None = None,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Makes the compiled training step of a student.
@@ -171,6 +173,8 @@ def make_train_step(
         loss_tx: The optimizer of the loss's own parameters. By default `tx`, as in
             `init_train_state`.
         num_steps: Number of steps of the whole training, for `LossContext.progress`.
+        cached_num_classes: Number of classes of each teacher whose logits are cached as `TopK`. By
+            default that of the student.
         axis_name: Name of the mapped axis if the step runs under `jax.pmap` or `jax.shard_map`.
             Every device gets the whole batch and augments it, runs the networks on its share, and
             the loss gets the outputs of all devices. The result is that of one device, except for
@@ -223,7 +227,7 @@ def make_train_step(
         elif augment is not None:
             inputs = augment(_fold_in(key, Purpose.AUGMENT, state.step), inputs)
         # Augmented before it is divided, so that every number of devices draws the same views.
-        share = _take_share(inputs, axis_name)
+        share = jax.tree.map(lambda array: _take_share(array, axis_name), inputs)
         # Outside of `mean_loss`, so the teachers are constants for the gradient and their
         # activations are not kept for it.
         live_outputs = tuple(
@@ -246,16 +250,17 @@ def make_train_step(
                 )
             # The loss sees the outputs of all devices, since it may compare examples.
             student = _gather(student, axis_name)
-            # Inside of `mean_loss`, because only the student's logits tell the number of classes to
-            # which the largest logits are expanded.
-            cached_outputs = _get_cached_outputs(info, view, student.logits.shape[-1])
-            outputs = live_outputs + cached_outputs
+            # Inside of `mean_loss`, because without `cached_num_classes` only the student's logits
+            # tell the number of classes to which the largest logits are expanded.
+            counts = cached_num_classes or [student.logits.shape[-1]] * len(info.teacher_logits)
+            outputs = live_outputs + _get_cached_outputs(info, view, counts)
             own_params = loss_params[0] if loss_params else None
             values = loss(student, outputs, batch, context._replace(params=own_params))
-            if values.shape != inputs.shape[:1]:
+            batch_shape = jax.tree.leaves(inputs)[0].shape[:1]
+            if values.shape != batch_shape:
                 raise ValueError(
-                    "the loss must return one value per example "
-                    f"{inputs.shape[:1]}, got the shape {values.shape}"
+                    f"the loss must return one value per example {batch_shape}, got the shape "
+                    f"{values.shape}"
                 )
             # Each device has the values of all examples. It differentiates its own share, so that
             # the sum over devices counts none twice.
@@ -291,17 +296,20 @@ def _get_view(info: BatchInfo, step: Array, count: int) -> Array:
 
 
 def _get_cached_outputs(
-    info: BatchInfo, view: Array | None, num_classes: int
+    info: BatchInfo, view: Array | None, num_classes: Sequence[int]
 ) -> tuple[Outputs, ...]:
-    """Returns the outputs of teachers whose logits are cached. They have no features."""
+    """Returns the outputs of teachers whose logits are cached. They have no features.
+
+    `num_classes` has one number for each, to which its `TopK` is expanded.
+    """
     cached = info.teacher_logits
     if view is not None:
         # From `[B, V, ..., C]` to `[B, ..., C]`: each example has a view of its own.
         cached = jax.tree.map(lambda array: array[jnp.arange(len(array)), view], cached)
     outputs = []
-    for logits in cached:
+    for logits, count in zip(cached, num_classes, strict=True):
         if isinstance(logits, TopK):
-            logits = expand_top_k(logits, num_classes=num_classes)
+            logits = expand_top_k(logits, num_classes=count)
         outputs.append(Outputs(logits, {}))
     return tuple(outputs)
 

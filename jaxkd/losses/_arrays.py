@@ -76,14 +76,14 @@ def check_weights(kind: str, weights: ArrayLike | Sequence[float], dtype: jnp.dt
     Raises `ValueError` if a weight is negative or NaN, or all are 0. Traced weights are not
     checked.
     """
-    weights = untraced(weights)
-    if not isinstance(weights, jax.core.Tracer):
-        if not np.all(weights >= 0) or (weights.size and not weights.any()):
+    known = untraced(weights)
+    if not isinstance(known, jax.core.Tracer):
+        if not np.all(known >= 0) or (known.size and not known.any()):
             raise ValueError(
                 f"weights of {kind} must be at least 0, and one of them more, "
                 f"got {_shorten(weights)}; a weight of 0 leaves one out"
             )
-    return jnp.asarray(weights, dtype)
+    return jnp.asarray(known, dtype)
 
 
 def check_term_weight(

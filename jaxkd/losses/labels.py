@@ -238,10 +238,10 @@ def distillation_loss(
     weight = check_term_weight("alpha", alpha, labels.shape, student.dtype)
     # At α = 0 the teacher's logits may be NaN, and the student may rule out classes that the
     # teacher does not. At α = 1 the label may be a placeholder, even a class that is ruled out.
-    alpha = untraced(alpha)
-    soft_inputs = exclude_unused(alpha > 0, student, teacher)
+    known_alpha = untraced(alpha)
+    soft_inputs = exclude_unused(known_alpha > 0, student, teacher)
     soft = soft_cross_entropy(*soft_inputs, temperature=temperature)
-    hard = hard_cross_entropy(*exclude_unused(alpha < 1, student, labels))
+    hard = hard_cross_entropy(*exclude_unused(known_alpha < 1, student, labels))
     return weigh(weight, soft) + weigh(1 - weight, hard)
 
 

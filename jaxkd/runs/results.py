@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -204,7 +205,7 @@ def summarize(
     model: Model,
     variables: Sequence[dict],
     logits: Sequence[ArrayLike],
-    inputs: ArrayLike,
+    inputs: Any,
     labels: ArrayLike,
     *,
     seconds: Sequence[float],
@@ -223,7 +224,7 @@ def summarize(
         model: The model.
         variables: The variables of each seed.
         logits: The predictions for `inputs`, one `[N, C]` per seed.
-        inputs: `[N, ...]`, the test examples.
+        inputs: `[N, ...]`, the test examples, an array or a dict of arrays.
         labels: `[N]`, integers in [0, C).
         seconds: Training time of each seed.
         reference_logits: The logits to agree with, one `[N, C]` per seed.
@@ -265,9 +266,12 @@ def summarize(
     agreements = [seed.agreement for seed in metrics if seed.agreement is not None]
     # A mean over seeds need not be a whole number of correct predictions.
     total = np.size(labels)
-    inputs = np.asarray(inputs)
-    batch = inputs[:throughput_batch]
-    latency = evaluate.latency(model, variables[0], inputs[:1], repeats=repeats)
+    inputs = inputs if isinstance(inputs, Mapping) else np.asarray(inputs)
+    single, batch = (
+        jax.tree.map(lambda array, count=count: array[:count], inputs)
+        for count in (1, throughput_batch)
+    )
+    latency = evaluate.latency(model, variables[0], single, repeats=repeats)
     throughput = evaluate.latency(model, variables[0], batch, repeats=repeats)
     return ResultRow(
         name=name,
@@ -278,10 +282,10 @@ def summarize(
         ece=float(np.mean([seed.ece for seed in metrics])),
         parameters=evaluate.parameter_count(variables[0]),
         bytes=evaluate.parameter_bytes(variables[0]),
-        flops=evaluate.flops(model, variables[0], inputs),
+        flops=evaluate.flops(model, variables[0], single),
         latency_ms=latency.median_ms,
         latency_p95_ms=latency.p95_ms,
-        throughput_batch=len(batch),
+        throughput_batch=min(throughput_batch, total),
         throughput_latency_ms=throughput.median_ms,
         throughput_latency_p95_ms=throughput.p95_ms,
         seconds=tuple(float(value) for value in seconds),

@@ -3,11 +3,12 @@
 import dataclasses
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from jaxkd import models
+from jaxkd import distill, losses, models
 from jaxkd.distill import placement as placement_module
 from small_plans import (
     PLACEMENTS,
@@ -114,7 +115,9 @@ def test_teachers_predict_once_for_all_students_and_runs(tmp_path, counts):
     chex.assert_trees_all_equal(again, first)
 
     plan = make_plan(**options)
-    normalized = models.with_input_normalization(plan[0].model, np.zeros(5), np.full(5, 2.0))
+    normalized = models.with_input_normalization(
+        plan[0].model, np.zeros(5), np.full(5, 2.0), max_value=1.0
+    )
     plan[0] = dataclasses.replace(plan[0], model=normalized)
     train_students(tmp_path / "normalized", plan, (0, 1), **cache)
     assert counts == 2 * 2 * 3 * [45], "another model with weights of the same names"
@@ -146,3 +149,25 @@ def test_all_of_the_largest_logits_give_the_same_bits(tmp_path):
     chex.assert_trees_all_equal(three_of_three, all_logits)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(one_of_three, all_logits, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cache_top_k", [None, 5])
+def test_largest_logits_have_the_classes_of_their_teacher(tmp_path, cache_top_k):
+    """The teacher has two classes more than the student."""
+
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(x)
+
+    def loss(student, teachers, batch, context):
+        assert teachers[0].logits.shape == (16, 5)
+        return losses.kl_divergence(student.logits, teachers[0].logits[:, :3])
+
+    model = models.from_linen(Wide(), train_argument=None)
+    teacher = distill.Pretrained("wide", model, model.init(jax.random.key(0), TRAIN["inputs"]))
+    student = make_stage("student", teachers=("wide",), loss=loss, steps=2)
+    live, _ = train(tmp_path / "live", [teacher, student])
+    cached = dataclasses.replace(student, cache_teachers=True, cache_top_k=cache_top_k)
+    trained, _ = train(tmp_path / "cached", [teacher, cached])
+    chex.assert_trees_all_close(get_variables(trained), get_variables(live), rtol=1e-5, atol=1e-6)

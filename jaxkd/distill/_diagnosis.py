@@ -1,0 +1,165 @@
+"""Finds the cause of a loss that is not finite: labels, inputs, teachers or weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.distill.plan import Pretrained, Stage, named_arrays
+from jaxkd.evaluate import describe_labels
+from jaxkd.models.model import Model
+
+MAX_SUSPECTS = 8
+"""Largest number of labels out of range that are tried before the first step."""
+MAX_TEACHER_EXAMPLES = 2048
+"""Number of examples for which the logits of a teacher are searched for NaN."""
+
+
+def check_validation_labels(
+    plan: Sequence[Stage | Pretrained], validation: Mapping[str, Any]
+) -> None:
+    """Raises `ValueError` if a stage cannot be scored on the labels of a validation split."""
+    for stage in plan:
+        if isinstance(stage, Stage):
+            num_classes = count_classes(stage.model, validation["inputs"])
+            if problem := describe_labels(validation["labels"], num_classes):
+                raise ValueError(
+                    f"stage {stage.name!r} cannot be scored on the validation split: {problem}; "
+                    "number the classes from 0, and leave out examples without a label"
+                )
+
+
+def has_unknown_labels(model: Model, examples: Mapping[str, Any]) -> bool:
+    """Returns whether a label of the examples is no class of a model."""
+    num_classes = count_classes(model, examples["inputs"])
+    return bool(describe_labels(examples["labels"], num_classes))
+
+
+def count_classes(model: Model, inputs: Any) -> int:
+    """Returns the size of the last axis of a model's logits. Nothing is computed."""
+    leaves, structure = jax.tree.flatten(inputs)
+    shapes = tuple((np.shape(leaf)[1:], jnp.result_type(leaf)) for leaf in leaves)
+    return _count_classes(model, structure, shapes)
+
+
+# Stages and seeds share a model, and tracing a large one takes a second.
+@functools.lru_cache(maxsize=256)
+def _count_classes(model: Model, structure: Any, shapes: tuple) -> int:
+    leaves = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in shapes]
+    inputs = jax.tree.unflatten(structure, leaves)
+    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    outputs, _ = jax.eval_shape(functools.partial(model.apply, train=False), variables, inputs)
+    return outputs.logits.shape[-1]
+
+
+def get_labels(examples: Mapping[str, Any]) -> np.ndarray | None:
+    """Returns the labels, or `None` if there are none or they are not integers."""
+    labels = examples.get("labels")
+    return np.asarray(labels) if np.ndim(labels) and _is_integer(labels) else None
+
+
+def find_unknown_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns an example for each of the first labels that are no class of the student."""
+    # An example may have a label for each of its tokens.
+    flat = labels.reshape(-1)
+    positions = np.flatnonzero((flat < 0) | (flat >= num_classes))
+    _, first = np.unique(flat[positions], return_index=True)
+    rows = positions[first[:MAX_SUSPECTS]] // max(flat.size // len(labels), 1)
+    return np.unique(rows)
+
+
+def replace_unknown_labels(labels: np.ndarray, num_classes: int, *, shift: int = 0) -> np.ndarray:
+    """Returns labels of which all are classes.
+
+    An unknown one becomes the class at which an array would be read: −1 the last one, and one that
+    is too large the last one as well. `shift` takes another class than that.
+    """
+    read_at = np.clip(np.where(labels < 0, labels + num_classes, labels), 0, num_classes - 1)
+    is_unknown = (labels < 0) | (labels >= num_classes)
+    replaced = np.where(is_unknown, (read_at + shift) % num_classes, labels)
+    return replaced.astype(labels.dtype)
+
+
+def find_extreme_tokens(inputs: Any) -> np.ndarray:
+    """Returns the examples with the smallest and the largest numbers in arrays of integers.
+
+    Bytes, such as the pixels of images, are passed over.
+    """
+    rows = []
+    for array in jax.tree.leaves(inputs):
+        if _is_integer(array) and array.dtype.itemsize > 1 and array.size:
+            by_example = np.asarray(array).reshape(len(array), -1)
+            rows += [int(by_example.min(1).argmin()), int(by_example.max(1).argmax())]
+    return np.unique(np.array(rows, int))
+
+
+def describe_tokens(inputs: Any) -> str:
+    """Describes the range of integers in the inputs; an empty string if they have none."""
+    arrays = [array for array in jax.tree.leaves(inputs) if _is_integer(array)]
+    if not arrays:
+        return ""
+    smallest, largest = min(a.min() for a in arrays), max(a.max() for a in arrays)
+    return f"the tokens of its inputs, from {smallest} to {largest}"
+
+
+def find_cause(
+    examples: Mapping[str, Any],
+    teachers: Mapping[str, dict],
+    teacher_logits: Mapping[str, Any],
+) -> str:
+    """Describes why a loss is not finite, or returns an empty string if there is nothing to see.
+
+    Args:
+        examples: The examples of the stage.
+        teachers: The variables of each teacher, by name.
+        teacher_logits: Logits of each teacher, for the first examples at least.
+
+    Returns:
+        A clause that names the cause.
+    """
+    for name, array in named_arrays(examples):
+        if rows := _find_bad_rows(array):
+            return f"{_count_rows(rows, len(array))} of its {name!r} hold NaN or infinity"
+    for name, variables in teachers.items():
+        if count_not_finite(variables):
+            return f"the weights of its teacher {name!r} hold NaN or infinity"
+    for name, logits in teacher_logits.items():
+        # A class at −inf is ruled out, which is no fault.
+        if rows := _find_bad_rows(np.where(np.asarray(logits) == -np.inf, 0, logits)):
+            return (
+                f"{_count_rows(rows, len(logits))} have logits of its teacher {name!r} that are "
+                "NaN or infinite"
+            )
+    return ""
+
+
+def count_not_finite(variables: Any) -> int:
+    """Counts the numbers in variables that are NaN or infinite."""
+    # In NumPy: JAX would compile a program for each shape.
+    leaves = map(np.asarray, jax.tree.leaves(variables))
+    return sum(
+        int(np.count_nonzero(~np.isfinite(leaf)))
+        for leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
+
+
+def _is_integer(array: Any) -> bool:
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _find_bad_rows(array: Any) -> list[int]:
+    """Returns the examples of a floating-point array that hold NaN or infinity."""
+    if not np.ndim(array) or not jnp.issubdtype(getattr(array, "dtype", int), jnp.floating):
+        return []
+    finite = np.isfinite(np.asarray(array))
+    return np.flatnonzero(~finite.reshape(len(array), -1).all(1)).tolist()
+
+
+def _count_rows(rows: Sequence[int], total: int) -> str:
+    return f"{len(rows):,} of {total:,} examples (the first is number {rows[0]})"

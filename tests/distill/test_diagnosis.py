@@ -1,0 +1,221 @@
+"""Unsound labels, tokens, inputs, teachers and weights: found, named, and never trained on."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkd import distill, losses, models, runs
+from jaxkd.distill import _diagnosis
+from jaxkd.models import LSTMClassifier
+from small_plans import (
+    PLACEMENTS,
+    TRAIN,
+    VALIDATION,
+    hard_loss,
+    make_model,
+    make_stage,
+    soft_loss,
+    train,
+)
+
+NUM_CLASSES = 3
+
+
+def with_labels(*changes, examples=TRAIN):
+    """Replaces the label of an example for each pair of its index and the new label."""
+    labels = examples["labels"].copy()
+    for index, label in changes:
+        labels[index] = label
+    return {**examples, "labels": labels}
+
+
+def with_input(value, examples=TRAIN):
+    inputs = examples["inputs"].copy()
+    inputs[7, 2] = value
+    return {**examples, "inputs": inputs}
+
+
+def run_error(folder, plan, **options):
+    """Returns the message of the error in which a plan ends, and checks that it is one line."""
+    with pytest.raises((runs.RunError, ValueError)) as caught:
+        train(folder, plan, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) <= 300
+    return message
+
+
+def optax_loss(student, teachers, batch, context):
+    return optax.softmax_cross_entropy_with_integer_labels(student.logits, batch["labels"])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_labels_from_1_are_refused_before_the_first_step(tmp_path, placement):
+    stage = make_stage("wrong", data={**TRAIN, "labels": TRAIN["labels"] + 1})
+    placement = PLACEMENTS[placement]()
+    message = run_error(tmp_path, [stage], placement=placement, seeds=(0, 1))
+    assert message.startswith("wrong, seed 0: ")
+    assert " of 45 labels are 3, which is not in [0, 3), the classes of the model" in message
+    assert "number the classes from 0" in message
+    assert not (tmp_path / "metrics.jsonl").exists() or not runs.open_run(tmp_path, {}).metrics()
+
+
+@pytest.mark.parametrize(
+    ("label", "loss"), [(-1, hard_loss), (-100, hard_loss), (7, hard_loss), (-1, optax_loss)]
+)
+def test_a_single_label_that_the_loss_reads_is_refused(tmp_path, label, loss):
+    """Optax reads −1 as the last class, with a loss that looks sound."""
+    message = run_error(tmp_path, [make_stage("wrong", data=with_labels((3, label)), loss=loss)])
+    assert f"1 of 45 labels are {label}, which is not in" in message
+
+
+def where_loss(student, teachers, batch, context):
+    labels = batch["labels"]
+    return losses.hard_cross_entropy(student.logits, labels, where=labels >= 0)
+
+
+def alpha_loss(student, teachers, batch, context):
+    labels = batch["labels"]
+    alpha = jnp.where(labels >= 0, 0.5, 1.0)
+    return losses.distillation_loss(student.logits, student.logits, labels, alpha=alpha)
+
+
+def unlabelled_loss(student, teachers, batch, context):
+    return jnp.square(student.logits).mean(-1)
+
+
+@pytest.mark.parametrize("loss", [where_loss, alpha_loss, unlabelled_loss])
+def test_labels_that_the_loss_masks_are_no_fault(tmp_path, loss):
+    data = with_labels((3, -100), (4, -1))
+    _, run = train(tmp_path, [make_stage("right", data=data, loss=loss)])
+    assert np.isfinite([record["loss"] for record in run.metrics()]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_label_among_masked_ones_is_found(tmp_path, batch_size):
+    data = with_labels((3, -100), (4, 3), (5, -1))
+    stage = make_stage("wrong", data=data, loss=where_loss, batch_size=batch_size)
+    message = run_error(tmp_path, [stage])
+    assert "3 of 45 labels are from -100 to 3" in message
+
+
+def test_labels_of_the_validation_split_are_checked_first(tmp_path):
+    validation = with_labels((3, -1), examples=VALIDATION)
+    message = run_error(tmp_path, [make_stage("first")], validation=validation)
+    assert "'first' cannot be scored on the validation split: 1 of 20 labels are -1" in message
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_teacher_of_other_classes_has_no_accuracy(tmp_path):
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return models.Outputs(nn.Dense(2)(x), {"hidden": x})
+
+    model = models.from_linen(Narrow())
+    teacher = distill.Pretrained("narrow", model, model.init(jax.random.key(0), TRAIN["inputs"]))
+    trained, _ = train(tmp_path, [teacher, make_stage("student")])
+    assert np.isnan(trained["narrow"][0].validation_accuracy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_named(tmp_path, value):
+    message = run_error(tmp_path, [make_stage("wrong", data=with_input(value))])
+    assert "1 of 45 examples (the first is number 7) of its 'inputs' hold NaN" in message
+    assert "learning rate" not in message
+
+
+def make_teacher(scale):
+    variables = make_model().init(jax.random.key(0), TRAIN["inputs"])
+    scaled = jax.tree.map(lambda leaf: (leaf + 1) * scale, variables)
+    return distill.Pretrained("big", make_model(), scaled)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cause", "cached"),
+    [
+        (np.nan, "the weights of its teacher 'big' hold NaN or infinity", False),
+        (1e30, "have logits of its teacher 'big' that are NaN or infinite", False),
+        (1e30, "have logits of its teacher 'big' that are NaN or infinite", True),
+    ],
+)
+def test_unsound_teachers_are_named(tmp_path, scale, cause, cached):
+    student = make_stage(
+        "student", teachers=("big",), loss=soft_loss, tx=optax.sgd(0.1), cache_teachers=cached
+    )
+    message = run_error(tmp_path, [make_teacher(scale), student])
+    assert message.startswith("student, seed 0: the loss is nan in step 1: ") and cause in message
+
+
+def test_weights_that_are_not_finite_are_no_start(tmp_path):
+    message = run_error(tmp_path, [make_teacher(np.nan), make_stage("second", start="big")])
+    assert "'second' cannot start from 'big': 39 of its weights are NaN or infinite" in message
+
+
+def test_weights_of_another_dtype_are_no_start(tmp_path):
+    def to_bfloat16(source, fresh):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), source)
+
+    stage = make_stage("second", start="big", transfer=to_bfloat16)
+    message = run_error(tmp_path, [make_teacher(1.0), stage])
+    assert "is bfloat16[4] there and float32[4] in the stage, and 3 more differ" in message
+
+
+def test_a_loss_that_is_nan_by_itself_is_no_divergence(tmp_path):
+    def nan_loss(student, teachers, batch, context):
+        return jnp.log(-jnp.square(student.logits[:, 0]) - 1)
+
+    message = run_error(tmp_path, [make_stage("wrong", loss=nan_loss)])
+    assert "the loss is nan in step 1, before any weight has changed" in message
+    assert "learning rate" not in message
+
+
+def test_a_validation_loss_alone_that_is_not_finite_is_no_divergence(tmp_path):
+    validation = with_input(np.nan, examples=VALIDATION)
+    message = run_error(tmp_path, [make_stage("first")], validation=validation)
+    assert "first, seed 0: the validation loss is nan after step 2" in message
+    assert "in the inputs of the validation split" in message and "diverged" not in message
+
+
+def make_text_stage(token):
+    tokens = np.full((12, 4), 3, np.int32)
+    tokens[5, 1] = token
+    model = models.from_linen(LSTMClassifier(11, embedding=4, hidden=(4,), dense=4))
+    data = {"inputs": tokens, "labels": np.zeros(12, np.int32)}
+    return make_stage("text", model=model, data=data, batch_size=4), data
+
+
+@pytest.mark.parametrize("token", [-1, -100, 11])
+def test_tokens_outside_of_the_vocabulary_are_refused_before_the_first_step(tmp_path, token):
+    stage, data = make_text_stage(token)
+    validation = {name: array[:2] for name, array in data.items()}
+    message = run_error(tmp_path, [stage], validation=validation)
+    low, high = min(token, 3), max(token, 3)
+    assert f"tokens of its inputs, from {low} to {high}, outside of the vocabulary" in message
+
+
+def test_the_last_token_of_the_vocabulary_is_no_fault(tmp_path):
+    stage, data = make_text_stage(10)
+    validation = {name: array[:2] for name, array in data.items()}
+    train(tmp_path, [stage], validation=validation)
+
+
+def test_suspects_leave_the_training_as_it_is(tmp_path):
+    """The loss of masked labels is tried before the first step, which changes no bit."""
+    right, _ = train(tmp_path / "right", [make_stage("a", loss=where_loss, dropout=0.1)])
+    data = with_labels((3, -100))
+    masked = {**TRAIN, "labels": data["labels"]}
+    assert _diagnosis.find_unknown_labels(masked["labels"], NUM_CLASSES).tolist() == [3]
+    first, _ = train(tmp_path / "first", [make_stage("a", data=masked, loss=unlabelled_loss)])
+    second, _ = train(tmp_path / "second", [make_stage("a", loss=unlabelled_loss)])
+    jax.tree.map(np.testing.assert_array_equal, first["a"][0].variables, second["a"][0].variables)
+    assert right["a"][0].validation_accuracy > 0
+
+
+def test_labels_of_tokens_are_found_by_example():
+    labels = np.array([[0, 1], [1, -100], [2, 5], [-100, 7]])
+    assert _diagnosis.find_unknown_labels(labels, NUM_CLASSES).tolist() == [1, 2, 3]
+    replaced = _diagnosis.replace_unknown_labels(np.array([-1, -100, 1, 9]), NUM_CLASSES)
+    assert replaced.tolist() == [2, 0, 1, 2]
