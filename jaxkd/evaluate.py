@@ -185,6 +185,30 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(np.mean(logits.argmax(-1) == _check_labels(logits, labels)))
 
 
+def chance_accuracy(labels: ArrayLike) -> float:
+    """Computes the accuracy of the best constant prediction: the share of the commonest class.
+
+    Args:
+        labels: `[N]`, integers.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: If there is no label.
+
+    Example:
+        >>> from jaxkd import evaluate
+        >>> evaluate.chance_accuracy([0, 1, 1, 2])
+        0.5
+    """
+    labels = np.asarray(labels)
+    if not labels.size:
+        raise ValueError("there is no label to count")
+    _, counts = np.unique(labels, return_counts=True)
+    return float(counts.max() / labels.size)
+
+
 def accuracy_interval(
     correct: float, total: int, *, confidence: float = 0.95
 ) -> tuple[float, float]:

@@ -242,3 +242,23 @@ def test_metrics_of_a_classifier():
     reference = random_logits(6)
     metrics = evaluate.classification_metrics(logits, labels, reference_logits=reference)
     assert metrics.agreement == evaluate.agreement(logits, reference)
+
+
+@pytest.mark.parametrize("label", [-1, -100, 3])
+def test_labels_that_are_no_class_are_refused(label):
+    """GLUE's test split has the label −1 everywhere, with which no prediction agrees."""
+    logits = np.eye(3)
+    labels = np.array([0, label, 2])
+    message = rf"1 of 3 labels are {label}, which is not in \[0, 3\), the classes of the model"
+    for metric in (evaluate.accuracy, evaluate.expected_calibration_error):
+        with pytest.raises(ValueError, match=message):
+            metric(logits, labels)
+    score = evaluate.make_classifier_score(lambda variables, inputs: logits)
+    with pytest.raises(ValueError, match=message):
+        score({}, {"inputs": logits, "labels": labels})
+
+
+def test_chance_is_the_share_of_the_commonest_class():
+    assert evaluate.chance_accuracy(np.array([5, 5, 2, 5])) == 0.75
+    with pytest.raises(ValueError, match="no label to count"):
+        evaluate.chance_accuracy([])

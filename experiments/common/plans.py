@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from experiments.common.options import Options, SoftTargetOptions, make_placement
-from jaxkd import distill, losses, models, runs, weights
+from jaxkd import distill, evaluate, losses, models, runs, weights
 from jaxkd.distill import Batch, Examples, LossContext, LossFn, TrainedModel
 from jaxkd.models import Outputs
 from jaxkd.runs import report
@@ -192,12 +192,16 @@ def save_results(
     outputs = RunOutputs(run.folder, rows, trained)
     if not distill.is_primary_process():
         return outputs
+    teachers = distill.teacher_baselines(plan)
+    chance = evaluate.chance_accuracy(test["labels"])
     report.report_run(
         run,
         rows,
         title=title,
         comparisons=comparisons,
         remarks=make_remarks(rows, run.folder) if make_remarks else (),
+        teachers=teachers,
+        chance=chance,
     )
     best, seed = find_best(trained, students)
     export_student(
@@ -206,6 +210,8 @@ def save_results(
     report.print_table(rows)
     for name, baseline in comparisons:
         print(report.compare_rows(rows, name, baseline))
+    for doubt in report.describe_doubts(rows, teachers=teachers, chance=chance):
+        print(f"Note: {doubt}")
     print(f"Exported the best student by validation accuracy, {best}.")
     print(f"Everything is in {run.folder}: start with report.md")
     return outputs

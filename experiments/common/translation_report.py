@@ -174,8 +174,12 @@ def plot_alignments(alignments: Sequence[Alignment], path: Path) -> None:
             axes = figure.add_subplot(2, 2, index + 1)
             axes.imshow(alignment.weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
             axes.grid(visible=False)
-            axes.set_xticks(range(len(alignment.source)), alignment.source, rotation=90)
-            axes.set_yticks(range(len(alignment.target)), alignment.target)
+            source, target = (
+                [figures.plain_text(token) for token in tokens]
+                for tokens in (alignment.source, alignment.target)
+            )
+            axes.set_xticks(range(len(source)), source, rotation=90)
+            axes.set_yticks(range(len(target)), target)
 
 
 def write_translations(

@@ -15,6 +15,7 @@ from jaxkd.runs.results import ResultRow, format_mean_and_std
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Metric = Mapping[str, Any]
 """A record of `metrics.jsonl`: `seed`, `stage`, `step`, `epoch` and `loss`, and on the validation
@@ -49,7 +50,7 @@ def plot_curves(
     Args:
         metrics: The records of any stages and seeds.
         path: The PNG file. Its folder must exist. The same metrics give the same bytes.
-        names: Stages in the order of their colours, as in the other figures. Further stages follow
+        names: Stages in the order of their colours, as in `plot_size`. Further stages follow
             in the order of their records.
 
     Raises:
@@ -69,24 +70,35 @@ def plot_curves(
     stages = dict.fromkeys([*names, *(metric["stage"] for metric in metrics)])
     with new_figure(path, 9, 3.8) as figure:
         loss_axes, accuracy_axes = figure.subplots(1, 2)
+        handles, labels = [], []
         for index, stage in enumerate(stages):
-            # A stage without records keeps its colour, so that all figures agree.
+            # A stage without records keeps its colour, so that both figures agree.
             stage_metrics = [metric for metric in metrics if metric["stage"] == stage]
             if stage_metrics:
-                _plot_curve(loss_axes, stage_metrics, "validation_loss", 1, index)
+                line = _plot_curve(loss_axes, stage_metrics, "validation_loss", 1, index)
                 _plot_curve(accuracy_axes, stage_metrics, "validation_accuracy", 100, index)
+                handles.append(line)
+                labels.append(plain_text(stage))
         loss_axes.set(title="Validation loss (cross-entropy)", xlabel="step")
         accuracy_axes.set(title="Validation accuracy (%)", xlabel="step")
-        handles, labels = loss_axes.get_legend_handles_labels()
+        # By hand: matplotlib leaves out names that begin with an underscore.
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
-def plot_accuracy(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
-    """Draws the test accuracy of each row: mean ± standard deviation, and below it each seed.
+def plot_accuracy(
+    rows: Sequence[ResultRow], path: str | os.PathLike, *, baseline: str | None = None
+) -> None:
+    """Draws the test accuracy of each row, from the best to the worst.
+
+    That is the mean, its interval for the choice of the test examples as a pale bar, the standard
+    deviation over seeds as a thin one, and below it each seed.
 
     Args:
-        rows: The rows, drawn from top to bottom. Each needs an accuracy.
+        rows: The rows. Each needs an accuracy.
         path: The PNG file. Its folder must exist. The same rows give the same bytes.
+        baseline: Name of the row with which the others are compared. It gets a vertical line and is
+            black; the rows above it are green and those below it orange. Without a baseline, or for
+            a name that no row has, all rows are blue.
 
     Raises:
         ValueError: If there is no row, or one has no accuracy.
@@ -99,22 +111,32 @@ def plot_accuracy(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     figures.plot_accuracy([row], pathlib.Path(folder) / "accuracy.png")
     """
-    points = _accuracy_points(rows)
+    means = {row.name: mean for row, (mean, _) in zip(rows, _accuracy_points(rows), strict=True)}
+    # Python sorts stably: equal rows keep their order.
+    rows = sorted(rows, key=lambda row: -means[row.name])
+    level = means.get(baseline) if baseline is not None else None
     with new_figure(path, 7, 1.2 + 0.45 * len(rows)) as figure:
         axes = figure.subplots()
+        if level is not None:
+            axes.axvline(level, color="black", lw=1.2, ls="--", zorder=1)
         # Dots instead of bars, because the axis does not begin at 0.
-        for index, (row, (mean, std)) in enumerate(zip(rows, points, strict=True)):
-            colour = COLOURS[index % len(COLOURS)]
+        for index, (row, (mean, std)) in enumerate(zip(rows, _accuracy_points(rows), strict=True)):
+            colour = _colour_against(mean, level)
+            if row.accuracy_interval is not None:
+                low, high = (100 * end for end in row.accuracy_interval)
+                axes.plot((low, high), (index, index), color=colour, alpha=0.25, lw=6)
             axes.errorbar(mean, index, xerr=std, fmt="o", color=colour, capsize=4, ms=7)
             seeds = 100 * np.array(row.accuracy)
             heights = np.full(len(seeds), index + 0.28)
             axes.plot(seeds, heights, "o", color=colour, ms=3.5, alpha=0.6)
             text = format_mean_and_std(row.accuracy, scale=100)
             axes.annotate(text, (1.02, index), xycoords=axes.get_yaxis_transform(), va="center")
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.set_yticks(range(len(rows)), [plain_text(row.name) for row in rows])
+        against = "" if level is None else f"; line: {plain_text(baseline)}"
         axes.set(
             ylim=(len(rows) - 0.4, -0.6),
-            xlabel="test accuracy (%); mean ± std over seeds, and each seed below",
+            xlabel="test accuracy (%); 95 % interval, mean ± std over seeds, each seed below"
+            + against,
         )
         axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
@@ -161,7 +183,23 @@ def plot_size(rows: Sequence[ResultRow], path: str | os.PathLike) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_locator(NullLocator())
-        _label_points(figure, axes, [row.name for row in rows], points)
+        _label_points(figure, axes, [plain_text(row.name) for row in rows], points)
+
+
+def plain_text(text: object) -> str:
+    r"""Returns text that matplotlib draws as it is, instead of as mathematics between two $.
+
+    Args:
+        text: A name, such as that of a class or of a stage, or a token.
+
+    Returns:
+        The text for any label of a figure.
+
+    Example:
+        >>> print(plain_text("$ and $$"))
+        \$ and \$\$
+    """
+    return str(text).replace("$", r"\$")
 
 
 @contextmanager
@@ -194,6 +232,15 @@ def new_figure(path: str | os.PathLike, width: float, height: float) -> Generato
     write_atomically(path, content.getvalue())
 
 
+def _colour_against(mean: float, level: float | None) -> str:
+    blue, orange, green, *_ = COLOURS
+    if level is None:
+        return blue
+    if mean == level:
+        return "black"
+    return green if mean > level else orange
+
+
 def _accuracy_points(rows: Sequence[ResultRow]) -> list[tuple[float, float]]:
     """Returns mean and standard deviation of each row's accuracy, in percent."""
     if not rows:
@@ -208,7 +255,8 @@ def _accuracy_points(rows: Sequence[ResultRow]) -> list[tuple[float, float]]:
 
 def _plot_curve(
     axes: "Axes", metrics: Sequence[Metric], key: str, scale: float, index: int
-) -> None:
+) -> "Line2D":
+    """Draws a stage's mean over its seeds, and returns its line for the legend."""
     from matplotlib.ticker import MaxNLocator
 
     steps = sorted({metric["step"] for metric in metrics})
@@ -220,9 +268,10 @@ def _plot_curve(
     colour = COLOURS[index % len(COLOURS)]
     # Stages that share a colour differ in the style of the line.
     style = ("-", "--", ":")[index // len(COLOURS) % 3]
-    axes.plot(steps, mean, style, color=colour, label=metrics[0]["stage"], marker="o", ms=2.5)
+    (line,) = axes.plot(steps, mean, style, color=colour, marker="o", ms=2.5)
     axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return line
 
 
 def _label_points(

@@ -93,9 +93,9 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
     mean ± sample standard deviation of the differences accuracy_i(name) − accuracy_i(baseline)
 
     The differences are those of equal seeds, because students of one seed share their teacher and
-    their labelled images. The text says so if a difference is not larger than its deviation, or
-    comes from a single seed. A row with one accuracy, such as that of a pretrained teacher, counts
-    for all seeds.
+    their labelled images. The text claims no difference within twice the standard error of the
+    mean, the deviation divided by √n for n seeds, nor from a single seed. A row with one accuracy,
+    such as that of a pretrained teacher, counts for all seeds.
 
     Args:
         rows: The rows.
@@ -140,7 +140,69 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
         f"Over {len(differences)} seeds, {name} is {abs(mean):.1f} ± {std:.1f} points "
         f"{side} {baseline} {change}."
     )
-    return sentence if abs(mean) > std else f"{sentence} That is within the spread over seeds."
+    margin = 2 * std / len(differences) ** 0.5
+    if abs(mean) > margin:
+        return sentence
+    return (
+        f"{sentence} That is within twice the standard error of the mean, {margin:.1f} points: no "
+        "difference is claimed."
+    )
+
+
+def describe_doubts(
+    rows: Sequence[ResultRow],
+    *,
+    teachers: Sequence[tuple[str, str]] = (),
+    chance: float | None = None,
+) -> list[str]:
+    """Describes what makes the results of a comparison doubtful.
+
+    That is a teacher that is no better than its student without it, results of all models at the
+    level of chance, and intervals of all models that overlap.
+
+    Args:
+        rows: The rows. Those without an accuracy are passed over.
+        teachers: Names of a teacher and of its student without a teacher, such as from
+            `jaxkd.distill.teacher_baselines`. Pairs of which a row is missing are passed over.
+        chance: Accuracy of the best constant prediction, such as from
+            `jaxkd.evaluate.chance_accuracy`.
+
+    Returns:
+        A sentence for each doubt, none if there is no doubt.
+
+    Example:
+        >>> from jaxkd.runs import ResultRow, report
+        >>> teacher = ResultRow("teacher", accuracy=(0.317,))
+        >>> alone = ResultRow("alone", accuracy=(0.75,))
+        >>> (doubt,) = report.describe_doubts([teacher, alone], teachers=[("teacher", "alone")])
+        >>> print(doubt.split(":")[0])
+        The teacher teacher (31.7%) is no better than its student without a teacher, alone (75.0%)
+    """
+    by_name = {row.name: row for row in rows if row.accuracy}
+    sentences = []
+    for teacher, alone in teachers:
+        if teacher in by_name and alone in by_name:
+            accuracy, baseline = (
+                float(np.mean(by_name[name].accuracy)) for name in (teacher, alone)
+            )
+            if accuracy <= baseline:
+                sentences.append(
+                    f"The teacher {teacher} ({accuracy:.1%}) is no better than its student without "
+                    f"a teacher, {alone} ({baseline:.1%}): improve the teacher first."
+                )
+    lows = [low for low, _ in map(_get_interval, by_name.values())]
+    highs = [high for _, high in map(_get_interval, by_name.values())]
+    if chance is not None and lows and max(lows) <= chance:
+        sentences.append(
+            f"No model is better than chance, {chance:.1%}, the share of the most frequent class: "
+            "check labels, inputs and learning rate."
+        )
+    elif len(by_name) > 1 and max(lows) <= min(highs):
+        sentences.append(
+            f"The 95 % intervals of all {len(by_name)} models overlap: so few test examples do not "
+            "tell them apart."
+        )
+    return sentences
 
 
 def write_report(
@@ -153,6 +215,8 @@ def write_report(
     settings: Mapping[str, object],
     environment: Mapping[str, object],
     remarks: Sequence[str] = (),
+    teachers: Sequence[tuple[str, str]] = (),
+    chance: float | None = None,
 ) -> Path:
     """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
 
@@ -165,6 +229,8 @@ def write_report(
         settings: The configuration, such as epochs and temperature.
         environment: Versions, device and the like, as from `jaxkd.runs.describe_environment`.
         remarks: Further paragraphs in Markdown, before the settings.
+        teachers: Names of a teacher and of its student without a teacher, for `describe_doubts`.
+        chance: Accuracy of the best constant prediction, for `describe_doubts`.
 
     Returns:
         The path of `report.md`.
@@ -195,12 +261,15 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sentences = [f"- {compare_rows(rows, name, baseline)}" for name, baseline in comparisons]
+    doubts = describe_doubts(rows, teachers=teachers, chance=chance)
+    baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
     paragraphs = [
         f"# {title}",
         results_table(rows),
         "± is the standard deviation over seeds; "
         "the interval is Wilson's, for the choice of the test examples.",
         *(["\n".join(sentences)] if sentences else []),
+        *(f"**Note:** {doubt}" for doubt in doubts),
         "![Test accuracy of each model](accuracy.png)",
         "![Test accuracy against number of parameters](size.png)",
         "![Validation loss and accuracy in training](curves.png)",
@@ -211,7 +280,9 @@ def write_report(
         markdown_table(["item", "value"], list(environment.items())),
     ]
     plot_curves(metrics, folder / "curves.png", names=[row.name for row in rows])
-    plot_accuracy(rows, folder / "accuracy.png")
+    # With several baselines, a line for one of them would be arbitrary.
+    baseline = baselines.pop() if len(baselines) == 1 else None
+    plot_accuracy(rows, folder / "accuracy.png", baseline=baseline)
     plot_size(rows, folder / "size.png")
     # The text comes last, so that a report never refers to a figure that is missing.
     path = folder / "report.md"
@@ -226,6 +297,8 @@ def report_run(
     title: str,
     comparisons: Sequence[tuple[str, str]] = (),
     remarks: Sequence[str] = (),
+    teachers: Sequence[tuple[str, str]] = (),
+    chance: float | None = None,
 ) -> Path:
     """Writes `results.json`, `report.md` and its figures into a run's folder.
 
@@ -235,6 +308,8 @@ def report_run(
         title: The heading.
         comparisons: Names of a row and its baseline, for `compare_rows`.
         remarks: Further paragraphs in Markdown.
+        teachers: Names of a teacher and of its student without a teacher, for `describe_doubts`.
+        chance: Accuracy of the best constant prediction, for `describe_doubts`.
 
     Returns:
         The path of `report.md`.
@@ -253,6 +328,8 @@ def report_run(
         settings=run.config,
         environment=run.environment,
         remarks=remarks,
+        teachers=teachers,
+        chance=chance,
     )
 
 
@@ -308,6 +385,12 @@ def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Tab
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
     return table
+
+
+def _get_interval(row: ResultRow) -> tuple[float, float]:
+    """Returns the interval of a row's accuracy, or the accuracy alone where there is none."""
+    mean = float(np.mean(row.accuracy))
+    return row.accuracy_interval or (mean, mean)
 
 
 def _find_accuracies(rows: Sequence[ResultRow], name: str) -> np.ndarray:

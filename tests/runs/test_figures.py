@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 
 from jaxkd.runs import figures
 
@@ -51,7 +52,9 @@ def test_a_stage_has_one_colour_in_every_figure(metrics, tmp_path, monkeypatch):
     monkeypatch.setattr(
         figures,
         "_plot_curve",
-        lambda axes, metrics, key, scale, index: colours.update({metrics[0]["stage"]: index}),
+        lambda axes, metrics, key, scale, index: (
+            colours.update({metrics[0]["stage"]: index}) or Line2D([], [])
+        ),
     )
     figures.plot_curves(metrics, tmp_path / "curves.png", names=["teacher", "student_alone"])
     assert colours == {"student_alone": 1, "student_direct": 2}
@@ -75,3 +78,54 @@ def test_nothing_to_draw_is_refused(tmp_path, make_row):
     with pytest.raises(ValueError, match="each row to draw needs a number of parameters"):
         figures.plot_size([make_row("student", [0.8], parameters=None)], tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def draw(monkeypatch, plot, *args, **keywords):
+    """Returns the figure that a function draws, before it is saved."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    savefig = Figure.savefig
+
+    def keep_and_save(self, *args, **keywords):
+        drawn.append(self)
+        return savefig(self, *args, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", keep_and_save)
+    plot(*args, **keywords)
+    return drawn[-1]
+
+
+@pytest.mark.parametrize("name", ["$", "$$", "a$b$c", r"$\frac$", "_hidden"])
+def test_any_name_is_drawn_as_it_is(name, metrics, tmp_path, make_row, monkeypatch):
+    path = tmp_path / "figure.png"
+    row = make_row(name, [0.8, 0.9])
+    draw(monkeypatch, figures.plot_accuracy, [row], path, baseline=name)
+    draw(monkeypatch, figures.plot_size, [row], path)
+    named = [{**metric, "stage": name} for metric in metrics[:8]]
+    figure = draw(monkeypatch, figures.plot_curves, named, path)
+    (text,) = figure.legends[0].get_texts()
+    drawn, is_math = text._preprocess_math(text.get_text())
+    assert drawn.replace(r"\$", "$") == name and is_math in (False, "TeX")
+
+
+def test_rows_are_sorted_and_coloured_against_the_baseline(tmp_path, make_row, monkeypatch):
+    rows = [
+        make_row("worse", [0.80, 0.82], accuracy_interval=(0.78, 0.84)),
+        make_row("labels", [0.85, 0.87], accuracy_interval=(0.83, 0.89)),
+        make_row("better", [0.90, 0.92], accuracy_interval=None),
+    ]
+    figure = draw(
+        monkeypatch, figures.plot_accuracy, rows, tmp_path / "figure.png", baseline="labels"
+    )
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["better", "labels", "worse"]
+    level, *_ = axes.lines
+    np.testing.assert_allclose(level.get_xdata(), [86, 86])
+    intervals = [line.get_xdata() for line in axes.lines if line.get_linewidth() == 6]
+    np.testing.assert_allclose(intervals, [[83, 89], [78, 84]])
+    means = [line for line in axes.lines if line.get_markersize() == 7]
+    assert [line.get_color() for line in means] == [figures.COLOURS[2], "black", figures.COLOURS[1]]
+    assert axes.get_xlabel().endswith("line: labels")
+    figure = draw(monkeypatch, figures.plot_accuracy, rows, tmp_path / "figure.png")
+    assert all(line.get_color() == figures.COLOURS[0] for line in figure.axes[0].lines)

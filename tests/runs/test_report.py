@@ -93,13 +93,30 @@ def test_a_narrow_console_loses_columns_but_no_text(rows):
             [0.80, 0.84],
             [0.82, 0.81],
             "Over 2 seeds, new is 0.5 ± 3.5 points above old (81.5 % → 82.0 %). "
-            "That is within the spread over seeds.",
+            "That is within twice the standard error of the mean, 5.0 points: no difference is "
+            "claimed.",
         ),
         (
             [0.80, 0.82],
             [0.82, 0.80],
             "Over 2 seeds, new is 0.0 ± 2.8 points from old (81.0 % → 81.0 %). "
-            "That is within the spread over seeds.",
+            "That is within twice the standard error of the mean, 4.0 points: no difference is "
+            "claimed.",
+        ),
+        (
+            # Beyond one standard deviation, but not beyond two standard errors.
+            [0.84, 0.82, 0.824],
+            [0.82, 0.82, 0.82],
+            "Over 3 seeds, new is 0.8 ± 1.1 points above old (82.0 % → 82.8 %). "
+            "That is within twice the standard error of the mean, 1.2 points: no difference is "
+            "claimed.",
+        ),
+        (
+            [0.834, 0.82, 0.828],
+            [0.82, 0.82, 0.82],
+            "Over 3 seeds, new is 0.7 ± 0.7 points above old (82.0 % → 82.7 %). "
+            "That is within twice the standard error of the mean, 0.8 points: no difference is "
+            "claimed.",
         ),
         (
             [0.86],
@@ -215,3 +232,50 @@ def test_a_report_holds_table_sentences_and_figures(rows, metrics, tmp_path):
     ]
     for figure in ("accuracy.png", "curves.png", "size.png"):
         assert f"]({figure})" in text and (path.parent / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_teacher_that_is_no_better_than_its_student_alone_is_named(make_row):
+    rows = [
+        make_row("teacher", [0.317], accuracy_interval=(0.29, 0.34)),
+        make_row("alone", [0.74, 0.76], accuracy_interval=(0.72, 0.78)),
+        make_row("distilled", [0.317, 0.317], accuracy_interval=(0.29, 0.34)),
+    ]
+    pairs = [("teacher", "alone"), ("teacher", "unlisted")]
+    (doubt,) = report.describe_doubts(rows, teachers=pairs, chance=0.1)
+    assert doubt == (
+        "The teacher teacher (31.7%) is no better than its student without a teacher, alone "
+        "(75.0%): improve the teacher first."
+    )
+    better = [make_row("teacher", [0.9], accuracy_interval=(0.88, 0.92)), *rows[1:]]
+    assert report.describe_doubts(better, teachers=pairs, chance=0.1) == []
+
+
+def test_results_at_chance_and_ties_are_named(make_row):
+    def make_rows(*intervals):
+        return [
+            make_row(f"model{i}", [(low + high) / 2], accuracy_interval=(low, high))
+            for i, (low, high) in enumerate(intervals)
+        ]
+
+    (doubt,) = report.describe_doubts(make_rows((0.08, 0.12), (0.09, 0.13)), chance=0.1)
+    assert doubt.startswith("No model is better than chance, 10.0%")
+    (doubt,) = report.describe_doubts(make_rows((0.70, 0.80), (0.72, 0.82)), chance=0.1)
+    assert doubt.startswith("The 95 % intervals of all 2 models overlap")
+    assert report.describe_doubts(make_rows((0.70, 0.75), (0.76, 0.82)), chance=0.1) == []
+    assert report.describe_doubts(make_rows((0.70, 0.75)), chance=None) == []
+    assert report.describe_doubts([make_row("none", [])], chance=0.1) == []
+
+
+def test_a_report_shows_its_doubts(rows, metrics, tmp_path):
+    text = report.write_report(
+        tmp_path,
+        title="Run",
+        rows=rows,
+        metrics=metrics,
+        comparisons=[("student_direct", "student_alone")],
+        settings={},
+        environment={},
+        teachers=[("student_alone", "teacher")],
+        chance=0.1,
+    ).read_text()
+    assert "**Note:** The teacher student_alone (82.0%) is no better than its student" in text
