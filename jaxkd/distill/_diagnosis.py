@@ -59,7 +59,7 @@ def _count_classes(model: Model, structure: Any, shapes: tuple) -> int:
 
 def get_labels(examples: Mapping[str, Any]) -> np.ndarray | None:
     """Returns the labels, or `None` if there are none or they are not integers."""
-    labels = examples.get("labels")
+    labels: Any = examples.get("labels")
     return np.asarray(labels) if np.ndim(labels) and _is_integer(labels) else None
 
 

@@ -115,3 +115,23 @@ def test_seeds_may_learn_from_different_examples():
     assert stage.examples(7)["inputs"][0, 0] == 7
     with pytest.raises(ValueError, match="stage 'a' needs"):
         make_stage("a", data=lambda seed: {}).examples(0)
+
+
+def test_a_teacher_is_paired_with_its_student_alone():
+    small = make_stage("alone").model
+    large = Model(lambda key, inputs: {}, lambda variables, inputs, *, train, key=None: 0)
+    stages = [
+        make_stage("teacher", model=large),
+        make_stage("alone", model=small),
+        make_stage("other", model=large, teachers=("teacher",)),
+        make_stage("distilled", model=small, teachers=("teacher",)),
+        make_stage("again", model=small, teachers=("distilled",)),
+        make_stage("continued", model=small, start="alone"),
+    ]
+    assert plan.teacher_baselines(stages) == [("teacher", "alone"), ("distilled", "alone")]
+    # The first generation of born-again networks is its own baseline.
+    generations = [
+        make_stage("one", model=small),
+        make_stage("two", model=small, teachers=("one",)),
+    ]
+    assert plan.teacher_baselines(generations) == []

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import optax
 import pytest
 
 from jaxkd import distill
 from jaxkd.distill import _progress
 from jaxkd.distill._progress import PlanProgress
-from small_plans import TRAIN, kill_at_save, make_model, make_stage, train
+from small_plans import TRAIN, kill_at_save, make_model, make_stage, soft_loss, train
 
 FOLDER = Path("runs") / "one"
 
@@ -172,4 +173,55 @@ def test_resumed_training_names_its_first_step(capsys, tmp_path, monkeypatch):
     _, line = read_lines(capsys)
     assert re.fullmatch(
         r"first, seed 0: [\d.]+% on validation after 3 steps and [\d.]+ s, resumed at step 2", line
+    )
+
+
+def test_evaluations_in_a_pipe_print_a_line_now_and_then(capsys, clock):
+    with PlanProgress([make_stage("first", steps=1000)], [0], FOLDER) as progress:
+        progress.start_group("first, seed 0", 1000, 1)
+        for step in range(100, 1001, 100):
+            clock[0] += 6
+            progress.advance(100)
+            progress.report_evaluation(step, 1 / step, step / 2000)
+        lines = read_lines(capsys)[1:]
+    # The line that follows the last step comes from the end of the group.
+    assert len(lines) == 4
+    assert lines[0] == (
+        "first, seed 0: step 200 of 1,000, loss 0.005, 10.0% on validation (about 48 s left)"
+    )
+    assert lines[-1].startswith("first, seed 0: step 800 of 1,000, ")
+
+
+def test_evaluations_on_a_terminal_have_the_bars_alone(clock, monkeypatch):
+    pytest.importorskip("rich")
+    terminal = replace_stdout(monkeypatch, Terminal())
+    with PlanProgress([make_stage("first", steps=10)], [0], FOLDER) as progress:
+        progress.start_group("first, seed 0", 10, 1)
+        clock[0] += 60
+        progress.advance(5)
+        progress.report_evaluation(5, 0.5, 0.5)
+    assert "on validation" not in terminal.getvalue()
+
+
+def test_a_plan_reports_its_evaluations(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(_progress, "SECONDS_BETWEEN_EVALUATIONS", 0)
+    train(tmp_path, [make_stage("first", steps=4)], evaluations=2)
+    _, evaluation, end = read_lines(capsys)
+    pattern = r"first, seed 0: step 2 of 4, loss [\d.]+, [\d.]+% on validation \(about \d+ s left\)"
+    assert re.fullmatch(pattern, evaluation) and "after 4 steps" in end
+
+
+def test_a_plan_names_a_teacher_that_is_no_better_than_the_student_alone(capsys, tmp_path):
+    untrained = optax.set_to_zero()
+    plan = [
+        make_stage("teacher", 8, tx=untrained, steps=1),
+        make_stage("alone", steps=60),
+        make_stage("distilled", teachers=("teacher",), loss=soft_loss, steps=1),
+    ]
+    trained, _ = train(tmp_path, plan)
+    accuracy, alone = (trained[name][0].validation_accuracy for name in ("teacher", "alone"))
+    assert accuracy < alone
+    assert read_lines(capsys)[-1] == (
+        "the teacher teacher is no better than its student alone without a teacher: "
+        f"{accuracy:.1%} and {alone:.1%} on validation; improve the teacher first"
     )
