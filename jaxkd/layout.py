@@ -243,6 +243,9 @@ class Rearrangement:
             raise ValueError(
                 f"{self.torch!r} and {self.flax!r} must have the same names, each once"
             )
+        # `_convert` gives such names to the axes that `...` matches.
+        if "..." in torch_names and any(re.fullmatch(r"_\d+", name) for name in torch_names):
+            raise ValueError(f"{self.torch!r} has a name like _0 beside ...: rename it")
         if unknown := {*self.sizes, *self.flip.split()} - {*torch_names}:
             raise ValueError(f"{sorted(unknown)} are not names in {self.torch!r}")
         if any(size < 1 for size in self.sizes.values()):
@@ -310,7 +313,8 @@ class Rearrangement:
     @staticmethod
     def _parse(pattern: str) -> list[list[str]]:
         """Splits a pattern into axes, each a list of names."""
-        if not re.fullmatch(r"(\w+|\.\.\.|\([\w ]+\)|\s)*", pattern):
+        # Spaces between all axes: "o..." would be read as the name of one axis.
+        if not re.fullmatch(r"\s*((\w+|\.\.\.|\([\w ]+\))(\s+|$))*", pattern):
             raise ValueError(
                 f"{pattern!r} is not a pattern of axes: name each axis, as in 'o (c s) ...'"
             )
