@@ -494,24 +494,29 @@ class RecurrentCell:
             ValueError: If names are missing or unexpected, or a shape is wrong.
         """
         _check_names(params, [side + gate for side in "ih" for gate in self.gates])
+        # All layers first: the bias of a gate is read while its other layer is converted.
+        for side in "ih":
+            for gate in self.gates:
+                names = ("kernel", "bias") if self._has_bias(side, gate) else ("kernel",)
+                _check_names(params[side + gate], names, owner=f"the layer {side + gate}")
         weights = {}
         for side in "ih":
             kernels = []
             biases = []
             for gate in self.gates:
                 layer = params[side + gate]
-                has_bias = side == self.bias or gate in self.separate_bias
-                names = ("kernel", "bias") if has_bias else ("kernel",)
-                _check_names(layer, names, owner=f"the layer {side + gate}")
                 kernels.append(DENSE.to_torch(layer["kernel"]))
                 # Flax's bias is the sum of PyTorch's two: any split of it computes the same.
                 summed = params[self.bias + gate]["bias"]
                 zeros = _array_module(summed).zeros_like(summed)
-                biases.append(layer["bias"] if has_bias else zeros)
+                biases.append(layer["bias"] if self._has_bias(side, gate) else zeros)
             weights[f"weight_{side}h"] = _array_module(kernels[0]).concatenate(kernels)
             weights[f"bias_{side}h"] = _array_module(biases[0]).concatenate(biases)
         self._check_shapes(weights)
         return weights
+
+    def _has_bias(self, side: str, gate: str) -> bool:
+        return side == self.bias or gate in self.separate_bias
 
     def _check_shapes(self, weights: Mapping[str, ArrayLike]) -> None:
         shapes = {name: np.shape(array) for name, array in weights.items()}

@@ -615,6 +615,18 @@ def test_cells_round_trip(name, make):
     assert_close(reference(*states, **back), reference(*states, **weights))
 
 
+@pytest.mark.parametrize("cell", [layout.LSTM, layout.GRU, layout.RNN])
+def test_every_missing_part_of_a_cell_is_named(cell):
+    gates = len(cell.gates)
+    weights = {"weight_ih": np.ones((gates * 2, 3)), "weight_hh": np.ones((gates * 2, 2))}
+    params = cell.to_flax(weights)
+    for layer, arrays in params.items():
+        for name in arrays:
+            rest = {key: value for key, value in arrays.items() if key != name}
+            with pytest.raises(ValueError, match=rf"the layer {layer} .*missing: \['{name}'\]"):
+                cell.to_torch({**params, layer: rest})
+
+
 def test_wrong_names_and_shapes_of_a_cell_raise():
     weights = cell_weights(4)
     with pytest.raises(
