@@ -323,7 +323,8 @@ def _identity(path: str, leaves: Mapping[str, Any], epsilon: float) -> Any:
 def _has_variance(path: str, leaves: Mapping[str, Any]) -> bool:
     """Returns whether a scale belongs to a batch norm: layer and group norms have no variance."""
     # The collections, "params" and "batch_stats", are cut off: the layer has one path in both.
-    variance = path.partition("/")[2].replace("scale", "var")
+    layer = path.partition("/")[2].rpartition("/")[0]
+    variance = f"{layer}/var" if layer else "var"
     return any(other.partition("/")[2] == variance for other in leaves)
 
 

@@ -283,6 +283,24 @@ def test_epsilon_of_the_new_batch_norm():
     np.testing.assert_allclose(result["params"]["bn"]["scale"], 1.1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["scale", "rescale_bn", "scale_scale"])
+def test_a_new_batch_norm_may_have_scale_in_its_name(name):
+    shape = jax.ShapeDtypeStruct((2,), np.float32)
+    target = {
+        "params": {name: {"scale": shape, "bias": shape}},
+        "batch_stats": {name: {"mean": shape, "var": shape}},
+    }
+    result, _ = deepen({}, target, layers=[f"{{kind}}/{name}/{{leaf}}"], epsilon=0.21)
+    np.testing.assert_allclose(result["params"][name]["scale"], 1.1, rtol=1e-6)
+
+
+def test_a_layer_norm_beside_a_batch_norm_of_a_similar_name_has_no_identity():
+    leaf = np.zeros(2)
+    target = {"params": {"scale": {"scale": leaf}}, "batch_stats": {"var": {"var": leaf}}}
+    with pytest.raises(ValueError, match="no identity is known for params/scale/scale"):
+        deepen({}, target, layers=["params/scale/scale"])
+
+
 def test_deepen_with_renamed_layers():
     source = {"conv1": {"bias": np.ones(2)}, "conv2": {"bias": np.full(2, 2.0)}}
     target = {f"conv{i}": {"bias": np.full(2, 9.0)} for i in (1, 2, 3)}
