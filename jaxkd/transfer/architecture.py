@@ -18,9 +18,9 @@ from jaxkd.transfer.trees import (
     check_complete,
     copy_like,
     leaves_by_path,
+    match_leaves,
     replace_leaves,
     to_numpy,
-    transfer,
 )
 
 ChooseFn: TypeAlias = Callable[[Sequence[np.ndarray], int], np.ndarray]
@@ -233,7 +233,7 @@ def deepen(
     identities = {path: _identity(path, leaves, epsilon) for path in leaves if path in new_paths}
     # The identities are the target's own values, which a transfer that is not strict keeps.
     filled = jax.tree.unflatten(jax.tree.structure(target), [*{**leaves, **identities}.values()])
-    variables, report = transfer(source, filled, rules=rules, strict=False, dtypes=dtypes)
+    values, report = match_leaves(source, filled, tuple(rules), dtypes)
     if overwritten := sorted(new_paths - {*report.missing}):
         raise ValueError(
             f"the source has values for the new layers, {overwritten}: add rules that rename them"
@@ -241,7 +241,7 @@ def deepen(
     # Only the new layers may be missing; for everything else the transfer is strict.
     other_missing = tuple(path for path in report.missing if path not in new_paths)
     check_complete(report._replace(missing=other_missing), leaves, strict=True)
-    return variables, report
+    return replace_leaves(filled, values), report
 
 
 def _read_channels(variables: Any, channels: Channels) -> tuple[dict[str, Any], int]:

@@ -76,8 +76,15 @@ def rename(path: str, rules: Iterable[Rule]) -> RenamedPath:
         >>> [rename(path, rules).path for path in ("fc.bias", "bn1.num_batches_tracked", "alpha")]
         ['params/logits/bias', None, 'alpha']
     """
+    rules = tuple(rules)
     for rule in rules:
         check_rule(rule)
+    return apply_rules(path, rules)
+
+
+def apply_rules(path: str, rules: Iterable[Rule]) -> RenamedPath:
+    """Does what `rename` does, with rules that have been checked."""
+    for rule in rules:
         values = match_path(rule.source, path)
         if values is not None:
             target = None if rule.target is None else fill_pattern(rule.target, values)
@@ -109,14 +116,16 @@ def rename_back(path: str, rules: Sequence[Rule]) -> RenamedPath:
         'bn.scale'
     """
     for rule in rules:
+        check_rule(rule)
+    for rule in rules:
         values = None if rule.target is None else match_path(rule.target, path)
         if values is not None:
             source = fill_pattern(rule.source, values)
             # An earlier rule may claim this source path, so the way forward has the last word.
-            if rename(source, rules) == (path, rule):
+            if apply_rules(source, rules) == (path, rule):
                 return RenamedPath(source, rule)
     # Without a rule the path is the same on both sides, unless a rule renames that source path.
-    if rename(path, rules) == (path, None):
+    if apply_rules(path, rules) == (path, None):
         return RenamedPath(path, None)
     return RenamedPath(None, None)
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.transfer.rules import RenamedPath, Rule, check_rule, rename
+from jaxkd.transfer.rules import RenamedPath, Rule, apply_rules, check_rule
 
 Dtypes: TypeAlias = Literal["same", "target", "source"]
 
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 _MAX_LISTED_PATHS = 20
+_MAX_WRONG_PATHS = 1000
+_MAX_PATH_LENGTH = 200
 
 
 class Mismatch(NamedTuple):
@@ -43,6 +45,8 @@ class Report(NamedTuple):
         mismatched: Paths in both whose shapes or dtypes differ.
         left_out: Paths in the source that a rule leaves out.
         unused: Rules that have a target but match no path in the source.
+        removed: Prefixes that were removed from the paths in the source, such as "module."; see
+            `jaxkd.weights.from_torch`.
     """
 
     transferred: tuple[tuple[str, str], ...]
@@ -51,6 +55,7 @@ class Report(NamedTuple):
     mismatched: tuple[Mismatch, ...]
     left_out: tuple[str, ...]
     unused: tuple[Rule, ...]
+    removed: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -64,15 +69,18 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         """Formats the counts, and a table of the paths in the source and in the target."""
         counts = {name.replace("_", " "): len(entries) for name, entries in self._asdict().items()}
+        del counts["removed"]
         rules = counts.pop("unused")
         summary = ", ".join(f"{count} {name}" for name, count in counts.items())
         summary += f", {rules} unused rule{'' if rules == 1 else 's'}"
+        if self.removed:
+            summary += f"; removed {' and '.join(map(repr, self.removed))} from the names"
         rows = [("transferred", *pair) for pair in _summarize_pairs(self.transferred)]
         rows += [("left out", path, "") for path in _summarize_paths(self.left_out)]
-        # What is wrong is listed in full, however long it is.
-        rows += [("missing", "", path) for path in self.missing]
-        rows += [("unexpected", path, "") for path in self.unexpected]
-        for path, source, target, source_path in self.mismatched:
+        # What is wrong is listed in full, as far as a network has so many paths.
+        rows += [("missing", "", path) for path in _cut(self.missing)]
+        rows += [("unexpected", path, "") for path in _cut(self.unexpected)]
+        for path, source, target, source_path in self.mismatched[:_MAX_WRONG_PATHS]:
             rows.append(("mismatched", source_path, path))
             rows.append(("", _describe_array(source), _describe_array(target)))
         rows += [("unused rule", rule.source, str(rule.target)) for rule in self.unused]
@@ -82,7 +90,7 @@ class Report(NamedTuple):
 
 
 class TransferError(ValueError):
-    """Raised by a strict transfer if anything is missing, unexpected, mismatched or unused.
+    """Raised if a transfer moved nothing, or a strict one is incomplete.
 
     Attributes:
         report: The report of the transfer.
@@ -130,8 +138,8 @@ def transfer(
 
     Raises:
         TransferError: If `strict` and anything is missing, unexpected or mismatched, or a rule
-            matches nothing. Also if an abstract leaf gets no value, whatever `strict` is. The
-            message and the error's `report` list everything.
+            matches nothing. Also if nothing is transferred, or an abstract leaf gets no value,
+            whatever `strict` is. The message and the error's `report` list everything.
         ValueError: If two source paths are renamed to the same path, a pattern is malformed, a
             layout does not fit an array, two leaves of a tree have the same path, or a tree
             contains itself.
@@ -158,15 +166,23 @@ def transfer(
         transferred  fc.weight  params/logits/kernel
         left out     steps
     """
+    values, report = match_leaves(source, target, tuple(rules), dtypes)
+    check_complete(report, leaves_by_path(target), strict=strict)
+    return replace_leaves(target, values), report
+
+
+def match_leaves(
+    source: Any, target: Any, rules: Sequence[Rule], dtypes: Dtypes
+) -> tuple[dict[str, Any], Report]:
+    """Returns the new values of a target by path, and the report of them."""
     if dtypes not in get_args(Dtypes):
         raise ValueError(f"dtypes must be one of {get_args(Dtypes)}, got {dtypes!r}")
-    rules = tuple(rules)
-    # `rename` stops at the first match, so it would not see a malformed rule behind it.
+    # Once, and not for each path: a network may have hundreds of both.
     for rule in rules:
         check_rule(rule)
     source_leaves = leaves_by_path(source)
     target_leaves = leaves_by_path(target)
-    renamed = {source_path: rename(source_path, rules) for source_path in source_leaves}
+    renamed = {source_path: apply_rules(source_path, rules) for source_path in source_leaves}
     source_paths = _invert(renamed)
     values = {}
     mismatched = []
@@ -192,8 +208,7 @@ def transfer(
         left_out=tuple(source_path for source_path, (path, _) in renamed.items() if path is None),
         unused=_unused_rules(rules, renamed),
     )
-    check_complete(report, target_leaves, strict=strict)
-    return replace_leaves(target, values), report
+    return values, report
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
@@ -270,8 +285,15 @@ def to_numpy(path: str, leaf: Any) -> np.ndarray:
 def check_complete(report: Report, target: Mapping[str, Any], *, strict: bool) -> None:
     """Raises `TransferError` if the report is incomplete or an abstract leaf has no value.
 
-    Only the latter is checked if not `strict`.
+    If not `strict`, an incomplete report is an error only if nothing was transferred.
     """
+    # Before the advice below: what moves nothing is no transfer.
+    if not report.transferred and not report.complete:
+        raise TransferError(
+            "nothing can be transferred: the source and the target have no path in common whose "
+            f"arrays fit\n{report}",
+            report,
+        )
     if strict and not report.complete:
         raise TransferError(
             "the source does not fit the target; pass strict=False to transfer only what fits\n"
@@ -369,6 +391,18 @@ def _summarize_paths(paths: Sequence[str]) -> Sequence[str]:
     return [f"{module} ({count})" for module, count in counts.items()]
 
 
+def _cut(paths: Sequence[str]) -> Sequence[str]:
+    rest = len(paths) - _MAX_WRONG_PATHS
+    return paths if rest <= 0 else [*paths[:_MAX_WRONG_PATHS], f"... and {rest} more"]
+
+
+def _printable(path: str) -> str:
+    """Returns a path without line breaks, escape sequences and lengths that no terminal shows."""
+    # One name of a megabyte in a file would widen every line of the table.
+    path = path if len(path) <= _MAX_PATH_LENGTH else f"{path[:_MAX_PATH_LENGTH]}..."
+    return path if path.isprintable() else repr(path)[1:-1]
+
+
 def _summarize_pairs(pairs: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
     if len(pairs) <= _MAX_LISTED_PATHS:
         return pairs
@@ -382,5 +416,6 @@ def _top_level_module(path: str) -> str:
 
 
 def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    rows = [[_printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

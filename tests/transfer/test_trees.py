@@ -191,9 +191,9 @@ def test_dtypes(source_dtype, target_dtype, make):
 
 
 def test_another_kind_of_number_is_a_mismatch():
-    _, report = transfer(
-        {"step": numbers(2)}, {"step": np.zeros(2, np.int32)}, dtypes="target", strict=False
-    )
+    source = {"step": numbers(2), "other": numbers(2)}
+    target = {"step": np.zeros(2, np.int32), "other": np.zeros(2, np.float32)}
+    _, report = transfer(source, target, dtypes="target", strict=False)
     assert [mismatch.path for mismatch in report.mismatched] == ["step"]
 
 
@@ -259,9 +259,27 @@ def test_not_strict_keeps_the_values_of_the_target():
     ],
 )
 def test_each_kind_of_mismatch_raises_by_itself(source, target, counts):
+    shared = {"b": numbers(1)}
     with pytest.raises(TransferError, match=counts):
-        transfer(source, target)
-    transfer(source, target, strict=False)
+        transfer(source | shared, target | shared)
+    transfer(source | shared, target | shared, strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("source", "target", "rules"),
+    [
+        ({}, {"a": numbers(1)}, ()),
+        ({"a": numbers(1)}, {}, ()),
+        ({"a": numbers(1)}, {"a": numbers(2)}, ()),
+        ({"a": numbers(1)}, {"b": numbers(1)}, ()),
+        ({"a": numbers(1)}, {"a": numbers(1)}, (Rule("a", None),)),
+    ],
+)
+def test_nothing_transferred_is_an_error_whatever_strict_says(source, target, rules, strict):
+    with pytest.raises(TransferError, match="nothing can be transferred") as error:
+        transfer(source, target, rules=rules, strict=strict)
+    assert "strict=False" not in str(error.value)
 
 
 def test_an_abstract_target_needs_every_value():
@@ -367,6 +385,14 @@ def test_the_table_lists_source_and_target_paths():
         "mismatched   fc.weight               params/logits/kernel",
         "             float32[2, 3]           float32[2, 2]",
     ]
+
+
+def test_hostile_names_neither_widen_the_table_nor_break_its_lines():
+    source = {"a": numbers(1), "x\n\x1b[2J": numbers(1), "y" * 10**6: numbers(1)}
+    _, report = transfer(source, {"a": numbers(1)}, strict=False)
+    lines = str(report).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) < 300
+    assert str(report).replace("\n", "").isprintable()
 
 
 def test_long_lists_are_summarized_except_mismatches():
