@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jax import Array
 
 from jaxkd._files import write_atomically
+from jaxkd.weights.files import RUN_FILE, check_regular_file, shorten
+
+# Of the nested dicts. Functions on trees recurse, and Python allows some thousand levels.
+_MAX_DEPTH = 100
 
 _CLASS_NAMES = "class_names"
 
@@ -27,8 +33,8 @@ def save_safetensors(
             the entry `class_names` of the file's metadata.
 
     Raises:
-        ValueError: If a key contains a `/` or is a string of digits, because loading would change
-            it.
+        ValueError: If a key is neither a string nor an integer, contains a `/` or is a string of
+            digits, because loading would change it.
 
     Example:
         >>> import pathlib, tempfile
@@ -58,7 +64,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     """Reads the names of the classes from a safetensors file.
 
     Args:
-        path: A file of `save_safetensors`.
+        path: A file of `save_safetensors`, or the folder of a run, as for `load_safetensors`.
 
     Returns:
         Name of each class, in the order of the logits; empty if the file does not name them.
@@ -78,13 +84,16 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     """
     from safetensors import SafetensorError, safe_open
 
+    path = _find_in_run(path)
+    check_regular_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
             names = json.loads((file.metadata() or {}).get(_CLASS_NAMES, "[]"))
     # json raises ValueError, and RecursionError for deeply nested lists.
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): copy or save it again"
+            f"{path} is not a complete safetensors file ({shorten(str(error), length=150)}): "
+            "copy or save it again"
         ) from error
     # Another program may keep something else under this name.
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -95,15 +104,29 @@ def load_safetensors(path: str | os.PathLike) -> dict:
     """Loads variables that `save_safetensors` saved.
 
     Args:
-        path: The file.
+        path: The file, or the folder of an experiment's run, which has `student.safetensors`.
 
     Returns:
         Nested dicts of NumPy arrays. They have `params` and `batch_stats` even if these are empty.
 
     Raises:
-        ValueError: If the file is damaged or is not a safetensors file.
+        ValueError: If the file is damaged, is not a safetensors file, or has names that are not
+            those of variables, such as PyTorch's.
+        OSError: If the file does not exist or cannot be read.
     """
-    return {"params": {}, "batch_stats": {}} | _nest(read_safetensors(path))
+    path = _find_in_run(path)
+    leaves = read_safetensors(path)
+    # Variables have two levels at least, a collection and a name in it.
+    if leaves and not any("/" in name for name in leaves):
+        raise ValueError(
+            f"{path} has no names of variables, such as params/logits/kernel, but "
+            f"{shorten(next(iter(leaves)))!r}: load PyTorch's names with "
+            "jaxkd.weights.load_variables"
+        )
+    try:
+        return {"params": {}, "batch_stats": {}} | _nest(leaves)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold variables: {error}") from error
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -116,35 +139,49 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         Arrays by name.
 
     Raises:
-        ValueError: If the file is damaged, is not a safetensors file, or has a dtype that NumPy
-            lacks.
+        ValueError: If the file is damaged, is not a regular file in the format of safetensors, or
+            has arrays that NumPy cannot hold.
         OSError: If the file does not exist or cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
+    check_regular_file(path)
     try:
         # safetensors.numpy.save writes bfloat16, but safetensors.numpy.load cannot read it.
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}): copy or save it again"
+            f"{path} is not a complete safetensors file ({shorten(str(error), length=150)}): "
+            "copy or save it again"
         ) from error
     # safetensors looks the dtype up as an attribute of NumPy.
     except AttributeError as error:
         raise ValueError(
             f"{path} has arrays of a dtype that NumPy lacks ({error}): save them as float32"
         ) from error
+    # Such as an array of a hundred axes.
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = shorten(str(error), length=150)
+        raise ValueError(f"{path} has arrays that NumPy cannot hold ({reason})") from error
+
+
+def _find_in_run(path: str | os.PathLike) -> Path:
+    """Returns the student of a run's folder, or any other path as it is."""
+    path = Path(path)
+    return path / RUN_FILE if (path / RUN_FILE).is_file() else path
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Array]:
     leaves = {}
     for key, value in tree.items():
-        # `_nest` splits names at "/" and reads digits as an integer.
-        if isinstance(key, str) and ("/" in key or key.isdigit()):
+        # `_nest` splits names at "/" and reads digits as an integer. A bool is an int, but True is
+        # the key 1.
+        is_kept = type(key) in (int, str) and "/" not in str(key) and _to_key(str(key)) == key
+        if not is_kept:
             raise ValueError(
-                f"the key {key!r} in {prefix or 'the variables'} would be loaded as another key: "
-                "rename it"
+                f"the key {shorten(key)!r} in {prefix or 'the variables'} would be loaded as "
+                "another key: rename it"
             )
         if isinstance(value, dict):
             leaves |= _flatten(value, f"{prefix}{key}/")
@@ -153,12 +190,26 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Array]:
     return leaves
 
 
+def _to_key(part: str) -> int | str:
+    """Returns the key that a part of a name stands for: digits are an integer, except in "01"."""
+    return int(part) if re.fullmatch("0|[1-9][0-9]{0,17}", part) else part
+
+
 def _nest(leaves: dict[str, np.ndarray]) -> dict:
     tree = {}
     for name, leaf in leaves.items():
-        *parents, last = (int(part) if part.isdigit() else part for part in name.split("/"))
+        *parents, last = map(_to_key, name.split("/"))
+        if len(parents) > _MAX_DEPTH:
+            raise ValueError(f"{shorten(name)!r} has more than {_MAX_DEPTH} levels")
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                break
+        # In whichever order they come, one of the two would replace the other.
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(
+                f"{shorten(name)!r} is an array beside a name above or below it: rename one of them"
+            )
         node[last] = leaf
     return tree

@@ -1,6 +1,8 @@
 """Tests of saving and loading variables as safetensors files."""
 
+import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -81,6 +83,8 @@ def test_class_names_travel_with_the_weights(variables, tmp_path):
     save_safetensors(path, variables, class_names=names)
     assert read_class_names(path) == names
     assert_same(load_safetensors(path), variables)
+    # Of a run's folder, too.
+    assert read_class_names(tmp_path) == names
     save_safetensors(path, variables)
     assert read_class_names(path) == ()
 
@@ -115,11 +119,63 @@ def test_damaged_class_names(tmp_path):
             read_class_names(tmp_path / name)
 
 
-@pytest.mark.parametrize("key", ["conv/1", "12"])
+@pytest.mark.parametrize("key", ["conv/1", "12", True, 10**19, 1.5, (1, 2), -3])
 def test_keys_that_loading_would_change_are_rejected(tmp_path, key):
-    with pytest.raises(ValueError, match=f"'{key}' in params/"):
+    with pytest.raises(ValueError, match="in params/ would be loaded as another key"):
         save_safetensors(tmp_path / "student.safetensors", {"params": {key: np.zeros(1)}})
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["01", "²", "①", "1" * 5000, "", "-1", 0, 10**17])
+def test_keys_that_are_almost_numbers_are_restored(tmp_path, key):
+    variables = {"params": {"layers": {key: np.zeros(1)}}, "batch_stats": {}}
+    save_safetensors(tmp_path / "file", variables)
+    assert_same(load_safetensors(tmp_path / "file"), variables)
+
+
+@pytest.mark.parametrize(
+    "names", [("params/a", "params/a/b"), ("params/a/b/c", "params/a"), ("params", "params/a")]
+)
+def test_an_array_at_the_name_of_a_dict_is_an_error(names, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({name: np.zeros(1) for name in names}, tmp_path / "file")
+    with pytest.raises(ValueError, match="file does not hold variables: 'params.*' is an array"):
+        load_safetensors(tmp_path / "file")
+
+
+def test_deep_names_are_an_error(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"params/" + "a/" * 100_000: np.zeros(1)}, tmp_path / "file")
+    with pytest.raises(ValueError, match="'params/a/a/.*' has more than 100 levels") as error:
+        load_safetensors(tmp_path / "file")
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+def test_names_of_pytorch_are_an_error(tmp_path):
+    save_safetensors(tmp_path / "file", {"fc.weight": np.zeros(1)})
+    with pytest.raises(ValueError, match="names of variables.*'fc.weight'.*load_variables"):
+        load_safetensors(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]}}, "NumPy cannot hold"),
+        ({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 4]}}, "not a complete"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "not a complete"),
+        ({"a\n" * 10**5: {"dtype": "F32", "shape": [2], "data_offsets": [4, 8]}}, "not a complete"),
+        ({"a": {"dtype": "x" * 10**6, "shape": [1], "data_offsets": [0, 4]}}, "not a complete"),
+    ],
+)
+def test_arrays_that_the_file_cannot_hold(header, match, tmp_path):
+    content = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(content)) + content + bytes(4))
+    with pytest.raises(ValueError, match=match) as error:
+        load_safetensors(tmp_path / "file")
+    message = str(error.value).replace(str(tmp_path), "")
+    assert message.isprintable() and len(message) <= 300
 
 
 @pytest.mark.parametrize(
