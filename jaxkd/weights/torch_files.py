@@ -1,6 +1,7 @@
 """Conversion between PyTorch state dicts and variables, and the files that hold state dicts."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ import numpy as np
 
 from jaxkd._files import write_atomically
 from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back, transfer
+from jaxkd.transfer.trees import check_complete, match_leaves, replace_leaves
+from jaxkd.weights.files import find_weights_file, is_index, list_names, read_index, shorten
+from jaxkd.weights.names import expected_names, find_counters, unwrap_names
 from jaxkd.weights.safetensors_files import read_safetensors
-from jaxkd.weights.torch_pickle import read_torch
+from jaxkd.weights.torch_pickle import SAVE_ADVICE, OpaqueObject, read_torch
+
+_MAX_ARRAYS = 10_000  # of one file; the largest network of `jaxkd.models` has a tenth
 
 
 def load_weights(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, np.ndarray]:
@@ -18,20 +24,24 @@ def load_weights(path: str | os.PathLike, *, entry: str | None = None) -> dict[s
 
     The content decides the format, not the name. No code in the file is run. If the file is a
     training checkpoint with one state dict, that state dict is returned. The prefix `module.`,
-    which `DataParallel` adds, is removed if every name has it.
+    which `DataParallel` adds, is removed if every name has it; `from_torch` removes other prefixes.
 
     Args:
-        path: The file.
-        entry: Entry of the checkpoint to load, such as "state_dict" or "ema". Needed only if
-            several entries are state dicts.
+        path: The file; or the index of its shards, such as `model.safetensors.index.json`; or a
+            folder, as for `jaxkd.weights.files.find_weights_file`: that of a run, or of the hub.
+        entry: Entry of the checkpoint to load, such as "state_dict" or "ema", or what the names
+            of the wanted weights begin with, such as "teacher". Needed only if there are several.
 
     Returns:
         Arrays by name, in the order of the file. They may be read-only.
 
     Raises:
-        ValueError: If the file has none of these formats, is damaged, contains objects that only
-            code can make, does not have exactly one dict of arrays, or lacks the entry.
+        ValueError: If the file has none of these formats, is damaged, does not have exactly one
+            dict of arrays, or lacks the entry; or if a shard is missing.
         OSError: If the file does not exist or cannot be read.
+
+    Warns:
+        UserWarning: If values that are no arrays lie between the weights, and are left out.
 
     Example:
         >>> import pathlib, tempfile
@@ -44,18 +54,60 @@ def load_weights(path: str | os.PathLike, *, entry: str | None = None) -> dict[s
         >>> {name: array.shape for name, array in weights.items()}
         {'params/logits/bias': (10,)}
     """
-    if _is_safetensors(path):
-        if entry is not None:
-            raise ValueError(
-                f"{path} is a safetensors file, which has no entries: leave out entry={entry!r}"
-            )
-        weights = read_safetensors(path)
-    else:
-        weights = _find_state_dict(path, read_torch(path), entry)
+    weights = read_state_dict(path, entry=entry)
     # Only if all names have it, since a network may have a layer called `module`.
-    if weights and all(name.startswith("module.") for name in weights):
+    if all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): array for name, array in weights.items()}
     return weights
+
+
+def read_state_dict(path: str | os.PathLike, *, entry: str | None = None) -> dict[str, np.ndarray]:
+    """Loads weights as `load_weights` does, but under the names that they have in the file."""
+    file = find_weights_file(path)
+    return _read_shards(file, entry) if is_index(file) else _read_file(file, entry)
+
+
+def load_variables(
+    path: str | os.PathLike,
+    variables: dict,
+    rules: Iterable[Rule],
+    *,
+    entry: str | None = None,
+    strict: bool = True,
+) -> tuple[dict, Report]:
+    """Loads weights from a file or a folder and converts them to the variables of a model.
+
+    The file may have PyTorch's names or those of `save_safetensors`, as `jaxkd convert` and the
+    runs of experiments write it.
+
+    Args:
+        path: As for `load_weights`.
+        variables: As for `from_torch`.
+        rules: The module's `torch_rules()`.
+        entry: As for `load_weights`.
+        strict: As for `from_torch`.
+
+    Returns:
+        New variables, and a report of what was transferred.
+
+    Raises:
+        TransferError: As for `from_torch`.
+        ValueError: As for `load_weights` and `from_torch`.
+        OSError: If the file does not exist or cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> from jaxkd.weights import load_variables, save_safetensors
+        >>> variables = {"params": {"logits": {"bias": np.ones(10)}}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "student.safetensors"
+        ...     save_safetensors(path, variables)
+        ...     _, report = load_variables(path, variables, rules=())
+        >>> report.complete
+        True
+    """
+    return from_torch(read_state_dict(path, entry=entry), variables, rules, strict=strict)
 
 
 def from_torch(
@@ -66,8 +118,13 @@ def from_torch(
     The rules give the layout of each array by the kind of its layer; shapes never decide it.
     Floating-point arrays are cast to the dtypes of the variables.
 
+    A prefix that a wrapper of the network put before all of its names, such as `module.`,
+    `_orig_mod.` or `model.`, is removed, if one prefix alone explains the names. Single integers
+    that the model lacks, such as a counter of averaged steps, are left out. The report says both.
+
     Args:
-        state_dict: PyTorch's names and arrays, as `load_weights` returns them.
+        state_dict: PyTorch's names and arrays, as `load_weights` returns them. Or the names of
+            `save_safetensors`, such as "params/logits/kernel", for which no rules are needed.
         variables: The model's variables. Only shapes and dtypes are needed:
             `jax.eval_shape(model.init, key, inputs)` is enough.
         rules: The module's `torch_rules()`.
@@ -79,8 +136,9 @@ def from_torch(
 
     Raises:
         TransferError: If an array is missing, unexpected or of the wrong shape. Its `report` lists
-            all of them.
-        ValueError: If the rules are invalid; see `jaxkd.transfer.transfer`.
+            all of them. Also if nothing is transferred, whatever `strict` is.
+        ValueError: If the rules are invalid, see `jaxkd.transfer.transfer`; or if several prefixes
+            explain the names.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -99,7 +157,25 @@ def from_torch(
         ((64, 10), dtype('float32'), True)
     """
     # A plain dict, because JAX takes a mapping of an unregistered type for a single leaf.
-    return transfer(dict(state_dict), variables, rules=rules, strict=strict, dtypes="target")
+    weights = dict(state_dict)
+    if _has_own_names(weights, variables):
+        return transfer(weights, variables, strict=strict, dtypes="target")
+    # Each is compared with each rule.
+    if len(weights) > _MAX_ARRAYS:
+        raise ValueError(
+            f"the weights have {len(weights):,} arrays, more than {_MAX_ARRAYS:,}: select those of "
+            "one network, as in load_weights(path, entry='model')"
+        )
+    rules = tuple(rules)
+    leaves = leaves_by_path(variables)
+    weights, removed = unwrap_names(weights, expected_names(leaves, rules))
+    counters = find_counters(weights, leaves, rules)
+    for name in counters:
+        del weights[name]
+    values, report = match_leaves(weights, variables, rules, "target")
+    report = report._replace(left_out=(*report.left_out, *counters), removed=removed)
+    check_complete(report, leaves, strict=strict)
+    return replace_leaves(variables, values), report
 
 
 def to_torch(variables: dict, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
@@ -161,57 +237,175 @@ def save_torch(path: str | os.PathLike, variables: dict, rules: Iterable[Rule]) 
     write_atomically(path, save(to_torch(variables, rules), metadata={"format": "pt"}))
 
 
-def _is_safetensors(path: str | os.PathLike) -> bool:
+def _has_own_names(weights: Mapping[str, Any], variables: Mapping[str, Any]) -> bool:
+    """True if every name is a path in the collections of the variables, such as `params/...`."""
+    collections = tuple(f"{collection}/" for collection in variables)
+    return bool(weights) and all(name.startswith(collections) for name in weights)
+
+
+def _read_file(path: Path, entry: str | None) -> dict[str, np.ndarray]:
+    if not _is_safetensors(path):
+        return _find_state_dict(path, read_torch(path), entry)
+    return _select_names(path, read_safetensors(path), entry)
+
+
+def _select_names(path: Path, weights: dict[str, np.ndarray], entry: str | None) -> dict:
+    """Returns the arrays whose names begin with an entry, without it, or all of them."""
+    selected = weights if entry is None else _descend(weights, entry.removesuffix("."))
+    if not isinstance(selected, dict):
+        raise ValueError(
+            f"{path} is a safetensors file, which has no entries: leave out "
+            f"entry={shorten(entry)!r}, or give what some of its names begin with"
+        )
+    return selected
+
+
+def _read_shards(index: Path, entry: str | None) -> dict[str, np.ndarray]:
+    """Reads all shards of an index and checks that each array is where the index places it."""
+    weights: dict[str, np.ndarray] = {}
+    for shard, names in read_index(index).items():
+        arrays = _read_file(shard, None)
+        if absent := [name for name in names if name not in arrays]:
+            raise ValueError(f"{shard} lacks {list_names(absent)} of its index: copy it again")
+        if twice := [name for name in arrays if name in weights]:
+            raise ValueError(
+                f"{shard} has {list_names(twice)}, which another shard has too: copy them again"
+            )
+        weights |= arrays
+    return _select_names(index, weights, entry)
+
+
+def _is_safetensors(path: Path) -> bool:
     """True if the file begins with a JSON header of a length that fits into the file."""
-    if Path(path).is_dir():
-        return False
     with open(path, "rb") as file:
         length = file.read(8)
         brace = file.read(1)
-    return brace == b"{" and int.from_bytes(length, "little") <= Path(path).stat().st_size
+    return brace == b"{" and int.from_bytes(length, "little") <= path.stat().st_size
 
 
-def _find_state_dict(
-    path: str | os.PathLike, tree: Any, entry: str | None
-) -> dict[str, np.ndarray]:
+def _find_state_dict(path: Path, tree: Any, entry: str | None) -> dict[str, np.ndarray]:
     """Returns the dict of arrays in a checkpoint."""
     entries = tree if isinstance(tree, dict) else {}
     if entry is not None:
-        if entry not in entries:
-            names = ", ".join(map(repr, entries)) or "none"
-            raise ValueError(f"{path} has no entry {entry!r}; its entries: {names}")
-        if content := _describe_content(entries[entry]):
-            raise ValueError(
-                f"the entry {entry!r} of {path} is not a dict of arrays: it contains {content}"
-            )
-        return entries[entry]
-    if not _describe_content(tree):
-        return tree
+        return _select_entry(path, entries, entry)
     candidates = [name for name, value in entries.items() if not _describe_content(value)]
+    # A dict with other values, such as the state of a scheduler, counts only if it is larger.
+    largest = max((len(entries[name]) for name in candidates), default=0)
+    candidates += [
+        name
+        for name, value in entries.items()
+        if _is_mostly_arrays(value) and _num_arrays(value) > largest
+    ]
     if len(candidates) > 1:
-        names = ", ".join(map(repr, candidates))
         raise ValueError(
-            f"{path} has weights in the entries {names}: choose one, as in entry={candidates[0]!r}"
+            f"{path} has weights in the entries {list_names(map(repr, candidates))}: choose one, "
+            f"as in entry={shorten(candidates[0])!r}"
         )
     if not candidates:
-        raise ValueError(f"{path} has no dict of arrays: it contains {_describe_content(tree)}")
-    return entries[candidates[0]]
+        return _check_state_dict(f"{path} has no dict of arrays", tree)
+    (name,) = candidates
+    # Beside the entry there may be some statistics, but not as many weights again: the wrong ones
+    # would fit as well as the right ones.
+    num_others = _num_arrays(entries)
+    if num_others > max(4, len(entries[name]) // 2):
+        raise ValueError(
+            f"{path} has {num_others} arrays, and weights in the entry {shorten(name)!r}: choose "
+            f"those by entry={shorten(name)!r}, or save only the weights"
+        )
+    return _check_state_dict(f"the entry {shorten(name)!r} of {path}", entries[name])
+
+
+def _select_entry(path: Path, entries: dict, entry: str) -> dict[str, np.ndarray]:
+    """Returns an entry of a checkpoint, or the arrays whose names begin with it, without it."""
+    name = entry.removesuffix(".")
+    selected = _descend(entries, name)
+    if selected is None:
+        # In the only state dict, whose own entry need not be named.
+        states = [value for value in entries.values() if not _describe_content(value)]
+        selected = _descend(states[0], name) if len(states) == 1 else None
+    if selected is None:
+        names = list_names(map(repr, entries)) or "none"
+        raise ValueError(f"{path} has no entry {shorten(entry)!r}; its entries: {names}")
+    return _check_state_dict(
+        f"the entry {shorten(entry)!r} of {path} is not a dict of arrays", selected, f"{name}."
+    )
+
+
+def _descend(node: dict, name: str) -> Any:
+    """Returns what is at some keys, joined by ".", or the values of names that begin with them."""
+    if name in node:
+        return node[name]
+    for key, value in node.items():
+        # Each key may contain ".", so it is compared as a whole.
+        if isinstance(key, str) and isinstance(value, dict) and name.startswith(f"{key}."):
+            found = _descend(value, name.removeprefix(f"{key}."))
+            if found is not None:
+                return found
+    prefix = f"{name}."
+    names = [key for key in node if isinstance(key, str) and key.startswith(prefix)]
+    return {key.removeprefix(prefix): node[key] for key in names} or None
+
+
+def _check_state_dict(problem: str, node: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns a dict of arrays, without the few other values that lie between many arrays.
+
+    Raises `ValueError(problem)`, with what the value contains, if it is none. `prefix` are the keys
+    that lead to it.
+    """
+    content = _describe_content(node)
+    if not content:
+        return node
+    if not _is_mostly_arrays(node):
+        values = node.values() if isinstance(node, dict) else ()
+        # Of a whole model, only the code of its classes could make the weights.
+        is_opaque = any(type(value) is OpaqueObject for value in values)
+        advice = f": {SAVE_ADVICE}" if is_opaque else ""
+        if nested := _find_nested(node):
+            advice = f": choose what is below, as in entry={shorten(prefix + nested)!r}"
+        raise ValueError(f"{problem}: it contains {content}{advice}")
+    warnings.warn(f"left out what is no array between the weights: {content}", stacklevel=4)
+    return {name: value for name, value in node.items() if isinstance(value, np.ndarray)}
+
+
+def _find_nested(node: Any, depth: int = 2) -> str:
+    """Returns the keys, joined by ".", of the first dict of arrays below a dict, or ""."""
+    entries = node.items() if isinstance(node, dict) else ()
+    for key, value in entries:
+        if isinstance(key, str) and isinstance(value, dict):
+            if not _describe_content(value):
+                return key
+            if depth and (rest := _find_nested(value, depth - 1)):
+                return f"{key}.{rest}"
+    return ""
+
+
+def _is_mostly_arrays(node: Any) -> bool:
+    if not isinstance(node, dict) or not all(isinstance(name, str) for name in node):
+        return False
+    return 2 * _num_arrays(node) > len(node)
+
+
+def _num_arrays(node: dict) -> int:
+    return sum(isinstance(value, np.ndarray) for value in node.values())
 
 
 def _describe_content(node: Any) -> str:
     """Describes what makes a value differ from a state dict, or returns "" for a state dict."""
     if not isinstance(node, dict):
-        return f"a value of type {type(node).__name__}"
+        return f"a value of type {_kind(node)}"
     if not node:
         return "nothing"
     kinds = {
-        name: type(value).__name__
-        for name, value in node.items()
-        if not isinstance(value, np.ndarray)
+        name: _kind(value) for name, value in node.items() if not isinstance(value, np.ndarray)
     }
     kinds |= {name: "not a string" for name in node if not isinstance(name, str)}
-    descriptions = [f"{name!r} ({kind})" for name, kind in kinds.items()]
-    return ", ".join(descriptions[:5]) + (", ..." if len(descriptions) > 5 else "")
+    descriptions = [f"{shorten(name)!r} ({kind})" for name, kind in [*kinds.items()][:5]]
+    text = ", ".join(descriptions) + (", ..." if len(kinds) > 5 else "")
+    return shorten(text, length=150)
+
+
+def _kind(value: Any) -> str:
+    return shorten(value.name) if type(value) is OpaqueObject else type(value).__name__
 
 
 def _convert_layout(path: str, leaf: Any, rule: Rule) -> np.ndarray:

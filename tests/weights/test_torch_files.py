@@ -20,7 +20,13 @@ from jaxkd import layout
 from jaxkd.models import Outputs, from_linen
 from jaxkd.transfer import Rule, TransferError, rename
 from jaxkd.weights import save_safetensors
-from jaxkd.weights.torch_files import from_torch, load_weights, save_torch, to_torch
+from jaxkd.weights.torch_files import (
+    from_torch,
+    load_variables,
+    load_weights,
+    save_torch,
+    to_torch,
+)
 
 needs_torch = pytest.mark.skipif(
     not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
@@ -224,10 +230,16 @@ def test_files_of_variables_are_flat(abstract, tmp_path):
         load_weights(tmp_path / "student", entry="ema")
 
 
+NAMESPACE = object()
+"""Stands for an `argparse.Namespace`."""
+
+
 def write(path, tree):
     """A checkpoint in the zip format whose dicts hold numbers, or `[n]` for an array of n ones."""
 
     def piece(value):
+        if value is NAMESPACE:
+            return b"cargparse\nNamespace\n)\x81}X\x02\0\0\0lrK\x01sb"
         if isinstance(value, dict):
             items = b"".join(
                 b"X%b%b%b" % (struct.pack("<i", len(k)), k.encode(), piece(v))
@@ -271,6 +283,87 @@ def test_finds_the_state_dict(tree, entry, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("tree", "entry", "shapes"),
+    [
+        ({"args": NAMESPACE, "state_dict": {"a": [2]}}, None, {"a": (2,)}),
+        ({"args": NAMESPACE, "state_dict": {"a": [2]}}, "state_dict", {"a": (2,)}),
+        ({"state_dict": {"a": [2]}, "hyper_parameters": {"cfg": NAMESPACE}}, None, {"a": (2,)}),
+        # timm: the weights and their average.
+        ({"state_dict": {"a": [2]}, "state_dict_ema": {"a": [3]}}, "state_dict_ema", {"a": (3,)}),
+        # Some statistics beside the weights are no second network.
+        ({"state_dict": {"a": [2]}, "mean": [3], "std": [3]}, None, {"a": (2,)}),
+        # Lightning's names, of which an entry selects those of one network.
+        ({"state_dict": {"ema.a": [2], "net.a": [3]}}, "net", {"a": (3,)}),
+        ({"state_dict": {"ema.a": [2], "net.a": [3]}}, "net.", {"a": (3,)}),
+        ({"state_dict": {"ema.a": [2], "net.a": [3]}}, "state_dict.net", {"a": (3,)}),
+        ({"x.y": {"a.b": {"c.d": [2]}}, "e": {"f": [3]}}, "x.y.a.b", {"c.d": (2,)}),
+        ({"x.y": {"a.b": {"c.d": [2]}}, "e": {"f": [3]}}, "x.y.a.b.c", {"d": (2,)}),
+        ({"ema.a": [2], "net.a": [3]}, "ema", {"a": (2,)}),
+    ],
+)
+def test_finds_the_state_dict_beside_other_objects(tree, entry, shapes, tmp_path):
+    weights = load_weights(write(tmp_path / "file", tree), entry=entry)
+    assert {name: array.shape for name, array in weights.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"epoch": 3}, {"args": NAMESPACE}, {"args": NAMESPACE, "epoch": 3}, {"optimizer": {"lr": 1}}],
+)
+def test_few_other_values_between_many_weights_are_left_out_and_named(extra, tmp_path):
+    weights = {"a": [2], "b": [3], "c": [4]}
+    for tree, entry in ((weights | extra, None), ({"x": 1, "model": weights | extra}, None)):
+        path = write(tmp_path / "file", tree)
+        with pytest.warns(UserWarning, match=f"left out what is no array.*{[*extra][0]!r}"):
+            loaded = load_weights(path, entry=entry)
+        shapes = {name: array.shape for name, array in loaded.items()}
+        assert shapes == {"a": (2,), "b": (3,), "c": (4,)}
+
+
+def test_names_of_a_safetensors_file_are_selected(tmp_path):
+    save_safetensors(tmp_path / "file", {"net.a": np.ones(2), "ema.a": np.ones(3)})
+    for entry in ("net", "net."):
+        assert load_weights(tmp_path / "file", entry=entry)["a"].shape == (2,)
+    # The name of an array is no prefix.
+    with pytest.raises(ValueError, match=r"entry='net\.a', or give what some of its names begin"):
+        load_weights(tmp_path / "file", entry="net.a")
+
+
+@pytest.mark.parametrize(
+    ("tree", "entry", "match"),
+    [
+        (
+            {"model": NAMESPACE, "best": [1]},
+            None,
+            r"no dict of arrays: it contains 'model' \(argparse.Namespace\): save only the weights",
+        ),
+        (
+            {**{name: [2] for name in "abcdefgh"}, "ema": {name: [2] for name in "abcdefgh"}},
+            None,
+            "has 8 arrays, and weights in the entry 'ema': choose those by entry='ema'",
+        ),
+        (
+            {"net": {**{name: [2] for name in "abcdefgh"}, "epoch": 3}, "stats": {"mean": [3]}},
+            None,
+            "has weights in the entries 'stats', 'net': choose one",
+        ),
+        ({str(i) * 99: 3 for i in range(9)}, None, r"no dict of arrays: .*\.\.\.$"),
+        ({"model": {"net": {"a": [2]}}}, None, r"'model' \(dict\): .* as in entry='model.net'"),
+        ({"model": {"net": {"a": [2]}}}, "model", r"'net' \(dict\): .* as in entry='model.net'"),
+        ({"model": {"a": [2]}}, "mod", "has no entry 'mod'; its entries: 'model'"),
+        ({"model": {"a": [2]}}, "model.a", "'model.a' of .* is not a dict of arrays"),
+        ({"model": {"a": [2]}}, "x" * 10**6, r"has no entry 'x{57}\.\.\.'"),
+        ({"x" * 10**6: {"a": [2]}, "b": {"a": [2]}}, None, r"'x{56}\.\.\., 'b': choose one"),
+        ({f"n{i}": {"a": [2]} for i in range(999)}, None, "'n0', 'n1', 'n2' and 996 more"),
+    ],
+)
+def test_weights_that_are_not_found_or_not_unique(tree, entry, match, tmp_path):
+    with pytest.raises(ValueError, match=match) as error:
+        load_weights(write(tmp_path / "file", tree), entry=entry)
+    assert len(str(error.value).replace(str(tmp_path), "")) <= 300
+
+
+@pytest.mark.parametrize(
     ("tree", "entry", "match"),
     [
         (
@@ -306,7 +399,8 @@ def test_files_of_other_formats(abstract, tmp_path):
         content[:-1]: "not a complete safetensors file",
         content[:200]: "begins with",
         b"<html>": "begins with '<html>'",
-        b'{"weight_map": {"a": "model-00001.safetensors"}}': "begins with",
+        b'{"weight_map": {"a": "model-00001.safetensors"}}': "shards model-00001.safetensors of 1",
+        b'{"a": 1}': "has no weight_map",
         b"": "is empty",
     }.items():
         (tmp_path / "file").write_bytes(damaged)
@@ -333,6 +427,30 @@ def test_pretrained_resnet20():
         and weights["conv1.weight"].shape == (16, 3, 3, 3)
         and "linear.bias" in weights
     )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_files_of_this_library_are_loaded_like_those_of_pytorch(strict, abstract, tmp_path):
+    weights = draw_weights()
+    expected, _ = from_torch(weights, abstract, RULES)
+    target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    save_safetensors(tmp_path / "variables", expected)
+    save_torch(tmp_path / "torch", expected, RULES)
+    save_safetensors(tmp_path / "averaged", {f"module.{k}": a for k, a in weights.items()})
+    (tmp_path / "run").mkdir()
+    save_safetensors(tmp_path / "run" / "student.safetensors", expected)
+    for name in ("variables", "torch", "averaged", "run", "run/student.safetensors"):
+        variables, report = load_variables(tmp_path / name, target, RULES, strict=strict)
+        assert report.complete and report.removed == ("module.",) * (name == "averaged")
+        chex.assert_trees_all_equal(variables, expected)
+        from_torch(load_weights(tmp_path / name), target, RULES, strict=strict)
+
+
+def test_files_of_another_network_are_checked_like_those_of_pytorch(abstract, tmp_path):
+    save_safetensors(tmp_path / "other", {"params": {"dense": {"kernel": np.ones((2, 3))}}})
+    for strict in (True, False):
+        with pytest.raises(TransferError, match="nothing can be transferred"):
+            load_variables(tmp_path / "other", abstract, RULES, strict=strict)
 
 
 # --- memory ---
