@@ -1,8 +1,9 @@
 """Loading of pretrained BERTs from local folders in the format of the Hugging Face hub."""
 
 import importlib.util
-import json
 import os
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,14 +17,20 @@ from jaxkd.data.errors import DataError, expand_user_path, one_line
 from jaxkd.data.tokens import load_tokenizer
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
 from jaxkd.models.model import from_linen
-from jaxkd.transfer import Report, TransferError
-from jaxkd.weights.torch_files import from_torch, load_weights
+from jaxkd.transfer import Report, TransferError, leaves_by_path
+from jaxkd.weights.files import HUB_FILES, list_names, read_json, shorten
+from jaxkd.weights.names import expected_names, unwrap_names
+from jaxkd.weights.torch_files import from_torch, read_state_dict
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Of the sizes in a configuration; the largest BERTs have a hundredth of most of them. The shapes of
+# a module are computed before they are compared with the weights, which takes time for each layer.
+_LIMITS = {"num_hidden_layers": 128, "n_layers": 128}
+_LIMIT = 2**24
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     # Both names mean the approximation by tanh, which is the default of `jax.nn.gelu`.
@@ -95,8 +102,10 @@ def load_bert(
 ) -> PretrainedBERT:
     """Loads a BERT or a DistilBERT from a folder with `config.json`, weights and a tokenizer.
 
-    The weights come from `model.safetensors`, or from `pytorch_model.bin` without that, and are
-    cast to float32. Pretraining heads are dropped. The classifier is initialized randomly if the
+    The weights come from `model.safetensors`, or from `pytorch_model.bin` without that; either may
+    be divided into shards with an index. They are cast to float32. A prefix that a wrapper put
+    before all names is removed. Pretraining heads are dropped. The classifier is initialized
+    randomly if the
     file has none or one for another number of classes. The dense layer of the pooling is
     initialized randomly if the file has none.
 
@@ -114,6 +123,9 @@ def load_bert(
     Raises:
         DataError: If a file is missing, damaged or of another model type, or if weights,
             configuration and tokenizer do not fit together.
+
+    Warns:
+        UserWarning: If a prefix was removed from the names of the weights.
 
     Example:
         >>> import jax, pathlib, tempfile
@@ -159,13 +171,14 @@ def _make_module(
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in constructors:
         raise DataError(
-            f"{file}: model_type is {model_type!r}, but only {' and '.join(constructors)} "
+            f"{file}: model_type is {_show(model_type)}, but only {' and '.join(constructors)} "
             "are supported"
         )
     # BERT masks the positions whose id is 0.
     if (padding := config.get("pad_token_id", 0)) != 0:
         raise DataError(
-            f"{file}: pad_token_id is {padding!r}, but padding must be 0: use a model like BERT"
+            f"{file}: pad_token_id is {_show(padding)}, but padding must be 0: "
+            "use a model like BERT"
         )
     try:
         module = constructors[model_type](config, num_classes)
@@ -179,7 +192,9 @@ def _make_module(
 
 def _make_bert(config: Mapping[str, Any], num_classes: int) -> BERT:
     if (kind := config.get("position_embedding_type", "absolute")) != "absolute":
-        raise ValueError(f"position_embedding_type is {kind!r}, but only 'absolute' is supported")
+        raise ValueError(
+            f"position_embedding_type is {_show(kind)}, but only 'absolute' is supported"
+        )
     return BERT(
         vocab_size=_read_size(config, "vocab_size"),
         hidden=_read_size(config, "hidden_size"),
@@ -216,14 +231,16 @@ def _make_distilbert(config: Mapping[str, Any], num_classes: int) -> BERT:
 def _read_size(config: Mapping[str, Any], name: str) -> int:
     # Not isinstance: true is an int for it.
     if type(size := config[name]) is not int or size < 1:
-        raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        raise ValueError(f"{name} must be a positive integer, got {_show(size)}")
+    if size > (limit := _LIMITS.get(name, _LIMIT)):
+        raise ValueError(f"{name} must be at most {limit:,}, got {_show(size)}")
     return size
 
 
 def _read_number(config: Mapping[str, Any], name: str, default: float) -> float:
     number = config.get(name, default)
     if type(number) not in (int, float) or not 0 <= number < 1:
-        raise ValueError(f"{name} must be a number in [0, 1), got {number!r}")
+        raise ValueError(f"{name} must be a number in [0, 1), got {_show(number)}")
     return float(number)
 
 
@@ -231,7 +248,9 @@ def _read_activation(config: Mapping[str, Any], name: str) -> Callable[[Array], 
     kind = config.get(name, "gelu")
     # The type first: a list is not hashable.
     if not isinstance(kind, str) or kind not in _ACTIVATIONS:
-        raise ValueError(f"{name} is {kind!r}, but only {', '.join(_ACTIVATIONS)} are supported")
+        raise ValueError(
+            f"{name} is {_show(kind)}, but only {', '.join(_ACTIVATIONS)} are supported"
+        )
     return _ACTIVATIONS[kind]
 
 
@@ -242,49 +261,78 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{' or '.join(_WEIGHTS)}, and tokenizer.json or vocab.txt"
         )
     try:
-        config = json.loads(file.read_bytes())
-    # UnicodeDecodeError and JSONDecodeError are ValueErrors.
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is not JSON ({one_line(error)}): copy it again") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{file} must be a JSON object, got {type(config).__name__}: copy it again")
-    return config
+        return read_json(file)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    except OSError as error:
+        raise DataError(f"cannot read {file} ({one_line(error)})") from error
+
+
+def _show(value: Any) -> str:
+    """Returns a value of a configuration for a message, however long or deep it is."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_show_scalar, value[:3]))}{', ...' if len(value) > 3 else ''}]"
+    return _show_scalar(value)
+
+
+def _show_scalar(value: Any) -> str:
+    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 
 def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
     """Loads the weights of a folder and initializes the heads that they lack."""
-    file, weights = _read_weights(folder)
     init = from_linen(module).init
     try:
         # Shapes alone: the values come from the file, and from `_init_layers` for the heads.
         target = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     except ValueError as error:
         raise DataError(f"{folder / _CONFIG}: {one_line(error)}") from error
+    rules = module.torch_rules()
+    file, weights = _read_weights(folder, expected_names(leaves_by_path(target), rules))
     heads = _find_missing_heads(weights, module)
     prefixes = tuple(heads.values())
     weights = {name: array for name, array in weights.items() if not name.startswith(prefixes)}
-    target["params"] |= _init_layers(init, key, tuple(heads))
+    # Without the missing heads, which are initialized only if all else fits: it takes long.
+    params = {layer: leaves for layer, leaves in target["params"].items() if layer not in heads}
     try:
-        variables, report = from_torch(weights, target, module.torch_rules(), strict=False)
+        variables, report = from_torch(weights, {**target, "params": params}, rules, strict=False)
     # strict=False still raises for abstract variables without a value; the report says which.
     except TransferError as error:
         variables = {}
         report = error.report
-    if message := _describe_misfits(report, tuple(heads)):
+    except ValueError as error:
+        raise DataError(f"the weights of {file} do not fit: {one_line(error)}") from error
+    if message := _describe_misfits(report):
         raise DataError(
             f"the weights of {file} do not fit {_CONFIG}: {message}; copy both from one model"
         )
+    variables["params"] |= _init_layers(init, key, tuple(heads))
     return jax.tree.map(jnp.asarray, variables)
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.ndarray]]:
+    """Reads the weights of a folder under the expected names, as far as it has them."""
+    files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
     if not files:
-        raise DataError(f"the folder {folder} has no weights: looked for {' and '.join(_WEIGHTS)}")
+        raise DataError(
+            f"the folder {folder} has no weights: looked for {' and '.join(_WEIGHTS)}, whole or "
+            "in shards"
+        )
     try:
-        return files[0], canonical_names(load_weights(files[0]))
+        weights, removed = unwrap_names(read_state_dict(files[0]), _add_other_names(expected))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load {files[0]} ({one_line(error)})") from error
+    if removed:
+        prefixes = " and ".join(map(shorten, removed))
+        warnings.warn(f"removed {prefixes} from the names in {files[0]}", stacklevel=4)
+    return files[0], canonical_names(weights)
+
+
+def _add_other_names(names: set[str]) -> set[str]:
+    """Adds the names that `canonical_names` renames: without a model's prefix, and old ones."""
+    names = names | {name.removeprefix("bert.").removeprefix("distilbert.") for name in names}
+    old = {re.sub(r"(?<=\.LayerNorm)\.weight$", ".gamma", name) for name in names}
+    return names | old | {re.sub(r"(?<=\.LayerNorm)\.bias$", ".beta", name) for name in names}
 
 
 def _find_missing_heads(weights: Mapping[str, np.ndarray], module: BERT) -> dict[str, str]:
@@ -320,18 +368,19 @@ def _init_layers(init: Callable[..., dict], key: Array, names: tuple[str, ...]) 
     return init_selected(key)
 
 
-def _describe_misfits(report: Report, initialized: tuple[str, ...]) -> str:
+def _describe_misfits(report: Report) -> str:
     """Describes in one line what does not fit, or returns "" if all fits."""
     misfits = {
-        "missing": [path for path in report.missing if path.split("/")[1] not in initialized],
+        "missing": list(report.missing),
         "unexpected": list(report.unexpected),
         "of another shape": [
             f"{mismatch.source_path} {mismatch.source.shape} for {mismatch.target.shape}"
             for mismatch in report.mismatched
         ],
     }
-    return "; ".join(f"{kind}: {_shorten(names)}" for kind, names in misfits.items() if names)
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return "; ".join(
+        # A name with two shapes has up to 90 characters.
+        f"{kind}: {list_names(names, count=2, length=90)}"
+        for kind, names in misfits.items()
+        if names
+    )

@@ -4,6 +4,8 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
+import time
 from typing import Any
 
 import chex
@@ -209,6 +211,120 @@ def test_pickle_of_pytorch(folder):
     chex.assert_trees_all_equal(load(folder).variables, before)
 
 
+def save_shards(folder, form):
+    """Replaces the weights of a folder by two shards and an index."""
+    weights = load_weights(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, ending = form.split(".")
+    weight_map = {}
+    for number in (0, 1):
+        name = f"{stem}-{number}.{ending}"
+        shard = dict([*weights.items()][number::2])
+        if ending == "bin":
+            torch = importlib.import_module("torch")
+            torch.save({key: torch.tensor(array) for key, array in shard.items()}, folder / name)
+        else:
+            save_file(shard, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    (folder / f"{form}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "form", ["model.safetensors", pytest.param("pytorch_model.bin", marks=needs_torch)]
+)
+def test_shards(form, folder):
+    before = load(folder).variables
+    save_shards(folder, form)
+    chex.assert_trees_all_equal(load(folder).variables, before)
+    missing = form.replace(".", "-1.")
+    (folder / missing).unlink()
+    with pytest.raises(DataError, match=f"the shards {missing} of 2 are missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "headless"),
+    [
+        ("module.", False),
+        ("_orig_mod.", True),
+        ("model.", True),
+        ("model.", False),
+        ("0.auto_model.", True),
+    ],
+)
+def test_prefixes_of_wrappers_are_removed_and_named(prefix, headless, folder):
+    def wrap(weights):
+        if headless:
+            weights = {n: a for n, a in weights.items() if n.startswith("bert.")}
+        names = {n: n.removeprefix("bert.") if headless else n for n in weights}
+        return {f"{prefix}{names[name]}": array for name, array in weights.items()}
+
+    before = load(folder).variables["params"]
+    change_weights(folder, wrap)
+    with pytest.warns(UserWarning, match=f"removed {prefix} from the names in .*model.safetensors"):
+        after = load(folder).variables["params"]
+    same = before.keys() - ({"logits"} if headless else {})
+    for layer in same:
+        chex.assert_trees_all_equal(after[layer], before[layer])
+
+
+def test_weights_of_another_network(folder):
+    save_file({"conv.weight": np.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(DataError, match="do not fit config.json: missing: .*; unexpected: conv"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 128, got 1000000000"),
+        ({"vocab_size": 10**12}, "vocab_size must be at most 16,777,216, got 1000000000000"),
+        ({"hidden_size": 10**400}, "hidden_size must be at most 16,777,216, got int"),
+        ({"vocab_size": -(10**400)}, "vocab_size must be a positive integer, got int"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps must be a number in .*, got int"),
+        ({"model_type": "x" * 10**6}, r"model_type is 'x{57}\.\.\.', but only"),
+        ({"model_type": ["x"] * 10**6}, r"model_type is \['x', 'x', 'x', \.\.\.\], but only"),
+        ({"hidden_act": "\n\x1b[2J"}, r"hidden_act is .*x1b\[2J', but only"),
+        ({"pad_token_id": "1" * 10**6}, "pad_token_id is '1{57}"),
+    ],
+)
+def test_extreme_configurations_end_in_one_short_line(changes, message, folder):
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | changes))
+    with pytest.raises(DataError, match=message) as raised:
+        load(folder)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value).replace(str(folder), "")) <= 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, '{"vocab_size": %s}' % ("9" * 5000), "{" + " " * 2**25],
+    ids=["deep list", "deep object", "5,000 digits", "32 MiB"],
+)
+def test_configurations_that_json_cannot_read(content, folder):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(DataError, match="config.json (is not JSON|has more than)") as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value).replace(str(folder), "")) <= 300
+
+
+@pytest.mark.thorough  # traces 128 layers
+def test_most_layers_that_are_allowed_take_seconds(folder):
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | {"num_hidden_layers": 128}))
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="do not fit config.json: missing: params/block10/"):
+        load(folder)
+    assert time.perf_counter() - start < 20
+
+
+def test_a_fifo_is_no_configuration(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(DataError, match="has no config.json"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -240,9 +356,9 @@ def test_pickle_of_pytorch(folder):
         ),
         (
             {"num_hidden_layers": 3},
-            "do not fit config.json: missing: params/block2/attention_norm/bias, .* and 13 more",
+            "do not fit config.json: missing: params/block2/attention_norm/bias, .* and 14 more",
         ),
-        ({"num_hidden_layers": 1}, "unexpected: bert.encoder.layer.1.*and 13 more"),
+        ({"num_hidden_layers": 1}, "unexpected: bert.encoder.layer.1.*and 14 more"),
         (
             {"vocab_size": 9},
             r"of another shape: bert.embeddings.word_embeddings.weight \(10, 8\) for \(9, 8\); "
