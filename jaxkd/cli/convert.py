@@ -2,7 +2,10 @@
 
 import dataclasses
 import inspect
+import math
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +14,10 @@ import tyro
 
 if TYPE_CHECKING:
     from jaxkd.transfer import Report
+
+_MAX_CLASSES = 1_000_000
+_MAX_IMAGE_LENGTH = 16_384
+_MAX_PARAMETERS = 2_000_000_000
 
 # tyro joins the lines of a paragraph and does not wrap the result, so each paragraph is one line of
 # at most 78 characters. Indented lines keep their breaks.
@@ -21,6 +28,8 @@ The arrays get the names and layouts of a model of jaxkd.models.
 Load the file with jaxkd.weights.load_safetensors.
 
 PyTorch is not needed, and no code in the weights file is run.
+
+WEIGHTS may also be an index of shards, the folder of a hub model or a run.
 
 Examples:
   python -m jaxkd convert resnet20.th --model resnet20 -o resnet20.safetensors
@@ -35,7 +44,7 @@ class ConvertCommand:
     """Options of `jaxkd convert`."""
 
     weights: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="WEIGHTS")]]
-    """PyTorch file or safetensors file with PyTorch's names."""
+    """PyTorch or safetensors file, index of shards, or folder."""
     model: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """Model constructor in jaxkd.models, such as resnet20."""
     output: Annotated[Path, tyro.conf.arg(metavar="OUT", aliases=["-o"])]
@@ -49,7 +58,7 @@ class ConvertCommand:
     entry: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the only one)")
     ] = None
-    """Entry of a training checkpoint that has the weights."""
+    """Entry of a training checkpoint that has the weights, or what their names begin with."""
     image_shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="H W C")] = (32, 32, 3)
     """Shape of the images, on which the weights of some models depend."""
 
@@ -57,22 +66,23 @@ class ConvertCommand:
         """Converts the weights and prints what was transferred."""
         from jaxkd import models
         from jaxkd.transfer import TransferError
+        from jaxkd.weights import load_safetensors
 
         module = _make_module(find_constructors(vars(models)), self.model, self.num_classes)
+        _check_image_shape(self.image_shape)
         # Before the conversion, which may take a while.
-        if not self.output.absolute().parent.is_dir():
-            raise ValueError(
-                f"the folder {self.output.parent} does not exist: create it or choose another one"
-            )
+        _check_output(self.output, self.weights)
         try:
-            report = convert(
-                module,
-                self.weights,
-                self.output,
-                entry=self.entry,
-                partial=self.partial,
-                image_shape=self.image_shape,
-            )
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                report = convert(
+                    module,
+                    self.weights,
+                    self.output,
+                    entry=self.entry,
+                    partial=self.partial,
+                    image_shape=self.image_shape,
+                )
         except TransferError as error:
             # The report fills many lines, and `main` prints an error as a single one.
             print(error.report, file=sys.stderr)
@@ -80,7 +90,10 @@ class ConvertCommand:
                 f"{self.weights} does not fit {self.model}: {_suggest(error.report, module)}"
             ) from error
         print(report)
-        print(f"wrote {self.output}")
+        if self.partial:
+            print(_describe_share(report, load_safetensors(self.output)))
+        # Standard output refuses the bytes of a path that is not UTF-8.
+        print(f"wrote {os.fsencode(self.output).decode(errors='backslashreplace')}")
 
 
 def convert(
@@ -96,10 +109,11 @@ def convert(
 
     Args:
         module: A Linen module with `torch_rules()`.
-        weights: A PyTorch file, or a safetensors file with PyTorch's names.
+        weights: A file or a folder, as for `jaxkd.weights.load_weights`, with PyTorch's names or
+            those of `save_safetensors`.
         output: The file to write, as `jaxkd.weights.save_safetensors` does. An error leaves it
             unchanged.
-        entry: Entry of a training checkpoint that has the weights.
+        entry: Entry of a training checkpoint that has the weights, or what their names begin with.
         partial: Whether variables that the file lacks or has in another shape are initialized
             randomly instead of raising an error.
         image_shape: Height, width and channels of the model's images.
@@ -108,7 +122,7 @@ def convert(
         A report of what was transferred.
 
     Raises:
-        TransferError: If the weights do not fit the module and `partial` is False.
+        TransferError: If the weights do not fit the module and `partial` is False, or nothing fits.
         ValueError: If the file cannot be read.
         OSError: If a file cannot be opened or written.
     """
@@ -116,19 +130,27 @@ def convert(
     import jax.numpy as jnp
 
     from jaxkd import models
-    from jaxkd.weights import from_torch, load_weights, save_safetensors
+    from jaxkd.weights import from_torch, read_class_names, save_safetensors
+    from jaxkd.weights.torch_files import read_state_dict
 
-    state_dict = load_weights(weights, entry=entry)
+    state_dict = read_state_dict(weights, entry=entry)
     init = models.from_linen(module).init
     key = jax.random.key(0)
+    # If every variable comes from the file, shapes and dtypes are enough.
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(init, key, images)
     if partial:
-        variables = jax.jit(init)(key, jnp.zeros((1, *image_shape), jnp.float32))
-    else:
-        # Every variable comes from the file, so shapes and dtypes are enough.
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        variables = jax.eval_shape(init, key, images)
+        _check_size(variables)
+        variables = jax.jit(init)(key, jnp.zeros(images.shape, images.dtype))
     variables, report = from_torch(state_dict, variables, module.torch_rules(), strict=not partial)
-    save_safetensors(output, variables)
+    try:
+        class_names = read_class_names(weights)
+    except ValueError:  # a PyTorch file or an index
+        class_names = ()
+    # Those of the library's own files, unless the classes are other ones.
+    if len(class_names) != module.num_classes:
+        class_names = ()
+    save_safetensors(output, variables, class_names=class_names)
     return report
 
 
@@ -163,17 +185,97 @@ def _make_module(
 ) -> Any:
     if name not in constructors:
         raise ValueError(
-            f"no model {name!r} takes PyTorch weights; the models are {', '.join(constructors)}"
+            f"no model {name[:40]!r} takes PyTorch weights; the models are "
+            f"{', '.join(constructors)}"
         )
     if num_classes is None:
         return constructors[name]()
     if num_classes < 1:
         raise ValueError(f"--num-classes must be at least 1, got {num_classes}")
+    if num_classes > _MAX_CLASSES:
+        raise ValueError(f"--num-classes must be at most {_MAX_CLASSES:,}")
     return constructors[name](num_classes=num_classes)
+
+
+def _check_image_shape(image_shape: Sequence[int]) -> None:
+    if not all(1 <= length <= _MAX_IMAGE_LENGTH for length in image_shape):
+        raise ValueError(
+            f"--image-shape needs lengths of 1 to {_MAX_IMAGE_LENGTH:,}, "
+            f"got {str(image_shape)[:80]}"
+        )
+
+
+def _check_output(output: Path, weights: Path) -> None:
+    """Raises `ValueError` if the output cannot be a new file, or is the input."""
+    if not output.absolute().parent.is_dir():
+        raise ValueError(
+            f"the folder {output.parent} does not exist: create it or choose another one"
+        )
+    # An atomic write would replace a device such as /dev/null by a file.
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output} is not a regular file: choose another --output")
+    if output.exists() and weights.exists() and output.samefile(weights):
+        raise ValueError(f"{output} is the file to convert: choose another --output")
+
+
+def _check_size(variables: Any) -> None:
+    """Raises `ValueError` if variables are too large to draw them at random."""
+    import jax
+
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
+    if size > _MAX_PARAMETERS:
+        raise ValueError(
+            f"the model would have {size:,} parameters, more than {_MAX_PARAMETERS:,}: "
+            "choose fewer classes or a smaller --image-shape"
+        )
+
+
+def _show_warning(
+    message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
+) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _describe_share(report: "Report", variables: Mapping[str, Any]) -> str:
+    """Describes how much of a model came from the file."""
+    import numpy as np
+
+    from jaxkd.transfer import leaves_by_path
+
+    sizes = {path: np.size(leaf) for path, leaf in leaves_by_path(variables).items()}
+    moved = {path for _, path in report.transferred}
+    parameters = {path: size for path, size in sizes.items() if path.startswith("params/")}
+    num_moved = sum(size for path, size in parameters.items() if path in moved)
+    rest = "; the rest is drawn at random" if len(moved) < len(sizes) else ""
+    return (
+        f"transferred {_describe_ratio(len(moved), len(sizes))} arrays and "
+        f"{_describe_ratio(num_moved, sum(parameters.values()))} parameters{rest}"
+    )
+
+
+def _describe_ratio(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({100 * part / max(whole, 1):.1f} %)"
 
 
 def _suggest(report: "Report", module: Any) -> str:
     """Suggests the number of classes if nothing else differs, or other options."""
+    from jaxkd.weights.files import list_names, shorten
+
+    if not report.transferred and report.mismatched:
+        path, source, target, source_path = report.mismatched[0]
+        return (
+            f"nothing fits, such as {shorten(source_path)}, {source.dtype}{[*source.shape]} for "
+            f"{target.dtype}{[*target.shape]}: choose another --model or file"
+        )
+    if not report.transferred:
+        names = list_names(report.unexpected) or "none that counts"
+        return f"nothing fits, its names are {names}: choose another --model or file"
+    if report.removed and report.unexpected and not report.missing + report.mismatched:
+        return (
+            f"{list_names(report.unexpected)} would be left over, besides the names that begin "
+            f"with {report.removed[-1]!r}: use --entry {report.removed[-1].removesuffix('.')} "
+            "to take those alone"
+        )
     sizes = {
         (*mismatch.source.shape[-1:], *mismatch.target.shape[-1:]) for mismatch in report.mismatched
     }

@@ -19,7 +19,14 @@ from jaxkd.cli.convert import convert, find_constructors
 from jaxkd.cli.main import main
 from jaxkd.models import Outputs, from_linen
 from jaxkd.transfer import Rule
-from jaxkd.weights import load_safetensors, load_weights, save_safetensors, save_torch, to_torch
+from jaxkd.weights import (
+    load_safetensors,
+    load_weights,
+    read_class_names,
+    save_safetensors,
+    save_torch,
+    to_torch,
+)
 
 PRETRAINED = (
     Path(__file__).parents[2].parent / "shared" / "data" / "pretrained" / "resnet20-12fca82f.th"
@@ -171,6 +178,169 @@ def test_error_names_a_missing_package(arguments, monkeypatch):
         SystemExit, match=r"error: .*safetensors.*pip install 'jaxkd-distill\[experiments\]'"
     ):
         main([*arguments, "--num-classes", "5"])
+
+
+# --- names of wrappers, what moved, and the library's own files ---
+
+
+def prefix_weights(prefix, **extra):
+    weights = load_weights("weights")
+    save_safetensors("weights", {f"{prefix}{k}": a for k, a in weights.items()} | extra)
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module.module."])
+def test_prefixes_are_removed_and_named(prefix, options, arguments, variables, capsys):
+    prefix_weights(prefix, n_averaged=np.array(3))
+    main([*arguments, "--num-classes", "5", *options])
+    chex.assert_trees_all_equal(load_safetensors("out"), variables)
+    output = capsys.readouterr().out
+    assert f"removed {prefix!r} from the names" in output and "n_averaged" in output
+    share = "transferred 4 of 4 (100.0 %) arrays and 197 of 197 (100.0 %) parameters"
+    assert (share in output) == bool(options)
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+def test_nothing_transferred_is_an_error_and_suggests_no_other_option(options, arguments, capsys):
+    save_safetensors("weights", {f"a{i}.weight": np.ones(3) for i in range(5)})
+    report, error = run_with_error([*arguments, *options], capsys)
+    assert "0 transferred, 4 missing" in report
+    assert error == (
+        "error: weights does not fit small: nothing fits, its names are a0.weight, a1.weight, "
+        "a2.weight and 2 more: choose another --model or file"
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+def test_what_differs_in_dtype_is_named(options, arguments, variables, capsys):
+    weights = {name: array.astype(np.int32) for name, array in load_weights("weights").items()}
+    save_safetensors("weights", weights)
+    _, error = run_with_error([*arguments, "--num-classes", "5", *options], capsys)
+    assert error.endswith(
+        "nothing fits, such as conv.bias, int32[4] for float32[4]: choose another --model or file"
+    )
+
+
+def test_partial_states_the_share(arguments, capsys):
+    main([*arguments, "--partial"])
+    assert (
+        "transferred 2 of 4 (50.0 %) arrays and 112 of 163 (68.7 %) parameters; "
+        "the rest is drawn at random"
+    ) in capsys.readouterr().out
+
+
+def test_entry_selects_one_of_two_networks(arguments, variables, capsys):
+    prefix_weights("teacher.")
+    weights = load_weights("weights")
+    other = {"student.conv.weight": np.ones((2, 3, 3, 3), np.float32)}
+    save_safetensors("weights", weights | other)
+    _, error = run_with_error([*arguments, "--num-classes", "5"], capsys)
+    assert error.endswith(
+        "student.conv.weight would be left over, besides the names that begin with 'teacher.': "
+        "use --entry teacher to take those alone"
+    )
+    copies = {name.replace("teacher", "copy"): array for name, array in weights.items()}
+    save_safetensors("weights", weights | copies)
+    _, error = run_with_error([*arguments, "--num-classes", "5", "--partial"], capsys)
+    assert "each of the prefixes 'copy.' and 'teacher.': choose one, as in entry='copy'" in error
+    main([*arguments, "--num-classes", "5", "--entry", "teacher"])
+    chex.assert_trees_all_equal(load_safetensors("out"), variables)
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+def test_its_own_output_and_a_run_are_inputs(options, arguments, variables):
+    main([*arguments, "--num-classes", "5"])
+    os.rename("out", "own")
+    os.mkdir("run")
+    save_safetensors("run/student.safetensors", variables)
+    for source in ("own", "run"):
+        again = [source if argument == "weights" else argument for argument in arguments]
+        main([*again, "--num-classes", "5", *options])
+        chex.assert_trees_all_equal(load_safetensors("out"), variables)
+        os.remove("out")
+        with pytest.raises(SystemExit, match="use --num-classes 5, or --partial"):
+            main(again)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(arguments, variables, monkeypatch, capsys):
+    def read_torch(path):
+        return {**to_torch(variables, RULES), "epoch": 3}
+
+    # In the format of PyTorch, which may have other values between the weights.
+    Path("weights").write_bytes(b"PK")
+    monkeypatch.setattr("jaxkd.weights.torch_files.read_torch", read_torch)
+    main([*arguments, "--num-classes", "5"])
+    chex.assert_trees_all_equal(load_safetensors("out"), variables)
+    assert capsys.readouterr().err == (
+        "warning: left out what is no array between the weights: 'epoch' (int)\n"
+    )
+
+
+@pytest.mark.parametrize(("num_classes", "names"), [(5, ("a", "b", "c", "d", "e")), (3, ())])
+def test_names_of_the_same_classes_are_kept(num_classes, names, arguments, variables):
+    os.mkdir("run")
+    save_safetensors("run/student.safetensors", variables, class_names="abcde")
+    for source in ("run", "run/student.safetensors"):
+        again = [source if argument == "weights" else argument for argument in arguments]
+        main([*again, "--partial", f"--num-classes={num_classes}"])
+        assert read_class_names("out") == names
+
+
+# --- files that cannot be read or written ---
+
+
+def test_only_regular_files_are_read_and_written(arguments, capsys):
+    os.mkfifo("fifo")
+    for path in ("fifo", "/dev/zero"):
+        _, error = run_with_error(
+            [path if argument == "weights" else argument for argument in arguments], capsys
+        )
+        assert "is a FIFO, a device or a socket" in error
+    # Not /dev/null, which a defect would replace by a file.
+    for path in ("fifo", "."):
+        _, error = run_with_error(
+            [path if argument == "out" else argument for argument in arguments], capsys
+        )
+        assert f"{path} is not a regular file: choose another --output" in error
+
+
+def test_the_input_is_not_overwritten(arguments, capsys):
+    content = Path("weights").read_bytes()
+    os.symlink("weights", "link")
+    for output in ("weights", "link", "../" + Path.cwd().name + "/weights"):
+        _, error = run_with_error(
+            [output if argument == "out" else argument for argument in arguments], capsys
+        )
+        assert "is the file to convert: choose another --output" in error
+    assert Path("weights").read_bytes() == content
+
+
+def test_paths_that_are_not_utf8(arguments, variables, capfd):
+    names = [os.fsdecode(b"weights-\xff"), os.fsdecode(b"out-\xfe")]
+    os.rename("weights", names[0])
+    command = [{"weights": names[0], "out": names[1]}.get(word, word) for word in arguments]
+    main([*command, "--num-classes", "5"])
+    chex.assert_trees_all_equal(load_safetensors(names[1]), variables)
+    assert capfd.readouterr().out.endswith("wrote out-\\xfe\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("--num-classes 1000000000000", "--num-classes must be at most 1,000,000"),
+        ("--image-shape 0 2 3", "--image-shape needs lengths of 1 to 16,384"),
+        ("--image-shape -1 2 3", "--image-shape needs lengths of 1 to 16,384"),
+        ("--image-shape 1000000 2 3", "--image-shape needs lengths of 1 to 16,384"),
+        (
+            "--partial --num-classes 1000000 --image-shape 100 100 3",
+            "the model would have 40,001,000,112 parameters, more than 2,000,000,000",
+        ),
+    ],
+)
+def test_sizes_are_bounded(options, match, arguments, capsys):
+    _, error = run_with_error([*arguments, *options.split()], capsys)
+    assert re.search(match, error)
 
 
 def test_find_constructors():
