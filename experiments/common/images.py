@@ -13,7 +13,8 @@ from experiments.common import plans
 from experiments.common.cli import OptionError, require
 from jaxkd import data, distill, models, runs
 from jaxkd.distill import Examples, LossFn
-from jaxkd.weights import from_torch, load_weights, read_class_names
+from jaxkd.transfer import TransferError
+from jaxkd.weights import load_variables, read_class_names
 
 DataFn = Callable[[int], dict[str, Any]]
 """`seed -> examples`."""
@@ -107,12 +108,15 @@ def load_pretrained(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> distill.Pretrained:
-    """Loads a network with the weights of a PyTorch or safetensors file, for uint8 images.
+    """Loads a network with weights from a file or a folder, for uint8 images.
+
+    Prints what was removed from the names of the weights and what was left out.
 
     Args:
         name: Its name in the plan.
         module: A module of `jaxkd.models` that knows PyTorch's names.
-        path: The file.
+        path: As for `jaxkd.weights.load_weights`: a PyTorch or safetensors file, also one that
+            `jaxkd convert` or a run wrote; an index of shards; or a folder of a run or a hub model.
         images: Some of the images.
         options: The options.
         mean: Mean of each channel that it was trained with, in units of full brightness.
@@ -129,13 +133,21 @@ def load_pretrained(
     model = make_network(module, mean, std, options)
     target = jax.eval_shape(model.init, jax.random.key(0), images[:1])
     try:
-        variables, _ = from_torch(load_weights(path), target, module.torch_rules())
-    except ValueError as error:
-        # The first two lines, without the list of everything that is missing.
-        reason = "; ".join(str(error).splitlines()[:2])
+        variables, report = load_variables(path, target, module.torch_rules())
+    except TransferError as error:
+        # The counts alone, without the list of everything that is missing.
+        reason = str(error.report).splitlines()[0]
         raise OptionError(
-            f"--weights {path}: {reason}; `python -m jaxkd convert` shows the details"
+            f"--weights {path} does not fit {module_name}: {reason}; "
+            "`python -m jaxkd convert` shows the details"
         ) from error
+    except ValueError as error:
+        # Most of these messages begin with the path.
+        reason = str(error).removeprefix(str(path)).strip(" :")
+        raise OptionError(f"--weights {path}: {reason}") from error
+    if report.removed and distill.is_primary_process():
+        names = " and ".join(map(repr, report.removed))
+        print(f"{module_name}: removed {names} from the names of its weights")
     return distill.Pretrained(name, model, jax.device_put(variables))
 
 
