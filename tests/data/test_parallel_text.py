@@ -111,7 +111,7 @@ def test_bombs_and_pipes_are_refused(parallel):
 def test_thousands_of_files_end_in_a_short_line(parallel):
     for number in range(300):
         (parallel / f"{number}{'x' * 100}").touch()
-    with pytest.raises(DataError, match=r"it has .* and 302 more") as error:
+    with pytest.raises(DataError, match=" and 302 more") as error:
         parallel_text.load_pairs(parallel, source="es", target="fr")
     assert len(str(error.value)) <= 300
 
