@@ -16,18 +16,20 @@ PACKAGE = Path(jaxkd.__file__).parent
 # a new arrow is a decision.
 ARROWS = {
     "_files": set(),
+    "_messages": set(),
+    "_extras": {"_messages"},
     "attention": set(),
     "layout": set(),
     "decode": set(),
     "losses": {"attention"},
     "transfer": {"layout"},
-    "models": {"attention", "layout", "transfer"},
-    "data": set(),
+    "models": {"_extras", "attention", "layout", "transfer"},
+    "data": {"_extras"},
     "evaluate": {"data", "losses", "models"},
-    "weights": {"_files", "data", "models", "transfer"},
-    "runs": {"_files", "evaluate", "models"},
-    "distill": {"_files", "data", "evaluate", "models", "runs"},
-    "cli": {"models", "runs", "transfer", "weights"},
+    "weights": {"_extras", "_files", "data", "models", "transfer"},
+    "runs": {"_extras", "_files", "evaluate", "models"},
+    "distill": {"_extras", "_files", "data", "evaluate", "models", "runs"},
+    "cli": {"_extras", "_messages", "models", "runs", "transfer", "weights"},
     "__main__": {"cli"},
 }
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from jaxkd.cli import errors
+
 if TYPE_CHECKING:
     from jaxkd.cli.convert import ConvertCommand
     from jaxkd.cli.verify import VerifyCommand
@@ -24,16 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The arguments of the command. Defaults to those of the command line.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    errors.check_arguments(arguments)
     try:
-        _parse(arguments or ["--help"]).execute()
-    except ImportError as error:
-        # Some of the library's own errors name a smaller extra.
-        advice = (
-            "" if "pip install" in str(error) else ": run pip install 'jaxkd-distill[experiments]'"
-        )
-        sys.exit(f"error: {error}{advice}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        with errors.errors_in_one_line(ValueError):
+            _parse(arguments or ["--help"]).execute()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -49,16 +45,21 @@ def _parse(arguments: Sequence[str]) -> "ConvertCommand | VerifyCommand":
         # tyro also shows the description in the list of commands, where examples would be clutter.
         return description if arguments[0] == name else description.partition("\n")[0]
 
-    return tyro.cli(
-        Annotated[
-            convert.ConvertCommand,
-            tyro.conf.subcommand("convert", description=describe("convert", convert.DESCRIPTION)),
-        ]
-        | Annotated[
-            verify.VerifyCommand,
-            tyro.conf.subcommand("verify", description=describe("verify", verify.DESCRIPTION)),
-        ],
-        prog="jaxkd" if Path(sys.argv[0]).stem == "jaxkd" else "python -m jaxkd",
-        description=_DESCRIPTION,
-        args=arguments,
-    )
+    def parse() -> "ConvertCommand | VerifyCommand":
+        return tyro.cli(
+            Annotated[
+                convert.ConvertCommand,
+                tyro.conf.subcommand(
+                    "convert", description=describe("convert", convert.DESCRIPTION)
+                ),
+            ]
+            | Annotated[
+                verify.VerifyCommand,
+                tyro.conf.subcommand("verify", description=describe("verify", verify.DESCRIPTION)),
+            ],
+            prog="jaxkd" if Path(sys.argv[0]).stem == "jaxkd" else "python -m jaxkd",
+            description=_DESCRIPTION,
+            args=arguments,
+        )
+
+    return errors.parse(parse, arguments)

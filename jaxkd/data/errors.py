@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Packages of the extra `text`; all other optional packages belong to the extra `experiments`.
-_TEXT_PACKAGES = ("tokenizers", "sacrebleu")
+from jaxkd._extras import describe_missing
 
 MAX_MESSAGE = 300
 """Number of characters of the longest message, the command of a remedy aside."""
@@ -107,11 +106,7 @@ def expand_user_path(path: str | os.PathLike[str]) -> Path:
 
 def missing_package_error(error: ImportError) -> DataError:
     """Makes the error that names a missing package and the command that installs it."""
-    extra = "text" if error.name in _TEXT_PACKAGES else "experiments"
-    return DataError(
-        f"this needs {error.name}, which cannot be imported ({one_line(error)}): ",
-        command=f"pip install 'jaxkd-distill[{extra}]'",
-    )
+    return DataError("", command=describe_missing(error, "experiments"))
 
 
 def one_line(error: Exception) -> str:

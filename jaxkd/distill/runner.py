@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkd._extras import require_installed
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
@@ -90,9 +91,12 @@ def run_plan(
             message names what differs), its folder was deleted, or XLA computes with outdated
             weights (`runs.environment.check_cpu_products`).
         OSError: If the run's folder or that of the teachers' logits cannot be written.
+        ImportError: If orbax is missing.
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    # Otherwise the first checkpoint would fail, after some of the training.
+    require_installed("orbax")
     # Before any training: a program that reads outdated weights raises no error, but its results
     # are wrong.
     check_cpu_products()

@@ -4,6 +4,7 @@ A constructor such as `resnet20` makes a Flax module, and `from_linen` makes the
 other package of the library imports Flax.
 """
 
+import jaxkd.models._flax  # noqa: F401  (before the networks, which import Flax)
 from jaxkd.models.bert import BERT, bert_pooling, distilbert_pooling, mean_pooling
 from jaxkd.models.cifar_resnet import (
     CifarResNet,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
 
+from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def save_program(
     References:
         Exporting and serializing, https://docs.jax.dev/en/latest/export/export.html
     """
+    with add_install_command():
+        import flatbuffers  # noqa: F401  (jax.export needs it, and says so less clearly)
+
     # Constants that are sharded over N devices would make a program that runs only on N devices.
     weights = jax.tree.map(np.asarray, variables)
 

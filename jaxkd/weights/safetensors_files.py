@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jax import Array
 
+from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd.weights.files import RUN_FILE, check_regular_file, shorten
 
@@ -35,6 +36,7 @@ def save_safetensors(
     Raises:
         ValueError: If a key is neither a string nor an integer, contains a `/` or is a string of
             digits, because loading would change it.
+        ImportError: If safetensors is missing.
 
     Example:
         >>> import pathlib, tempfile
@@ -51,7 +53,8 @@ def save_safetensors(
     References:
         The format, https://github.com/huggingface/safetensors
     """
-    from safetensors.numpy import save
+    with add_install_command():
+        from safetensors.numpy import save
 
     # `save` writes the memory of an array in the order it has, so a transposed view must be copied.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flatten(variables).items()}
@@ -142,8 +145,10 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: If the file is damaged, is not a regular file in the format of safetensors, or
             has arrays that NumPy cannot hold.
         OSError: If the file does not exist or cannot be read.
+        ImportError: If safetensors is missing.
     """
-    from safetensors import SafetensorError, safe_open
+    with add_install_command():
+        from safetensors import SafetensorError, safe_open
 
     check_regular_file(path)
     try:

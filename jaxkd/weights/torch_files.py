@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back, transfer
 from jaxkd.transfer.trees import check_complete, match_leaves, replace_leaves
@@ -229,8 +230,10 @@ def save_torch(path: str | os.PathLike, variables: dict, rules: Iterable[Rule]) 
 
     Raises:
         ValueError: As for `to_torch`.
+        ImportError: If safetensors is missing.
     """
-    from safetensors.numpy import save
+    with add_install_command():
+        from safetensors.numpy import save
 
     # transformers rejects files without this entry. More entries would be written in an order that
     # changes between processes.

@@ -174,9 +174,7 @@ def test_damaged_file_keeps_the_old_output(arguments, capsys):
 
 def test_error_names_a_missing_package(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(
-        SystemExit, match=r"error: .*safetensors.*pip install 'jaxkd-distill\[experiments\]'"
-    ):
+    with pytest.raises(SystemExit, match=r"error: .*safetensors.*pip install -e '.*\[train\]'$"):
         main([*arguments, "--num-classes", "5"])
 
 

@@ -105,7 +105,7 @@ def test_invalid_options(arguments, match, capsys):
 def test_missing_tyro(monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     with pytest.raises(
-        SystemExit, match=r"^error: .*tyro.*: run pip install 'jaxkd-distill\[experiments\]'$"
+        SystemExit, match=r"^error: this needs tyro, .*: pip install -e '.*\[experiments\]'$"
     ):
         main(["verify", "run"])
 

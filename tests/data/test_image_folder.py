@@ -394,7 +394,7 @@ def test_image_of_absurd_size(photos, monkeypatch):
 def test_missing_pillow(photos, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(
-        data.DataError, match=r"needs PIL.Image, .*: pip install 'jaxkd-distill\[experiments\]'"
+        data.DataError, match=r"needs PIL.Image, .*: pip install -e '.*\[experiments\]'$"
     ):
         data.load(photos)
 

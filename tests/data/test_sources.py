@@ -95,7 +95,7 @@ def test_missing_tfds(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(
         data.DataError,
-        match=r"needs tensorflow_datasets.*pip install 'jaxkd-distill\[experiments\]'",
+        match=r"needs tensorflow_datasets.*pip install -e '.*\[experiments\]'$",
     ):
         data.load("cifar10", tmp_path)
 

@@ -461,6 +461,6 @@ def test_without_orbax_the_error_names_the_command(tmp_path, monkeypatch, call):
     checkpoints.save(tmp_path, 1, {"x": jnp.zeros(3)})
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     arguments = {"save": (2, {"x": jnp.zeros(3)}), "restore": ({"x": jnp.zeros(3)},), "load": ()}
-    message = r"^this needs orbax.checkpoint, .*: pip install 'jaxkd-distill\[train\]'$"
+    message = r"^this needs orbax.checkpoint, .*: pip install -e '.*\[train\]'$"
     with pytest.raises(ImportError, match=message):
         getattr(checkpoints, call)(tmp_path, *arguments[call])

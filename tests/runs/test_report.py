@@ -196,7 +196,7 @@ def test_a_table_may_have_no_rows_and_cells_of_any_type():
 
 def test_without_tabulate_the_error_names_the_command(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "tabulate", None)
-    with pytest.raises(ImportError, match=r"needs tabulate, .*: pip install .*distill\[train\]'$"):
+    with pytest.raises(ImportError, match=r"needs tabulate, .*: pip install .*\[train\]'$"):
         report.results_table(rows)
 
 

@@ -412,7 +412,7 @@ def test_system_whose_locks_would_outlive_their_process_warns(tmp_path, monkeypa
 
 def test_without_filelock_the_error_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "filelock", None)
-    message = r"^this needs filelock, .*: pip install 'jaxkd-distill\[train\]'$"
+    message = r"^this needs filelock, .*: pip install -e '.*\[train\]'$"
     with pytest.raises(ImportError, match=message):
         runs.open_run(tmp_path, CONFIG)
 

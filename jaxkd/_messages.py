@@ -1,0 +1,42 @@
+"""Messages of one line that stay readable, however long what they quote is."""
+
+from collections.abc import Iterable
+
+MAX_LENGTH = 300
+"""Number of characters of the longest message."""
+
+
+def shorten(text: object, limit: int = MAX_LENGTH) -> str:
+    """Returns a text on one line, of which the middle is left out if it is too long.
+
+    The beginning of a message names the cause and its end the remedy, so both are kept.
+
+    Example:
+        >>> shorten("the classes " + ", ".join(map(str, range(100))) + " are too many", 50)
+        'the classes 0, 1, 2, 3, 4, 5, … 99 are too many'
+    """
+    line = " ".join(str(text).split())
+    if len(line) <= limit:
+        return line
+    # The cut is between words, if there are any near.
+    end = limit // 3
+    start = limit - end - 3
+    head = line[:start].rpartition(" ")[0]
+    tail = line[-end:].partition(" ")[2]
+    head = head if len(head) > start // 2 else line[:start]
+    tail = tail if len(tail) > end // 2 else line[-end:]
+    return f"{head} … {tail}"
+
+
+def list_some(names: Iterable[object], count: int = 5) -> str:
+    """Lists the first few names, and the number of the others.
+
+    Example:
+        >>> list_some(["a", "b", "c", "d"], count=2)
+        'a, b and 2 more'
+        >>> list_some(["a", "b"])
+        'a, b'
+    """
+    texts = [shorten(name, 40) for name in names]
+    rest = f" and {len(texts) - count:,} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + rest

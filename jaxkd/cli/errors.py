@@ -1,0 +1,91 @@
+"""Expected errors of a command line: one line each, and a status that is not 0."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+from jaxkd._extras import describe_missing
+from jaxkd._messages import shorten
+
+T = TypeVar("T")
+
+MAX_ARGUMENT = 4096
+"""Number of characters of the longest argument, that of the longest path on Linux."""
+_MAX_QUOTED = 100
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Ends the process in one line if an argument cannot be printed, saved or read as a path."""
+    for argument in arguments:
+        quoted = shorten(argument, _MAX_QUOTED)
+        if len(argument) > MAX_ARGUMENT:
+            exit_with(
+                f"an argument has {len(argument):,} characters, of which {MAX_ARGUMENT:,} are "
+                f"possible: shorten {quoted}"
+            )
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            exit_with(f"{quoted!r} is not UTF-8, which files need here: rename the file or folder")
+        if "\0" in argument:
+            exit_with(f"{quoted!r} has a null character: remove it")
+
+
+def parse(parse_arguments: Callable[[], T], arguments: Sequence[str]) -> T:
+    """Calls a parser, and shortens its error if that quotes a long argument.
+
+    Args:
+        parse_arguments: Parses the arguments, or prints an error and exits.
+        arguments: The arguments.
+    """
+    if all(len(argument) <= _MAX_QUOTED for argument in arguments):
+        return parse_arguments()
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return parse_arguments()
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        # Without the frame that the parser draws.
+        text = re.sub("[─-╿]|-{4,}", " ", errors.getvalue())
+        print(f"error: {shorten(text, 280)}", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*expected: type[Exception]) -> Generator[None]:
+    """Ends the process in one line and with status 1 at an expected error.
+
+    Errors of imports and of the operating system, and a lack of memory, are always expected.
+
+    Args:
+        *expected: The other types of errors that the user can cause.
+    """
+    try:
+        yield
+    except ImportError as error:
+        exit_with(describe_missing(error))
+    except (OSError, *expected) as error:
+        exit_with(error)
+    except Exception as error:
+        if not _is_lack_of_memory(error):
+            raise
+        exit_with(
+            f"there is not enough memory ({shorten(error, 150)}): use smaller batches, images or "
+            "networks, or end other programs"
+        )
+
+
+def exit_with(error: object) -> None:
+    """Ends the process with an error of one line."""
+    sys.exit(f"error: {shorten(error, 290)}")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # By its name, because JAX need not have been imported.
+    is_from_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return isinstance(error, MemoryError) or (is_from_jax and "RESOURCE_EXHAUSTED" in str(error))
