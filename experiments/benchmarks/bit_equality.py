@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import USER_XLA_FLAGS
 from experiments.common import cli
 from jaxkd import data, distill, evaluate, losses, models, runs
 from jaxkd.models.convolution import Conv
@@ -74,6 +76,16 @@ class Config:
             cli.require(
                 name in CONDITIONS,
                 f"--only {name!r}: not a condition; experiments/results/bits.md lists them",
+            )
+        if self.write:
+            # Now, not after minutes of training.
+            cli.require(
+                self.write.parent.is_dir() and not self.write.is_dir(),
+                f"--write {self.write}: must be a file in a folder that exists",
+            )
+        for python in self.python:
+            cli.require(
+                shutil.which(python) is not None, f"--python {python}: there is no such program"
             )
 
 
@@ -283,7 +295,6 @@ def start_worker(
     Returns:
         The worker's outcome, and all that it printed as `stdout`.
     """
-    xla_flags = os.environ.get("XLA_FLAGS", "")
     # Every interpreter must import this source, also one with another version installed.
     python_path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     # Without the minimum compile time, programs that compile quickly would not be cached.
@@ -294,7 +305,8 @@ def start_worker(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONHASHSEED": str(hash_seed),
         "PYTHONPATH": os.pathsep.join(python_path),
-        "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={devices}".strip(),
+        # The worker adds what its own version of JAX needs, and aborts at an unknown flag.
+        "XLA_FLAGS": f"{USER_XLA_FLAGS} --xla_force_host_platform_device_count={devices}".strip(),
     }
     arguments = json.dumps({"network": network, "folder": str(folder)} | options)
     worker = subprocess.run(
