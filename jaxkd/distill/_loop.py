@@ -4,9 +4,10 @@ Without a vectorised placement, a group is one student.
 """
 
 import functools
+import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import describe_labels
 from jaxkd.runs import Run, RunError, checkpoints
+
+LOSSES_ON_DEVICE = 1024
+"""Number of calls after which their losses are moved to the host."""
 
 
 class TrainingLoop:
@@ -60,10 +64,8 @@ class TrainingLoop:
         self._teacher_cache = teacher_cache
         self._buckets = buckets
         self._save_every = save_every
-        # Rounded up, so that the last evaluation is at the last step and none is at step 0.
-        self._evaluation_steps = {
-            -(-group.steps * (i + 1) // evaluations) for i in range(evaluations)
-        }
+        # There is at most one evaluation after a step.
+        self._evaluations = min(evaluations, group.steps)
         self._seconds = [stage_run.progress.seconds for stage_run in group.stage_runs]
         self._accuracies: list[Any] = [
             stage_run.progress.validation_accuracy for stage_run in group.stage_runs
@@ -103,7 +105,7 @@ class TrainingLoop:
             for step, next_step in itertools.pairwise(self._stops()):
                 self._take_steps(range(step, next_step))
                 on_advance(next_step - step)
-                if next_step in self._evaluation_steps:
+                if next_step == self._last_evaluation(next_step):
                     # Evaluate before saving: on a restart, a record newer than the checkpoint is
                     # dropped and written again, while a missing one would be lost.
                     records = self._evaluate(next_step)
@@ -117,14 +119,29 @@ class TrainingLoop:
             raise
         return self._collect(self._get_states())
 
-    def _stops(self) -> list[int]:
-        """Returns the first step, and the steps at which control returns to the host."""
-        stops = {
-            *self._evaluation_steps,
-            *range(0, self.group.steps, self._placement.steps_per_call),
-        }
-        first = self.group.first_step
-        return [first, *sorted(stop for stop in stops if stop > first)]
+    def _stops(self) -> Iterator[int]:
+        """Yields the first step, and the steps at which control returns to the host."""
+        first, last = self.group.first_step, self.group.steps
+        per_call = self._placement.steps_per_call
+        # Two sorted iterators, because there may be too many steps for a list.
+        calls = range(first // per_call * per_call, last, per_call)
+        evaluations = map(
+            self._evaluation_step,
+            range(first * self._evaluations // last + 1, self._evaluations + 1),
+        )
+        yield first
+        for stop, _ in itertools.groupby(heapq.merge(calls, evaluations)):
+            if stop > first:
+                yield stop
+
+    def _evaluation_step(self, number: int) -> int:
+        """Returns the step of an evaluation; the last one is at the last step."""
+        # Rounded up, so that none is at step 0.
+        return -(-self.group.steps * number // self._evaluations)
+
+    def _last_evaluation(self, step: int) -> int:
+        """Returns the step of the last evaluation up to a step, or 0 before the first."""
+        return self._evaluation_step(step * self._evaluations // self.group.steps)
 
     def _put_on_devices(self) -> None:
         group, placement = self.group, self._placement
@@ -277,6 +294,13 @@ class TrainingLoop:
                 self._state, self._put_examples(length), indices, self._teachers, self._keys
             )
             self._losses.append(losses)
+            self._new_losses += 1
+            if self._new_losses == LOSSES_ON_DEVICE:
+                # An array on a device takes far more memory than the numbers in it.
+                self._losses[-self._new_losses :] = [
+                    np.concatenate(jax.device_get(self._losses[-self._new_losses :]))
+                ]
+                self._new_losses = 0
 
     def _evaluate(self, step: int) -> list[dict[str, Any]]:
         """Scores every student on the validation split, and records and returns the results."""
@@ -353,8 +377,7 @@ class TrainingLoop:
             return
         # A vectorised state has one counter per student; all of them are equal.
         step = int(self._state.step.ravel()[0])
-        last_evaluation = max((s for s in self._evaluation_steps if s <= step), default=0)
-        if step and sum(map(len, self._losses)) == step - last_evaluation:
+        if step and sum(map(len, self._losses)) == step - self._last_evaluation(step):
             self._save(step)
 
     def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:
@@ -394,6 +417,7 @@ class TrainingLoop:
         """Starts with these losses of each student."""
         # Transposed to `[K, P]`, the layout in which steps return theirs.
         self._losses: list[Any] = [np.array(losses, np.float32).T]
+        self._new_losses = 0
 
 
 def _average(records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

@@ -1,5 +1,10 @@
 """The training loop: evaluations, checkpoints, and the same bits after any interruption."""
 
+import itertools
+import math
+import tracemalloc
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +12,7 @@ import optax
 import pytest
 
 from jaxkd import distill, losses, runs
+from jaxkd.distill import _loop
 from small_plans import (
     VALIDATION,
     add_noise,
@@ -219,3 +225,44 @@ def test_lost_records_are_an_error(tmp_path):
     message = "lost the records of first, seed 0: delete .*first to train it again"
     with pytest.raises(runs.RunError, match=message):
         train(tmp_path, plan)
+
+
+def make_loop(steps, evaluations, *, first_step=0, steps_per_call=1):
+    """Makes the part of a training loop that chooses where it stops."""
+    loop = object.__new__(_loop.TrainingLoop)
+    loop.group = types.SimpleNamespace(steps=steps, first_step=first_step)
+    loop._placement = types.SimpleNamespace(steps_per_call=steps_per_call)
+    loop._evaluations = min(evaluations, steps)
+    return loop
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4, 32])
+@pytest.mark.parametrize("steps", [1, 7, 12, 33])
+@pytest.mark.parametrize("evaluations", [1, 3, 10, 12, 100])
+def test_stops_are_the_evaluations_and_the_ends_of_calls(steps, evaluations, steps_per_call):
+    expected = {math.ceil(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    stops = {*range(0, steps, steps_per_call), *expected}
+    for first in range(steps):
+        loop = make_loop(steps, evaluations, first_step=first, steps_per_call=steps_per_call)
+        assert list(loop._stops()) == [first, *sorted(stop for stop in stops if stop > first)]
+        last = max((step for step in expected if step <= first), default=0)
+        assert loop._last_evaluation(first) == last
+    assert loop._last_evaluation(steps) == steps
+
+
+def test_billions_of_steps_and_evaluations_take_neither_time_nor_memory():
+    tracemalloc.start()
+    try:
+        loop = make_loop(10**12, 2 * 10**9, first_step=10**11)
+        assert list(itertools.islice(loop._stops(), 4)) == [10**11 + i for i in range(4)]
+        every = make_loop(10, 10**18)
+        assert list(every._stops()) == list(range(11))
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_losses_that_move_to_the_host_change_no_record(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(_loop, "LOSSES_ON_DEVICE", 2)
+    trained, run = train(tmp_path, make_chain(), **OPTIONS)
+    assert_same_training(trained, run, unbroken)
