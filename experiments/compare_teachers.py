@@ -30,7 +30,6 @@ Time: 9.5 minutes on 2 CPU cores
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ import numpy as np
 
 from experiments import methods
 from experiments.common import cli, images, plans
+from experiments.common.options import num_steps
 from experiments.methods import EMBEDDING_SIZE, Method, make_loss
 from jaxkd import data, distill, losses, models
 from jaxkd.runs import ResultRow, figures
@@ -172,7 +172,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         examples=few_images,
         options=config,
         # Epochs over the student's images, of which there are fewer than of the teacher's.
-        steps=math.ceil(config.student_epochs * count / config.batch_size),
+        steps=num_steps(config, count, epochs=config.student_epochs),
     )
     stages = [
         teacher_stage(f"resnet{depth}", networks[depth], loss=plans.supervised_loss)

@@ -350,7 +350,7 @@ def translate_sentence(config: Config, sentence: str) -> str:
     """
     # By default, the folder is named after the options without the sentence.
     options_of_run = dataclasses.replace(config, translate=None)
-    folder = plans.choose_folder("translation", options_of_run, config.dataset)
+    folder = plans.choose_folder("translation", options_of_run, config.data_name)
     for name in ("student.safetensors", TOKENIZER_FILE, "config.json"):
         if not (folder / name).is_file():
             raise OptionError(
@@ -383,7 +383,7 @@ def main(config: Config) -> None:
     import_or_raise("sacrebleu")
     data = translation_data.encode(config, translation_data.load(config))
     arrays = [data.train, data.validation, data.sources]
-    run = plans.open_run("translation", config, config.dataset, arrays)
+    run = plans.open_run("translation", config, config.data_name, arrays)
     teacher = teacher_pairs = None
     if config.has_teacher:
         teacher, teacher_pairs = train_teacher(run, config, data)

@@ -13,6 +13,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from experiments.common.cli import check_writable
+from experiments.common.limits import expand
 from jaxkd._files import write_atomically
 
 if TYPE_CHECKING:
@@ -86,8 +88,9 @@ def time_rounds(
 def prepare_folder(config: Any) -> Path:
     """Checks the options and makes the folder of the results."""
     config.check()
-    folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = expand(config.workdir)
+    # Now, not after minutes of measurements.
+    check_writable("--workdir", folder)
     return folder
 
 

@@ -2,10 +2,12 @@
 
 import ctypes
 import dataclasses
+import io
 import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import types
 import warnings
@@ -17,7 +19,10 @@ import docstring_parser
 import jax
 import tyro
 
+from experiments.common.limits import check_limits
 from jaxkd import distill
+from jaxkd._messages import list_some, shorten
+from jaxkd.cli import errors
 from jaxkd.data import DataError
 from jaxkd.runs import RunError, enable_determinism
 
@@ -47,8 +52,26 @@ def select_names(only: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
     """
     known = tuple(known)
     unknown = sorted({*only} - {*known})
-    require(not unknown, f"--only {' '.join(unknown)}: choose from {' '.join(known)}")
+    require(not unknown, f"--only {list_some(unknown)}: choose from {' '.join(known)}")
     return tuple(name for name in known if not only or name in only)
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Makes a folder and checks that files can be written to it.
+
+    Raises:
+        OptionError: If they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without a name, so that nothing stays behind.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OptionError(
+            f"{option} {folder}: cannot be written ({reason}); name another folder"
+        ) from error
 
 
 def run(
@@ -74,18 +97,23 @@ def run(
         # tyro would print each paragraph as one long line.
         print(_wrap(description), end="\n\n")
         description = ""
-    options = tyro.cli(config, prog=_command(), description=description)
+    arguments = sys.argv[1:]
+    errors.check_arguments(arguments)
+    options = errors.parse(
+        lambda: tyro.cli(config, prog=_command(), description=description), arguments
+    )
     warnings.showwarning = _show_warning
+    _print_any_text()
     _keep_freed_memory()
     print(_describe_start(description, is_default=options == config()), flush=True)
     try:
-        if getattr(options, "deterministic", False):
-            enable_determinism()
-        _keep_compiled_programs()
-        _connect_processes(options)
-        main(options)
-    except (OptionError, DataError, RunError, ImportError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        with errors.errors_in_one_line(OptionError, DataError, RunError):
+            check_limits(options, require)
+            if getattr(options, "deterministic", False):
+                enable_determinism()
+            _keep_compiled_programs()
+            _connect_processes(options)
+            main(options)
     except KeyboardInterrupt:
         hint = "; the same command resumes from the newest checkpoint" if resumes else ""
         print(f"\nstopped{hint}", file=sys.stderr)
@@ -132,6 +160,13 @@ def _describe_start(description: str | None, *, is_default: bool) -> str:
     return f"{_command()}: takes {duration}{options}"
 
 
+def _print_any_text() -> None:
+    """Lets a terminal or pipe without some character show "?", which must not end a training."""
+    # stderr already shows such a character by its number.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _keep_freed_memory() -> None:
     """Lets glibc keep the memory that a step frees, so that the next step need not fault it in.
 
@@ -162,17 +197,36 @@ def _connect_processes(options: Any) -> None:
     coordinator = getattr(options, "coordinator", "")
     if not coordinator:
         return
-    is_complete = options.num_processes is not None and options.process_id is not None
+    if coordinator != "auto":
+        _check_coordinator(coordinator, options.num_processes, options.process_id)
+    print(f"waiting up to 5 minutes for the processes at --coordinator {coordinator}", flush=True)
+    try:
+        distill.initialize_distributed(
+            coordinator, num_processes=options.num_processes, process_id=options.process_id
+        )
+    except (RuntimeError, ValueError) as error:
+        raise OptionError(
+            f"--coordinator {coordinator}: no connection ({shorten(error, 120)}); check that its "
+            "process runs and that its port can be reached"
+        ) from error
+
+
+def _check_coordinator(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Checks the options of several processes, which would wait for each other in vain."""
+    if num_processes is None or process_id is None:
+        raise OptionError(f"--coordinator {coordinator}: needs --num-processes and --process-id")
+    require(num_processes >= 1, f"--num-processes {num_processes}: needs at least 1")
     require(
-        coordinator == "auto" or is_complete,
-        f"--coordinator {coordinator}: needs --num-processes and --process-id",
+        0 <= process_id < num_processes,
+        f"--process-id {process_id}: must be from 0 to {num_processes - 1}, below --num-processes",
     )
-    distill.initialize_distributed(
-        coordinator, num_processes=options.num_processes, process_id=options.process_id
+    require(
+        re.fullmatch(r".+:\d{1,5}", coordinator) is not None,
+        f"--coordinator {coordinator}: must be address:port, such as 10.0.0.1:1234",
     )
 
 
 def _show_warning(
     message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
 ) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {shorten(message, 290)}", file=sys.stderr)

@@ -58,7 +58,9 @@ class SoftTargetOptions(common_options.SoftTargetOptions, Options):
 
 def load(options: Options) -> data.Dataset:
     """Loads the images that the options name."""
-    return data.load(options.dataset, options.data_dir, image_size=options.image_size)
+    dataset = data.load(options.dataset, options.data_dir, image_size=options.image_size)
+    common_options.check_batch_size(options, len(dataset.train.labels))
+    return dataset
 
 
 def make_network(module: Any, mean: Any, std: Any, options: Options) -> models.Model:

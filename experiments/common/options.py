@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.cli import require
+from experiments.common.limits import LARGEST_INTEGER
 from jaxkd import distill, models
 
+SMALL_BATCH = 1024
+"""Batches up to this size are possible whatever the number of examples."""
 MAX_STUDENTS = 64
 """Largest number of students in one program, unless the user asks for more."""
 
@@ -58,13 +61,17 @@ class Options:
     save_every: float = 15.0
     """Seconds between checkpoints. One is also saved at the end of a stage and on Ctrl-C."""
     workdir: str | None = None
-    """Directory of the run. By default a directory in runs/ named after the options. The same
+    """Directory of the run. By default a directory in runs/ named after data and options. The same
     command resumes there."""
 
     def check(self) -> None:
         """Raises `OptionError` for an invalid value."""
         require(self.num_seeds >= 1, f"--num-seeds {self.num_seeds}: needs at least 1")
-        require(0 <= self.seed < 2**31, f"--seed {self.seed}: must be from 0 to {2**31 - 1}")
+        last_seed = self.seed + self.num_seeds - 1
+        require(
+            0 <= self.seed and last_seed <= LARGEST_INTEGER,
+            f"--seed {self.seed}: the seeds must be from 0 to {LARGEST_INTEGER}",
+        )
         require(self.epochs >= 1, f"--epochs {self.epochs}: needs at least 1")
         require(self.batch_size >= 1, f"--batch-size {self.batch_size}: needs at least 1")
         require(
@@ -128,9 +135,31 @@ class SoftTargetOptions(Options):
 
 
 def num_steps(options: Options, num_examples: int, *, epochs: int | None = None) -> int:
-    """Returns the number of steps of the options' epochs, or of `epochs`, over the examples."""
+    """Returns the number of steps of the options' epochs, or of `epochs`, over the examples.
+
+    Raises:
+        OptionError: If there are more steps than a step counter of 32 bits can hold.
+    """
     epochs = options.epochs if epochs is None else epochs
-    return math.ceil(epochs * num_examples / options.batch_size)
+    # In integers, because a float cannot hold a large product.
+    steps = -(-epochs * num_examples // options.batch_size)
+    require(
+        steps <= LARGEST_INTEGER,
+        f"{epochs:,} epochs of {num_examples:,} examples are {steps:,} steps, of which "
+        f"{LARGEST_INTEGER:,} are possible: choose fewer --epochs",
+    )
+    return steps
+
+
+def check_batch_size(options: Options, num_examples: int) -> None:
+    """Raises `OptionError` if a batch would hold every example many times."""
+    # A few examples may fill a batch of the usual size more than once.
+    largest = max(num_examples, SMALL_BATCH)
+    require(
+        options.batch_size <= largest,
+        f"--batch-size {options.batch_size}: there are only {num_examples:,} training examples; "
+        f"choose at most {largest}",
+    )
 
 
 def make_model(module: Any, options: Options) -> models.Model:

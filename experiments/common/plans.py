@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common.cli import check_writable
+from experiments.common.limits import expand
 from experiments.common.options import Options, SoftTargetOptions, make_placement
 from jaxkd import distill, evaluate, losses, models, runs, weights
 from jaxkd.distill import Batch, Examples, LossContext, LossFn, TrainedModel
@@ -88,14 +91,38 @@ def transfer_all_but_head(source: dict, fresh: dict) -> dict:
 
 
 def choose_folder(experiment: str, options: Options, data_name: str) -> Path:
-    """Returns the options' workdir, or a folder in runs/ named after data and options."""
+    """Returns the options' workdir, or a folder in runs/ named after data and options.
+
+    The name has the data, the number of seeds and some of the options that are not the default. The
+    digits at its end stand for all of them.
+    """
     if options.workdir:
-        return Path(options.workdir).expanduser()
+        return expand(options.workdir)
     values = dataclasses.asdict(options).items()
     # Options that change no result, such as `--save-every`, resume the same folder.
     identifying = {name: value for name, value in values if name not in runs.IGNORED_OPTIONS}
     digest = hashlib.sha256(json.dumps(identifying, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / experiment / f"{Path(data_name).name}-{digest}"
+    seeds = f"{options.num_seeds}seed{'s' if options.num_seeds > 1 else ''}"
+    parts = [_clean_name(Path(data_name).resolve().name), seeds, *_name_changes(options), digest]
+    return Path("runs") / experiment / "-".join(parts)
+
+
+def _name_changes(options: Options) -> list[str]:
+    """Names the first few options with another value than the default, such as `epochs2`."""
+    changes = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        # The data and the number of seeds are named in any case.
+        is_named = field.name in ("dataset", "num_seeds", *runs.IGNORED_OPTIONS)
+        if not is_named and value != field.default:
+            values = value if isinstance(value, tuple) else (value,)
+            changes.append(_clean_name(field.name + "_".join(map(str, values))))
+    return changes[:3]
+
+
+def _clean_name(text: str) -> str:
+    """Returns the part of a file's name for a text, without what a shell would interpret."""
+    return re.sub(r"(?:[^\w.]|_|\.\.+)+", "_", text).strip("._")[:40] or "data"
 
 
 def open_run(
@@ -110,6 +137,9 @@ def open_run(
         arrays: All of the data, for its fingerprint.
     """
     config = {"experiment": experiment} | dataclasses.asdict(options)
+    if options.teacher_cache and distill.is_primary_process():
+        # Otherwise it would fail after the teacher's training.
+        check_writable("--teacher-cache", expand(options.teacher_cache))
     return runs.open_run(choose_folder(experiment, options, data_name), config, arrays=arrays)
 
 
@@ -120,7 +150,7 @@ def run_options(options: Options, plan: Plan) -> dict[str, Any]:
         "placement": make_placement(options, plan),
         "save_every": options.save_every,
         "evaluations": options.evaluations,
-        "teacher_cache": options.teacher_cache,
+        "teacher_cache": options.teacher_cache and expand(options.teacher_cache),
     }
 
 

@@ -109,12 +109,14 @@ def load_bert_classifier(name: str, num_classes: int) -> hub.PretrainedBERT:
 
 def load(options: Options) -> text.TextDataset:
     """Loads the texts that the options name."""
-    return text.load_texts(
+    dataset = text.load_texts(
         options.dataset,
         options.data_dir,
         text_column=options.text_column,
         label_column=options.label_column,
     )
+    common_options.check_batch_size(options, len(dataset.train.labels))
+    return dataset
 
 
 def encode(

@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.common.cli import require
-from experiments.common.options import SoftTargetOptions
+from experiments.common.options import SoftTargetOptions, check_batch_size
 from jaxkd.data import parallel_text, tokens
 from jaxkd.data.bucketing import LengthBuckets, token_lengths
+from jaxkd.data.errors import expand_user_path
 
 NUM_BUCKETS = 3
 """Number of lengths to which batches are cut. Each is compiled."""
@@ -37,6 +37,12 @@ class Options(SoftTargetOptions):
     vocab_size: int = 2000
     """Number of tokens of the vocabulary. Both languages share it, and it is made from the training
     sentences."""
+
+    @property
+    def data_name(self) -> str:
+        """What names the run: the file to translate from, if the options give one, or --dataset."""
+        source = expand_user_path(self.source)
+        return source.name if source.is_file() else self.dataset
 
     def check(self) -> None:
         """Raises `OptionError` for an invalid value."""
@@ -67,8 +73,8 @@ class TranslationData(NamedTuple):
 
 def load(options: Options) -> parallel_text.PairDataset:
     """Loads the pairs that the options name: two files, or files of two languages in a folder."""
-    source = Path(options.source).expanduser()
-    target = Path(options.target).expanduser()
+    source = expand_user_path(options.source)
+    target = expand_user_path(options.target)
     require(
         source.is_file() == target.is_file(),
         f"--source {options.source} --target {options.target}: one is a file and the other is not; "
@@ -84,6 +90,7 @@ def load(options: Options) -> parallel_text.PairDataset:
     sources, targets, origins = dataset.train
     count = options.pairs
     train = parallel_text.Pairs(sources[:count], targets[:count], origins[:count])
+    check_batch_size(options, len(train.sources))
     return dataset._replace(train=train)
 
 

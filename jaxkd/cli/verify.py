@@ -23,7 +23,7 @@ Everything but times is compared: metrics, checkpoints, results, student.
 The exit status is 0 if all are identical, and 1 otherwise.
 
 Examples:
-  python -m jaxkd verify runs/teacher_assistant/fashion_mnist_mini-0123abcd
+  python -m jaxkd verify runs/two_cnns/cifar10-3seeds-0123abcd
   python -m jaxkd verify RUN --keep runs/again
 
 The second example keeps the new run, and resumes it if it was stopped.

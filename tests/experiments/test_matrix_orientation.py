@@ -146,7 +146,7 @@ def test_sentences_follow_from_the_times():
         (("--sizes", "20", "20"), "only once"),
         (("--sizes", "300", "--product-limit", "200"), "at least the smallest size, 300"),
         (("--repeats", "0"), "--repeats 0: must be at least 1"),
-        (("--sizes", "20", "--workdir", "FILE"), "File exists"),
+        (("--sizes", "20", "--workdir", "FILE"), "is not a folder"),
     ],
 )
 def test_bad_options_end_in_one_line(options, expected, tmp_path, monkeypatch):

@@ -234,9 +234,9 @@ def error_message(monkeypatch, *options):
     ("option", "value", "expected"),
     [
         ("--temperature", 0, "above 0"),
-        ("--temperature", "inf", "above 0"),
+        ("--temperature", "inf", "finite"),
         ("--alpha", 2, "from 0 to 1"),
-        ("--alpha", "nan", "from 0 to 1"),
+        ("--alpha", "nan", "finite"),
         ("--epochs", 0, "at least 1"),
         ("--num-seeds", 0, "at least 1"),
         ("--seed", -1, "--seed"),

@@ -12,8 +12,6 @@ import pytest
 from experiments.benchmarks import bit_equality
 from jaxkd import runs
 
-pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
-
 ROOT = Path(bit_equality.__file__).parents[2]
 SAME = (
     "repeated run",
@@ -23,6 +21,9 @@ SAME = (
     "extra stage in the plan",
 )
 CLOSE = ("jit on 2 devices", "pmap on 2 devices")
+
+
+thorough = pytest.mark.thorough  # trains networks, in processes of their own
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def table(tmp_path_factory):
     return {name: cells for name, *cells in rows}, content
 
 
+@thorough
 def test_table_names_what_was_compared(table):
     rows, content = table
     assert list(rows) == ["smooth network", ":--|:--|:--", *SAME, *CLOSE]
@@ -59,11 +61,13 @@ def test_table_names_what_was_compared(table):
     assert f"jax {jax.__version__}" in content and "SHA-256" in content
 
 
+@thorough
 @pytest.mark.parametrize("condition", SAME)
 def test_keeps_every_bit(table, condition):
     assert table[0][condition] == ["same bits", "same bits"]
 
 
+@thorough
 @pytest.mark.parametrize("condition", CLOSE)
 def test_rounds(table, condition):
     assert all(cell == "same bits" or float(cell) <= 1e-5 for cell in table[0][condition])
@@ -89,3 +93,31 @@ def test_one_bit_is_a_difference(tmp_path):
 
 def test_unknown_condition_ends_in_one_line(refuse):
     assert "--only 'no such': not a condition" in refuse(bit_equality, "--only", "no such")
+
+
+def test_worker_with_another_jax_gets_the_user_s_flags_alone(tmp_path, monkeypatch):
+    """XLA aborts at a flag that it does not know; each version adds its own when it starts."""
+    environments = []
+
+    def run(command, env, **options):
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 0, '{"stopped": true}\n', "")
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_this_version --xla_of_the_user")
+    monkeypatch.setattr(bit_equality, "USER_XLA_FLAGS", "--xla_of_the_user")
+    monkeypatch.setattr(bit_equality.subprocess, "run", run)
+    bit_equality.start_worker("smooth", tmp_path / "case", python="/usr/bin/python", devices=2)
+    assert environments[0]["XLA_FLAGS"] == (
+        "--xla_of_the_user --xla_force_host_platform_device_count=2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--write", "no/such/folder/bits.md"), "must be a file in a folder that exists"),
+        (("--python", "no-such-python"), "there is no such program"),
+    ],
+)
+def test_options_that_would_fail_at_the_end_are_refused(refuse, options, expected):
+    assert expected in refuse(bit_equality, *options)

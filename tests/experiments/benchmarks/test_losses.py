@@ -194,7 +194,7 @@ def test_sentences_follow_from_the_times():
         (("--vocabulary", "1"), "--vocabulary 1: must be at least 2"),
         (("--repeats", "0"), "--repeats 0: must be at least 1"),
         (("--only", "kl"), "matches no loss; the losses are attention_divergence_loss"),
-        (("--only", "hint_loss", "--workdir", "FILE"), "File exists"),
+        (("--only", "hint_loss", "--workdir", "FILE"), "is not a folder"),
     ],
 )
 def test_bad_options_end_in_one_line(options, expected, tmp_path, refuse):
