@@ -6,9 +6,11 @@ import io
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import textwrap
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +29,9 @@ from jaxkd.data import DataError
 from jaxkd.runs import RunError, enable_determinism
 
 Config = TypeVar("Config")
+
+CONNECTION_SECONDS = 300
+"""Seconds in which all processes must have started, which is JAX's limit as well."""
 
 # Options of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD = -1
@@ -199,16 +204,14 @@ def _connect_processes(options: Any) -> None:
         return
     if coordinator != "auto":
         _check_coordinator(coordinator, options.num_processes, options.process_id)
-    print(f"waiting up to 5 minutes for the processes at --coordinator {coordinator}", flush=True)
-    try:
-        distill.initialize_distributed(
-            coordinator, num_processes=options.num_processes, process_id=options.process_id
-        )
-    except (RuntimeError, ValueError) as error:
-        raise OptionError(
-            f"--coordinator {coordinator}: no connection ({shorten(error, 120)}); check that its "
-            "process runs and that its port can be reached"
-        ) from error
+    minutes = CONNECTION_SECONDS // 60
+    print(f"waiting up to {minutes} minutes for all processes at {coordinator}", flush=True)
+    # The first process itself is the one to reach.
+    if coordinator != "auto" and options.process_id > 0:
+        _wait_for_coordinator(coordinator)
+    distill.initialize_distributed(
+        coordinator, num_processes=options.num_processes, process_id=options.process_id
+    )
 
 
 def _check_coordinator(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -224,6 +227,25 @@ def _check_coordinator(coordinator: str, num_processes: int | None, process_id: 
         re.fullmatch(r".+:\d{1,5}", coordinator) is not None,
         f"--coordinator {coordinator}: must be address:port, such as 10.0.0.1:1234",
     )
+
+
+def _wait_for_coordinator(coordinator: str) -> None:
+    """Waits until the first process can be reached, because JAX aborts where it cannot."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + CONNECTION_SECONDS
+    while True:
+        try:
+            # A bracketed address is one of IPv6.
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        # A port above 65535 is an OverflowError.
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline or isinstance(error, OverflowError):
+                raise OptionError(
+                    f"--coordinator {coordinator}: no connection ({error}); check that its "
+                    "process runs and that its port can be reached"
+                ) from error
+        time.sleep(0.5)
 
 
 def _show_warning(

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,39 @@ def test_the_longest_training_starts_at_once(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="training has started"):
         cli.run(teacher_assistant.main, teacher_assistant.Config, None)
     assert plans_seen[0].steps == 3 * 10**7 * 9000 // 128
+
+
+COORDINATOR = ("--num-processes", "2", "--process-id", "1", "--coordinator")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "no.such.host.invalid:9"])
+def test_a_coordinator_that_does_not_answer_ends_in_one_line(address, refuse, monkeypatch, capsys):
+    def initialize(*arguments, **keywords):
+        raise AssertionError("JAX would abort the process")
+
+    monkeypatch.setattr(distill, "initialize_distributed", initialize)
+    monkeypatch.setattr(cli, "CONNECTION_SECONDS", 0)
+    message = refuse(teacher_assistant, *COORDINATOR, address)
+    assert f"--coordinator {address}: no connection (" in message
+    assert "waiting up to 0 minutes" in capsys.readouterr().out
+    assert "no connection (" in refuse(teacher_assistant, *COORDINATOR, "127.0.0.1:70000")
+
+
+def test_a_coordinator_that_starts_later_is_waited_for(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        cli._wait_for_coordinator(address)
+    sleeps = []
+
+    def start_server(seconds):
+        sleeps.append(seconds)
+        servers.append(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))))
+
+    servers = []
+    monkeypatch.setattr(cli.time, "sleep", start_server)
+    cli._wait_for_coordinator(address)
+    servers[0].close()
+    assert len(sleeps) == 1
 
 
 @pytest.mark.parametrize("option", ["--workdir", "--dataset", "--teacher-cache"])
