@@ -29,6 +29,7 @@ import numpy as np
 from experiments.benchmarks import timing
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, transfer
+from jaxkd._messages import list_some
 from jaxkd.runs import ResultRow, figures
 
 FEATURES = (32, 64)
@@ -77,7 +78,8 @@ def split_classes(config: Config, dataset: data.Dataset) -> tuple[data.Dataset, 
     unknown = sorted({*target_names} - {*names})
     cli.require(
         not unknown,
-        f"--target-classes: no class is named {', '.join(unknown)}; there are {', '.join(names)}",
+        f"--target-classes: no class is named {list_some(unknown)}; "
+        f"there are {list_some(names, 10)}",
     )
     source = tuple(name for name in names if name not in target_names)
     target = tuple(name for name in names if name in target_names)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.data import embedded
 
 # The default preset's dictionary of 8 MiB covers nearly all of the 9.4 MB; a larger one gains 2 KB.
@@ -59,4 +60,8 @@ def _read_idx(path: Path, *, header: int) -> np.ndarray:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m experiments.tools.make_fashion_mnist_mini FOLDER")
-    embedded.FILE.write_bytes(make(Path(sys.argv[1])))
+    try:
+        content = make(Path(sys.argv[1]))
+    except (OSError, EOFError, ValueError) as error:
+        sys.exit(f"error: {shorten(error, 290)}")
+    embedded.FILE.write_bytes(content)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 
 from experiments.benchmarks.fuzzing import configurations, values, weights
 from experiments.common import cli
-from jaxkd import distill
+from jaxkd import data, distill
 from jaxkd.cli.main import main as jaxkd_main
 from jaxkd.runs import verify
 
@@ -62,6 +63,8 @@ PATHS = (
     ),
     *("\udcff", "w\u00e4g", "a" * 300, "a" * 5000, "-", "--", "\u2028", "$HOME", "a\nb", "taken/x"),
 )
+EXTRA_MEMORY = 2**30
+"""Bytes that options may ask for, such as larger images than those of the files."""
 
 
 class WorkStartedError(BaseException):
@@ -70,6 +73,7 @@ class WorkStartedError(BaseException):
 
 def make(rng: random.Random, folder: Path) -> Callable[[], Any]:
     """Makes a folder of data and a command, and returns a function that runs the command."""
+    _warm_up()
     (folder / "file").write_text("not a run")
     (folder / "taken").mkdir()
     (folder / "taken" / "file").write_text("not a run")
@@ -77,8 +81,15 @@ def make(rng: random.Random, folder: Path) -> Callable[[], Any]:
         return _make_jaxkd(rng, folder)
     name = rng.choice(SCRIPTS)
     module = importlib.import_module(f"experiments.{name}")
-    arguments = [*_make_data(rng, name, folder), *_draw_options(rng, module.Config)]
+    arguments = [*_make_data(rng, name, module.Config, folder), *_draw_options(rng, module.Config)]
     return lambda: _run(lambda: _run_script(module, name, arguments), folder)
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Starts JAX and what else takes memory once, so that it is not counted for an input."""
+    jax.block_until_ready(jax.random.permutation(jax.random.key(0), 3))
+    data.load("fashion_mnist_mini")
 
 
 def _run(command: Callable[[], Any], folder: Path) -> str:
@@ -148,7 +159,7 @@ def _start_work(*arguments: Any, **keywords: Any) -> Any:
     raise WorkStartedError
 
 
-def _make_data(rng: random.Random, name: str, folder: Path) -> list[str]:
+def _make_data(rng: random.Random, name: str, config: Any, folder: Path) -> list[str]:
     """Writes tiny data, and returns the options that name them."""
     if name in ON_IMAGES:
         for split, count in (("train", 12), ("test", 2)):
@@ -158,7 +169,9 @@ def _make_data(rng: random.Random, name: str, folder: Path) -> list[str]:
                     image = Image.new("RGB", (8, 8), (60 * number, 20 * index, 0))
                     image.save(folder / "images" / split / label / f"{index}.png")
         options = ["--dataset", "images", "--image-size", rng.choice(("16", "32"))]
-        return options + (["--num-labels", "8"] if name == "weight_transfer" else [])
+        known = {field.name for field in dataclasses.fields(config)}
+        few = [option for option in ("num_labels", "num_images") if option in known]
+        return options + [part for name in few for part in (f"--{name.replace('_', '-')}", "8")]
     if name in ON_TEXTS:
         rows = "".join(f"{word} film\t{word}\n" for word in ("good", "bad") * 20)
         (folder / "texts").mkdir()
@@ -222,8 +235,3 @@ def _make_jaxkd(rng: random.Random, folder: Path) -> Callable[[], Any]:
             jaxkd_main(words)
 
     return lambda: _run(command, folder)
-
-
-def may_change(path: Path) -> bool:
-    """True for the output of a conversion that is named as its input."""
-    return False

@@ -62,11 +62,17 @@ def _answer(seed: int, index: int, folder: Path, answers: TextIO) -> None:
         return
     print(json.dumps({"made": index}), file=answers)
     may_change = getattr(module, "may_change", lambda path: False)
-    print(json.dumps({"index": index} | try_call(call, case, may_change)), file=answers)
+    extra = getattr(module, "EXTRA_MEMORY", 0)
+    outcome = try_call(call, case, may_change, extra_memory=extra)
+    print(json.dumps({"index": index} | outcome), file=answers)
 
 
 def try_call(
-    call: Callable[[], Any], folder: Path, may_change: Callable[[Path], bool]
+    call: Callable[[], Any],
+    folder: Path,
+    may_change: Callable[[Path], bool],
+    *,
+    extra_memory: int = 0,
 ) -> dict[str, Any]:
     """Calls a function that reads a folder, and returns the outcome.
 
@@ -74,6 +80,7 @@ def try_call(
         call: The function.
         folder: The input.
         may_change: Of a path, whether the function may rewrite or delete that file.
+        extra_memory: Bytes that the function may take besides those of every input.
 
     Returns:
         `outcome`, which is "accepted", "refused" or a fault, a `detail`, the `seconds` and the
@@ -81,7 +88,7 @@ def try_call(
     """
     before = _snapshot(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    memory = 4 * size + MEMORY
+    memory = 4 * size + MEMORY + extra_memory
     start = time.monotonic()
     with _limit_memory(memory) as resident, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
