@@ -114,8 +114,8 @@ def _change_json(rng: random.Random, path: Path) -> None:
 def _move_checkpoint(rng: random.Random, run: Path) -> None:
     """Copies a checkpoint to another number, or leaves an empty or odd folder of a number."""
     folder = run / CHECKPOINTS
-    number = rng.choice(("3", "0", "-1", "²", "٣", "1" * 300, "1" * 200, "2.5", "99999999999"))
-    if not folder.is_dir() or len(number) > 250:
+    number = rng.choice(("3", "0", "-1", "²", "٣", "1" * 100, "2.5", "99999999999"))
+    if not folder.is_dir():
         return
     if rng.random() < 0.6 and (folder / "2").is_dir() and (folder / "2.json").is_file():
         shutil.copytree(folder / "2", folder / number, dirs_exist_ok=True)
