@@ -145,10 +145,17 @@ def select_methods(config: Config) -> dict[str, Method]:
 
 
 def make_resnet(depth: int, config: Config, dataset: data.Dataset) -> models.Model:
-    """Makes a ResNet of this depth for the uint8 images of a data set."""
+    """Makes a ResNet of this depth for the uint8 images of a data set.
+
+    Raises:
+        OptionError: If the images are too small for it.
+    """
     widths = (config.width, config.width, 2 * config.width, 4 * config.width)
     module = models.CifarResNet((depth - 2) // 6, widths, num_classes=len(dataset.class_names))
-    return images.make_network(module, *data.channel_statistics(dataset.train.images), config)
+    train_images = dataset.train.images
+    model = images.make_network(module, *data.channel_statistics(train_images), config)
+    images.infer_shapes(model, train_images)
+    return model
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:

@@ -92,12 +92,21 @@ def make_cnn(
     """
     module = models.CNN(tuple(features), hidden, len(dataset.class_names))
     model = make_network(module, *data.channel_statistics(dataset.train.images), options)
+    infer_shapes(model, dataset.train.images)
+    return model
+
+
+def infer_shapes(model: models.Model, images: Any) -> Any:
+    """Returns the shapes of a model's variables for some images.
+
+    Raises:
+        OptionError: If the images are too small for the network.
+    """
     try:
-        jax.eval_shape(model.init, jax.random.key(0), dataset.train.images[:1])
+        return jax.eval_shape(model.init, jax.random.key(0), images[:1])
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"the images do not fit the network: {reason}") from error
-    return model
 
 
 def load_pretrained(
@@ -133,7 +142,7 @@ def load_pretrained(
         f"the images are grey, but {module_name} was trained on colour images",
     )
     model = make_network(module, mean, std, options)
-    target = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+    target = infer_shapes(model, images)
     try:
         variables, report = load_variables(path, target, module.torch_rules())
     except TransferError as error:

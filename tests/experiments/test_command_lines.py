@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import image_folder, sentiment, teacher_assistant, two_cnns
+from experiments import compare_teachers, image_folder, sentiment, teacher_assistant, two_cnns
 from experiments.common import cli, limits, plans
 from jaxkd import distill
 
@@ -105,6 +105,15 @@ def test_options_are_refused_before_any_step(options, expected, refuse, monkeypa
     start = time.monotonic()
     assert expected in refuse(teacher_assistant, *options)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("script", [compare_teachers, two_cnns])
+def test_images_that_are_too_small_for_the_network(script, image_dir, refuse):
+    message = refuse(script, "--dataset", str(image_dir), "--image-size", "2", *FEW[script])
+    assert message.startswith("error: the images do not fit the network: ")
+
+
+FEW = {compare_teachers: ("--num-images", "6"), two_cnns: ()}
 
 
 def test_the_longest_training_starts_at_once(monkeypatch, tmp_path):
