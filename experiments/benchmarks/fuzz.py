@@ -11,7 +11,7 @@ is 1 if there are any. A command that was stopped goes on where it was, unless t
 
 Command: python -m experiments.benchmarks.fuzz --inputs 10000 --seed 0
 
-Time: half an hour on 2 CPU cores
+Time: 15 minutes on 2 CPU cores
 """
 
 import collections

@@ -201,6 +201,12 @@ def _connect_processes(options: Any) -> None:
     """Connects the processes of several hosts, if the options name a coordinator."""
     coordinator = getattr(options, "coordinator", "")
     if not coordinator:
+        for name in ("num_processes", "process_id"):
+            # Otherwise every host would train alone, into the same folder.
+            require(
+                getattr(options, name, None) is None,
+                f"--{name.replace('_', '-')}: needs --coordinator, the first process's address",
+            )
         return
     if coordinator != "auto":
         _check_coordinator(coordinator, options.num_processes, options.process_id)

@@ -94,6 +94,8 @@ def test_numbers_that_no_machine_can_use(script, refuse):
             ("--coordinator", "host:1", "--num-processes", "2", "--process-id", "2"),
             "must be from 0 to 1",
         ),
+        (("--num-processes", "2"), "--num-processes: needs --coordinator"),
+        (("--process-id", "0"), "--process-id: needs --coordinator"),
         (("--dataset", ""), "--dataset is empty"),
     ],
 )
