@@ -6,11 +6,9 @@ import io
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import textwrap
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +24,10 @@ from jaxkd import distill
 from jaxkd._messages import list_some, shorten
 from jaxkd.cli import errors
 from jaxkd.data import DataError
+from jaxkd.distill.distributed import CONNECTION_SECONDS
 from jaxkd.runs import RunError, enable_determinism
 
 Config = TypeVar("Config")
-
-CONNECTION_SECONDS = 300
-"""Seconds in which all processes must have started, which is JAX's limit as well."""
 
 # Options of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD = -1
@@ -212,9 +208,6 @@ def _connect_processes(options: Any) -> None:
         _check_coordinator(coordinator, options.num_processes, options.process_id)
     minutes = CONNECTION_SECONDS // 60
     print(f"waiting up to {minutes} minutes for all processes at {coordinator}", flush=True)
-    # The first process itself is the one to reach.
-    if coordinator != "auto" and options.process_id > 0:
-        _wait_for_coordinator(coordinator)
     distill.initialize_distributed(
         coordinator, num_processes=options.num_processes, process_id=options.process_id
     )
@@ -229,29 +222,11 @@ def _check_coordinator(coordinator: str, num_processes: int | None, process_id: 
         0 <= process_id < num_processes,
         f"--process-id {process_id}: must be from 0 to {num_processes - 1}, below --num-processes",
     )
+    address = re.fullmatch(r".+:([0-9]{1,5})", coordinator)
     require(
-        re.fullmatch(r".+:\d{1,5}", coordinator) is not None,
+        address is not None and int(address[1]) < 2**16,
         f"--coordinator {coordinator}: must be address:port, such as 10.0.0.1:1234",
     )
-
-
-def _wait_for_coordinator(coordinator: str) -> None:
-    """Waits until the first process can be reached, because JAX aborts where it cannot."""
-    host, _, port = coordinator.rpartition(":")
-    deadline = time.monotonic() + CONNECTION_SECONDS
-    while True:
-        try:
-            # A bracketed address is one of IPv6.
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-                return
-        # A port above 65535 is an OverflowError.
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > deadline or isinstance(error, OverflowError):
-                raise OptionError(
-                    f"--coordinator {coordinator}: no connection ({error}); check that its "
-                    "process runs and that its port can be reached"
-                ) from error
-        time.sleep(0.5)
 
 
 def _show_warning(

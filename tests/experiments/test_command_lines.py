@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from experiments import compare_teachers, image_folder, sentiment, teacher_assistant, two_cnns
 from experiments.common import cli, limits, plans
-from jaxkd import distill
+from jaxkd import distill, runs
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
@@ -134,37 +133,16 @@ def test_the_longest_training_starts_at_once(monkeypatch, tmp_path):
     assert plans_seen[0].steps == 3 * 10**7 * 9000 // 128
 
 
-COORDINATOR = ("--num-processes", "2", "--process-id", "1", "--coordinator")
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "no.such.host.invalid:9"])
-def test_a_coordinator_that_does_not_answer_ends_in_one_line(address, refuse, monkeypatch, capsys):
-    def initialize(*arguments, **keywords):
-        raise AssertionError("JAX would abort the process")
+def test_the_wait_for_the_other_processes_is_said(refuse, monkeypatch, capsys):
+    def initialize(coordinator, **keywords):
+        raise runs.RunError(f"no connection to the coordinator {coordinator}")
 
     monkeypatch.setattr(distill, "initialize_distributed", initialize)
-    monkeypatch.setattr(cli, "CONNECTION_SECONDS", 0)
-    message = refuse(teacher_assistant, *COORDINATOR, address)
-    assert f"--coordinator {address}: no connection (" in message
-    assert "waiting up to 0 minutes" in capsys.readouterr().out
-    assert "no connection (" in refuse(teacher_assistant, *COORDINATOR, "127.0.0.1:70000")
-
-
-def test_a_coordinator_that_starts_later_is_waited_for(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        cli._wait_for_coordinator(address)
-    sleeps = []
-
-    def start_server(seconds):
-        sleeps.append(seconds)
-        servers.append(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))))
-
-    servers = []
-    monkeypatch.setattr(cli.time, "sleep", start_server)
-    cli._wait_for_coordinator(address)
-    servers[0].close()
-    assert len(sleeps) == 1
+    options = ("--num-processes", "2", "--process-id", "1", "--coordinator")
+    message = refuse(teacher_assistant, *options, "127.0.0.1:9")
+    assert message == "error: no connection to the coordinator 127.0.0.1:9"
+    assert "waiting up to 5 minutes" in capsys.readouterr().out
+    assert "must be address:port" in refuse(teacher_assistant, *options, "127.0.0.1:70000")
 
 
 @pytest.mark.parametrize("option", ["--workdir", "--dataset", "--teacher-cache"])
