@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Container, Generator, Mapping
 from pathlib import Path
 
+from jaxkd._messages import shorten
+
 MAX_DIFFERENCES = 3
 """Number of differences that a message lists. The others are counted."""
 
@@ -83,14 +85,10 @@ def describe_differences(
     names = [name for name in sorted(before.keys() | after.keys()) if name not in ignore]
     differing = [name for name in names if before.get(name) != after.get(name)]
     descriptions = [
-        f"{name} was {_shorten(before.get(name))} and is {_shorten(after.get(name))}"
+        f"{name} was {shorten(repr(before.get(name)), 60)} "
+        f"and is {shorten(repr(after.get(name)), 60)}"
         for name in differing[:limit]
     ]
     if len(differing) > len(descriptions):
         descriptions.append(f"and {len(differing) - len(descriptions)} more")
     return "; ".join(descriptions)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,5 +1,6 @@
 """Messages of one line that stay readable, however long what they quote is."""
 
+import re
 from collections.abc import Iterable
 
 MAX_LENGTH = 300
@@ -15,7 +16,7 @@ def shorten(text: object, limit: int = MAX_LENGTH) -> str:
         >>> shorten("the classes " + ", ".join(map(str, range(100))) + " are too many", 50)
         'the classes 0, 1, 2, 3, 4, 5, … 99 are too many'
     """
-    line = " ".join(str(text).split())
+    line = to_one_line(str(text))
     if len(line) <= limit:
         return line
     # The cut is between words, if there are any near.
@@ -28,8 +29,23 @@ def shorten(text: object, limit: int = MAX_LENGTH) -> str:
     return f"{head} … {tail}"
 
 
-def list_some(names: Iterable[object], count: int = 5) -> str:
-    """Lists the first few names, and the number of the others.
+def to_one_line(text: str) -> str:
+    """Replaces line breaks and control characters by single spaces, and escapes lone surrogates.
+
+    The names of files need not be UTF-8. Python holds the bytes that are not as lone surrogates,
+    which cannot be printed.
+    """
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or its type if it has none."""
+    return shorten((str(error).splitlines() or [""])[0], 150) or type(error).__name__
+
+
+def list_some(names: Iterable[object], count: int = 4, limit: int = 40) -> str:
+    """Lists the first few names, of at most `limit` characters each, and counts the others.
 
     Example:
         >>> list_some(["a", "b", "c", "d"], count=2)
@@ -37,6 +53,6 @@ def list_some(names: Iterable[object], count: int = 5) -> str:
         >>> list_some(["a", "b"])
         'a, b'
     """
-    texts = [shorten(name, 40) for name in names]
+    texts = [shorten(name, limit) for name in names]
     rest = f" and {len(texts) - count:,} more" if len(texts) > count else ""
     return ", ".join(texts[:count]) + rest

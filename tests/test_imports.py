@@ -15,20 +15,20 @@ PACKAGE = Path(jaxkd.__file__).parent
 # The packages and modules that each one may import. A module that is not listed here fails, so that
 # a new arrow is a decision.
 ARROWS = {
-    "_files": set(),
+    "_files": {"_messages"},
     "_messages": set(),
     "_extras": {"_messages"},
     "attention": set(),
     "layout": set(),
     "decode": set(),
-    "losses": {"attention"},
+    "losses": {"_messages", "attention"},
     "transfer": {"layout"},
     "models": {"_extras", "attention", "layout", "transfer"},
-    "data": {"_extras"},
+    "data": {"_messages", "_extras"},
     "evaluate": {"data", "losses", "models"},
-    "weights": {"_extras", "_files", "data", "models", "transfer"},
-    "runs": {"_extras", "_files", "evaluate", "models"},
-    "distill": {"_extras", "_files", "data", "evaluate", "models", "runs"},
+    "weights": {"_messages", "_extras", "_files", "data", "models", "transfer"},
+    "runs": {"_messages", "_extras", "_files", "evaluate", "models"},
+    "distill": {"_messages", "_extras", "_files", "data", "evaluate", "models", "runs"},
     "cli": {"_extras", "_messages", "models", "runs", "transfer", "weights"},
     "__main__": {"cli"},
 }

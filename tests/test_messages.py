@@ -26,6 +26,6 @@ def test_no_text_is_longer_than_the_limit(limit):
 
 
 def test_lists_the_first_few_and_a_count():
-    assert list_some(range(20_000)) == "0, 1, 2, 3, 4 and 19,995 more"
+    assert list_some(range(20_000)) == "0, 1, 2, 3 and 19,996 more"
     assert list_some(["x" * 1000]) == shorten("x" * 1000, 40)
     assert list_some([]) == ""

@@ -259,20 +259,21 @@ def _describe_ratio(part: int, whole: int) -> str:
 
 def _suggest(report: "Report", module: Any) -> str:
     """Suggests the number of classes if nothing else differs, or other options."""
-    from jaxkd.weights.files import list_names, shorten
+    from jaxkd._messages import list_some
+    from jaxkd.weights.files import to_text
 
     if not report.transferred and report.mismatched:
         path, source, target, source_path = report.mismatched[0]
         return (
-            f"nothing fits, such as {shorten(source_path)}, {source.dtype}{[*source.shape]} for "
+            f"nothing fits, such as {to_text(source_path)}, {source.dtype}{[*source.shape]} for "
             f"{target.dtype}{[*target.shape]}: choose another --model or file"
         )
     if not report.transferred:
-        names = list_names(report.unexpected) or "none that counts"
+        names = list_some(report.unexpected) or "none that counts"
         return f"nothing fits, its names are {names}: choose another --model or file"
     if report.removed and report.unexpected and not report.missing + report.mismatched:
         return (
-            f"{list_names(report.unexpected)} would be left over, besides the names that begin "
+            f"{list_some(report.unexpected)} would be left over, besides the names that begin "
             f"with {report.removed[-1]!r}: use --entry {report.removed[-1].removesuffix('.')} "
             "to take those alone"
         )

@@ -29,9 +29,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            exit_with(f"{quoted!r} is not UTF-8, which files need here: rename the file or folder")
+            exit_with(f"'{quoted}' is not UTF-8, which files need here: rename the file or folder")
         if "\0" in argument:
-            exit_with(f"{quoted!r} has a null character: remove it")
+            exit_with(f"'{quoted}' has a null character: remove it")
 
 
 def parse(parse_arguments: Callable[[], T], arguments: Sequence[str]) -> T:

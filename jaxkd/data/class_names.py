@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxkd.data.errors import DataError, list_names
+from jaxkd._messages import list_some
+from jaxkd.data.errors import DataError
 
 # Not str.isdigit, which is true of "²" and "①". Python refuses to convert thousands of digits.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
@@ -50,7 +51,7 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
     if missing or unknown:
         sides = (("the data", missing), ("the teacher", unknown))
         difference = " and ".join(
-            f"only {side} has {list_names(sort_classes(only))}" for side, only in sides if only
+            f"only {side} has {list_some(sort_classes(only))}" for side, only in sides if only
         )
         raise DataError(
             f"the classes of the teacher and of the data differ, {difference}: rename the classes, "

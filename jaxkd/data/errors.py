@@ -2,19 +2,13 @@
 
 import importlib
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxkd._extras import describe_missing
-
-MAX_MESSAGE = 300
-"""Number of characters of the longest message, the command of a remedy aside."""
-_MAX_NAME = 40
-_NUM_NAMES = 4
+from jaxkd._messages import shorten
 
 
 class DataError(ValueError):
@@ -26,9 +20,9 @@ class DataError(ValueError):
         Args:
             message: Cause and remedy. Line breaks become spaces, and of more than 300 characters
                 the middle is left out.
-            command: A command that the reader copies, appended whole.
+            command: A command that the reader copies, appended whole after a space.
         """
-        super().__init__(shorten(to_one_line(message), MAX_MESSAGE) + command)
+        super().__init__(f"{shorten(message)} {command}".strip())
 
 
 def warn(message: str) -> None:
@@ -40,33 +34,7 @@ def warn(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("jaxkd.data"):
         frame = frame.f_back
         level += 1
-    warnings.warn(shorten(to_one_line(message), MAX_MESSAGE), stacklevel=level)
-
-
-def to_one_line(text: str) -> str:
-    """Replaces line breaks and other control characters by spaces, and escapes lone surrogates.
-
-    The names of files need not be UTF-8. Python holds the bytes that are not as lone surrogates,
-    which cannot be printed.
-    """
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def shorten(text: str, length: int) -> str:
-    """Leaves out the middle of a text that is longer than `length` characters."""
-    if len(text) <= length:
-        return text
-    head = (length - 5) // 2
-    return f"{text[:head]} ... {text[len(text) - (length - 5 - head) :]}"
-
-
-def list_names(names: Iterable[object]) -> str:
-    """Lists the first few names and the number of the others, such as `"a, b and 98 more"`."""
-    names = list(names)
-    shown = [shorten(to_one_line(str(name)), _MAX_NAME) for name in names[:_NUM_NAMES]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
+    warnings.warn(shorten(message), stacklevel=level)
 
 
 def import_or_raise(module: str) -> Any:
@@ -111,5 +79,4 @@ def missing_package_error(error: ImportError) -> DataError:
 
 def one_line(error: Exception) -> str:
     """Returns an error's text on one line of at most 150 characters, or its type if it has none."""
-    text = " ".join(to_one_line(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 150 else f"{text[:150]}..."
+    return shorten(error, 150) or type(error).__name__

@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxkd._messages import list_some, shorten, to_one_line
 from jaxkd.data.class_names import sort_classes
 from jaxkd.data.dataset import Split
-from jaxkd.data.errors import (
-    DataError,
-    import_or_raise,
-    list_names,
-    one_line,
-    shorten,
-    to_one_line,
-    warn,
-)
+from jaxkd.data.errors import DataError, import_or_raise, one_line, warn
 from jaxkd.data.progress import track
 from jaxkd.data.text_files import FILE_NAMES
 
@@ -156,7 +149,7 @@ def _find_validation(path: Path) -> Path | None:
     found = [path / name for name in FILE_NAMES["validation"] if (path / name).is_dir()]
     if len(found) > 1:
         raise DataError(
-            f"{path} has several validation folders, {list_names(part.name for part in found)}: "
+            f"{path} has several validation folders, {list_some(part.name for part in found)}: "
             "keep one"
         )
     return found[0] if found else None
@@ -171,7 +164,7 @@ def _check_same_classes(path: Path, train_names: tuple[str, ...], part: Path) ->
     for lacking, missing in missing_names.items():
         if missing:
             raise DataError(
-                f"{path / lacking} lacks the class folders {list_names(sort_classes(missing))}: "
+                f"{path / lacking} lacks the class folders {list_some(sort_classes(missing))}: "
                 "add or remove them"
             )
 
@@ -217,13 +210,13 @@ def _warn_of_structure(path: Path, parts: Collection[Path], listings: Iterable[_
         sub_folders += listing.sub_folders
         passed_over += listing.passed_over
     if passed_over:
-        shown = list_names(entry.relative_to(path) for entry in passed_over)
+        shown = list_some(entry.relative_to(path) for entry in passed_over)
         warn(
             f"{path}: {len(passed_over):,} files and folders are passed over, since they are no "
             f"images or not in a class folder: {shown}"
         )
     if sub_folders:
-        shown = list_names(folder.relative_to(path) for folder in sub_folders)
+        shown = list_some(folder.relative_to(path) for folder in sub_folders)
         warn(
             f"{path}: images in {len(sub_folders):,} sub-folders belong to the class of the folder "
             f"above: {shown}"

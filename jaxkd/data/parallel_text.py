@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxkd.data.errors import DataError, expand_user_path, list_names, warn
+from jaxkd._messages import list_some
+from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
@@ -186,7 +187,7 @@ def _find_pair(
     chosen = min(stems, key=rank)
     others = [stem for stem in stems if stem != chosen and rank(stem)[0] == rank(chosen)[0]]
     if others:
-        warn(f"{folder}: of several pairs {chosen} is read, not {list_names(others)}")
+        warn(f"{folder}: of several pairs {chosen} is read, not {list_some(others)}")
     return source_files[chosen], target_files[chosen]
 
 
@@ -214,7 +215,7 @@ def _find_name(stem: str, names: Sequence[str]) -> int | None:
 def _missing_pair_error(
     folder: Path, name: str, source: str, target: str, files: Iterable[Path]
 ) -> DataError:
-    listed = list_names(sorted(path.name for path in files))
+    listed = list_some(sorted(path.name for path in files))
     return DataError(
         f"{folder} has no pair {name}.{source} and {name}.{target}, of the same name but for the "
         f"language: it has {listed or 'nothing'}"

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxkd.data.errors import DataError, list_names, shorten, warn
+from jaxkd._messages import list_some, shorten
+from jaxkd.data.errors import DataError, warn
 from jaxkd.data.text_files import LineOrigins, line_origin, read_utf8, split_lines
 
 SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
@@ -289,7 +290,7 @@ def _choose_named(
             text_index, label_index = 0, 1
     if text_index is None or label_index is None or text_index == label_index:
         raise DataError(
-            f"{path} has the columns {list_names(header)}: choose those of text and class by "
+            f"{path} has the columns {list_some(header)}: choose those of text and class by "
             f"{_OPTIONS}"
         )
     return Columns(text_index, label_index, len(header), tuple(header))
@@ -310,7 +311,7 @@ def _find_column(
         if header.count(option) != 1:
             fault = "several columns" if option in header else "no column"
             raise DataError(
-                f"{path} has {fault} {shorten(option, 40)!r} in line 1, only {list_names(header)}: "
+                f"{path} has {fault} {shorten(option, 40)!r} in line 1, only {list_some(header)}: "
                 "give a name that occurs once, or a number from 1"
             )
         return header.index(option)
@@ -366,7 +367,7 @@ def _find_again(path: Path, header: Sequence[str], train: Columns) -> Columns:
         label = train.label if label is None and text == train.text else label
     if text is None:
         raise DataError(
-            f"{path} has the columns {list_names(header)}, but not that of the texts of the "
+            f"{path} has the columns {list_some(header)}, but not that of the texts of the "
             "training set: give both the same header"
         )
     return Columns(text, label, len(header), tuple(header))

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxkd._messages import list_some, shorten
 from jaxkd.data import tables, tfds_prepare, tfds_texts
 from jaxkd.data.class_names import sort_classes
-from jaxkd.data.errors import DataError, expand_user_path, list_names, shorten, warn
+from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
@@ -270,7 +271,7 @@ def _find_table(folder: Path, names: Sequence[str]) -> Path | None:
     paths = [folder / f"{name}{suffix}" for name in names for suffix in tables.SUFFIXES]
     found = [path for path in paths if os.path.isfile(path)]
     if len(found) > 1:
-        others = list_names(path.name for path in found[1:])
+        others = list_some(path.name for path in found[1:])
         warn(f"{found[0]} is read, {others} beside it not")
     return found[0] if found else None
 
@@ -289,7 +290,7 @@ def _sort_known_classes(
                 unseen[label] = table.origins[index]
     if unseen:
         raise DataError(
-            f"{path} must have all classes: it lacks {list_names(map(repr, unseen))}, which "
+            f"{path} must have all classes: it lacks {list_some(map(repr, unseen))}, which "
             f"{shorten(next(iter(unseen.values())), 80)} has"
         )
     if len(class_names) < 2:
@@ -310,7 +311,7 @@ def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> 
     train, validation, test = (splits.get(split) for split in ("train", "validation", "test"))
     if train is None:
         raise DataError(
-            f"there is nothing to train on, only {list_names(sorted(splits)) or 'nothing'}: "
+            f"there is nothing to train on, only {list_some(sorted(splits)) or 'nothing'}: "
             "choose another dataset"
         )
     # As for GLUE, results are then compared on the published validation set.

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxkd._messages import list_some
 from jaxkd.data import decoded_cache, image_folder, tfds_prepare, tfds_reader
 from jaxkd.data.dataset import Split, hold_out_test
-from jaxkd.data.errors import DataError, import_or_raise, list_names, warn
+from jaxkd.data.errors import DataError, import_or_raise, warn
 from jaxkd.data.progress import track
 from jaxkd.data.tfds_reader import PreparedDataset
 
@@ -125,7 +126,7 @@ def _decode(prepared: PreparedDataset, fields: _Fields) -> tuple[Split, Split]:
     splits = prepared.builder.info.splits
     if "train" not in splits:
         raise DataError(
-            f"{prepared.name} has no split named train, only {list_names(splits)}: "
+            f"{prepared.name} has no split named train, only {list_some(splits)}: "
             "choose another dataset"
         )
     train = _decode_split(prepared, fields, "train")

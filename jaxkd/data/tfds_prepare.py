@@ -12,14 +12,9 @@ import re
 import shlex
 from pathlib import Path
 
+from jaxkd._messages import list_some
 from jaxkd.data import embedded
-from jaxkd.data.errors import (
-    DataError,
-    expand_user_path,
-    import_or_raise,
-    list_names,
-    one_line,
-)
+from jaxkd.data.errors import DataError, expand_user_path, import_or_raise, one_line
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _METADATA_FILES = ("dataset_info.json", "features.json")
@@ -90,7 +85,7 @@ def prepare(name: str, data_dir: Path) -> Path:
     if not importlib.util.find_spec("tensorflow"):
         raise DataError(
             f"{name} is not in {data_dir}, and preparing it needs TensorFlow (not installed) and a "
-            "network: on a machine with both, run ",
+            "network: on a machine with both, run",
             command=prepare_command(name, data_dir),
         )
     import_tensorflow()
@@ -150,7 +145,7 @@ def tfds_name(name: str) -> str:
 def damaged_dataset_error(folder: Path, reason: str, *, name: str, data_dir: Path) -> DataError:
     """Makes the error that names a damaged dataset and the command that prepares it again."""
     return DataError(
-        f"{folder} is incomplete or damaged ({reason}): delete it and prepare it again: ",
+        f"{folder} is incomplete or damaged ({reason}): delete it and prepare it again:",
         command=prepare_command(name, data_dir),
     )
 
@@ -166,7 +161,7 @@ def _version_numbers(folder: Path) -> list[int]:
 def _check_one_config(name: str, folders: list[Path]) -> None:
     parents = sorted({folder.parent for folder in folders})
     if len(parents) > 1:
-        choices = list_names(f"{name}/{parent.name}" for parent in parents)
+        choices = list_some(f"{name}/{parent.name}" for parent in parents)
         raise DataError(f"{name} is prepared in several configurations: choose one of {choices}")
 
 

@@ -5,14 +5,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxkd._messages import list_some
 from jaxkd.data import tfds_prepare
-from jaxkd.data.errors import (
-    DataError,
-    import_or_raise,
-    list_names,
-    missing_package_error,
-    one_line,
-)
+from jaxkd.data.errors import DataError, import_or_raise, missing_package_error, one_line
 
 
 class PreparedDataset(NamedTuple):
@@ -90,7 +85,7 @@ def only_feature(prepared: PreparedDataset, kind: type, *, expected: str) -> str
     if len(names) != 1:
         raise DataError(
             f"{prepared.name} is not {expected}, which has one {kind.__name__} among its features: "
-            f"it has {list_names(sorted(info.features))}; choose another dataset"
+            f"it has {list_some(sorted(info.features))}; choose another dataset"
         )
     return names[0]
 
@@ -133,6 +128,6 @@ def _import_tensorflow(prepared: PreparedDataset) -> None:
     except DataError as error:
         raise DataError(
             f"{prepared.folder} is stored as {prepared.file_format}, which takes TensorFlow to "
-            "read: pip install tensorflow, or delete the folder and prepare it as array_record: ",
+            "read: pip install tensorflow, or delete the folder and prepare it as array_record:",
             command=tfds_prepare.prepare_command(prepared.name, prepared.data_dir),
         ) from error

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxkd._extras import require_installed
+from jaxkd._messages import list_some
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
@@ -183,9 +184,13 @@ def evaluate_plan(
     """
     names = [entry.name for entry in plan]
     if reference not in names:
-        raise ValueError(f"reference {reference!r} is not in the plan, which has {_list(names)}")
+        raise ValueError(
+            f"reference {reference!r} is not in the plan, which has {list_some(names)}"
+        )
     if missing := [name for name in names if name not in trained]:
-        raise ValueError(f"trained lacks {_list(missing)} of the plan: pass what run_plan returned")
+        raise ValueError(
+            f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
+        )
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}
@@ -230,14 +235,8 @@ def _check_seeds(seeds: Iterable[int]) -> list[int]:
     checked = [int(seed) for seed in checked]
     repeated = sorted(seed for seed, count in collections.Counter(checked).items() if count > 1)
     if repeated:
-        raise ValueError(f"seeds must differ, but {_list(repeated)} are repeated")
+        raise ValueError(f"seeds must differ, but {list_some(repeated)} are repeated")
     return checked
-
-
-def _list(values: Sequence[Any]) -> str:
-    """Lists the first values and counts the others."""
-    listed = ", ".join(map(repr, values[:5]))
-    return listed if len(values) <= 5 else f"{listed} and {len(values) - 5} more"
 
 
 def _check_cache(cache: TeacherCache, folder: str | os.PathLike | None) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxkd._messages import shorten
+
 
 def as_floating(name: str, array: ArrayLike) -> Array:
     """Returns the argument as an array; raises `TypeError` if it is not floating-point."""
@@ -81,7 +83,7 @@ def check_weights(kind: str, weights: ArrayLike | Sequence[float], dtype: jnp.dt
         if not np.all(known >= 0) or (known.size and not known.any()):
             raise ValueError(
                 f"weights of {kind} must be at least 0, and one of them more, "
-                f"got {_shorten(weights)}; a weight of 0 leaves one out"
+                f"got {shorten(weights, 80)}; a weight of 0 leaves one out"
             )
     return jnp.asarray(known, dtype)
 
@@ -207,11 +209,6 @@ def normalize(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     largest = jax.lax.stop_gradient(jnp.abs(x).max(axis, keepdims=True, initial=0))
     x = x * safe_reciprocal(largest)
     return x * safe_reciprocal(safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
-
-
-def _shorten(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _concrete_scalar(name: str, value: ArrayLike) -> float | None:

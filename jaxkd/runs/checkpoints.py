@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from jaxkd._files import describe_differences, write_atomically
+from jaxkd._messages import first_line
 from jaxkd.runs.errors import add_install_command
 
 ATTEMPTS = 3
@@ -217,7 +218,7 @@ def _to_os_error(error: ValueError, path: Path) -> OSError:
     """Extracts the OS error from orbax's message, which fills a page."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code is None:
-        return OSError(f"{path} cannot be written: {_first_line(error)}")
+        return OSError(f"{path} cannot be written: {first_line(error)}")
     return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
 
 
@@ -261,7 +262,7 @@ def _write_arrays(path: Path, tree: Any) -> None:
             return
         except TimeoutError as error:  # an OSError, but none that says more
             if attempt == ATTEMPTS:
-                message = f"orbax took too long {ATTEMPTS} times ({_first_line(error)})"
+                message = f"orbax took too long {ATTEMPTS} times ({first_line(error)})"
                 raise OSError(errno.ETIMEDOUT, message, str(path)) from error
             warnings.warn(
                 f"{path} took too long to write, or the clock was set: trying again", stacklevel=4
@@ -297,7 +298,7 @@ def _find_newest_sound(
         except (ValueError, OSError, RecursionError) as error:
             kind = "foreign" if isinstance(error, ForeignCheckpointError) else "damaged"
             warnings.warn(
-                f"checkpoint {folder / str(step)} is {kind} and passed over: {_first_line(error)}",
+                f"checkpoint {folder / str(step)} is {kind} and passed over: {first_line(error)}",
                 stacklevel=3,
             )
     return None
@@ -370,11 +371,6 @@ def _encode(manifest: Mapping[str, Any]) -> bytes:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _manifest_path(folder: Path, step: int) -> Path:

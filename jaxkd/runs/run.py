@@ -26,6 +26,7 @@ from jaxkd._files import (
     is_temporary,
     write_atomically,
 )
+from jaxkd._messages import first_line
 from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, identify_lock, lock_folder
 from jaxkd.runs.environment import describe_environment
 from jaxkd.runs.errors import RunError, check_folder_name
@@ -175,7 +176,7 @@ class Run:
             return [ResultRow.from_json(row) for row in json.loads(path.read_text())]
         except (ValueError, TypeError, RecursionError) as error:
             raise RunError(
-                f"{path} is damaged ({_first_line(error)}): restore it, or name another --workdir"
+                f"{path} is damaged ({first_line(error)}): restore it, or name another --workdir"
             ) from error
 
 
@@ -277,7 +278,7 @@ def read_run(folder: str | os.PathLike) -> Run:
             raise TypeError("config and environment must be objects")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
-            f"{path} is not the configuration of a run ({_first_line(error)}): "
+            f"{path} is not the configuration of a run ({first_line(error)}): "
             "restore it, or name another folder"
         ) from error
     return run
@@ -348,16 +349,10 @@ def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
                 raise ValueError(f"{name} must be {kind}, got {value!r}")
     except (ValueError, RecursionError) as error:
         raise RunError(
-            f"line {number} of {path} is damaged ({_first_line(error)}): restore it, delete that "
+            f"line {number} of {path} is damaged ({first_line(error)}): restore it, delete that "
             "line, or name another --workdir"
         ) from error
     return record
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first line of an error, cut to a length that a message can hold."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:120]
 
 
 def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> None:

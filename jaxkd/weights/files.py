@@ -3,11 +3,11 @@
 import json
 import os
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxkd._files import add_filename_to_errors
+from jaxkd._messages import list_some
 
 RUN_FILE = "student.safetensors"
 """The file that an experiment leaves in the folder of its run."""
@@ -91,13 +91,13 @@ def read_index(path: str | os.PathLike) -> dict[Path, list[str]]:
     for name, shard in weight_map.items():
         if not _is_plain_name(shard):
             raise ValueError(
-                f"{path} places {shorten(name)!r} in {shorten(shard)!r}: shards must be files "
+                f"{path} places {to_text(name)!r} in {to_text(shard)!r}: shards must be files "
                 "beside it"
             )
         shards.setdefault(path.parent / shard, []).append(name)
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise ValueError(
-            f"the shards {list_names(missing)} of {len(shards)} are missing beside {path}: "
+            f"the shards {list_some(missing)} of {len(shards)} are missing beside {path}: "
             "copy them too"
         )
     return shards
@@ -126,14 +126,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def list_names(names: Iterable[str], *, count: int = 3, length: int = 60) -> str:
-    """Returns the first `count` names, of at most `length` each, and the number of the others."""
-    names = [*names]
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(shorten(name, length=length) for name in names[:count]) + rest
-
-
-def shorten(value: Any, *, length: int = 60) -> str:
+def to_text(value: Any, *, length: int = 60) -> str:
     """Returns a value as text of at most `length` characters."""
     # Not str(value) for a container: it may be deep or long.
     text = str(value) if isinstance(value, str | float | bool | None) else type(value).__name__

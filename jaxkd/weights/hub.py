@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, expand_user_path, one_line
 from jaxkd.data.tokens import load_tokenizer
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
 from jaxkd.models.model import from_linen
 from jaxkd.transfer import Report, TransferError, leaves_by_path
-from jaxkd.weights.files import HUB_FILES, list_names, read_json, shorten
+from jaxkd.weights.files import HUB_FILES, read_json, to_text
 from jaxkd.weights.names import expected_names, unwrap_names
 from jaxkd.weights.torch_files import from_torch, read_state_dict
 
@@ -276,7 +277,7 @@ def _show(value: Any) -> str:
 
 
 def _show_scalar(value: Any) -> str:
-    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
+    return repr(to_text(value)) if isinstance(value, str) else to_text(value)
 
 
 def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
@@ -323,7 +324,7 @@ def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load {files[0]} ({one_line(error)})") from error
     if removed:
-        prefixes = " and ".join(map(shorten, removed))
+        prefixes = " and ".join(map(to_text, removed))
         warnings.warn(f"removed {prefixes} from the names in {files[0]}", stacklevel=4)
     return files[0], canonical_names(weights)
 
@@ -380,7 +381,7 @@ def _describe_misfits(report: Report) -> str:
     }
     return "; ".join(
         # A name with two shapes has up to 90 characters.
-        f"{kind}: {list_names(names, count=2, length=90)}"
+        f"{kind}: {list_some(names, count=2, limit=90)}"
         for kind, names in misfits.items()
         if names
     )

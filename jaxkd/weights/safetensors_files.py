@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
-from jaxkd.weights.files import RUN_FILE, check_regular_file, shorten
+from jaxkd.weights.files import RUN_FILE, check_regular_file, to_text
 
 # Of the nested dicts. Functions on trees recurse, and Python allows some thousand levels.
 _MAX_DEPTH = 100
@@ -95,7 +95,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     # json raises ValueError, and RecursionError for deeply nested lists.
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({shorten(str(error), length=150)}): "
+            f"{path} is not a complete safetensors file ({to_text(str(error), length=150)}): "
             "copy or save it again"
         ) from error
     # Another program may keep something else under this name.
@@ -123,7 +123,7 @@ def load_safetensors(path: str | os.PathLike) -> dict:
     if leaves and not any("/" in name for name in leaves):
         raise ValueError(
             f"{path} has no names of variables, such as params/logits/kernel, but "
-            f"{shorten(next(iter(leaves)))!r}: load PyTorch's names with "
+            f"{to_text(next(iter(leaves)))!r}: load PyTorch's names with "
             "jaxkd.weights.load_variables"
         )
     try:
@@ -157,7 +157,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({shorten(str(error), length=150)}): "
+            f"{path} is not a complete safetensors file ({to_text(str(error), length=150)}): "
             "copy or save it again"
         ) from error
     # safetensors looks the dtype up as an attribute of NumPy.
@@ -167,7 +167,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ) from error
     # Such as an array of a hundred axes.
     except (TypeError, ValueError, OverflowError) as error:
-        reason = shorten(str(error), length=150)
+        reason = to_text(str(error), length=150)
         raise ValueError(f"{path} has arrays that NumPy cannot hold ({reason})") from error
 
 
@@ -185,7 +185,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Array]:
         is_kept = type(key) in (int, str) and "/" not in str(key) and _to_key(str(key)) == key
         if not is_kept:
             raise ValueError(
-                f"the key {shorten(key)!r} in {prefix or 'the variables'} would be loaded as "
+                f"the key {to_text(key)!r} in {prefix or 'the variables'} would be loaded as "
                 "another key: rename it"
             )
         if isinstance(value, dict):
@@ -205,7 +205,7 @@ def _nest(leaves: dict[str, np.ndarray]) -> dict:
     for name, leaf in leaves.items():
         *parents, last = map(_to_key, name.split("/"))
         if len(parents) > _MAX_DEPTH:
-            raise ValueError(f"{shorten(name)!r} has more than {_MAX_DEPTH} levels")
+            raise ValueError(f"{to_text(name)!r} has more than {_MAX_DEPTH} levels")
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
@@ -214,7 +214,7 @@ def _nest(leaves: dict[str, np.ndarray]) -> dict:
         # In whichever order they come, one of the two would replace the other.
         if not isinstance(node, dict) or last in node:
             raise ValueError(
-                f"{shorten(name)!r} is an array beside a name above or below it: rename one of them"
+                f"{to_text(name)!r} is an array beside a name above or below it: rename one of them"
             )
         node[last] = leaf
     return tree

@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
+from jaxkd._messages import list_some
 from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back, transfer
 from jaxkd.transfer.trees import check_complete, match_leaves, replace_leaves
-from jaxkd.weights.files import find_weights_file, is_index, list_names, read_index, shorten
+from jaxkd.weights.files import find_weights_file, is_index, read_index, to_text
 from jaxkd.weights.names import expected_names, find_counters, unwrap_names
 from jaxkd.weights.safetensors_files import read_safetensors
 from jaxkd.weights.torch_pickle import SAVE_ADVICE, OpaqueObject, read_torch
@@ -258,7 +259,7 @@ def _select_names(path: Path, weights: dict[str, np.ndarray], entry: str | None)
     if not isinstance(selected, dict):
         raise ValueError(
             f"{path} is a safetensors file, which has no entries: leave out "
-            f"entry={shorten(entry)!r}, or give what some of its names begin with"
+            f"entry={to_text(entry)!r}, or give what some of its names begin with"
         )
     return selected
 
@@ -269,10 +270,10 @@ def _read_shards(index: Path, entry: str | None) -> dict[str, np.ndarray]:
     for shard, names in read_index(index).items():
         arrays = _read_file(shard, None)
         if absent := [name for name in names if name not in arrays]:
-            raise ValueError(f"{shard} lacks {list_names(absent)} of its index: copy it again")
+            raise ValueError(f"{shard} lacks {list_some(absent)} of its index: copy it again")
         if twice := [name for name in arrays if name in weights]:
             raise ValueError(
-                f"{shard} has {list_names(twice)}, which another shard has too: copy them again"
+                f"{shard} has {list_some(twice)}, which another shard has too: copy them again"
             )
         weights |= arrays
     return _select_names(index, weights, entry)
@@ -301,8 +302,8 @@ def _find_state_dict(path: Path, tree: Any, entry: str | None) -> dict[str, np.n
     ]
     if len(candidates) > 1:
         raise ValueError(
-            f"{path} has weights in the entries {list_names(map(repr, candidates))}: choose one, "
-            f"as in entry={shorten(candidates[0])!r}"
+            f"{path} has weights in the entries {list_some(map(repr, candidates))}: choose one, "
+            f"as in entry={to_text(candidates[0])!r}"
         )
     if not candidates:
         return _check_state_dict(f"{path} has no dict of arrays", tree)
@@ -312,10 +313,10 @@ def _find_state_dict(path: Path, tree: Any, entry: str | None) -> dict[str, np.n
     num_others = _num_arrays(entries)
     if num_others > max(4, len(entries[name]) // 2):
         raise ValueError(
-            f"{path} has {num_others} arrays, and weights in the entry {shorten(name)!r}: choose "
-            f"those by entry={shorten(name)!r}, or save only the weights"
+            f"{path} has {num_others} arrays, and weights in the entry {to_text(name)!r}: choose "
+            f"those by entry={to_text(name)!r}, or save only the weights"
         )
-    return _check_state_dict(f"the entry {shorten(name)!r} of {path}", entries[name])
+    return _check_state_dict(f"the entry {to_text(name)!r} of {path}", entries[name])
 
 
 def _select_entry(path: Path, entries: dict, entry: str) -> dict[str, np.ndarray]:
@@ -327,10 +328,12 @@ def _select_entry(path: Path, entries: dict, entry: str) -> dict[str, np.ndarray
         states = [value for value in entries.values() if not _describe_content(value)]
         selected = _descend(states[0], name) if len(states) == 1 else None
     if selected is None:
-        names = list_names(map(repr, entries)) or "none"
-        raise ValueError(f"{path} has no entry {shorten(entry)!r}; its entries: {names}")
+        names = list_some(map(repr, entries)) or "none"
+        raise ValueError(f"{path} has no entry {to_text(entry)!r}; its entries: {names}")
     return _check_state_dict(
-        f"the entry {shorten(entry)!r} of {path} is not a dict of arrays", selected, f"{name}."
+        f"the entry {to_text(entry)!r} of {path} is not a dict of arrays",
+        selected,
+        f"{name}.",
     )
 
 
@@ -364,7 +367,7 @@ def _check_state_dict(problem: str, node: Any, prefix: str = "") -> dict[str, np
         is_opaque = any(type(value) is OpaqueObject for value in values)
         advice = f": {SAVE_ADVICE}" if is_opaque else ""
         if nested := _find_nested(node):
-            advice = f": choose what is below, as in entry={shorten(prefix + nested)!r}"
+            advice = f": choose what is below, as in entry={to_text(prefix + nested)!r}"
         raise ValueError(f"{problem}: it contains {content}{advice}")
     warnings.warn(f"left out what is no array between the weights: {content}", stacklevel=4)
     return {name: value for name, value in node.items() if isinstance(value, np.ndarray)}
@@ -402,13 +405,13 @@ def _describe_content(node: Any) -> str:
         name: _kind(value) for name, value in node.items() if not isinstance(value, np.ndarray)
     }
     kinds |= {name: "not a string" for name in node if not isinstance(name, str)}
-    descriptions = [f"{shorten(name)!r} ({kind})" for name, kind in [*kinds.items()][:5]]
+    descriptions = [f"{to_text(name)!r} ({kind})" for name, kind in [*kinds.items()][:5]]
     text = ", ".join(descriptions) + (", ..." if len(kinds) > 5 else "")
-    return shorten(text, length=150)
+    return to_text(text, length=150)
 
 
 def _kind(value: Any) -> str:
-    return shorten(value.name) if type(value) is OpaqueObject else type(value).__name__
+    return to_text(value.name) if type(value) is OpaqueObject else type(value).__name__
 
 
 def _convert_layout(path: str, leaf: Any, rule: Rule) -> np.ndarray:

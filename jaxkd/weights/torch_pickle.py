@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.weights.files import check_regular_file, shorten
+from jaxkd.weights.files import check_regular_file, to_text
 
 _HEADER_SIZE = 30  # of a member of a zip archive, before its name
 
@@ -279,7 +279,7 @@ def _read_legacy(content: bytes) -> Any:
     system = _interpret(file, {}, steps)
     if type(version) is not int or version != _LEGACY_VERSION or not isinstance(system, dict):
         raise ValueError(
-            f"it has the format version {shorten(version)}, but only {_LEGACY_VERSION} is supported"
+            f"it has the format version {to_text(version)}, but only {_LEGACY_VERSION} is supported"
         )
     if system.get("little_endian") is not True:
         raise ValueError(_BIG_ENDIAN)
@@ -303,7 +303,7 @@ def _read_legacy_storage(content: bytes, file: BinaryIO, key: str, dtype: np.dty
     # Before any read: a declared size may be larger than the memory.
     if start + size > len(content):
         raise ValueError(
-            f"it is truncated: storage {shorten(key)} ends at byte {start + size}, "
+            f"it is truncated: storage {to_text(key)} ends at byte {start + size}, "
             f"the file at {len(content)}"
         )
     file.seek(size, io.SEEK_CUR)
@@ -508,7 +508,7 @@ def _make_storage(identity: tuple[Any, ...], dtypes: dict[str, Any]) -> _Storage
 def _check_natural(number: Any) -> int:
     # The upper bound, because arithmetic with a number of megabytes would take hours.
     if type(number) is not int or not 0 <= number < 2**63:
-        raise ValueError(f"a size or an offset in it is {shorten(number)}")
+        raise ValueError(f"a size or an offset in it is {to_text(number)}")
     return number
 
 

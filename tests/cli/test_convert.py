@@ -205,7 +205,7 @@ def test_nothing_transferred_is_an_error_and_suggests_no_other_option(options, a
     assert "0 transferred, 4 missing" in report
     assert error == (
         "error: weights does not fit small: nothing fits, its names are a0.weight, a1.weight, "
-        "a2.weight and 2 more: choose another --model or file"
+        "a2.weight, a3.weight and 1 more: choose another --model or file"
     )
 
 

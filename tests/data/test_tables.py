@@ -308,7 +308,7 @@ def test_csv_with_quotes_and_line_breaks(load):
     ("content", "message"),
     [
         ('text,label\n"never closed,good\n', r"test.csv, line 2 is not CSV \(unexpected end"),
-        ("a,b,c\nd\n", r"test.csv, line 1 must be a text, a comma and a class, got 'a.tb.tc'"),
+        ("a,b,c\nd\n", r"test.csv, line 1 must be a text, a comma and a class, got 'a b c'"),
         ("fine,good\n\n\n", r"test.csv, line 2 is empty: remove it"),
         ("fine,good\nfine\n", r"test.csv, line 2 must be a text, a comma and a class, got 'fine'"),
         (f"{'x' * 200_000},good\n", r"line 1 is not CSV \(field larger than field limit"),

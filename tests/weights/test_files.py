@@ -7,6 +7,7 @@ import socket
 import numpy as np
 import pytest
 
+from jaxkd._messages import list_some
 from jaxkd.weights import (
     load_safetensors,
     load_weights,
@@ -14,7 +15,7 @@ from jaxkd.weights import (
     read_torch,
     save_safetensors,
 )
-from jaxkd.weights.files import check_regular_file, list_names, read_json, shorten
+from jaxkd.weights.files import check_regular_file, read_json, to_text
 
 FIRST = {"conv.weight": np.arange(6, dtype=np.float32)}
 SECOND = {"fc.weight": np.ones((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
@@ -205,8 +206,8 @@ def test_values_in_messages_are_short():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    assert shorten(deep) == "list"
-    assert shorten(10**5000) == "int" and shorten(-3) == "-3" and shorten(True) == "True"
-    assert shorten("a\n\x1b[2J") == r"a\n\x1b[2J"
-    assert len(shorten("x" * 10**6)) == 60
-    assert list_names("abcde") == "a, b, c and 2 more"
+    assert to_text(deep) == "list"
+    assert to_text(10**5000) == "int" and to_text(-3) == "-3" and to_text(True) == "True"
+    assert to_text("a\n\x1b[2J") == r"a\n\x1b[2J"
+    assert len(to_text("x" * 10**6)) == 60
+    assert list_some("abcde") == "a, b, c, d and 1 more"

@@ -353,8 +353,8 @@ def test_names_of_a_safetensors_file_are_selected(tmp_path):
         ({"model": {"a": [2]}}, "mod", "has no entry 'mod'; its entries: 'model'"),
         ({"model": {"a": [2]}}, "model.a", "'model.a' of .* is not a dict of arrays"),
         ({"model": {"a": [2]}}, "x" * 10**6, r"has no entry 'x{57}\.\.\.'"),
-        ({"x" * 10**6: {"a": [2]}, "b": {"a": [2]}}, None, r"'x{56}\.\.\., 'b': choose one"),
-        ({f"n{i}": {"a": [2]} for i in range(999)}, None, "'n0', 'n1', 'n2' and 996 more"),
+        ({"x" * 10**6: {"a": [2]}, "b": {"a": [2]}}, None, r"'x+ … x+', 'b': choose one"),
+        ({f"n{i}": {"a": [2]} for i in range(999)}, None, "'n0', 'n1', 'n2', 'n3' and 995 more"),
     ],
 )
 def test_weights_that_are_not_found_or_not_unique(tree, entry, match, tmp_path):
