@@ -1,6 +1,7 @@
 """Atomic writes, and the differences between two mappings."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file so that it always holds either all of its old or all of its new content.
 
     Threads and processes may write the same file: one of the contents stays. A symbolic link is
-    replaced, not followed.
+    replaced, not followed. A device or a pipe is kept.
 
     Args:
         path: The file. Its folder must exist.
@@ -27,6 +28,9 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         OSError: If the file cannot be written. The old content is kept.
     """
     path = Path(path)
+    # As root, the rename below would turn /dev/null into a file.
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file, name another one", str(path))
     # In the same folder, because a file can only be moved in one step within a file system.
     # A random name, because another thread may write the same path, and a process of another host
     # may have this one's number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkd import evaluate
+from jaxkd._messages import shorten
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
@@ -95,7 +97,7 @@ class ResultRow:
             ValueError: If the row has no name, or a value of another type.
         """
         if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-            raise ValueError(f"a row of results needs a name, got {str(row)[:80]}")
+            raise ValueError(f"a row of results needs a name, got {shorten(repr(row), 80)}")
         values: dict[str, Any] = {"name": row["name"]}
         for field in dataclasses.fields(cls)[1:-1]:
             if field.name in row:
@@ -145,17 +147,23 @@ def format_mean_and_std(values: Any, *, scale: float = 1.0) -> str:
     return f"{scale * values.mean():.1f}{std}"
 
 
+def is_finite_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number that a float can hold."""
+    # A long integer is too large for a float.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def _from_json_value(name: str, value: Any) -> Any:
     """Returns a field's value, a tuple for a list. Raises `ValueError` for another type."""
     # These two are lists, which are empty where there is no value.
     if value is None and name not in ("accuracy", "seconds"):
         return None
     if name not in ("accuracy", "accuracy_interval", "seconds"):
-        if not isinstance(value, int | float):
-            raise ValueError(f"{name} must be a number, got {str(value)[:80]}")
+        if not is_finite_number(value):
+            raise ValueError(f"{name} must be a finite number, got {shorten(repr(value), 80)}")
         return value
-    if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
-        raise ValueError(f"{name} must be a list of numbers, got {str(value)[:80]}")
+    if not isinstance(value, list) or not all(map(is_finite_number, value)):
+        raise ValueError(f"{name} must be a list of numbers, got {shorten(repr(value), 80)}")
     return tuple(value)
 
 

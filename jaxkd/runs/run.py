@@ -26,11 +26,11 @@ from jaxkd._files import (
     is_temporary,
     write_atomically,
 )
-from jaxkd._messages import first_line
+from jaxkd._messages import first_line, shorten
 from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, identify_lock, lock_folder
 from jaxkd.runs.environment import describe_environment
 from jaxkd.runs.errors import RunError, check_folder_name
-from jaxkd.runs.results import ResultRow
+from jaxkd.runs.results import ResultRow, is_finite_number
 
 DEVICE_OPTIONS = ("parallel", "model_devices", "max_students")
 """Options that divide the work among devices and programs, on which rounding depends."""
@@ -45,6 +45,8 @@ IGNORED_OPTIONS = (
     *DEVICE_OPTIONS,
 )
 """Options that say where and how a run computes, not what. They may change when it continues."""
+
+_CURVES = {"epoch", "loss", "validation_loss", "validation_accuracy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,9 @@ class Run:
             OSError: If the file cannot be read, such as when there is none yet.
         """
         path = self.folder / "results.json"
+        # Reading a pipe or a device may never end.
+        if path.exists() and not path.is_file():
+            raise RunError(f"{path} is not a regular file: restore it, or name another --workdir")
         try:
             return [ResultRow.from_json(row) for row in json.loads(path.read_text())]
         except (ValueError, TypeError, RecursionError) as error:
@@ -337,16 +342,21 @@ def _open_unlinked(path: str, flags: int) -> int:
 
 
 def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Returns a record of `metrics.jsonl` after a check of what identifies it."""
+    """Returns a record of `metrics.jsonl` after a check of what identifies it and is drawn."""
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise ValueError("not a record")
         for name, expected in (("seed", int), ("stage", str), ("step", int)):
             value = record.get(name)
-            if not isinstance(value, expected) or isinstance(value, bool):
+            # No bool, which is an int as well, and no number beyond that of a float.
+            if type(value) is not expected or (expected is int and not is_finite_number(value)):
                 kind = "an integer" if expected is int else "a string"
-                raise ValueError(f"{name} must be {kind}, got {value!r}")
+                raise ValueError(f"{name} must be {kind}, got {shorten(repr(value), 80)}")
+        for name in record.keys() & _CURVES:
+            value = record[name]
+            if value is not None and not is_finite_number(value):
+                raise ValueError(f"{name} must be a finite number, got {shorten(repr(value), 80)}")
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"line {number} of {path} is damaged ({first_line(error)}): restore it, delete that "

@@ -448,6 +448,16 @@ def test_atomic_write_follows_no_link(tmp_path):
     assert (tmp_path / "link").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, make):
+    make(tmp_path / "file")
+    mode = (tmp_path / "file").stat().st_mode
+    with pytest.raises(OSError, match="is not a regular file, name another one: '.*file'"):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").stat().st_mode == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_restores_on_one_of_several_devices(tmp_path):
     assert jax.device_count() == 8
     checkpoints.save(tmp_path, 1, jax.device_put({"x": jnp.arange(8.0)}, jax.devices()[3]))

@@ -86,14 +86,16 @@ def test_a_row_without_an_accuracy_has_no_mean():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("student", "a row of results needs a name, got student"),
+        ("student", "a row of results needs a name, got 'student'"),
         ({"accuracy": [0.5]}, "needs a name"),
         ({"name": None}, "needs a name"),
         ({"name": "student", "accuracy": None}, "accuracy must be a list of numbers, got None"),
         ({"name": "student", "seconds": 3.0}, "seconds must be a list of numbers, got 3.0"),
         ({"name": "student", "accuracy_interval": ["low"]}, "accuracy_interval must be a list"),
-        ({"name": "student", "ece": "low"}, "ece must be a number, got low"),
-        ({"name": "student", "bytes": [1]}, r"bytes must be a number, got \[1\]"),
+        ({"name": "student", "accuracy": [10**400]}, "accuracy must be a list of numbers, got"),
+        ({"name": "student", "flops": float("nan")}, "flops must be a finite number, got nan"),
+        ({"name": "student", "ece": "low"}, "ece must be a finite number, got 'low'"),
+        ({"name": "student", "bytes": [1]}, r"bytes must be a finite number, got \[1\]"),
     ],
 )
 def test_damaged_rows_are_refused(row, message):

@@ -128,6 +128,9 @@ def test_metrics_rewind_to_a_step_and_leave_out_a_line_that_was_cut_off(tmp_path
         '{"seed": 0, "stage": "a", "step": true}',
         '{"seed": 0, "stage": 3, "step": 1}',
         '{"seed": 0, "stage": "a", "step": ' + 5000 * "1" + "}",
+        '{"seed": 0, "stage": "a", "step": ' + 400 * "1" + "}",
+        '{"seed": 0, "stage": "a", "step": 1, "validation_loss": "low"}',
+        '{"seed": 0, "stage": "a", "step": 1, "validation_accuracy": NaN}',
         100_000 * "[",
     ],
 )
@@ -166,7 +169,7 @@ def test_lock_that_is_a_link_is_an_error(tmp_path):
 @pytest.mark.parametrize("name", [".lock", ".lock-holder", "metrics.jsonl"])
 def test_pipes_in_the_folder_are_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with contextlib.suppress(runs.RunError):
+    with contextlib.suppress(runs.RunError, OSError):
         assert runs.open_run(tmp_path, CONFIG).metrics() == []
 
 
@@ -290,7 +293,7 @@ def test_results_are_strict_json(tmp_path):
         ("3", "not iterable"),
         ('[{"accuracy": [0.5]}]', "needs a name"),
         ('[{"name": "a", "accuracy": null}]', "accuracy must be a list of numbers, got None"),
-        ('[{"name": "a", "ece": "low"}]', "ece must be a number, got low"),
+        ('[{"name": "a", "ece": "low"}]', "ece must be a finite number, got .low."),
     ],
 )
 def test_damaged_results_are_an_error(tmp_path, content, reason):
@@ -299,6 +302,13 @@ def test_damaged_results_are_an_error(tmp_path, content, reason):
         run.read_results()
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(runs.RunError, match=rf"results\.json is damaged \(.*{reason}.*--workdir"):
+        run.read_results()
+
+
+def test_results_that_are_a_pipe_are_an_error(tmp_path):
+    run = runs.open_run(tmp_path, CONFIG)
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(runs.RunError, match=r"results\.json is not a regular file: restore it"):
         run.read_results()
 
 
