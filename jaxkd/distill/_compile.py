@@ -2,24 +2,20 @@
 
 import dataclasses
 import functools
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._diagnosis import count_classes
+from jaxkd.distill._lowering import batch_shapes, hash_predict, hash_step, variables_shape
 from jaxkd.distill._multi_step import MultiStep
-from jaxkd.distill.placement import DATA, Placement
+from jaxkd.distill.placement import Placement
 from jaxkd.distill.plan import Pretrained, Stage
-from jaxkd.distill.step import BatchInfo, StepFn, init_train_state, make_train_step
-from jaxkd.distill.top_k import top_k
+from jaxkd.distill.step import StepFn, make_train_step
 from jaxkd.evaluate import Score
-from jaxkd.models.model import Model
 from jaxkd.runs import fingerprint
 
 
@@ -87,16 +83,16 @@ def compile_stages(
     inits = {model: jax.jit(model.init) for model in models}
     digests: dict[tuple[str, str], str] = {}
 
-    def hash_predict(name: str, example: Any) -> str:
+    def hash_teacher(name: str, example: Any) -> str:
         key = name, str(example)
         if key not in digests:
-            digests[key] = _hash_predict(entries[name], example)
+            digests[key] = hash_predict(entries[name], example)
         return digests[key]
 
     compiled = {}
     for program in _find_programs(plan, seed):
         multi_step = placement.make_multi_step(program.make_step)
-        digest = program.digest or _hash_step(program, entries, seed)
+        digest = program.digest or hash_step(program.stages[0], program.make_step, entries, seed)
         for stage in program.stages:
             weights = {name: hash_weights(name) for name in stage.needs if name in pretrained}
             compiled[stage.name] = CompiledStage(
@@ -106,7 +102,7 @@ def compile_stages(
                 scores[stage.name],
                 _describe(stage, weights)
                 | {"program": digest}
-                | _describe_batches(stage, seed, buckets, hash_predict),
+                | _describe_batches(stage, seed, buckets, hash_teacher),
             )
     return [compiled[entry.name] for entry in plan if entry.name in compiled]
 
@@ -176,7 +172,7 @@ def _has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any, buckets: Lengt
         dtype = jax.dtypes.canonicalize_dtype(inputs.dtype)
         return jax.ShapeDtypeStruct((1, *inputs.shape[1:-1], length), dtype)
 
-    variables = _variables_shape(entry, at_length(inputs.shape[-1]))
+    variables = variables_shape(entry, at_length(inputs.shape[-1]))
     shortest, longest = (
         jax.eval_shape(predict, variables, at_length(length)).shape
         for length in (buckets.lengths[0], buckets.lengths[-1])
@@ -223,7 +219,7 @@ def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Progr
 
 def _candidate_key(stage: Stage, seed: int) -> tuple:
     """Returns attributes that are equal for all stages of one program."""
-    batch = _batch_shapes(stage, seed)
+    batch = batch_shapes(stage, seed)
     # Sets of names, shapes and dtypes: the order of a batch's arrays does not change the program. A
     # Python number (weak type) promotes in another way than an array.
     return (
@@ -252,7 +248,7 @@ def _merge_equal(
         return list(programs)
     by_digest: dict[str, _Program] = {}
     for program in programs:
-        digest = _hash_step(program, entries, seed)
+        digest = hash_step(program.stages[0], program.make_step, entries, seed)
         merged = by_digest.setdefault(digest, program._replace(stages=[], digest=digest))
         merged.stages.extend(program.stages)
     return list(by_digest.values())
@@ -290,103 +286,6 @@ def _step_maker(
     )
 
 
-def _hash_step(program: _Program, entries: Mapping[str, Stage | Pretrained], seed: int) -> str:
-    """Returns a digest of a step as it is lowered for its shapes, without compiling it.
-
-    The step is lowered for one device, wherever the stage trains, and without the names of
-    functions. Another process with the same versions of JAX and its packages finds the same digest.
-    """
-    stage = program.stages[0]
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = _batch_shapes(stage, seed)
-    # Networks are initialised with one example, as `start_or_resume` does.
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch["inputs"]
-    )
-
-    # Called with a real key, because a user's `init_loss` need not be traceable.
-    loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.key(0))
-
-    def init_state(key: Any, inputs: Any) -> Any:
-        variables = stage.model.init(key, inputs)
-        return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
-
-    teachers = [entries[name] for name in stage.teachers]
-    teacher_variables = tuple(_variables_shape(teacher, example) for teacher in teachers)
-    info = BatchInfo()
-    if stage.views is not None:
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        index = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
-        info = BatchInfo(index, scalar, key)
-    if stage.cache_teachers:
-        logits = tuple(
-            _cached_logits_shape(stage, teacher.model, variables, batch["inputs"])
-            for teacher, variables in zip(teachers, teacher_variables, strict=True)
-        )
-        info = info._replace(teacher_logits=logits)
-        teacher_variables = ()
-    step: Any = program.make_step()
-    state = jax.eval_shape(init_state, key, example)
-    text = _lower(step, state, batch, teacher_variables, key, info)
-    # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
-    # them shares with no other.
-    is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
-    return _hash_text(text if is_complete else text + stage.name)
-
-
-def _lower(function: Any, *arguments: Any) -> str:
-    """Returns the text of a jitted function, lowered for the shapes of its arguments."""
-    try:
-        return function.lower(*arguments).as_text()
-    except NameError:
-        # A network that names the axis of pmap, such as one with another batch norm.
-        mapped = jax.vmap(function, in_axes=None, axis_name=DATA, axis_size=1)
-        return jax.jit(mapped).lower(*arguments).as_text()
-
-
-def _variables_shape(entry: Stage | Pretrained, example: Any) -> Any:
-    """Returns the shapes of a model's variables."""
-    if isinstance(entry, Pretrained):
-        return jax.eval_shape(lambda: dict(entry.variables))
-    return jax.eval_shape(entry.model.init, jax.eval_shape(lambda: jax.random.key(0)), example)
-
-
-def _hash_text(text: str) -> str:
-    """Returns a digest of a lowered program that does not depend on names and addresses."""
-    names = re.findall(r"func\.func \w+ (@[\w.]+)", text)
-    numbers = {name: f"@{number}" for number, name in enumerate(names)}
-    text = re.sub(r"@[\w.]+", lambda match: numbers.get(match[0], match[0]), text)
-    # A callback is an address, or a number that counts those of the process.
-    lines = [re.sub(r"\d+", "", line) if "callback" in line else line for line in text.splitlines()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _batch_shapes(stage: Stage, seed: int) -> dict[str, Any]:
-    """Returns the shapes of a step's batch. A Python number keeps its weak type."""
-
-    def batch_shape(array: Any) -> jax.ShapeDtypeStruct:
-        shape = jax.eval_shape(jnp.asarray, array)
-        if shape.ndim:
-            shape = jax.ShapeDtypeStruct((stage.batch_size, *shape.shape[1:]), shape.dtype)
-        return shape
-
-    return jax.tree.map(batch_shape, dict(stage.examples(seed)))
-
-
-def _cached_logits_shape(
-    stage: Stage, teacher: Model, variables: Any, inputs: jax.ShapeDtypeStruct
-) -> Any:
-    def predict(variables: Any, inputs: Any) -> Any:
-        logits = teacher.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
-        if stage.views is not None:
-            # Only the shape counts here: `[B, V, ..., C]`, as `teacher_logits` returns it with
-            # views.
-            logits = jnp.repeat(logits[:, None], stage.views, axis=1)
-        return logits if stage.cache_top_k is None else top_k(logits, k=stage.cache_top_k)
-
-    return jax.eval_shape(predict, variables, inputs)
-
-
 def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
     """Returns what identifies a training in JSON, without its program.
 
@@ -414,27 +313,19 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _describe_batches(
-    stage: Stage, seed: int, buckets: LengthBuckets | None, hash_predict: Callable[..., str]
+    stage: Stage, seed: int, buckets: LengthBuckets | None, hash_teacher: Callable[..., str]
 ) -> dict[str, Any]:
     """Returns what a step reads but does not compute: cached teachers and the cut of its tokens."""
     description: dict[str, Any] = {}
     if buckets is not None:
         description["buckets"] = list(buckets.lengths)
     if stage.cache_teachers:
-        inputs = _batch_shapes(stage, seed)["inputs"]
+        inputs = batch_shapes(stage, seed)["inputs"]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
         # Their program is not part of the step.
-        description["cached_teachers"] = [hash_predict(name, example) for name in stage.teachers]
+        description["cached_teachers"] = [hash_teacher(name, example) for name in stage.teachers]
     return description
 
 
 def _hash_weights(variables: Any) -> str:
     return fingerprint(map(np.asarray, jax.tree.leaves(jax.device_get(variables))))
-
-
-def _hash_predict(entry: Stage | Pretrained, example: Any) -> str:
-    """Returns a digest of a model's predictions, as they are lowered."""
-    predict = jax.jit(
-        lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
-    )
-    return _hash_text(_lower(predict, _variables_shape(entry, example), example))

@@ -36,13 +36,13 @@ def get_groups(*plan):
 def hashed(monkeypatch):
     """The names of the stages that were lowered for their digest."""
     names = []
-    hash_step = _compile._hash_step
+    hash_step = _compile.hash_step
 
-    def record_and_hash(program, *args):
-        names.append(program.stages[0].name)
-        return hash_step(program, *args)
+    def record_and_hash(stage, *args):
+        names.append(stage.name)
+        return hash_step(stage, *args)
 
-    monkeypatch.setattr(_compile, "_hash_step", record_and_hash)
+    monkeypatch.setattr(_compile, "hash_step", record_and_hash)
     return names
 
 

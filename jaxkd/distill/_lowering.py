@@ -1,0 +1,124 @@
+"""Digests of programs as they are lowered for shapes, without compiling them."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.distill.placement import DATA
+from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
+from jaxkd.distill.top_k import top_k
+from jaxkd.models.model import Model
+
+
+def hash_step(
+    stage: Stage,
+    make_step: Callable[..., StepFn],
+    entries: Mapping[str, Stage | Pretrained],
+    seed: int,
+) -> str:
+    """Returns a digest of a step as it is lowered for its shapes, without compiling it.
+
+    The step is lowered for one device, wherever the stage trains, and without the names of
+    functions. Another process with the same versions of JAX and its packages finds the same digest.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = batch_shapes(stage, seed)
+    # Networks are initialised with one example, as `start_or_resume` does.
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch["inputs"]
+    )
+
+    # Called with a real key, because a user's `init_loss` need not be traceable.
+    loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.key(0))
+
+    def init_state(key: Any, inputs: Any) -> Any:
+        variables = stage.model.init(key, inputs)
+        return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+
+    teachers = [entries[name] for name in stage.teachers]
+    teacher_variables = tuple(variables_shape(teacher, example) for teacher in teachers)
+    info = BatchInfo()
+    if stage.views is not None:
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        index = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
+        info = BatchInfo(index, scalar, key)
+    if stage.cache_teachers:
+        logits = tuple(
+            _cached_logits_shape(stage, teacher.model, variables, batch["inputs"])
+            for teacher, variables in zip(teachers, teacher_variables, strict=True)
+        )
+        info = info._replace(teacher_logits=logits)
+        teacher_variables = ()
+    step: Any = make_step()
+    state = jax.eval_shape(init_state, key, example)
+    text = _lower(step, state, batch, teacher_variables, key, info)
+    # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
+    # them shares with no other.
+    is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
+    return _hash_text(text if is_complete else text + stage.name)
+
+
+def hash_predict(entry: Stage | Pretrained, example: Any) -> str:
+    """Returns a digest of a model's predictions, as they are lowered."""
+    predict = jax.jit(
+        lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
+    )
+    return _hash_text(_lower(predict, variables_shape(entry, example), example))
+
+
+def batch_shapes(stage: Stage, seed: int) -> dict[str, Any]:
+    """Returns the shapes of a step's batch. A Python number keeps its weak type."""
+
+    def batch_shape(array: Any) -> jax.ShapeDtypeStruct:
+        shape = jax.eval_shape(jnp.asarray, array)
+        if shape.ndim:
+            shape = jax.ShapeDtypeStruct((stage.batch_size, *shape.shape[1:]), shape.dtype)
+        return shape
+
+    return jax.tree.map(batch_shape, dict(stage.examples(seed)))
+
+
+def variables_shape(entry: Stage | Pretrained, example: Any) -> Any:
+    """Returns the shapes of a model's variables."""
+    if isinstance(entry, Pretrained):
+        return jax.eval_shape(lambda: dict(entry.variables))
+    return jax.eval_shape(entry.model.init, jax.eval_shape(lambda: jax.random.key(0)), example)
+
+
+def _cached_logits_shape(
+    stage: Stage, teacher: Model, variables: Any, inputs: jax.ShapeDtypeStruct
+) -> Any:
+    def predict(variables: Any, inputs: Any) -> Any:
+        logits = teacher.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
+        if stage.views is not None:
+            # Only the shape counts here: `[B, V, ..., C]`, as `teacher_logits` returns it with
+            # views.
+            logits = jnp.repeat(logits[:, None], stage.views, axis=1)
+        return logits if stage.cache_top_k is None else top_k(logits, k=stage.cache_top_k)
+
+    return jax.eval_shape(predict, variables, inputs)
+
+
+def _lower(function: Any, *arguments: Any) -> str:
+    """Returns the text of a jitted function, lowered for the shapes of its arguments."""
+    try:
+        return function.lower(*arguments).as_text()
+    except NameError:
+        # A network that names the axis of pmap, such as one with another batch norm.
+        mapped = jax.vmap(function, in_axes=None, axis_name=DATA, axis_size=1)
+        return jax.jit(mapped).lower(*arguments).as_text()
+
+
+def _hash_text(text: str) -> str:
+    """Returns a digest of a lowered program that does not depend on names and addresses."""
+    names = re.findall(r"func\.func \w+ (@[\w.]+)", text)
+    numbers = {name: f"@{number}" for number, name in enumerate(names)}
+    text = re.sub(r"@[\w.]+", lambda match: numbers.get(match[0], match[0]), text)
+    # A callback is an address, or a number that counts those of the process.
+    lines = [re.sub(r"\d+", "", line) if "callback" in line else line for line in text.splitlines()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
