@@ -31,6 +31,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_TESTS_PER_CACHE = 300
+_num_tests = 0
+
+
+@pytest.fixture(autouse=True)
+def _free_programs():
+    """Frees compiled programs now and then, which would fill some gigabytes by the end."""
+    yield
+    global _num_tests
+    _num_tests += 1
+    if _num_tests % _TESTS_PER_CACHE == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def make_row():
     """Makes a row of results by name and accuracies. Keywords replace its other values."""
