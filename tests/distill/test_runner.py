@@ -134,11 +134,11 @@ def test_largest_and_numpy_seeds_are_trained_and_recorded(tmp_path):
 
 def test_reference_or_model_that_is_missing_is_named(trained_chain):
     trained, _ = trained_chain
-    message = r"reference 'techer' is not in the plan, which has 'teacher', 'assistant', "
+    message = r"reference 'techer' is not in the plan, which has teacher, assistant, "
     with pytest.raises(ValueError, match=message):
         distill.evaluate_plan(make_chain(), trained, VALIDATION, reference="techer")
     fewer = {name: trained[name] for name in ("teacher", "assistant")}
-    with pytest.raises(ValueError, match="trained lacks 'student', 'longer' of the plan"):
+    with pytest.raises(ValueError, match="trained lacks student, longer of the plan"):
         distill.evaluate_plan(make_chain(), fewer, VALIDATION, reference="teacher")
 
 

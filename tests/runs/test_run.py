@@ -143,7 +143,7 @@ def test_damaged_metrics_are_an_error_that_names_the_line(tmp_path, line):
             runs.RunError, match=r"^line 2 of .*metrics.jsonl is damaged "
         ) as raised:
             read()
-        assert len(str(raised.value).removeprefix(str(tmp_path))) < 300
+        assert len(str(raised.value).replace(str(tmp_path), "")) < 300
 
 
 @pytest.mark.parametrize("name", [".lock", ".lock-holder", "metrics.jsonl", "config.json"])

@@ -130,7 +130,9 @@ def test_ctrl_c_ends_at_once_and_keeps_the_outcomes(fake_worker):
     assert not (fake_worker / "fuzz" / "faults").exists()
 
 
+# A process in the background of a shell ignores Ctrl-C, and so do those that it starts.
 CTRL_C = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from experiments.common import cli; from experiments.benchmarks import fuzz; "
     "fuzz.WORKER = 'fake_worker'; fuzz.SECONDS = 300; cli.run(fuzz.main, fuzz.Config, None)"
 )
