@@ -81,8 +81,10 @@ def errors_in_one_line(*expected: type[Exception]) -> Generator[None]:
 
 
 def exit_with(error: object) -> None:
-    """Ends the process with an error of one line."""
-    sys.exit(f"error: {shorten(error, 290)}")
+    """Ends the process with an error of one line. A command that it ends with is never cut."""
+    command = getattr(error, "command", "")
+    text = shorten(str(error).removesuffix(command), 290)
+    sys.exit(" ".join(filter(None, ["error:", text, command])))
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

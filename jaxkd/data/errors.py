@@ -23,6 +23,7 @@ class DataError(ValueError):
             command: A command that the reader copies, appended whole after a space.
         """
         super().__init__(f"{shorten(message)} {command}".strip())
+        self.command = command
 
 
 def warn(message: str) -> None:

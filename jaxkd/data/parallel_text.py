@@ -18,7 +18,6 @@ from jaxkd.data.text_files import (
     hold_out_tenth,
     iterate_lines,
     line_origin,
-    strip_text,
     take,
 )
 
@@ -151,7 +150,12 @@ def make_pair_dataset(
 
 
 def _strip_lines(path: Path, lines: Sequence[str]) -> tuple[str, ...]:
-    return tuple(strip_text(line, line_origin(path, index)) for index, line in enumerate(lines))
+    for index, line in enumerate(lines):
+        if not line.strip():
+            raise DataError(
+                f"{line_origin(path, index)} is empty: remove this line from both files"
+            )
+    return tuple(line.strip() for line in lines)
 
 
 def _select_pairs(pairs: Pairs, indices: np.ndarray) -> Pairs:

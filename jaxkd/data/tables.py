@@ -77,8 +77,7 @@ class _Source(NamedTuple):
         text: Its content.
         first: The fields of its first line, without quotes and in lower case.
         counts: How many lines have each number of columns.
-        recurring: Indices of the columns in which another line has one of the usual names that the
-            first line has there.
+        recurring: Indices of the columns in which another line has what the first line has there.
     """
 
     path: Path
@@ -211,16 +210,15 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
     counts: Counter[int] = Counter()
     first: list[str] = []
     recurring: set[int] = set()
-    usual: dict[int, str] = {}
     for index, fields in _iterate_rows(path, text):
         if not any(fields):
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
         if not counts:
             first = [_clean(field) for field in fields]
-            usual = {i: name for i, name in enumerate(first) if name in TEXT_NAMES + LABEL_NAMES}
-        for i, name in usual.items():
-            if counts and i < len(fields) and _clean(fields[i]) == name:
-                recurring.add(i)
+        elif len(recurring) < len(first):
+            for column, (name, field) in enumerate(zip(first, fields, strict=False)):
+                if name and _clean(field) == name:
+                    recurring.add(column)
         counts[len(fields)] += 1
     return _Source(path, text, first, counts, recurring)
 
@@ -258,14 +256,15 @@ def _clean(field: str) -> str:
 
 
 def _is_header(source: _Source, classes: Collection[str] = ()) -> bool:
-    """True if the first line has both of the usual names, or one that no other line has there."""
+    """True if the first line has both of the usual names, or one and nothing that recurs."""
     if not {*TEXT_NAMES}.isdisjoint(source.first) and not {*LABEL_NAMES}.isdisjoint(source.first):
         return True
     # A class may be called "review".
     known_classes = {_clean(label) for label in classes}
-    for column, name in enumerate(source.first):
+    for name in source.first:
         is_usual = name in TEXT_NAMES or name in LABEL_NAMES
-        if is_usual and column not in source.recurring and name not in known_classes:
+        # What recurs in another column is the class of an example.
+        if is_usual and not source.recurring and name not in known_classes:
             return True
     # pandas numbers columns without a name.
     return len(source.first) > 1 and source.first == [str(i) for i in range(len(source.first))]

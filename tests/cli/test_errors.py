@@ -6,6 +6,7 @@ import pytest
 
 from jaxkd.cli import errors
 from jaxkd.cli.main import main
+from jaxkd.data import DataError
 
 
 def exit_message(function, *arguments):
@@ -42,6 +43,13 @@ def test_long_arguments_are_quoted_in_part(capsys):
     )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "--num-classes" in line and len(line) <= 300
+
+
+def test_a_command_is_never_cut():
+    command = "python -c " + "x" * 400
+    message = exit_message(raise_in_one_line, DataError("cause " * 100, command=command), DataError)
+    assert message.startswith("error: cause cause") and message.endswith(f"cause {command}")
+    assert len(message) <= 300 + len(command)
 
 
 def test_long_valid_arguments_are_kept():

@@ -118,7 +118,7 @@ def test_thousands_of_files_end_in_a_short_line(parallel):
 
 def test_empty_lines_and_missing_languages(parallel):
     write(parallel, "val.de", ["eins", " ", "drei", "vier"])
-    with pytest.raises(DataError, match=r"val\.de, line 2 is empty"):
+    with pytest.raises(DataError, match=r"val\.de, line 2 is empty: remove this line from both"):
         parallel_text.load_pairs(parallel, source="en", target="de")
     with pytest.raises(DataError, match=r"no pair train\.en and train\.fr"):
         parallel_text.load_pairs(parallel, source="en", target="fr")

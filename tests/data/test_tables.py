@@ -119,6 +119,12 @@ def test_examples_that_look_like_a_header_are_kept(load):
     assert dataset.test.texts == dataset.validation.texts == ("review 0",)
 
 
+def test_an_example_whose_text_is_a_usual_name_is_kept(load):
+    rows = [("sentence", "good"), *ROWS]
+    dataset = load({"train.tsv": rows, "test.tsv": TEST})
+    assert "sentence" in (*dataset.train.texts, *dataset.validation.texts)
+
+
 def test_files_that_were_joined_with_their_headers_are_refused(load):
     rows = [("text", "label"), *ROWS]
     with pytest.raises(DataError, match=r"train.tsv, line 32 repeats the header: remove it"):

@@ -157,6 +157,8 @@ def _format_error() -> str:
 def _is_bad_message(message: str, folder: Path) -> bool:
     # Without the folder of the inputs, which may be deep. Lines as a terminal breaks them.
     message = message.replace(str(folder), ".")
+    # A command to copy is never cut.
+    message = message.partition("pip install ")[0]
     return len(message) > MAX_LENGTH or re.search(r"[\n\r]", message) is not None
 
 
