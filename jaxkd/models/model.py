@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -82,9 +82,9 @@ def from_linen(
         The pair of functions.
 
     Raises:
-        TypeError: If the module's `__call__` has no argument of that name, or it is not known
-            whether it is true in training. From `apply`, if the module returns anything but
-            `Outputs` or one array.
+        TypeError: If the module's `__call__` has no argument of that name, it is not known whether
+            it is true in training, or another argument has no default. From `apply`, if the module
+            returns anything but `Outputs` or one array.
         ValueError: From `init`, if the module has variables other than parameters and running
             statistics.
 
@@ -101,7 +101,7 @@ def from_linen(
     name = type(module).__name__
     parameters = inspect.signature(type(module).__call__).parameters
     if train_argument is not None and train_argument not in parameters:
-        known = next((known for known in _TRAIN_VALUES if known in parameters), "...")
+        known = next(iter(_find_train_values(module)), "...")
         raise TypeError(
             f"{name}.__call__ has no argument {train_argument!r}: pass train_argument={known!r} "
             "with the name of the argument that tells training from evaluation, or "
@@ -115,8 +115,11 @@ def from_linen(
                 "evaluation? Pass train_value=True or train_value=False, its value in training"
             )
 
-    def mode_arguments(train: bool) -> dict[str, Any]:
-        return {} if train_argument is None else {train_argument: train == train_value}
+    train_values = {} if train_argument is None else {train_argument: train_value}
+    _check_required_arguments(module, train_values)
+
+    def mode_arguments(train: bool) -> dict[str, bool]:
+        return {name: train == value for name, value in train_values.items()}
 
     def init(key: Array, inputs: Inputs) -> dict:
         # A module without a training argument may drop values during initialisation too.
@@ -150,6 +153,31 @@ def from_linen(
         return outputs, updates.get("batch_stats", variables.get("batch_stats", {}))
 
     return Model(init, apply)
+
+
+def _find_train_values(module: Any) -> dict[str, bool]:
+    """Returns the value in training of each argument that tells a module's mode."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    return {name: value for name, value in _TRAIN_VALUES.items() if name in parameters}
+
+
+def _check_required_arguments(module: Any, passed: Container[str]) -> None:
+    """Raises `TypeError` if a module needs more than its inputs and the arguments passed."""
+    # `self` and the inputs come first.
+    parameters = list(inspect.signature(type(module).__call__).parameters.values())[2:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in variadic
+        and parameter.name not in passed
+    ]
+    if required:
+        raise TypeError(
+            f"{type(module).__name__}.__call__ needs {required[0]!r} beside its inputs, which a "
+            "model is not given: set a default, or take a dict of inputs that holds it"
+        )
 
 
 def _check_outputs(result: Any, name: str) -> Outputs:
@@ -187,13 +215,16 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
         module: A function or class that takes `nnx.Rngs` and makes the module, or the module
             itself, whose weights `init` then returns for every key. Calling the module returns
             `Outputs` or logits alone; what it sows is not used. `module.train()` and
-            `module.eval()` choose the mode.
+            `module.eval()` choose the mode, and so do arguments of its `__call__` that are named
+            `train`, `training`, `is_training`, `deterministic` or `use_running_average`. Any other
+            argument keeps its default.
 
     Returns:
         The pair of functions. Each call works on a copy of the module, which never changes.
 
     Raises:
-        TypeError: From `apply`, if the module returns anything but `Outputs` or one array.
+        TypeError: If the module's `__call__` needs another argument than its inputs. From `apply`,
+            if the module returns anything but `Outputs` or one array.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -209,8 +240,12 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     def build(key: Array) -> Any:
         return module if isinstance(module, nnx.Module) else module(nnx.Rngs(key))
 
+    built = build(jax.random.key(0))
+    # `train()` and `eval()` do not reach an argument, whose default would hold in both modes.
+    train_values = _find_train_values(built)
+    _check_required_arguments(built, train_values)
     graphdef, param_state, batch_stat_state, other_state = nnx.split(
-        build(jax.random.key(0)), nnx.Param, nnx.BatchStat, ...
+        built, nnx.Param, nnx.BatchStat, ...
     )
 
     def init(key: Array, inputs: Inputs) -> dict:
@@ -238,7 +273,8 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
             merged.eval()
         if key is not None:
             nnx.reseed(merged, default=key, dropout=key)
-        outputs = _check_outputs(merged(inputs), type(merged).__name__)
+        mode_arguments = {name: train == value for name, value in train_values.items()}
+        outputs = _check_outputs(merged(inputs, **mode_arguments), type(merged).__name__)
         return outputs, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
     return Model(init, apply)

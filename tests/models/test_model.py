@@ -1,5 +1,7 @@
 """Models as pairs of pure functions, from Flax Linen and Flax NNX."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -285,6 +287,99 @@ def test_the_sense_of_an_unknown_argument_is_asked():
         from_linen(Mode(), train_argument="inference")
     with pytest.raises(TypeError, match="no argument 'train': pass train_argument='deterministic'"):
         from_linen(Deterministic())
+
+
+class NNXTrain(nnx.Module):
+    """An argument of the call tells the mode, which `train()` and `eval()` do not reach."""
+
+    def __init__(self, rngs):
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, train=True):
+        return self.dropout(x, deterministic=not train)
+
+
+class NNXTraining(NNXTrain):
+    def __call__(self, x, *, training):
+        return super().__call__(x, training)
+
+
+class NNXIsTraining(NNXTrain):
+    def __call__(self, x, is_training, scale=1.0):
+        return super().__call__(x * scale, is_training)
+
+
+class NNXDeterministic(NNXTrain):
+    def __call__(self, x, deterministic=False):
+        return super().__call__(x, not deterministic)
+
+
+class NNXTwoArguments(NNXTrain):
+    def __call__(self, x, train=None, deterministic=None):
+        assert train is not deterministic
+        return super().__call__(x, train)
+
+
+class NNXJitted(NNXTrain):
+    @functools.partial(nnx.jit, static_argnames="train")
+    def __call__(self, x, train=True):
+        return self.dropout(x, deterministic=not train)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [NNXTrain, NNXTraining, NNXIsTraining, NNXDeterministic, NNXTwoArguments, NNXJitted],
+)
+def test_an_argument_of_an_nnx_module_follows_the_mode(module):
+    model = from_nnx(module)
+    for train in (False, True):
+        outputs, _ = model.apply(
+            model.init(jax.random.key(0), inputs()), inputs(), train=train, key=jax.random.key(1)
+        )
+        assert bool((outputs.logits == 0).any()) == train, "only training drops values"
+
+
+def test_running_statistics_of_an_nnx_module_follow_the_argument():
+    class Normalized(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(4, momentum=0.5, rngs=rngs)
+
+        def __call__(self, x, use_running_average=True):
+            return self.norm(x, use_running_average=use_running_average)
+
+    model = from_nnx(Normalized)
+    variables = model.init(jax.random.key(0), inputs())
+    moved = {
+        train: model.apply(variables, inputs(), train=train)[1]["norm"]["mean"].any()
+        for train in (False, True)
+    }
+    assert moved == {False: False, True: True}
+
+
+class NNXMask(NNXTrain):
+    def __call__(self, x, mask, train=True):
+        return super().__call__(x * mask, train)
+
+
+class LinenMask(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask, train):
+        return nn.Dense(3)(x * mask)
+
+
+@pytest.mark.parametrize("make", [lambda: from_nnx(NNXMask), lambda: from_linen(LinenMask())])
+def test_an_unknown_argument_without_a_default_is_refused(make):
+    with pytest.raises(TypeError, match="Mask.__call__ needs 'mask' beside its inputs.*a default"):
+        make()
+
+
+def test_arguments_with_defaults_and_variadic_ones_are_left_alone():
+    """Flax's own layers have arguments such as `mask`, and `Sequential` takes any."""
+    module = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    for model in (from_nnx(module), from_linen(nn.Sequential([nn.Dense(3)]), train_argument=None)):
+        variables = model.init(jax.random.key(0), inputs())
+        outputs, _ = model.apply(variables, inputs(), train=True)
+        chex.assert_shape(outputs.logits, (16, 3))
 
 
 class ReturnsPair(nn.Module):
