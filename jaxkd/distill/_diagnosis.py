@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.distill.plan import Pretrained, Stage, named_arrays
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
@@ -32,6 +33,53 @@ def check_validation_labels(
                     f"stage {stage.name!r} cannot be scored on the validation split: {problem}; "
                     "number the classes from 0, and leave out examples without a label"
                 )
+
+
+def check_input_dtypes(
+    plan: Sequence[Stage | Pretrained],
+    examples: Mapping[str, Any],
+    split: str,
+    *,
+    seed: int | None = None,
+) -> None:
+    """Raises `ValueError` if a stage trains on floating-point inputs and a split has integers.
+
+    The reverse is refused as well. A model that does not normalise its inputs takes both, but
+    images in [0, 1] and in [0, 255] are not the same to it.
+
+    Args:
+        plan: The stages and pretrained models. It is not known what a pretrained one trained on.
+        examples: The split, whose `inputs` are compared with those of each stage.
+        split: Name of the split for the message.
+        seed: A seed whose examples have the dtypes of every seed's. Without one, stages whose data
+            are a function are passed over.
+    """
+    others = dict(named_arrays({"inputs": examples["inputs"]}))
+    for stage in plan:
+        if isinstance(stage, Pretrained) or (callable(stage.data) and seed is None):
+            continue
+        for name, dtype in _model_input_dtypes(stage, seed or 0).items():
+            other = _get_dtype(others[name]) if name in others else dtype
+            if _is_floating(dtype) == _is_floating(other) or bool in (dtype, other):
+                continue
+            raise ValueError(
+                f"stage {shorten(stage.name, 40)!r} trains on {shorten(name, 40)} in {dtype}"
+                f"{' (after augment)' if stage.augment else ''}, but those of the {split} are in "
+                f"{other}, whose scale may be another: prepare both alike, such as images / 255"
+            )
+
+
+def _model_input_dtypes(stage: Stage, seed: int) -> dict[str, Any]:
+    """Returns the dtypes of the inputs that the model of a stage gets in training, by name."""
+    inputs = stage.examples(seed)["inputs"]
+    if stage.augment is not None:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((stage.batch_size, *np.shape(x)[1:]), _get_dtype(x)),
+            inputs,
+        )
+        # It may scale the inputs. Nothing is computed.
+        inputs = jax.eval_shape(stage.augment, jax.random.key(0), shapes)
+    return {name: _get_dtype(array) for name, array in named_arrays({"inputs": inputs})}
 
 
 def has_unknown_labels(model: Model, examples: Mapping[str, Any]) -> bool:
@@ -151,6 +199,14 @@ def count_not_finite(variables: Any) -> int:
 
 def _is_integer(array: Any) -> bool:
     return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _is_floating(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _get_dtype(array: Any) -> Any:
+    return array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
 
 
 def _find_bad_rows(array: Any) -> list[int]:

@@ -21,7 +21,11 @@ from jaxkd._messages import list_some
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
-from jaxkd.distill._diagnosis import check_validation_labels, has_unknown_labels
+from jaxkd.distill._diagnosis import (
+    check_input_dtypes,
+    check_validation_labels,
+    has_unknown_labels,
+)
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._progress import PlanProgress
@@ -87,7 +91,8 @@ def run_plan(
 
     Raises:
         ValueError: If the plan is inconsistent, `evaluations` is less than 1, seeds are out of
-            range or repeated, or `buckets` meet logits of each token that need one length.
+            range or repeated, `buckets` meet logits of each token that need one length, or the
+            inputs of a stage and of `validation` are integers here and floating-point there.
         RunError: If a loss is not finite, the run holds checkpoints of another training (the
             message names what differs), its folder was deleted, or XLA computes with outdated
             weights (`runs.environment.check_cpu_products`).
@@ -108,6 +113,7 @@ def run_plan(
     seeds = _check_seeds(seeds)
     placement = placement or single_device()
     if make_score is None:
+        check_input_dtypes(plan, validation, "validation split", seed=seeds[0] if seeds else 0)
         check_validation_labels(plan, validation)
     if buckets is not None:
         check_buckets(
@@ -180,7 +186,9 @@ def evaluate_plan(
         as a pretrained one, is measured once.
 
     Raises:
-        ValueError: If the plan has no model of the reference's name, or `trained` lacks a model.
+        ValueError: If the plan has no model of the reference's name, `trained` lacks a model, or
+            the inputs of a stage and of `test` are integers here and floating-point there. Data
+            that are a function of the seed are not compared.
     """
     names = [entry.name for entry in plan]
     if reference not in names:
@@ -191,6 +199,7 @@ def evaluate_plan(
         raise ValueError(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
+    check_input_dtypes(plan, test, "test set")
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}

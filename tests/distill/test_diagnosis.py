@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import distill, losses, models, runs
+from jaxkd import distill, evaluate, losses, models, runs
 from jaxkd.distill import _diagnosis
 from jaxkd.models import LSTMClassifier
 from small_plans import (
@@ -219,3 +219,93 @@ def test_labels_of_tokens_are_found_by_example():
     assert _diagnosis.find_unknown_labels(labels, NUM_CLASSES).tolist() == [1, 2, 3]
     replaced = _diagnosis.replace_unknown_labels(np.array([-1, -100, 1, 9]), NUM_CLASSES)
     assert replaced.tolist() == [2, 0, 1, 2]
+
+
+def to_uint8(inputs):
+    """Makes bytes of inputs, on the scale 0 to 255."""
+    return np.clip(255 * inputs, 0, 255).astype(np.uint8)
+
+
+def with_bytes(examples):
+    return {**examples, "inputs": to_uint8(examples["inputs"])}
+
+
+def divide(key, inputs):
+    """An augmentation that the validation split does not pass."""
+    return inputs.astype(jnp.float32) / 255
+
+
+TRAINED = [distill.TrainedModel(make_model().init(jax.random.key(0), TRAIN["inputs"]), 0.0, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("data", "validation", "dtypes"),
+    [
+        (TRAIN, with_bytes(VALIDATION), ("float32", "uint8")),
+        (with_bytes(TRAIN), VALIDATION, ("uint8", "float32")),
+        (lambda seed: TRAIN, with_bytes(VALIDATION), ("float32", "uint8")),
+    ],
+)
+def test_a_validation_split_of_another_kind_of_dtype_is_refused(tmp_path, data, validation, dtypes):
+    """Bytes that are not divided, unlike the images of the training, give a low accuracy."""
+    message = run_error(tmp_path, [make_stage("first", data=data)], validation=validation)
+    assert f"'first' trains on inputs in {dtypes[0]}, but those of the validation split" in message
+    assert f"are in {dtypes[1]}" in message and "prepare both alike" in message
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_test_set_of_another_kind_of_dtype_is_refused():
+    plan = [make_stage("first")]
+    with pytest.raises(ValueError, match="in float32, but those of the test set are in uint8.*ali"):
+        distill.evaluate_plan(plan, {"first": TRAINED}, with_bytes(VALIDATION), reference="first")
+
+
+def test_dtypes_are_those_that_the_model_gets(tmp_path):
+    """An augmentation may divide bytes, or leave them as they are."""
+    stage = make_stage("first", data=with_bytes(TRAIN), augment=divide)
+    message = run_error(tmp_path, [stage], validation=with_bytes(VALIDATION))
+    assert "trains on inputs in float32 (after augment), but" in message and "in uint8" in message
+    _diagnosis.check_input_dtypes([stage], VALIDATION, "test set")
+    flip = make_stage("flip", data=with_bytes(TRAIN), augment=lambda key, x: x[:, ::-1])
+    _diagnosis.check_input_dtypes([flip], with_bytes(VALIDATION), "test set")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (np.int32, np.int64),
+        (np.int32, np.uint8),
+        (np.float32, np.float64),
+        (np.float32, jnp.bfloat16),
+        (bool, np.int32),
+    ],
+)
+def test_dtypes_of_one_kind_are_no_fault(dtype, other):
+    stage = make_stage("first", data={**TRAIN, "inputs": np.ones((45, 5), dtype)})
+    _diagnosis.check_input_dtypes([stage], {"inputs": np.ones((2, 5), other)}, "test set")
+    # Other arrays have dtypes of their own.
+    labels = VALIDATION["labels"].astype(np.float32)
+    _diagnosis.check_input_dtypes([make_stage("a")], {**VALIDATION, "labels": labels}, "test set")
+    _diagnosis.check_input_dtypes([make_teacher(1.0)], with_bytes(VALIDATION), "test set")
+
+
+def test_each_array_of_a_dict_has_its_dtype():
+    def join(images, tokens):
+        return {"inputs": {"images": images, "tokens": tokens}}
+
+    images, tokens = TRAIN["inputs"], np.ones((45, 2), np.int32)
+    stage = make_stage("first", data={**TRAIN, **join(images, tokens)})
+    _diagnosis.check_input_dtypes([stage], join(images, tokens.astype(np.int64)), "test set")
+    with pytest.raises(ValueError, match="inputs/images in float32.* test set are in uint8"):
+        _diagnosis.check_input_dtypes([stage], join(to_uint8(images), tokens), "test set")
+    with pytest.raises(ValueError, match="inputs/tokens in int32.* test set are in float64"):
+        _diagnosis.check_input_dtypes([stage], join(images, tokens / 2), "test set")
+
+
+def test_a_score_of_the_user_may_prepare_its_inputs(tmp_path):
+    def make_score(model):
+        return lambda variables, examples: evaluate.Score(0.5, 0.5)
+
+    options = {"validation": with_bytes(VALIDATION), "make_score": make_score}
+    trained, _ = train(tmp_path, [make_stage("first", steps=1)], **options)
+    assert trained["first"][0].validation_accuracy == 0.5
