@@ -73,8 +73,11 @@ def _model_input_dtypes(stage: Stage, seed: int) -> dict[str, Any]:
     """Returns the dtypes of the inputs that the model of a stage gets in training, by name."""
     inputs = stage.examples(seed)["inputs"]
     if stage.augment is not None:
+        # JAX makes float32 of float64.
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((stage.batch_size, *np.shape(x)[1:]), _get_dtype(x)),
+            lambda x: jax.ShapeDtypeStruct(
+                (stage.batch_size, *np.shape(x)[1:]), jnp.result_type(x)
+            ),
             inputs,
         )
         # It may scale the inputs. Nothing is computed.

@@ -118,7 +118,7 @@ def from_linen(
     train_values = {} if train_argument is None else {train_argument: train_value}
     _check_required_arguments(module, train_values)
 
-    def mode_arguments(train: bool) -> dict[str, bool]:
+    def mode_arguments(train: bool) -> dict[str, Any]:
         return {name: train == value for name, value in train_values.items()}
 
     def init(key: Array, inputs: Inputs) -> dict:

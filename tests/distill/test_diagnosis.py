@@ -268,6 +268,10 @@ def test_dtypes_are_those_that_the_model_gets(tmp_path):
     _diagnosis.check_input_dtypes([stage], VALIDATION, "test set")
     flip = make_stage("flip", data=with_bytes(TRAIN), augment=lambda key, x: x[:, ::-1])
     _diagnosis.check_input_dtypes([flip], with_bytes(VALIDATION), "test set")
+    double = {**TRAIN, "inputs": TRAIN["inputs"].astype(np.float64)}
+    _diagnosis.check_input_dtypes(
+        [make_stage("double", data=double, augment=divide)], VALIDATION, "test set"
+    )
 
 
 @pytest.mark.parametrize(
