@@ -289,8 +289,8 @@ def with_input_normalization(
 
     Args:
         model: A model of floating-point images `[B, H, W, C]`.
-        mean: Mean of each channel, `[C]`, of pixels scaled to [0, 1].
-        std: Standard deviation of each channel, `[C]`, on the same scale.
+        mean: Mean of each channel, `[C]`, of pixels scaled to [0, 1]. One number serves all.
+        std: Standard deviation of each channel, `[C]` or a number, on the same scale.
         max_value: Largest value that a pixel can have, such as 1.0 for floating-point images in
             [0, 1]. By default 255, and only uint8 images are taken: another dtype does not tell
             the scale of its pixels.
@@ -300,10 +300,14 @@ def with_input_normalization(
 
     Raises:
         TypeError: From `init` and `apply`, if the images are not uint8 and there is no `max_value`.
-        ValueError: If `max_value` is not positive.
+        ValueError: If `max_value` is not positive, a mean is not within [0, 1], or a standard
+            deviation is not positive or above 1. From `init` and `apply`, if `mean` or `std` has
+            another number of channels than the images, or uint8 images have another `max_value`
+            than 255.
     """
     if max_value is not None and not max_value > 0:
         raise ValueError(f"max_value must be positive, got {max_value}")
+    _check_statistics(mean, std)
     mean = jnp.asarray(mean, jnp.float32)
     std = jnp.asarray(std, jnp.float32)
 
@@ -315,6 +319,13 @@ def with_input_normalization(
                 f"with_input_normalization expects uint8 images, got {dtype}: for another scale "
                 "pass max_value, 1.0 for pixels in [0, 1] or 255.0 for pixels in [0, 255]"
             )
+        if dtype == jnp.uint8 and max_value not in (None, 255):
+            raise ValueError(
+                f"uint8 images are divided by 255, but max_value is {max_value}: leave max_value "
+                "out, or convert images of that scale to float32 first"
+            )
+        _check_channels("mean", mean, inputs)
+        _check_channels("std", std, inputs)
         channels = (1,) * (inputs.ndim - 1) + (-1,)
         pixels = inputs.astype(jnp.float32) / (255 if max_value is None else max_value)
         return (pixels - mean.reshape(channels)) / std.reshape(channels)
@@ -325,6 +336,35 @@ def with_input_normalization(
         return model.apply(variables, normalize(inputs), train=train, key=key)
 
     return Model(lambda key, inputs: model.init(key, normalize(inputs)), apply)
+
+
+def _check_statistics(mean: ArrayLike, std: ArrayLike) -> None:
+    """Raises `ValueError` if a mean or deviation cannot be that of pixels in [0, 1]."""
+    means, stds = np.ravel(np.asarray(mean, np.float32)), np.ravel(np.asarray(std, np.float32))
+    for name, values, is_right, interval in (
+        ("mean", means, (means >= 0) & (means <= 1), "[0, 1]"),
+        # A channel of one value has the deviation 1 in `data.channel_statistics`.
+        ("std", stds, (stds > 0) & (stds <= 1), "(0, 1]"),
+    ):
+        if not is_right.all():
+            wrong = values[~is_right][0]
+            raise ValueError(
+                f"{name} must be within {interval}, got {wrong:.4g}: images are scaled to [0, 1] "
+                "before, so give the statistics of images on that scale"
+                + (f", such as {wrong:.4g} / 255" if wrong > 1 else "")
+            )
+
+
+def _check_channels(name: str, values: Array, images: Array) -> None:
+    """Raises `ValueError` if there is neither one number nor a value for each channel."""
+    num_channels = images.shape[-1]
+    # One value in a list would be repeated over the channels, and one channel over the values.
+    if values.ndim and values.size != num_channels:
+        raise ValueError(
+            f"{name} has {values.size} value{'s' * (values.size != 1)}, but the images have "
+            f"{num_channels} channel{'s' * (num_channels != 1)}: give one for each channel, the "
+            "last axis, or a number for all"
+        )
 
 
 # Flax fixes a module's axis when the module is constructed, before it is known on how many devices

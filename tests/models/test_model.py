@@ -443,3 +443,61 @@ def test_input_normalization_takes_one_array():
         model.init(jax.random.key(0), {"images": jnp.ones((1, 8, 8, 3), jnp.uint8)})
     with pytest.raises(ValueError, match="max_value must be positive, got 0"):
         with_input_normalization(from_linen(CNN()), [0.5] * 3, [0.2] * 3, max_value=0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([123.7], [58.4], r"mean must be within \[0, 1\], got 123.7: .* such as 123.7 / 255"),
+        ([0.5, -0.1, 0.5], [0.2] * 3, r"mean must be within \[0, 1\], got -0.1"),
+        ([0.5, np.nan, 0.5], [0.2] * 3, r"mean must be within \[0, 1\], got nan"),
+        ([0.5] * 3, [0.2, 58.4, 0.2], r"std must be within \(0, 1\], got 58.4: .* 58.4 / 255"),
+        ([0.5] * 3, [0.2, 0.0, 0.2], r"std must be within \(0, 1\], got 0"),
+        ([0.5] * 3, [-0.2] * 3, r"std must be within \(0, 1\], got -0.2"),
+        ([0.5] * 3, [np.nan] * 3, r"std must be within \(0, 1\], got nan"),
+    ],
+)
+@pytest.mark.parametrize("max_value", [None, 1.0, 255.0])
+def test_statistics_of_another_scale_are_refused(mean, std, message, max_value):
+    """Those of pixels in [0, 255] would make every image nearly the same."""
+    with pytest.raises(ValueError, match=message) as caught:
+        with_input_normalization(from_linen(CNN()), mean, std, max_value=max_value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.0, 1.0, 0.5], [1.0, 1e-3, 1 / 255]), (0.5, 0.25)])
+def test_statistics_at_the_ends_and_numbers_for_all_channels(mean, std):
+    identity = from_linen(nn.Sequential([lambda x: x]), train_argument=None)
+    images = jnp.array([[[[0, 255, 51]]]], jnp.uint8)
+    outputs, _ = with_input_normalization(identity, mean, std).apply({}, images, train=False)
+    expected = (np.array([0.0, 1.0, 0.2]) - mean) / std
+    np.testing.assert_allclose(outputs.logits[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_value", [1.0, 16, 256.0])
+def test_bytes_of_another_scale_are_refused(max_value):
+    model = with_input_normalization(from_linen(CNN()), 0.5, 0.2, max_value=max_value)
+    images = jnp.ones((1, 8, 8, 3), jnp.uint8)
+    message = f"uint8 images are divided by 255, but max_value is {max_value}: .*float32"
+    for call in (
+        lambda: model.init(jax.random.key(0), images),
+        lambda: jax.eval_shape(lambda x: model.apply({}, x, train=False), images),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "channels", "message"),
+    [
+        ([0.5] * 3, [0.2] * 3, 1, "mean has 3 values, but the images have 1 channel:"),
+        ([0.5], [0.2] * 3, 3, "mean has 1 value, but the images have 3 channels:"),
+        ([0.5] * 3, [0.2] * 2, 3, "std has 2 values, but the images have 3 channels:"),
+    ],
+)
+def test_statistics_of_other_channels_are_refused(mean, std, channels, message):
+    """One channel would be repeated without a word."""
+    model = with_input_normalization(from_linen(CNN()), mean, std)
+    with pytest.raises(ValueError, match=message) as caught:
+        model.init(jax.random.key(0), jnp.ones((1, 8, 8, channels), jnp.uint8))
+    assert "\n" not in str(caught.value)
