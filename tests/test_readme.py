@@ -55,6 +55,21 @@ def test_plan_runs_to_its_report(tmp_path, monkeypatch):
     assert "My first plan" in report and "distilled is" in report
 
 
+@pytest.mark.thorough
+def test_plan_with_a_bad_teacher_says_so(tmp_path, monkeypatch):
+    """A teacher that learns nothing is no better than any student."""
+    monkeypatch.chdir(tmp_path)
+    code = block("python", "run_plan").replace("range(3)", "range(1)").replace("cnn(16,", "cnn(2,")
+    bad = 'train, hard, optax.sgd(0.0), steps=1),\n    distill.Stage("alone"'
+    code = code.replace('train, hard, tx, steps=300),\n    distill.Stage("alone"', bad)
+    code = code.replace("cnn(64, 128, hidden=128)", "cnn(2, hidden=2)")
+    assert bad in code
+    with jax.numpy_dtype_promotion("standard"):
+        exec(code.replace("steps=300", "steps=30"), {})
+    report = (tmp_path / "runs" / "mine" / "report.md").read_text(encoding="utf-8")
+    assert "is no better than 'alone'" in report and "which has no teacher" in report
+
+
 @pytest.mark.parametrize("link", LINKS)
 def test_links_exist(link):
     target = README.parent / link

@@ -222,7 +222,8 @@ def save_results(
     outputs = RunOutputs(run.folder, rows, trained)
     if not distill.is_primary_process():
         return outputs
-    teachers = distill.teacher_baselines(plan)
+    variables = {name: seeds[0].variables for name, seeds in trained.items()}
+    teachers = distill.teacher_baselines(plan, variables)
     chance = evaluate.chance_accuracy(test["labels"])
     report.report_run(
         run,

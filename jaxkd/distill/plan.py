@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -171,17 +173,22 @@ def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
-def teacher_baselines(plan: Sequence[Stage | Pretrained]) -> list[tuple[str, str]]:
+def teacher_baselines(
+    plan: Sequence[Stage | Pretrained], variables: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
     """Pairs each teacher with the stages that train its student without a teacher.
 
     A teacher that is no better than such a stage has little to teach.
 
     Args:
         plan: Stages and pretrained models in any order.
+        variables: The variables of each stage by name, if they are known. By default their shapes
+            are traced, on the examples of seed 0.
 
     Returns:
-        Pairs of a teacher's name and the name of a stage of the same model as one of its students,
-        which has neither a teacher nor a start.
+        Pairs of a teacher's name and the name of a stage of the same network as one of its
+        students, which has neither a teacher nor a start. Networks are the same if their variables
+        have the same names, shapes and dtypes.
     """
     stages = [entry for entry in plan if isinstance(entry, Stage)]
     pairs = [
@@ -189,9 +196,38 @@ def teacher_baselines(plan: Sequence[Stage | Pretrained]) -> list[tuple[str, str
         for student in stages
         for teacher in student.teachers
         for alone in stages
-        if alone.model == student.model and not alone.needs and alone.name != teacher
+        if not alone.needs and alone.name != teacher and _is_same_network(alone, student, variables)
     ]
     return list(dict.fromkeys(pairs))
+
+
+def _is_same_network(stage: Stage, other: Stage, variables: Mapping[str, Any] | None) -> bool:
+    # Two calls that make the same network return models that do not compare equal.
+    if stage.model == other.model:
+        return True
+    first, second = (
+        _describe_variables(_trace_variables(one) if variables is None else variables[one.name])
+        for one in (stage, other)
+    )
+    # Nothing is known of models without variables.
+    return bool(first) and first == second
+
+
+def _trace_variables(stage: Stage) -> Any:
+    """Returns the shapes of the variables of a stage's model."""
+    inputs = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct((1, *np.shape(array)[1:]), jnp.result_type(array)),
+        stage.examples(0)["inputs"],
+    )
+    return jax.eval_shape(stage.model.init, jax.random.key(0), inputs)
+
+
+def _describe_variables(variables: Any) -> tuple:
+    """Returns names, shapes and dtypes of variables."""
+    return tuple(
+        (jax.tree_util.keystr(path), leaf.shape, leaf.dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    )
 
 
 def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:

@@ -5,6 +5,7 @@ checkpoint and ends with the bits of an unbroken run.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -34,7 +35,14 @@ from jaxkd.distill._stage_run import RunGroup, TrainedModel, group_by_step, star
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import Pretrained, Stage, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
-from jaxkd.evaluate import PredictFn, Score, ScoreFn, make_classifier_score, make_predict
+from jaxkd.evaluate import (
+    PredictFn,
+    Score,
+    ScoreFn,
+    chance_accuracy,
+    make_classifier_score,
+    make_predict,
+)
 from jaxkd.models.model import Model
 from jaxkd.runs import ResultRow, Run, summarize
 from jaxkd.runs.environment import check_cpu_products
@@ -207,25 +215,30 @@ def evaluate_plan(
         # All logits are kept, since each model is compared with the reference of the same seed.
         logits[name] = [predict_fns[name](model.variables, test["inputs"]) for model in seeds]
     rows = []
+    # For the doubts of a report, which sees rows alone.
+    chance = chance_accuracy(test["labels"])
+    baselines: dict[str, list[str]] = {name: [] for name in names}
+    variables = {name: seeds[0].variables for name, seeds in models.items()}
+    for teacher, alone in teacher_baselines(plan, variables):
+        baselines[teacher].append(alone)
     for entry in plan:
         seeds = models[entry.name]
         reference_logits = None
         if entry.name != reference:
             reference_logits = _match_seeds(logits[reference], len(seeds))
-        rows.append(
-            summarize(
-                entry.name,
-                entry.model,
-                [model.variables for model in seeds],
-                logits[entry.name],
-                test["inputs"],
-                test["labels"],
-                reference_logits=reference_logits,
-                seconds=[model.seconds for model in seeds],
-                throughput_batch=throughput_batch,
-                repeats=repeats,
-            )
+        row = summarize(
+            entry.name,
+            entry.model,
+            [model.variables for model in seeds],
+            logits[entry.name],
+            test["inputs"],
+            test["labels"],
+            reference_logits=reference_logits,
+            seconds=[model.seconds for model in seeds],
+            throughput_batch=throughput_batch,
+            repeats=repeats,
         )
+        rows.append(dataclasses.replace(row, chance=chance, baselines=tuple(baselines[entry.name])))
     return rows
 
 
@@ -304,17 +317,18 @@ def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[s
 def _describe_weak_teachers(
     plan: Plan, seeds: Sequence[int], trained: Mapping[str, Mapping[int, TrainedModel]]
 ) -> list[str]:
-    """Returns a line for each teacher that is no better than its student without it."""
+    """Returns a line for each teacher that is no better than a stage without a teacher."""
 
     def mean_accuracy(name: str) -> float:
         return float(np.mean([trained[name][seed].validation_accuracy for seed in seeds]))
 
     lines = []
-    for teacher, alone in teacher_baselines(plan) if seeds else ():
+    variables = {name: models[seeds[0]].variables for name, models in trained.items() if seeds}
+    for teacher, alone in teacher_baselines(plan, variables) if seeds else ():
         accuracy, baseline = mean_accuracy(teacher), mean_accuracy(alone)
         if accuracy <= baseline:
             lines.append(
-                f"the teacher {teacher} is no better than its student {alone} without a teacher: "
+                f"the teacher {teacher!r} is no better than {alone!r}, which has no teacher: "
                 f"{accuracy:.1%} and {baseline:.1%} on validation; improve the teacher first"
             )
     return lines

@@ -152,20 +152,21 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
 def describe_doubts(
     rows: Sequence[ResultRow],
     *,
-    teachers: Sequence[tuple[str, str]] = (),
+    teachers: Sequence[tuple[str, str]] | None = None,
     chance: float | None = None,
 ) -> list[str]:
     """Describes what makes the results of a comparison doubtful.
 
-    That is a teacher that is no better than its student without it, results of all models at the
-    level of chance, and intervals of all models that overlap.
+    That is a teacher that is no better than its student's network without a teacher, results of all
+    models at the level of chance, and intervals of all models that overlap.
 
     Args:
         rows: The rows. Those without an accuracy are passed over.
-        teachers: Names of a teacher and of its student without a teacher, such as from
-            `jaxkd.distill.teacher_baselines`. Pairs of which a row is missing are passed over.
+        teachers: Names of a teacher and of a stage without a teacher, such as from
+            `jaxkd.distill.teacher_baselines`. Pairs of which a row is missing are passed over. By
+            default those of the rows, which `jaxkd.distill.evaluate_plan` has found.
         chance: Accuracy of the best constant prediction, such as from
-            `jaxkd.evaluate.chance_accuracy`.
+            `jaxkd.evaluate.chance_accuracy`. By default that of the rows.
 
     Returns:
         A sentence for each doubt, none if there is no doubt.
@@ -176,8 +177,11 @@ def describe_doubts(
         >>> alone = ResultRow("alone", accuracy=(0.75,))
         >>> (doubt,) = report.describe_doubts([teacher, alone], teachers=[("teacher", "alone")])
         >>> print(doubt.split(":")[0])
-        The teacher teacher (31.7%) is no better than its student without a teacher, alone (75.0%)
+        The teacher 'teacher' (31.7%) is no better than 'alone' (75.0%), which has no teacher
     """
+    teachers = _find_teachers(rows) if teachers is None else teachers
+    if chance is None:
+        chance = next((row.chance for row in rows if row.chance is not None), None)
     by_name = {row.name: row for row in rows if row.accuracy}
     sentences = []
     for teacher, alone in teachers:
@@ -187,8 +191,8 @@ def describe_doubts(
             )
             if accuracy <= baseline:
                 sentences.append(
-                    f"The teacher {teacher} ({accuracy:.1%}) is no better than its student without "
-                    f"a teacher, {alone} ({baseline:.1%}): improve the teacher first."
+                    f"The teacher {teacher!r} ({accuracy:.1%}) is no better than {alone!r} "
+                    f"({baseline:.1%}), which has no teacher: improve the teacher first."
                 )
     lows = [low for low, _ in map(_get_interval, by_name.values())]
     highs = [high for _, high in map(_get_interval, by_name.values())]
@@ -215,7 +219,7 @@ def write_report(
     settings: Mapping[str, object],
     environment: Mapping[str, object],
     remarks: Sequence[str] = (),
-    teachers: Sequence[tuple[str, str]] = (),
+    teachers: Sequence[tuple[str, str]] | None = None,
     chance: float | None = None,
 ) -> Path:
     """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
@@ -229,7 +233,7 @@ def write_report(
         settings: The configuration, such as epochs and temperature.
         environment: Versions, device and the like, as from `jaxkd.runs.describe_environment`.
         remarks: Further paragraphs in Markdown, before the settings.
-        teachers: Names of a teacher and of its student without a teacher, for `describe_doubts`.
+        teachers: Names of a teacher and of a stage without a teacher, for `describe_doubts`.
         chance: Accuracy of the best constant prediction, for `describe_doubts`.
 
     Returns:
@@ -262,6 +266,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     sentences = [f"- {compare_rows(rows, name, baseline)}" for name, baseline in comparisons]
     doubts = describe_doubts(rows, teachers=teachers, chance=chance)
+    teachers = _find_teachers(rows) if teachers is None else teachers
     baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
     paragraphs = [
         f"# {title}",
@@ -297,7 +302,7 @@ def report_run(
     title: str,
     comparisons: Sequence[tuple[str, str]] = (),
     remarks: Sequence[str] = (),
-    teachers: Sequence[tuple[str, str]] = (),
+    teachers: Sequence[tuple[str, str]] | None = None,
     chance: float | None = None,
 ) -> Path:
     """Writes `results.json`, `report.md` and its figures into a run's folder.
@@ -308,7 +313,7 @@ def report_run(
         title: The heading.
         comparisons: Names of a row and its baseline, for `compare_rows`.
         remarks: Further paragraphs in Markdown.
-        teachers: Names of a teacher and of its student without a teacher, for `describe_doubts`.
+        teachers: Names of a teacher and of a stage without a teacher, for `describe_doubts`.
         chance: Accuracy of the best constant prediction, for `describe_doubts`.
 
     Returns:
@@ -385,6 +390,11 @@ def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Tab
     for row in rows:
         table.add_row(*(column.cell(row) for column in columns))
     return table
+
+
+def _find_teachers(rows: Sequence[ResultRow]) -> list[tuple[str, str]]:
+    """Returns the names of each teacher and of the stages that it should be better than."""
+    return [(row.name, alone) for row in rows for alone in row.baselines]
 
 
 def _get_interval(row: ResultRow) -> tuple[float, float]:

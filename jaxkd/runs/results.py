@@ -49,6 +49,10 @@ class ResultRow:
         throughput_latency_p95_ms: 95th percentile of the same.
         seconds: Training time of each seed.
         extra: Further values of an experiment, such as BLEU, by name. JSON values.
+        chance: Accuracy of the best constant prediction on the test examples. Like `baselines`, it
+            is for `report.describe_doubts`, and not in `results.json`.
+        baselines: Names of the stages of the same network as a student of this model, which have no
+            teacher.
     """
 
     name: str
@@ -66,6 +70,9 @@ class ResultRow:
     throughput_latency_p95_ms: float | None = None
     seconds: tuple[float, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Derived from labels and plan, so that they are neither stored nor compared.
+    chance: float | None = dataclasses.field(default=None, compare=False)
+    baselines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def accuracy_mean(self) -> float | None:
@@ -80,8 +87,7 @@ class ResultRow:
     def to_json(self) -> dict[str, Any]:
         """Returns the row as JSON values: all fields, mean and deviation, and those of `extra`."""
         row: dict[str, Any] = {}
-        # The last field is `extra`, whose values get keys of their own.
-        for field in dataclasses.fields(self)[:-1]:
+        for field in _stored_fields():
             value = getattr(self, field.name)
             row[field.name] = list(value) if isinstance(value, tuple) else value
             # For readers of the file. `from_json` computes both again.
@@ -99,13 +105,19 @@ class ResultRow:
         if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
             raise ValueError(f"a row of results needs a name, got {shorten(repr(row), 80)}")
         values: dict[str, Any] = {"name": row["name"]}
-        for field in dataclasses.fields(cls)[1:-1]:
+        for field in _stored_fields()[1:]:
             if field.name in row:
                 values[field.name] = _from_json_value(field.name, row[field.name])
         # Mean and deviation follow from the accuracies.
         known = {*values, "accuracy_mean", "accuracy_std"}
         extra = {name: value for name, value in row.items() if name not in known}
         return cls(**values, extra=extra)
+
+
+def _stored_fields() -> list[dataclasses.Field]:
+    """Returns the fields of a row that have a key of their own in `results.json`."""
+    # The values of `extra` are stored under their own names.
+    return [f for f in dataclasses.fields(ResultRow) if f.compare and f.name != "extra"]
 
 
 @dataclasses.dataclass(frozen=True)

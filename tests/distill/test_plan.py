@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,6 +23,15 @@ def make_stage(name, **options):
         "steps": 1,
     }
     return plan.Stage(name, **defaults | options)
+
+
+def make_dense(width):
+    """Makes a model of one matrix, another object each time."""
+
+    def init(key, inputs):
+        return {"params": {"kernel": jnp.zeros((inputs.shape[-1], width))}}
+
+    return Model(init, lambda variables, inputs, *, train, key=None: None)
 
 
 def keep_inputs(key, inputs):
@@ -118,20 +128,33 @@ def test_seeds_may_learn_from_different_examples():
 
 
 def test_a_teacher_is_paired_with_its_student_alone():
-    small = make_stage("alone").model
-    large = Model(lambda key, inputs: {}, lambda variables, inputs, *, train, key=None: 0)
+    small, again, large = (make_dense(width) for width in (2, 2, 3))
+    assert small != again
     stages = [
         make_stage("teacher", model=large),
         make_stage("alone", model=small),
         make_stage("other", model=large, teachers=("teacher",)),
-        make_stage("distilled", model=small, teachers=("teacher",)),
+        make_stage("distilled", model=again, teachers=("teacher",)),
         make_stage("again", model=small, teachers=("distilled",)),
         make_stage("continued", model=small, start="alone"),
     ]
     assert plan.teacher_baselines(stages) == [("teacher", "alone"), ("distilled", "alone")]
+    # Variables that are known already need no examples.
+    known = [dataclasses.replace(stage, data={}.__getitem__) for stage in stages]
+    variables = {s.name: s.model.init(None, np.zeros((1, 2))) for s in stages}
+    assert plan.teacher_baselines(known, variables) == plan.teacher_baselines(stages)
     # The first generation of born-again networks is its own baseline.
     generations = [
         make_stage("one", model=small),
         make_stage("two", model=small, teachers=("one",)),
     ]
     assert plan.teacher_baselines(generations) == []
+
+
+def test_models_without_variables_are_not_taken_for_the_same_network():
+    stages = [
+        make_stage("teacher"),
+        make_stage("alone"),
+        make_stage("distilled", teachers=("teacher",)),
+    ]
+    assert plan.teacher_baselines(stages) == []

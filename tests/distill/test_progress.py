@@ -222,6 +222,6 @@ def test_a_plan_names_a_teacher_that_is_no_better_than_the_student_alone(capsys,
     accuracy, alone = (trained[name][0].validation_accuracy for name in ("teacher", "alone"))
     assert accuracy < alone
     assert read_lines(capsys)[-1] == (
-        "the teacher teacher is no better than its student alone without a teacher: "
+        "the teacher 'teacher' is no better than 'alone', which has no teacher: "
         f"{accuracy:.1%} and {alone:.1%} on validation; improve the teacher first"
     )

@@ -243,11 +243,23 @@ def test_a_teacher_that_is_no_better_than_its_student_alone_is_named(make_row):
     pairs = [("teacher", "alone"), ("teacher", "unlisted")]
     (doubt,) = report.describe_doubts(rows, teachers=pairs, chance=0.1)
     assert doubt == (
-        "The teacher teacher (31.7%) is no better than its student without a teacher, alone "
-        "(75.0%): improve the teacher first."
+        "The teacher 'teacher' (31.7%) is no better than 'alone' (75.0%), which has no teacher: "
+        "improve the teacher first."
     )
     better = [make_row("teacher", [0.9], accuracy_interval=(0.88, 0.92)), *rows[1:]]
     assert report.describe_doubts(better, teachers=pairs, chance=0.1) == []
+
+
+def test_doubts_are_found_from_rows_alone(make_row):
+    interval = {"accuracy_interval": (0.08, 0.12), "chance": 0.15}
+    rows = [
+        make_row("teacher", [0.1], baselines=("alone",), **interval),
+        make_row("alone", [0.11], **interval),
+    ]
+    teacher, chance = report.describe_doubts(rows)
+    assert teacher.startswith("The teacher 'teacher' (10.0%) is no better than 'alone' (11.0%)")
+    assert chance.startswith("No model is better than chance, 15.0%")
+    assert len(report.describe_doubts(rows, teachers=(), chance=0.05)) == 1
 
 
 def test_results_at_chance_and_ties_are_named(make_row):
@@ -278,4 +290,4 @@ def test_a_report_shows_its_doubts(rows, metrics, tmp_path):
         teachers=[("student_alone", "teacher")],
         chance=0.1,
     ).read_text()
-    assert "**Note:** The teacher student_alone (82.0%) is no better than its student" in text
+    assert "**Note:** The teacher 'student_alone' (82.0%) is no better than 'teacher'" in text
