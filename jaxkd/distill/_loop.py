@@ -28,6 +28,8 @@ from jaxkd.runs import Run, RunError, checkpoints
 
 LOSSES_ON_DEVICE = 1024
 """Number of calls after which their losses are moved to the host."""
+HUGE_GROWTH, HUGE_LOSS = 1e6, 1e12
+"""Growth since the last evaluation, and size, of a training loss that are a divergence."""
 
 
 class TrainingLoop:
@@ -42,6 +44,7 @@ class TrainingLoop:
         arrays: DeviceArrays,
         teacher_cache: TeacherCache,
         buckets: LengthBuckets | None,
+        validation: Mapping[str, Any],
         save_every: float,
         evaluations: int,
     ) -> None:
@@ -54,6 +57,7 @@ class TrainingLoop:
             arrays: The arrays that are on the devices already.
             teacher_cache: The cached logits of teachers.
             buckets: The lengths to which batches of tokens are cut.
+            validation: The validation split, in which the cause of a NaN is looked for.
             save_every: Seconds between two checkpoints.
             evaluations: Number of evaluations over the whole training.
         """
@@ -63,6 +67,7 @@ class TrainingLoop:
         self._arrays = arrays
         self._teacher_cache = teacher_cache
         self._buckets = buckets
+        self._validation = validation
         self._save_every = save_every
         # There is at most one evaluation after a step.
         self._evaluations = min(evaluations, group.steps)
@@ -311,7 +316,7 @@ class TrainingLoop:
             # Records are appended in the order of the group, so that an unbroken run repeats the
             # file.
             self._check_losses(stage_run, losses[i], step)
-            record = _evaluate(stage_run, state, step, losses[i])
+            record = _evaluate(stage_run, state, step, losses[i], self._validation)
             self._run.append_metrics(record)
             self._accuracies[i] = record["validation_accuracy"]
             records.append(record)
@@ -436,21 +441,19 @@ def _make_index(count: int) -> tuple[np.ndarray, np.int32]:
 
 
 def _evaluate(
-    stage_run: StageRun, state: TrainState, step: int, losses: np.ndarray
+    stage_run: StageRun,
+    state: TrainState,
+    step: int,
+    losses: np.ndarray,
+    validation: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the record of an evaluation."""
+    """Returns the record of an evaluation. Raises `RunError` if its loss is not finite."""
     loss = float(np.mean(losses))
     score = stage_run.compiled.score(jax.tree.map(jnp.asarray, state.variables))
     if not np.isfinite(score.loss):
-        message = f"{stage_run.label}: the validation loss is {score.loss} after step {step}"
-        if count := _diagnosis.count_not_finite(state.variables):
-            raise RunError(
-                f"{message}, since {count:,} weights are NaN or infinite, and training has "
-                "diverged; try a smaller learning rate"
-            )
+        cause = _find_validation_cause(state.variables, losses, validation)
         raise RunError(
-            f"{message}, while the training loss ({loss:.3g}) and all weights are finite: look for "
-            "NaN and for unknown tokens in the inputs of the validation split"
+            f"{stage_run.label}: the validation loss is {score.loss} after step {step}, {cause}"
         )
     return {
         "seed": stage_run.seed,
@@ -461,3 +464,26 @@ def _evaluate(
         "validation_loss": score.loss,
         "validation_accuracy": score.accuracy,
     }
+
+
+def _find_validation_cause(
+    variables: Any, losses: np.ndarray, validation: Mapping[str, Any]
+) -> str:
+    """Describes why a validation loss is not finite, although the training losses are."""
+    remedy = "training has diverged; try a smaller learning rate"
+    if count := _diagnosis.count_not_finite(variables):
+        return f"since {count:,} weights are NaN or infinite, and {remedy}"
+    loss = float(np.mean(losses))
+    if cause := _diagnosis.find_cause(validation, {}, {}):
+        return f"since in the validation split {cause}"
+    if abs(loss) > min(HUGE_GROWTH * abs(float(losses[0])), HUGE_LOSS):
+        return f"the training loss is {loss:.3g}, and {remedy}"
+    message = f"while the training loss ({loss:.3g}) and all weights are finite"
+    inputs = validation.get("inputs")
+    if len(_diagnosis.find_extreme_tokens(inputs)):
+        tokens = _diagnosis.describe_tokens(inputs)
+        return f"{message}: in the validation split, look for unknown ones among {tokens}"
+    return (
+        f"{message}, and so is the validation split: {remedy}, or find out why the model gives NaN "
+        "with train=False"
+    )

@@ -159,6 +159,7 @@ def run_plan(
             placement=placement,
             teacher_cache=cache,
             buckets=buckets,
+            validation=validation,
             save_every=save_every,
             evaluations=evaluations,
         )

@@ -176,7 +176,38 @@ def test_a_validation_loss_alone_that_is_not_finite_is_no_divergence(tmp_path):
     validation = with_input(np.nan, examples=VALIDATION)
     message = run_error(tmp_path, [make_stage("first")], validation=validation)
     assert "first, seed 0: the validation loss is nan after step 2" in message
-    assert "in the inputs of the validation split" in message and "diverged" not in message
+    assert "in the validation split 1 of 20 examples (the first is number 7)" in message
+    assert "diverged" not in message
+
+
+def test_a_validation_loss_that_overflows_first_is_a_divergence(tmp_path):
+    """Weights and training loss are finite, but huge."""
+    validation = {**VALIDATION, "inputs": VALIDATION["inputs"] * np.float32(1e10)}
+    message = run_error(
+        tmp_path, [make_stage("first", tx=optax.sgd(1e7))], validation=validation, evaluations=4
+    )
+    assert "the validation loss is " in message and "the training loss is " in message
+    assert message.endswith("training has diverged; try a smaller learning rate")
+
+
+def test_unknown_tokens_of_the_validation_split_are_no_divergence(tmp_path):
+    stage, data = make_text_stage(10)
+    validation = {"inputs": np.full((2, 4), 11, np.int32), "labels": data["labels"][:2]}
+    message = run_error(tmp_path, [stage], validation=validation)
+    assert "look for unknown ones among the tokens of its inputs, from 11 to 11" in message
+    assert "diverged" not in message
+
+
+def test_a_model_that_gives_nan_in_evaluation_alone_is_named(tmp_path):
+    model = make_model()
+
+    def apply(variables, inputs, *, train, key=None):
+        outputs, statistics = model.apply(variables, inputs, train=train, key=key)
+        return outputs._replace(logits=outputs.logits + (0 if train else jnp.inf)), statistics
+
+    stage = make_stage("first", model=models.Model(model.init, apply))
+    message = run_error(tmp_path, [stage])
+    assert "why the model gives NaN with train=False" in message
 
 
 def make_text_stage(token):
