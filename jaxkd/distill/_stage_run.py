@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jaxkd._messages import shorten
 from jaxkd.distill._compile import CompiledStage
 from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber, find_changes
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.plan import Stage
+from jaxkd.distill.plan import Pretrained, Stage
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.runs import Run, RunError, checkpoints
 from jaxkd.runs.run import checkpoint_identity
@@ -264,13 +266,65 @@ def _restore_as_primary(
     return notes, restored.tree
 
 
+def check_pretrained(plan: Sequence[Stage | Pretrained], seed: int, inputs: Any | None) -> None:
+    """Checks that the weights of pretrained models have the shapes that their models read.
+
+    Args:
+        plan: The stages and pretrained models.
+        seed: A seed whose examples have the shapes of every seed's.
+        inputs: The inputs on which the models are scored; `None` takes those of the first student.
+
+    Raises:
+        ValueError: If an array is missing or has another shape.
+    """
+    for entry in plan:
+        if not isinstance(entry, Pretrained):
+            continue
+        students = (s for s in plan if isinstance(s, Stage) and entry.name in s.teachers)
+        student = next(students, None)
+        if inputs is not None:
+            _check_variables(entry, inputs)
+        elif student is not None:
+            _check_variables(entry, student.examples(seed)["inputs"])
+
+
+def _check_variables(entry: Pretrained, inputs: Any) -> None:
+    example = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct((1, *np.shape(array)[1:]), jnp.result_type(array)),
+        inputs,
+    )
+    fresh = jax.eval_shape(entry.model.init, jax.random.key(0), example)
+    # Another dtype and further arrays are no fault of a teacher.
+    source, target = ({k: v.shape for k, v in _leaves(t).items()} for t in (entry.variables, fresh))
+    differing = sorted(path for path in target if source.get(path) != target[path])
+    if not differing:
+        return
+    if "params" in fresh and "params" not in (entry.variables or {}):
+        problem = "its variables lack the level 'params': pass {'params': ...} as model.init does"
+    else:
+        path = differing[0]
+        shape = list(source[path]) if path in source else "missing"
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        problem = (
+            f"{path} is {shape} in its variables and {list(target[path])} in its model{more}; pass "
+            "the model of these weights"
+        )
+    raise ValueError(f"pretrained model {shorten(entry.name, 40)!r} cannot be used: {problem}")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        for path, leaf in leaves
+    }
+
+
 def _check_start(stage: Stage, start: dict, fresh: dict) -> None:
     """Raises `ValueError` unless weights have the shapes and dtypes of fresh ones, and no NaN."""
     source, target = (
-        {
-            jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
+        {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _leaves(tree).items()}
         for tree in (start, fresh)
     )
     differing = sorted(

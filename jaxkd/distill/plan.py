@@ -16,9 +16,13 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxkd._messages import shorten
 from jaxkd.data.views import Augment
 from jaxkd.distill.step import LossFn
 from jaxkd.models.model import Model
+
+MAX_NAME = 100
+"""Largest number of characters of a stage's name, which is part of paths."""
 
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays and scalars by name, or a function of the seed that returns them."""
@@ -96,13 +100,31 @@ class Stage:
     loss_tx: optax.GradientTransformation | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` if the attributes contradict each other."""
+        """Raises `TypeError` or `ValueError` if attributes are unfit or contradict each other."""
         # The first character excludes `.` and `..`, which would lead out of the stage's own folder.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
                 "a stage's name is also a folder's name: use letters, digits, '_', '-' and '.', "
-                f"not {self.name!r}"
+                f"not {shorten(repr(self.name), 150)}"
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(
+                f"a stage's name is also a folder's name: use at most {MAX_NAME} characters, not "
+                f"the {len(self.name):,} of {shorten(self.name, 40)!r}"
+            )
+        # A string is a sequence of names, too: of its letters.
+        if isinstance(self.teachers, str) or not all(isinstance(t, str) for t in self.teachers):
+            raise TypeError(
+                f"teachers of stage {self.name!r} must be a tuple of names such as ('teacher',), "
+                f"got {shorten(repr(self.teachers), 80)}"
+            )
+        for option in ("tx", "loss_tx"):
+            tx = getattr(self, option)
+            if not _is_optimizer(tx) and (option == "tx" or tx is not None):
+                raise TypeError(
+                    f"{option} of stage {self.name!r} must be an optimizer such as "
+                    f"optax.adam(1e-3), got {shorten(repr(tx), 80)}"
+                )
         # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
             self.examples(0)
@@ -138,8 +160,8 @@ class Stage:
         """Returns the examples of a seed.
 
         Raises:
-            ValueError: If there are no `inputs`, an array is a list, the arrays differ in length,
-                or `inputs` is a dict with views or cached teachers.
+            ValueError: If there are no `inputs`, an array is a list or holds text, the arrays
+                differ in length, or `inputs` is a dict with views or cached teachers.
         """
         data = self.data(seed) if callable(self.data) else self.data
         for name, array in data.items():
@@ -149,6 +171,7 @@ class Stage:
                     f"stage {self.name!r} has a {type(array).__name__} as {name!r}: "
                     "make it an array with np.asarray"
                 )
+        check_numbers(data, f"stage {self.name!r}")
         lengths = {name: len(array) for name, array in named_arrays(data) if np.ndim(array)}
         has_inputs = any(name == "inputs" or name.startswith("inputs/") for name in lengths)
         if not has_inputs or len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -171,6 +194,23 @@ def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from named_arrays(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
+
+
+def check_numbers(data: Mapping[str, Any], owner: str) -> None:
+    """Raises `ValueError` if an array or scalar holds text or other objects instead of numbers."""
+    for name, array in named_arrays(data):
+        # JAX's own dtypes are numbers, but not all of them are NumPy's. That of keys is neither.
+        dtype = np.asarray(array).dtype if isinstance(array, (str, bytes)) else None
+        dtype = getattr(array, "dtype", dtype)
+        if isinstance(dtype, np.dtype) and dtype.kind in "OSUMm":
+            raise ValueError(
+                f"{owner} has values of dtype {dtype} as {name!r}, but JAX needs numbers: number "
+                "classes from 0, and leave out names and dates"
+            )
+
+
+def _is_optimizer(tx: Any) -> bool:
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
 
 
 def teacher_baselines(

@@ -31,9 +31,15 @@ from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._schedule import Round, make_schedule
-from jaxkd.distill._stage_run import RunGroup, TrainedModel, group_by_step, start_or_resume
+from jaxkd.distill._stage_run import (
+    RunGroup,
+    TrainedModel,
+    check_pretrained,
+    group_by_step,
+    start_or_resume,
+)
 from jaxkd.distill.placement import Placement, single_device
-from jaxkd.distill.plan import Pretrained, Stage, order, teacher_baselines
+from jaxkd.distill.plan import Pretrained, Stage, check_numbers, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import (
     PredictFn,
@@ -98,9 +104,11 @@ def run_plan(
         its own variables.
 
     Raises:
-        ValueError: If the plan is inconsistent, `evaluations` is less than 1, seeds are out of
-            range or repeated, `buckets` meet logits of each token that need one length, or the
-            inputs of a stage and of `validation` are integers here and floating-point there.
+        ValueError: If the plan is inconsistent, `evaluations` is less than 1, `save_every` is
+            negative or NaN, seeds are out of range or repeated, the validation split lacks labels,
+            holds text, or has floating-point inputs where a stage has integers, the weights of a
+            pretrained model have other shapes than its model, or `buckets` meet logits of each
+            token that need one length.
         RunError: If a loss is not finite, the run holds checkpoints of another training (the
             message names what differs), its folder was deleted, or XLA computes with outdated
             weights (`runs.environment.check_cpu_products`).
@@ -109,6 +117,8 @@ def run_plan(
     """
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    if not save_every >= 0:  # which NaN is not either
+        raise ValueError(f"save_every must be at least 0 seconds, got {save_every}")
     # Otherwise the first checkpoint would fail, after some of the training.
     require_installed("orbax")
     # Before any training: a program that reads outdated weights raises no error, but its results
@@ -121,8 +131,14 @@ def run_plan(
     seeds = _check_seeds(seeds)
     placement = placement or single_device()
     if make_score is None:
+        _check_split(validation, "the validation split", "inputs and labels, or a make_score")
         check_input_dtypes(plan, validation, "validation split", seed=seeds[0] if seeds else 0)
         check_validation_labels(plan, validation)
+    check_pretrained(
+        plan,
+        seeds[0] if seeds else 0,
+        None if make_score is not None else validation["inputs"],
+    )
     if buckets is not None:
         check_buckets(
             plan,
@@ -196,8 +212,8 @@ def evaluate_plan(
 
     Raises:
         ValueError: If the plan has no model of the reference's name, `trained` lacks a model, or
-            the inputs of a stage and of `test` are integers here and floating-point there. Data
-            that are a function of the seed are not compared.
+            the test set lacks labels, holds text, or has floating-point inputs where a stage has
+            integers. Data that are a function of the seed are not compared.
     """
     names = [entry.name for entry in plan]
     if reference not in names:
@@ -208,6 +224,7 @@ def evaluate_plan(
         raise ValueError(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
+    _check_split(test, "the test set", "inputs and labels")
     check_input_dtypes(plan, test, "test set")
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
@@ -241,6 +258,20 @@ def evaluate_plan(
         )
         rows.append(dataclasses.replace(row, chance=chance, baselines=tuple(baselines[entry.name])))
     return rows
+
+
+def _check_split(examples: Mapping[str, Any], owner: str, needed: str) -> None:
+    """Raises `ValueError` if a split lacks inputs or labels, or holds text."""
+    for name in ("inputs", "labels"):
+        if name not in examples:
+            raise ValueError(
+                f"{owner} has no {name!r}, it holds {list_some(examples) or 'nothing'}: "
+                f"pass {needed}"
+            )
+        array = examples[name]
+        # Lists of numbers are fine, and those of text are found as arrays.
+        array = np.asarray(array) if isinstance(array, (list, tuple)) else array
+        check_numbers({name: array}, owner)
 
 
 def _check_seeds(seeds: Iterable[int]) -> list[int]:

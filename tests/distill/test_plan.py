@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -118,6 +119,55 @@ def test_attributes_that_contradict_each_other_are_refused(options, message):
 def test_names_that_cannot_be_folders_are_refused(name):
     with pytest.raises(ValueError, match="a stage's name is also a folder's name"):
         make_stage(name)
+
+
+def test_a_long_name_is_refused():
+    assert make_stage("a" * 100).name == "a" * 100
+    with pytest.raises(ValueError, match="use at most 100 characters, not the 101 of 'a") as caught:
+        make_stage("a" * 101)
+    assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"teachers": "teacher"},
+            r"must be a tuple of names such as \('teacher',\), got 'teacher'",
+        ),
+        ({"teachers": (3,)}, r"teachers of stage 'a' must be a tuple of names"),
+        (
+            {"tx": 1e-3},
+            r"tx of stage 'a' must be an optimizer such as optax.adam\(1e-3\), got 0.001",
+        ),
+        ({"tx": optax.sgd}, "tx of stage 'a' must be an optimizer"),
+        ({"loss_tx": 1e-3}, "loss_tx of stage 'a' must be an optimizer"),
+    ],
+)
+def test_attributes_of_other_types_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        make_stage("a", **options)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array(["cat", "dog"]), np.array([b"cat", b"dog"]), np.array([1, "a"], object)]
+)
+@pytest.mark.parametrize("from_function", [False, True])
+def test_text_as_data_is_refused(labels, from_function):
+    data = {"inputs": np.zeros((2, 2)), "labels": labels}
+    with pytest.raises(ValueError, match="stage 'a' has values of dtype .* as 'labels', but JAX"):
+        make_stage("a", data=(lambda seed: data) if from_function else data).examples(0)
+
+
+def test_numbers_that_only_jax_knows_are_data():
+    data = {
+        "inputs": jnp.zeros((2, 2), jnp.bfloat16),
+        "keys": jax.random.split(jax.random.key(0), 2),
+        "mask": np.zeros(2, bool),
+    }
+    assert make_stage("a", data=data).examples(0) is data
+    with pytest.raises(ValueError, match="values of dtype .* as 'name'"):
+        make_stage("a", data={**data, "name": "text"})
 
 
 def test_seeds_may_learn_from_different_examples():

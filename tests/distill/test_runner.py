@@ -280,3 +280,30 @@ def test_cached_teachers_train_the_same_student(tmp_path):
         trained, _ = train(tmp_path / str(student.cache_teachers), [teacher, student])
         variables.append(trained["student"][0].variables)
     chex.assert_trees_all_close(*variables, rtol=1e-4, atol=1e-5)
+
+
+TEXT_LABELS = np.array(["cat"] * len(VALIDATION["labels"]))
+SPLITS = [
+    ({"inputs": VALIDATION["inputs"]}, "has no 'labels', it holds inputs: pass inputs and labels"),
+    ({"labels": VALIDATION["labels"]}, "has no 'inputs', it holds labels"),
+    ({}, "has no 'inputs', it holds nothing"),
+    ({**VALIDATION, "labels": TEXT_LABELS}, "has values of dtype <U3 as 'labels'"),
+    ({**VALIDATION, "labels": TEXT_LABELS.tolist()}, "has values of dtype <U3 as 'labels'"),
+]
+
+
+@pytest.mark.parametrize(("split", "message"), SPLITS)
+def test_splits_without_labels_are_refused(tmp_path, split, message):
+    plan = [make_stage("first")]
+    with pytest.raises(ValueError, match=f"the validation split {message}"):
+        train(tmp_path, plan, validation=split)
+    trained = {"first": []}
+    with pytest.raises(ValueError, match=f"the test set {message}"):
+        distill.evaluate_plan(plan, trained, split, reference="first")
+
+
+@pytest.mark.parametrize("save_every", [float("nan"), -1])
+def test_impossible_times_between_checkpoints_are_refused(tmp_path, save_every):
+    message = f"save_every must be at least 0 seconds, got {save_every}"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, [make_stage("first")], save_every=save_every)

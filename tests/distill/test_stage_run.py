@@ -4,12 +4,14 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from jaxkd import runs
+from jaxkd import distill, runs
 from jaxkd.distill import _stage_run
-from small_plans import make_stage, train
+from small_plans import TRAIN, make_model, make_stage, soft_loss, train
 
 
 def test_start_takes_the_weights_of_another_stage(tmp_path):
@@ -43,6 +45,47 @@ def test_weights_of_another_architecture_are_transferred(tmp_path):
     wrong = dataclasses.replace(small, name="wrong", transfer=lambda source, fresh: source)
     with pytest.raises(ValueError, match="'wrong' cannot start from 'large'"):
         train(tmp_path / "second", [large, wrong])
+
+
+def make_pretrained(change=lambda variables: variables, width=4):
+    model = make_model(width)
+    return distill.Pretrained("big", model, change(model.init(jax.random.key(0), TRAIN["inputs"])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda variables: variables["params"], "its variables lack the level 'params'"),
+        (
+            lambda variables: make_pretrained(width=8).variables,
+            r"bias'\] is \[8\] in its variables and \[4\] in its model, and 2 more differ",
+        ),
+        (
+            lambda variables: {"params": {"Dense_0": variables["params"]["Dense_0"]}},
+            r"Dense_1'\]\['bias'\] is missing in its variables and \[3\] in its model, and 1 more",
+        ),
+    ],
+)
+@pytest.mark.parametrize("scored", [True, False])
+def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, change, message, scored):
+    plan = [
+        make_pretrained(change),
+        make_stage("student", teachers=("big",), loss=soft_loss),
+    ]
+    options = {} if scored else {"make_score": lambda model: None}
+    with pytest.raises(ValueError, match=f"pretrained model 'big' cannot be used: .*{message}"):
+        train(tmp_path, plan, **options)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pretrained_weights_may_have_another_dtype_and_more_arrays():
+    def change(variables):
+        halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+        return {**halves, "batch_stats": {"unused": np.zeros(3)}}
+
+    _stage_run.check_pretrained([make_pretrained(change)], 0, TRAIN["inputs"])
+    # Nothing is known of the inputs of a model that no stage names.
+    _stage_run.check_pretrained([make_pretrained(lambda variables: {})], 0, None)
 
 
 @pytest.fixture(scope="module")
