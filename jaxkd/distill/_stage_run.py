@@ -3,7 +3,7 @@
 import functools
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jaxkd.distill._identity import TrainingDescriber, find_changes
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.plan import Pretrained, Stage
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
+from jaxkd.models.model import Model
 from jaxkd.runs import Run, RunError, checkpoints
 from jaxkd.runs.run import checkpoint_identity
 
@@ -266,22 +267,27 @@ def _restore_as_primary(
     return notes, restored.tree
 
 
-def check_pretrained(plan: Sequence[Stage | Pretrained], seed: int, inputs: Any | None) -> None:
+def check_pretrained(
+    plan: Sequence[Stage | Pretrained], seed: int, scored_inputs: Callable[[Model], Any | None]
+) -> None:
     """Checks that the weights of pretrained models have the shapes that their models read.
 
     Args:
         plan: The stages and pretrained models.
         seed: A seed whose examples have the shapes of every seed's.
-        inputs: The inputs on which the models are scored; `None` takes those of the first student.
+        scored_inputs: Returns the inputs on which a model is scored; `None` if it is not. Those of
+            its first student are taken then.
 
     Raises:
-        ValueError: If an array is missing or has another shape.
+        ValueError: If an array of a model that is scored or teaches is missing or has another
+            shape.
     """
     for entry in plan:
         if not isinstance(entry, Pretrained):
             continue
         students = (s for s in plan if isinstance(s, Stage) and entry.name in s.teachers)
         student = next(students, None)
+        inputs = scored_inputs(entry.model)
         if inputs is not None:
             _check_variables(entry, inputs)
         elif student is not None:

@@ -101,6 +101,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Raises `TypeError` or `ValueError` if attributes are unfit or contradict each other."""
+        if not isinstance(self.name, str):
+            raise TypeError(f"a stage's name must be text, got {shorten(repr(self.name), 80)}")
         # The first character excludes `.` and `..`, which would lead out of the stage's own folder.
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
@@ -113,7 +115,8 @@ class Stage:
                 f"the {len(self.name):,} of {shorten(self.name, 40)!r}"
             )
         # A string is a sequence of names, too: of its letters.
-        if isinstance(self.teachers, str) or not all(isinstance(t, str) for t in self.teachers):
+        is_sequence = isinstance(self.teachers, (tuple, list))
+        if not is_sequence or not all(isinstance(teacher, str) for teacher in self.teachers):
             raise TypeError(
                 f"teachers of stage {self.name!r} must be a tuple of names such as ('teacher',), "
                 f"got {shorten(repr(self.teachers), 80)}"
@@ -128,6 +131,13 @@ class Stage:
         # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
             self.examples(0)
+        for option in ("steps", "batch_size"):
+            value = getattr(self, option)
+            if not isinstance(value, (int, np.integer)):
+                raise TypeError(
+                    f"{option} of stage {self.name!r} must be an integer, got "
+                    f"{shorten(repr(value), 80)}"
+                )
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
         if self.transfer is not None and self.start is None:

@@ -134,10 +134,14 @@ def run_plan(
         _check_split(validation, "the validation split", "inputs and labels, or a make_score")
         check_input_dtypes(plan, validation, "validation split", seed=seeds[0] if seeds else 0)
         check_validation_labels(plan, validation)
+
+    def is_classifier(model: Model) -> bool:
+        return make_score is None and not has_unknown_labels(model, validation)
+
     check_pretrained(
         plan,
         seeds[0] if seeds else 0,
-        None if make_score is not None else validation["inputs"],
+        lambda model: validation["inputs"] if is_classifier(model) else None,
     )
     if buckets is not None:
         check_buckets(
@@ -165,9 +169,7 @@ def run_plan(
             plan,
             seeds,
             scores,
-            is_scored=lambda model: (
-                make_score is not None or not has_unknown_labels(model, validation)
-            ),
+            is_scored=lambda model: make_score is not None or is_classifier(model),
         )
         make_loop = functools.partial(
             TrainingLoop,

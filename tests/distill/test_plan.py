@@ -141,12 +141,16 @@ def test_a_long_name_is_refused():
             r"tx of stage 'a' must be an optimizer such as optax.adam\(1e-3\), got 0.001",
         ),
         ({"tx": optax.sgd}, "tx of stage 'a' must be an optimizer"),
+        ({"teachers": None}, "teachers of stage 'a' must be a tuple of names"),
+        ({"name": 3}, "a stage's name must be text, got 3"),
+        ({"steps": 2.5}, "steps of stage 'a' must be an integer, got 2.5"),
+        ({"batch_size": "x"}, "batch_size of stage 'a' must be an integer, got 'x'"),
         ({"loss_tx": 1e-3}, "loss_tx of stage 'a' must be an optimizer"),
     ],
 )
 def test_attributes_of_other_types_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
-        make_stage("a", **options)
+        make_stage(**{"name": "a"} | options)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,18 @@ def test_pretrained_weights_may_have_another_dtype_and_more_arrays():
         halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
         return {**halves, "batch_stats": {"unused": np.zeros(3)}}
 
-    _stage_run.check_pretrained([make_pretrained(change)], 0, TRAIN["inputs"])
-    # Nothing is known of the inputs of a model that no stage names.
-    _stage_run.check_pretrained([make_pretrained(lambda variables: {})], 0, None)
+    _stage_run.check_pretrained([make_pretrained(change)], 0, lambda model: TRAIN["inputs"])
+
+
+def test_the_source_of_a_transfer_may_read_inputs_of_another_shape():
+    source = make_pretrained()._replace(
+        variables=make_model().init(jax.random.key(0), np.zeros((1, 9)))
+    )
+    student = make_stage("student", start="big", transfer=lambda source, fresh: fresh)
+    _stage_run.check_pretrained([source, student], 0, lambda model: None)
+    taught = dataclasses.replace(student, teachers=("big",))
+    with pytest.raises(ValueError, match="'big' cannot be used"):
+        _stage_run.check_pretrained([source, taught], 0, lambda model: None)
 
 
 @pytest.fixture(scope="module")
