@@ -130,32 +130,13 @@ def run_plan(
     # Read several times below, which a generator would not survive.
     seeds = _check_seeds(seeds)
     placement = placement or single_device()
-    if make_score is None:
-        _check_split(validation, "the validation split", "inputs and labels, or a make_score")
-        check_input_dtypes(plan, validation, "validation split", seed=seeds[0] if seeds else 0)
-        check_validation_labels(plan, validation)
-
-    def is_classifier(model: Model) -> bool:
-        return make_score is None and not has_unknown_labels(model, validation)
-
-    check_pretrained(
-        plan,
-        seeds[0] if seeds else 0,
-        lambda model: validation["inputs"] if is_classifier(model) else None,
-    )
-    if buckets is not None:
-        check_buckets(
-            plan,
-            seeds[0] if seeds else 0,
-            buckets,
-            validation["inputs"],
-            scores_classes=make_score is None,
-        )
+    # The shapes of a seed's examples are those of every seed.
+    first_seed = seeds[0] if seeds else 0
+    _check_data(plan, first_seed, validation, buckets, scores_classes=make_score is None)
     with PlanProgress(plan, seeds, run.folder) as progress:
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
-        # Only the shapes of a seed's examples matter here, and they are those of every seed.
-        stages = compile_stages(plan, seeds[0] if seeds else 0, placement, scores, buckets)
+        stages = compile_stages(plan, first_seed, placement, scores, buckets)
         describer = TrainingDescriber(validation)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
@@ -169,7 +150,9 @@ def run_plan(
             plan,
             seeds,
             scores,
-            is_scored=lambda model: make_score is not None or is_classifier(model),
+            is_scored=lambda model: (
+                make_score is not None or not has_unknown_labels(model, validation)
+            ),
         )
         make_loop = functools.partial(
             TrainingLoop,
@@ -274,6 +257,33 @@ def _check_split(examples: Mapping[str, Any], owner: str, needed: str) -> None:
         # Lists of numbers are fine, and those of text are found as arrays.
         array = np.asarray(array) if isinstance(array, (list, tuple)) else array
         check_numbers({name: array}, owner)
+
+
+def _check_data(
+    plan: Plan,
+    seed: int,
+    validation: Mapping[str, Any],
+    buckets: LengthBuckets | None,
+    *,
+    scores_classes: bool,
+) -> None:
+    """Checks before any training that data, models and pretrained weights fit each other.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if scores_classes:
+        _check_split(validation, "the validation split", "inputs and labels, or a make_score")
+        check_input_dtypes(plan, validation, "validation split", seed=seed)
+        check_validation_labels(plan, validation)
+
+    def get_inputs(model: Model) -> Any:
+        is_classifier = scores_classes and not has_unknown_labels(model, validation)
+        return validation["inputs"] if is_classifier else None
+
+    check_pretrained(plan, seed, get_inputs)
+    if buckets is not None:
+        check_buckets(plan, seed, buckets, validation["inputs"], scores_classes=scores_classes)
 
 
 def _check_seeds(seeds: Iterable[int]) -> list[int]:
