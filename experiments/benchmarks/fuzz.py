@@ -118,20 +118,20 @@ class Worker:
             stdin.flush()
         except BrokenPipeError:
             return self._end(index, "crash", "the process ended before the input")
-        if self._read_line(stdout, START_SECONDS) is None:
+        if not self._read_line(stdout, START_SECONDS):
             return self._end(index, "maker", "the input was not made: the tool itself has a fault")
         # The limit is that of the library: copying and comparing the input takes longer.
         line = self._read_line(stdout, SECONDS + 1)
         if line is None:
-            is_alive = self._process.poll() is None
-            detail = f"no answer in {SECONDS:.0f} s" if is_alive else "the process ended"
-            return self._end(index, "hang" if is_alive else "crash", detail)
+            return self._end(index, "hang", f"no answer in {SECONDS:.0f} s")
+        if not line:
+            return self._end(index, "crash", "the process ended")
         return json.loads(line)
 
     def _read_line(self, stdout: IO[bytes], seconds: float) -> bytes | None:
-        """Returns the next line, or `None` if there is none in time."""
+        """Returns the next line, empty if the process has ended, or `None` if none is in time."""
         ready, _, _ = select.select([stdout], [], [], seconds)
-        return (stdout.readline() or None) if ready else None
+        return stdout.readline() if ready else None
 
     def _end(self, index: int, outcome: str, detail: str) -> dict[str, Any]:
         self.close()
