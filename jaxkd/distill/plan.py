@@ -256,8 +256,8 @@ def _is_same_network(stage: Stage, other: Stage, variables: Mapping[str, Any] | 
     if stage.model == other.model:
         return True
     first, second = (
-        _describe_variables(_trace_variables(one) if variables is None else variables[one.name])
-        for one in (stage, other)
+        _describe_variables(_trace_variables(entry) if variables is None else variables[entry.name])
+        for entry in (stage, other)
     )
     # Nothing is known of models without variables.
     return bool(first) and first == second
