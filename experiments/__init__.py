@@ -10,7 +10,7 @@ _PACKAGES = (
     *("matplotlib", "rich", "tyro", "docstring_parser"),
     *("filelock", "flatbuffers", "orbax", "safetensors", "tabulate", "flax"),
 )
-"""What every experiment needs, those of the largest extra first."""
+"""Packages that every experiment needs, those of the largest extra first."""
 
 USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 """The flags without those that this version of JAX needs, for processes with another version."""

@@ -24,7 +24,7 @@ _MODES_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
 class _Listing(NamedTuple):
-    """What is in a folder.
+    """The content of a folder.
 
     Attributes:
         images: The images, sorted.

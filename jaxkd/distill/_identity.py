@@ -1,4 +1,4 @@
-"""What a training was computed from, by which a checkpoint of another one is refused.
+"""Digests of what a training was computed from, by which a checkpoint of another one is refused.
 
 A checkpoint holds digests of the examples, of the lowered step, of the initial state and of the
 weights of the teachers. A teacher that was trained otherwise has other weights, so that a change
@@ -26,7 +26,7 @@ MESSAGES = {
     "initial": "its initial weights or optimizer state changed",
     "hyperparameters": "the numbers in its optimizer's state changed",
 }
-"""What a message says of a digest that changed. Other values are shown."""
+"""Texts of a message on digests that changed. Other values are shown."""
 
 ENVIRONMENTS = {
     "program": "program_environment",
