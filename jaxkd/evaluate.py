@@ -116,11 +116,6 @@ def make_predict(
         if not _count_rows(inputs):
             shapes = jax.tree.map(np.shape, inputs)
             raise ValueError(f"there is nothing to predict: inputs have the shape {shapes}")
-        if buckets is not None and isinstance(inputs, dict):
-            raise ValueError(
-                "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
-                "buckets out, or pass the tokens alone"
-            )
         batches = (
             _batches(inputs, batch_size) if buckets is None else buckets.batches(inputs, batch_size)
         )

@@ -21,7 +21,7 @@ import tyro
 
 from experiments.common.limits import check_limits
 from jaxkd import distill
-from jaxkd._messages import list_some, shorten
+from jaxkd._messages import list_some
 from jaxkd.cli import errors
 from jaxkd.data import DataError
 from jaxkd.distill.distributed import CONNECTION_SECONDS
@@ -103,7 +103,7 @@ def run(
     options = errors.parse(
         lambda: tyro.cli(config, prog=_command(), description=description), arguments
     )
-    warnings.showwarning = _show_warning
+    warnings.showwarning = errors.show_warning
     _print_any_text()
     _keep_freed_memory()
     print(_describe_start(description, is_default=options == config()), flush=True)
@@ -227,9 +227,3 @@ def _check_coordinator(coordinator: str, num_processes: int | None, process_id: 
         address is not None and int(address[1]) < 2**16,
         f"--coordinator {coordinator}: must be address:port, such as 10.0.0.1:1234",
     )
-
-
-def _show_warning(
-    message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
-) -> None:
-    print(f"warning: {shorten(message, 290)}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from jaxkd.cli.errors import show_warning
 
 if TYPE_CHECKING:
     from jaxkd.transfer import Report
@@ -74,7 +75,7 @@ class ConvertCommand:
         _check_output(self.output, self.weights)
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = show_warning
                 report = convert(
                     module,
                     self.weights,
@@ -92,8 +93,7 @@ class ConvertCommand:
         print(report)
         if self.partial:
             print(_describe_share(report, load_safetensors(self.output)))
-        # Standard output refuses the bytes of a path that is not UTF-8.
-        print(f"wrote {os.fsencode(self.output).decode(errors='backslashreplace')}")
+        print(f"wrote {self.output}")
 
 
 def convert(
@@ -211,7 +211,7 @@ def _check_output(output: Path, weights: Path) -> None:
         raise ValueError(
             f"the folder {output.parent} does not exist: create it or choose another one"
         )
-    # An atomic write would replace a device such as /dev/null by a file.
+    # Before the conversion, although the write would refuse a device such as /dev/null as well.
     if output.exists() and not output.is_file():
         raise ValueError(f"{output} is not a regular file: choose another --output")
     if output.exists() and weights.exists() and output.samefile(weights):
@@ -228,12 +228,6 @@ def _check_size(variables: Any) -> None:
             f"the model would have {size:,} parameters, more than {_MAX_PARAMETERS:,}: "
             "choose fewer classes or a smaller --image-shape"
         )
-
-
-def _show_warning(
-    message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
-) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _describe_share(report: "Report", variables: Mapping[str, Any]) -> str:

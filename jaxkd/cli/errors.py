@@ -5,7 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxkd._extras import describe_missing
 from jaxkd._messages import shorten
@@ -85,6 +85,13 @@ def exit_with(error: object) -> None:
     command = getattr(error, "command", "")
     text = shorten(str(error).removesuffix(command), 290)
     sys.exit(" ".join(filter(None, ["error:", text, command])))
+
+
+def show_warning(
+    message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
+) -> None:
+    """Prints a warning on one line, in place of `warnings.showwarning`."""
+    print(f"warning: {shorten(message, 290)}", file=sys.stderr)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

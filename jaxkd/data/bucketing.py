@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
+
+
+def check_one_array(inputs: Any) -> None:
+    """Raises `ValueError` if inputs are a dict of arrays, which have no one length."""
+    if isinstance(inputs, Mapping):
+        raise ValueError(
+            "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
+            "buckets out, or pass the tokens alone"
+        )
 
 
 def token_lengths(tokens: ArrayLike) -> np.ndarray:
@@ -25,7 +35,7 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
         the axes in between.
 
     Raises:
-        ValueError: If there is no axis besides that of the examples.
+        ValueError: If the tokens are a dict, or have no axis besides that of the examples.
         ValueError: If a token is negative, such as -100, which others use for padding.
         TypeError: If the tokens are not integers.
 
@@ -34,6 +44,7 @@ def token_lengths(tokens: ArrayLike) -> np.ndarray:
         >>> token_lengths(np.array([[5, 7, 0, 0], [5, 7, 9, 0]])).tolist()
         [2, 3]
     """
+    check_one_array(tokens)
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"tokens must be integers, with 0 as padding, got {tokens.dtype}")

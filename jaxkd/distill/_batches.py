@@ -1,7 +1,7 @@
 """The order of examples, and the arrays that are on the devices."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -144,11 +144,6 @@ class BatchSelector:
                 for key, arrays in zip(keys, inputs, strict=True)
             ]
         else:
-            if any(isinstance(arrays, Mapping) for arrays in inputs):
-                raise ValueError(
-                    "buckets cut one array of tokens, but the inputs are a dict of arrays: leave "
-                    "the buckets out, or pass the tokens alone"
-                )
             self._lengths = [token_lengths(array) for array in inputs]
             self._select_fns = [
                 make_bucketed_order(key, lengths, batch_size, keep_epochs=has_views)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.data.bucketing import LengthBuckets, check_one_array
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import batch_shapes, hash_predict, hash_step, variables_shape
 from jaxkd.distill._multi_step import MultiStep
@@ -128,17 +128,11 @@ def check_buckets(
         ValueError: If the inputs are a dict, or there are logits of each token, whose number is the
             bucket length.
     """
-    if isinstance(validation_inputs, Mapping):
-        raise ValueError(
-            "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
-            "buckets out, or pass the tokens alone"
-        )
+    check_one_array(validation_inputs)
     entries = {entry.name: entry for entry in plan}
     results: dict[Any, bool] = {}
 
     def has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any) -> bool:
-        if not hasattr(inputs, "shape"):  # a dict of inputs has no one length
-            return False
         # Entries may share a model, which is then traced once.
         key = entry.model, inputs.shape[1:], inputs.dtype
         if key not in results:

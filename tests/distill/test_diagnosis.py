@@ -14,6 +14,7 @@ from small_plans import (
     PLACEMENTS,
     TRAIN,
     VALIDATION,
+    get_losses,
     hard_loss,
     make_model,
     make_stage,
@@ -230,7 +231,8 @@ def test_tokens_outside_of_the_vocabulary_are_refused_before_the_first_step(tmp_
 def test_the_last_token_of_the_vocabulary_is_no_fault(tmp_path):
     stage, data = make_text_stage(10)
     validation = {name: array[:2] for name, array in data.items()}
-    train(tmp_path, [stage], validation=validation)
+    _, run = train(tmp_path, [stage], validation=validation)
+    assert np.isfinite(get_losses(run, stage.name)).all()
 
 
 def test_suspects_leave_the_training_as_it_is(tmp_path):

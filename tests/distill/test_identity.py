@@ -200,8 +200,9 @@ def test_another_name_of_a_function_is_accepted(folder, finished):
 
         return [make_stage("named", loss=loss, steps=1)]
 
-    train(folder, make_stages(some_name))
-    train(folder, make_stages(another_name))
+    first, _ = train(folder, make_stages(some_name))
+    second, _ = train(folder, make_stages(another_name))
+    chex.assert_trees_all_equal(get_variables(second), get_variables(first))
 
 
 OTHER_PROCESS = """
@@ -230,8 +231,9 @@ def test_a_network_that_names_the_axis_of_pmap_has_a_digest(tmp_path):
         return hard_loss(*args) + 0.0 * jax.lax.axis_index("data").astype(np.float32)
 
     stages = [make_stage("first", loss=loss, steps=1)]
-    train(tmp_path, stages, placement=distill.PmapPlacement())
-    train(tmp_path, stages, placement=distill.PmapPlacement())
+    first, _ = train(tmp_path, stages, placement=distill.PmapPlacement())
+    second, _ = train(tmp_path, stages, placement=distill.PmapPlacement())
+    chex.assert_trees_all_equal(get_variables(second), get_variables(first))
 
 
 # Other environments
@@ -250,9 +252,10 @@ def other_environment(monkeypatch):
     return change
 
 
-def test_another_version_with_the_same_program_is_silent(folder, other_environment):
+def test_another_version_with_the_same_program_is_silent(folder, finished, other_environment):
     other_environment()
-    train(folder, make_plan())
+    trained, _ = train(folder, make_plan())
+    chex.assert_trees_all_equal(get_variables(trained), get_variables(finished[1]))
 
 
 @pytest.mark.parametrize("change", ["the loss", "the initial weights"])
