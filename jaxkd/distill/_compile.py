@@ -13,7 +13,7 @@ from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import batch_shapes, hash_predict, hash_step, variables_shape
 from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import Placement
-from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import StepFn, make_train_step
 from jaxkd.evaluate import Score
 from jaxkd.runs import fingerprint
@@ -314,8 +314,7 @@ def _describe_batches(
     if buckets is not None:
         description["buckets"] = list(buckets.lengths)
     if stage.cache_teachers:
-        inputs = batch_shapes(stage, seed)["inputs"]
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
+        example = input_shapes(stage.examples(seed)["inputs"])
         # Their program is not part of the step.
         description["cached_teachers"] = [hash_teacher(name, example) for name in stage.teachers]
     return description

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd._messages import shorten
-from jaxkd.distill.plan import Pretrained, Stage, named_arrays
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes, named_arrays
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
 
@@ -73,14 +73,8 @@ def _model_input_dtypes(stage: Stage, seed: int) -> dict[str, Any]:
     """Returns the dtypes of the inputs that the model of a stage gets in training, by name."""
     inputs = stage.examples(seed)["inputs"]
     if stage.augment is not None:
-        # JAX makes float32 of float64.
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                (stage.batch_size, *np.shape(x)[1:]), jnp.result_type(x)
-            ),
-            inputs,
-        )
         # It may scale the inputs. Nothing is computed.
+        shapes = input_shapes(inputs, stage.batch_size)
         inputs = jax.eval_shape(stage.augment, jax.random.key(0), shapes)
     return {name: _get_dtype(array) for name, array in named_arrays({"inputs": inputs})}
 

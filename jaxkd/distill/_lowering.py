@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.distill.placement import DATA
-from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
 from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
@@ -29,9 +29,7 @@ def hash_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shapes(stage, seed)
     # Networks are initialised with one example, as `start_or_resume` does.
-    example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch["inputs"]
-    )
+    example = input_shapes(batch["inputs"])
 
     # Called with a real key, because a user's `init_loss` need not be traceable.
     loss_params = None if stage.init_loss is None else stage.init_loss(jax.random.key(0))

@@ -17,7 +17,7 @@ from jaxkd.distill._compile import CompiledStage
 from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber, find_changes
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.models.model import Model
 from jaxkd.runs import Run, RunError, checkpoints
@@ -295,11 +295,7 @@ def check_pretrained(
 
 
 def _check_variables(entry: Pretrained, inputs: Any) -> None:
-    example = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct((1, *np.shape(array)[1:]), jnp.result_type(array)),
-        inputs,
-    )
-    fresh = jax.eval_shape(entry.model.init, jax.random.key(0), example)
+    fresh = jax.eval_shape(entry.model.init, jax.random.key(0), input_shapes(inputs))
     # Another dtype and further arrays are no fault of a teacher.
     source, target = ({k: v.shape for k, v in _leaves(t).items()} for t in (entry.variables, fresh))
     differing = sorted(path for path in target if source.get(path) != target[path])

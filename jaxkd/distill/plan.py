@@ -206,6 +206,17 @@ def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value
 
 
+def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
+    """Returns the shapes and dtypes of a batch of inputs `[N, ...]`, an array or a dict of them."""
+    return jax.tree.map(
+        # JAX makes float32 of float64.
+        lambda array: jax.ShapeDtypeStruct(
+            (batch_size, *np.shape(array)[1:]), jnp.result_type(array)
+        ),
+        inputs,
+    )
+
+
 def check_numbers(data: Mapping[str, Any], owner: str) -> None:
     """Raises `ValueError` if an array or scalar holds text or other objects instead of numbers."""
     for name, array in named_arrays(data):
@@ -265,10 +276,7 @@ def _is_same_network(stage: Stage, other: Stage, variables: Mapping[str, Any] | 
 
 def _trace_variables(stage: Stage) -> Any:
     """Returns the shapes of the variables of a stage's model."""
-    inputs = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct((1, *np.shape(array)[1:]), jnp.result_type(array)),
-        stage.examples(0)["inputs"],
-    )
+    inputs = input_shapes(stage.examples(0)["inputs"])
     return jax.eval_shape(stage.model.init, jax.random.key(0), inputs)
 
 
