@@ -89,7 +89,7 @@ def describe_differences(
     names = [name for name in sorted(before.keys() | after.keys()) if name not in ignore]
     differing = [name for name in names if before.get(name) != after.get(name)]
     descriptions = [
-        f"{name} was {shorten(repr(before.get(name)), 60)} "
+        f"{shorten(name, 60)} was {shorten(repr(before.get(name)), 60)} "
         f"and is {shorten(repr(after.get(name)), 60)}"
         for name in differing[:limit]
     ]

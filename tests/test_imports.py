@@ -16,6 +16,7 @@ PACKAGE = Path(jaxkd.__file__).parent
 # a new arrow is a decision.
 ARROWS = {
     "_files": {"_messages"},
+    "_images": set(),
     "_messages": set(),
     "_extras": {"_messages"},
     "attention": set(),
@@ -23,8 +24,8 @@ ARROWS = {
     "decode": set(),
     "losses": {"_messages", "attention"},
     "transfer": {"layout"},
-    "models": {"_extras", "attention", "layout", "transfer"},
-    "data": {"_messages", "_extras"},
+    "models": {"_extras", "_images", "attention", "layout", "transfer"},
+    "data": {"_messages", "_extras", "_images"},
     "evaluate": {"data", "losses", "models"},
     "weights": {"_messages", "_extras", "_files", "data", "models", "transfer"},
     "runs": {"_messages", "_extras", "_files", "evaluate", "models"},

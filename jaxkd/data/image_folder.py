@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
+# A file of more pixels must have a byte for every twenty, as photographs have: a small file may
+# name any size, for which memory is then taken.
+_MAX_PIXELS = 30_000_000
+_MAX_PIXELS_PER_BYTE = 20
+# The number of a tag in EXIF data.
+_ORIENTATION = 0x0112
 _MODES_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
@@ -111,7 +117,12 @@ def _to_rgb(image: "Image") -> tuple["Image", bool]:
             "save it with 8"
         )
     # Cameras store photographs as the sensor sees them and the orientation in the EXIF data.
-    upright = import_or_raise("PIL.ImageOps").exif_transpose(image)
+    upright = image
+    # Some formats have their EXIF data behind the pixels.
+    image.load()
+    # Only if needed, since Pillow copies an image that is upright as well.
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        upright = import_or_raise("PIL.ImageOps").exif_transpose(image)
     # A palette, and also a grey or an RGB image, may name a transparent colour.
     if upright.mode not in _MODES_WITH_ALPHA and "transparency" not in upright.info:
         return upright.convert("RGB"), False
@@ -243,6 +254,13 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
     return Split(images, labels)
 
 
+def _check_size(image: "Image", path: Path) -> None:
+    """Raises `ValueError` if an image has far more pixels than its file suggests."""
+    pixels, num_bytes = image.width * image.height, path.stat().st_size
+    if pixels > max(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * num_bytes):
+        raise ValueError(f"it has {pixels:,} pixels in {num_bytes:,} bytes; scale it down")
+
+
 def _is_hidden(entry: Path) -> bool:
     return entry.name.startswith(".")
 
@@ -258,6 +276,7 @@ def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, bool]:
             # Pillow warns of damaged EXIF data and of transparent palettes; such images are usable.
             warnings.filterwarnings("ignore", module="PIL")
             with pillow.open(path) as image:
+                _check_size(image, path)
                 rgb, is_transparent = _to_rgb(image)
                 return _fit(rgb, image_size), is_transparent
     # SyntaxError is what Pillow raises for a broken PNG chunk.

@@ -64,6 +64,8 @@ def load(
             "the name of the dataset is empty: give a folder with train/CLASS and test/CLASS, or "
             "the name of a dataset"
         )
+    if not isinstance(image_size, int):
+        raise DataError(f"image_size is {image_size!r:.40}: choose a whole number of pixels")
     if not 1 <= image_size <= _MAX_IMAGE_SIZE:
         limit = "at least 1 pixel" if image_size < 1 else f"at most {_MAX_IMAGE_SIZE:,} pixels"
         raise DataError(f"image_size is {image_size}: choose {limit}")

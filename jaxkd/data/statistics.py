@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jaxkd._images import check_channels_last
+
 # np.bincount makes an int64 copy of its input: 4M values take 32 MB.
 _VALUES_PER_CHUNK = 2**22
 
@@ -21,7 +23,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         TypeError: If `images` is not uint8.
-        ValueError: If `images` is not of rank 4 or is empty.
+        ValueError: If `images` is not of rank 4, is empty, or has its channels before its height.
 
     Example:
         >>> import numpy as np
@@ -36,6 +38,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"images have shape {images.shape}, expected [N, H, W, C] with at least one pixel"
         )
+    check_channels_last(images.shape)
     counts = _histograms(images)
     values = np.arange(256) / 255
     weights = counts / counts.sum(axis=1, keepdims=True)

@@ -105,7 +105,10 @@ def fingerprint_tree(tree: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        digests.append([jax.tree_util.keystr(path), fingerprint([np.asarray(leaf)])])
+        array = np.asarray(leaf)
+        # On a device, 64-bit arrays have 32 bits unless x64 is enabled: the training is the same.
+        array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+        digests.append([jax.tree_util.keystr(path), fingerprint([array])])
     return _hash_json(digests)
 
 

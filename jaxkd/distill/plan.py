@@ -114,30 +114,11 @@ class Stage:
                 f"a stage's name is also a folder's name: use at most {MAX_NAME} characters, not "
                 f"the {len(self.name):,} of {shorten(self.name, 40)!r}"
             )
-        # A string is a sequence of names, too: of its letters.
-        is_sequence = isinstance(self.teachers, (tuple, list))
-        if not is_sequence or not all(isinstance(teacher, str) for teacher in self.teachers):
-            raise TypeError(
-                f"teachers of stage {self.name!r} must be a tuple of names such as ('teacher',), "
-                f"got {shorten(repr(self.teachers), 80)}"
-            )
-        for option in ("tx", "loss_tx"):
-            tx = getattr(self, option)
-            if not _is_optimizer(tx) and (option == "tx" or tx is not None):
-                raise TypeError(
-                    f"{option} of stage {self.name!r} must be an optimizer such as "
-                    f"optax.adam(1e-3), got {shorten(repr(tx), 80)}"
-                )
+        for attribute, requirement in _REQUIREMENTS.items():
+            requirement.check(getattr(self, attribute), f"{attribute} of stage {self.name!r}")
         # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
             self.examples(0)
-        for option in ("steps", "batch_size"):
-            value = getattr(self, option)
-            if not isinstance(value, (int, np.integer)):
-                raise TypeError(
-                    f"{option} of stage {self.name!r} must be an integer, got "
-                    f"{shorten(repr(value), 80)}"
-                )
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
         if self.transfer is not None and self.start is None:
@@ -170,10 +151,16 @@ class Stage:
         """Returns the examples of a seed.
 
         Raises:
+            TypeError: If a function of the seed returns anything but a dict.
             ValueError: If there are no `inputs`, an array is a list or holds text, the arrays
                 differ in length, or `inputs` is a dict with views or cached teachers.
         """
         data = self.data(seed) if callable(self.data) else self.data
+        if not isinstance(data, Mapping):
+            raise TypeError(
+                f"the data of stage {self.name!r} must return a dict of arrays, got "
+                f"{_describe(data)}"
+            )
         for name, array in data.items():
             # Nested lists would be taken for many arrays.
             if isinstance(array, (list, tuple)):
@@ -230,8 +217,62 @@ def check_numbers(data: Mapping[str, Any], owner: str) -> None:
             )
 
 
+class _Requirement(NamedTuple):
+    """A requirement on the type of an attribute."""
+
+    is_met: Callable[[Any], bool]
+    text: str
+    is_optional: bool = False
+
+    def check(self, value: Any, owner: str) -> None:
+        """Raises `TypeError` if a value does not meet it."""
+        if not (self.is_met(value) or (self.is_optional and value is None)):
+            raise TypeError(f"{owner} must be {self.text}, got {_describe(value)}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _is_optimizer(tx: Any) -> bool:
     return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
+def _is_names(value: Any) -> bool:
+    # A string is a sequence of names, too: of its letters.
+    return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
+
+
+def _describe(value: Any) -> str:
+    # The text of an array or of a network may fill pages, and costs time.
+    is_short = value is None or isinstance(value, (bool, int, float, str, tuple, list))
+    return shorten(repr(value), 80) if is_short else f"a {type(value).__name__}"
+
+
+_MODEL = _Requirement(
+    lambda value: isinstance(value, Model),
+    "a models.Model, as models.from_linen or models.from_nnx makes",
+)
+_REQUIREMENTS = {
+    "model": _MODEL,
+    "data": _Requirement(
+        lambda value: callable(value) or isinstance(value, Mapping),
+        "a dict of arrays such as {'inputs': images, 'labels': labels}, or a function of the seed",
+    ),
+    "loss": _Requirement(callable, "a function (student, teachers, batch, context) -> [B]"),
+    "tx": _Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)"),
+    "steps": _Requirement(_is_integer, "an integer"),
+    "teachers": _Requirement(_is_names, "a tuple of names such as ('teacher',)"),
+    "start": _Requirement(lambda value: isinstance(value, str), "a name", is_optional=True),
+    "transfer": _Requirement(callable, "a function (source, fresh) -> variables", is_optional=True),
+    "batch_size": _Requirement(_is_integer, "an integer"),
+    "augment": _Requirement(callable, "a function (key, inputs) -> inputs", is_optional=True),
+    "views": _Requirement(_is_integer, "an integer", is_optional=True),
+    "cache_top_k": _Requirement(_is_integer, "an integer", is_optional=True),
+    "init_loss": _Requirement(callable, "a function key -> loss_params", is_optional=True),
+    "loss_tx": _Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)", True),
+}
+"""The requirements on the attributes of a stage, by name."""
 
 
 def teacher_baselines(
@@ -288,6 +329,22 @@ def _describe_variables(variables: Any) -> tuple:
     )
 
 
+def check_entries(plan: Sequence[Stage | Pretrained]) -> None:
+    """Raises `TypeError` if a plan is no sequence of stages and pretrained models.
+
+    A pretrained model is a plain tuple, whose attributes are checked here.
+    """
+    if not isinstance(plan, (list, tuple)) or isinstance(plan, Pretrained):
+        raise TypeError(f"a plan must be a list of stages, got {_describe(plan)}: write [stage]")
+    for entry in plan:
+        if not isinstance(entry, (Stage, Pretrained)):
+            raise TypeError(
+                f"a plan holds Stage and Pretrained, but also {_describe(entry)}: remove it"
+            )
+        if isinstance(entry, Pretrained):
+            _MODEL.check(entry.model, f"model of the pretrained {shorten(repr(entry.name), 80)}")
+
+
 def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
     """Sorts a plan so that every stage comes after those it learns from.
 
@@ -298,9 +355,11 @@ def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
         The same stages and models, sorted.
 
     Raises:
+        TypeError: If the plan is no sequence of stages and pretrained models.
         ValueError: If two entries share a name, a stage names an unknown one, or stages depend on
             each other in a cycle.
     """
+    check_entries(plan)
     entries = {entry.name: entry for entry in plan}
     if len(entries) != len(plan):
         raise ValueError(f"stages must have different names, got {[entry.name for entry in plan]}")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxkd._extras import require_installed
-from jaxkd._messages import list_some
+from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
@@ -104,6 +104,7 @@ def run_plan(
         its own variables.
 
     Raises:
+        TypeError: If the plan, the seeds, the run or the validation split is of another type.
         ValueError: If the plan is inconsistent, `evaluations` is less than 1, `save_every` is
             negative or NaN, seeds are out of range or repeated, the validation split lacks labels,
             holds text, or has floating-point inputs where a stage has integers, the weights of a
@@ -124,9 +125,13 @@ def run_plan(
     # Before any training: a program that reads outdated weights raises no error, but its results
     # are wrong.
     check_cpu_products()
-    # The results keep the order in which the caller wrote the plan. Training needs teachers first.
+    if not isinstance(run, Run):
+        raise TypeError(f"run must be what runs.open_run returns, got {shorten(repr(run), 80)}")
+    # Training needs teachers first.
+    ordered = order(plan)
+    # The results keep the order in which the caller wrote the plan.
     names = [entry.name for entry in plan]
-    plan = order(plan)
+    plan = ordered
     # Read several times below, which a generator would not survive.
     seeds = _check_seeds(seeds)
     placement = placement or single_device()
@@ -246,7 +251,15 @@ def evaluate_plan(
 
 
 def _check_split(examples: Mapping[str, Any], owner: str, needed: str) -> None:
-    """Raises `ValueError` if a split lacks inputs or labels, or holds text."""
+    """Raises `ValueError` if a split lacks inputs or labels, or holds text.
+
+    Raises `TypeError` if it is no dict.
+    """
+    if not isinstance(examples, Mapping):
+        raise TypeError(
+            f"{owner} must be a dict, {{'inputs': ..., 'labels': ...}}, got a "
+            f"{type(examples).__name__}"
+        )
     for name in ("inputs", "labels"):
         if name not in examples:
             raise ValueError(
@@ -288,6 +301,10 @@ def _check_data(
 
 def _check_seeds(seeds: Iterable[int]) -> list[int]:
     """Returns the seeds after a check that each gives a training of its own."""
+    if not isinstance(seeds, Iterable):
+        raise TypeError(
+            f"seeds must be a sequence such as range(3), got {shorten(repr(seeds), 80)}"
+        )
     # One more than allowed, because a range may be longer than memory.
     checked: list[Any] = list(itertools.islice(seeds, MAX_SEEDS + 1))
     if len(checked) > MAX_SEEDS:

@@ -190,6 +190,7 @@ def make_train_step(
     Raises:
         ValueError: When first called, if the loss does not return one value per example, or the
             number of `teacher_variables` is not the number of teachers.
+        TypeError: When first called, if the loss does not return a floating-point array.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -256,12 +257,7 @@ def make_train_step(
             outputs = live_outputs + _get_cached_outputs(info, view, counts)
             own_params = loss_params[0] if loss_params else None
             values = loss(student, outputs, batch, context._replace(params=own_params))
-            batch_shape = jax.tree.leaves(inputs)[0].shape[:1]
-            if values.shape != batch_shape:
-                raise ValueError(
-                    f"the loss must return one value per example {batch_shape}, got the shape "
-                    f"{values.shape}"
-                )
+            _check_loss_values(values, jax.tree.leaves(inputs)[0].shape[:1])
             # Each device has the values of all examples. It differentiates its own share, so that
             # the sum over devices counts none twice.
             return _take_share(values, axis_name).sum() / len(values), batch_stats
@@ -285,6 +281,23 @@ def make_train_step(
 
     # With a donated state, old and new state need not be in memory at the same time.
     return jax.jit(step, donate_argnums=0)
+
+
+def _check_loss_values(values: Any, batch_shape: tuple[int, ...]) -> None:
+    """Raises an error if a loss does not return one floating-point value per example."""
+    if not hasattr(values, "shape"):
+        raise TypeError(
+            f"the loss must return an array {batch_shape}, got a {type(values).__name__}: "
+            "is a return missing?"
+        )
+    if values.shape != batch_shape:
+        raise ValueError(
+            f"the loss must return one value per example {batch_shape}, got the shape "
+            f"{values.shape}"
+        )
+    # Its gradient would be 0, and the student would not learn.
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(f"the loss must return floating-point values, got {values.dtype}")
 
 
 def _get_view(info: BatchInfo, step: Array, count: int) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxkd.models.convolution import Conv
+from jaxkd.models.layers import check_images
 from jaxkd.models.model import Outputs
 
 
@@ -40,9 +41,12 @@ class CNN(nn.Module):
             `[B, h, w, features[i]]` and `pre_logits` `[B, hidden]`.
 
         Raises:
-            ValueError: If the images are too small for the number of convolutions.
+            ValueError: If the images are not `[B, H, W, C]`, are too small for the number of
+                convolutions, or have other channels than the weights.
+            TypeError: If the images are not floating-point.
         """
         del train
+        check_images(inputs, self.get_variable("params", "conv1"), min_size=1)
         x = inputs
         features = {}
         for i, channels in enumerate(self.features, start=1):

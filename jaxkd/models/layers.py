@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxkd import layout
+from jaxkd._images import check_channels_last
 from jaxkd.models.model import batch_stats_axis_name
 from jaxkd.transfer import Rule
 
@@ -144,7 +145,7 @@ def check_images(inputs: Array, first_conv: Mapping[str, Any] | None, *, min_siz
         min_size: Smallest height and width that the network accepts.
 
     Raises:
-        ValueError: If the rank, the size or the number of channels is wrong.
+        ValueError: If the rank, the size, the number of channels or the order of the axes is wrong.
         TypeError: If the images are not floating-point.
     """
     if inputs.ndim != 4:
@@ -156,6 +157,9 @@ def check_images(inputs: Array, first_conv: Mapping[str, Any] | None, *, min_siz
             f"expected floating-point images, got {inputs.dtype}: convert them, or see "
             "jaxkd.models.with_input_normalization"
         )
+    # Weights for another number of channels are refused below. New ones would take any.
+    if first_conv is None:
+        check_channels_last(inputs.shape)
     if min(inputs.shape[1:3]) < min_size:
         raise ValueError(
             f"expected images [B, H, W, C] of at least {min_size}×{min_size}, got {inputs.shape}: "

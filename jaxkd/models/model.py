@@ -142,10 +142,12 @@ def from_linen(
     ) -> tuple[Outputs, dict]:
         # In both modes, because Flax drops the values sown into a collection that is not mutable.
         mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
-        rngs = None if key is None else {"dropout": key}
-        applied: Any = module.apply(
-            variables, inputs, **mode_arguments(train), mutable=mutable, rngs=rngs
-        )
+        # Flax draws from "params" what a module asks for under a name that is not here.
+        rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
+        with _explain_flax_errors(name, train=train):
+            applied: Any = module.apply(
+                variables, inputs, **mode_arguments(train), mutable=mutable, rngs=rngs
+            )
         result, updates = applied
         outputs = _check_outputs(result, name)
         sown = _name_sown_values(updates.get("intermediates", {}))
@@ -153,6 +155,24 @@ def from_linen(
         return outputs, updates.get("batch_stats", variables.get("batch_stats", {}))
 
     return Model(init, apply)
+
+
+@contextlib.contextmanager
+def _explain_flax_errors(name: str, *, train: bool) -> Generator[None]:
+    """Replaces errors of Flax that do not name the module or the remedy."""
+    from flax import errors
+
+    try:
+        yield
+    except errors.ModifyScopeVariableError as error:
+        raise ValueError(
+            f"{name} changes its variables in evaluation, as BatchNorm does with "
+            "use_running_average=False: set use_running_average=not train there"
+        ) from error
+    except errors.InvalidRngError as error:
+        remedy = "pass key=... to apply" if train else "draw only if train is true"
+        mode = "training without a key" if train else "evaluation"
+        raise ValueError(f"{name} draws random numbers in {mode}: {remedy}") from error
 
 
 def _find_train_values(module: Any) -> dict[str, bool]:

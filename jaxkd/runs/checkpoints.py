@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from jaxkd._files import describe_differences, write_atomically
-from jaxkd._messages import first_line
+from jaxkd._messages import first_line, shorten
 from jaxkd.runs.errors import add_install_command
 
 ATTEMPTS = 3
@@ -131,8 +131,11 @@ def restore(
     expected = _describe_tree(like)
     if saved != expected:
         # A few paths are enough, of possibly hundreds.
-        differences = describe_differences(saved, expected, limit=2)
-        raise ValueError(f"checkpoint {folder / str(step)} is of another tree ({differences})")
+        differences = shorten(describe_differences(saved, expected, limit=2), 120)
+        raise ValueError(
+            f"checkpoint {folder / str(step)} has other arrays ({differences}): use the model and "
+            "the optimizer with which it was saved, or another folder"
+        )
     with _ORBAX_LOCK, _make_checkpointer() as checkpointer:
         tree = checkpointer.restore(folder / str(step), jax.tree.map(_to_abstract, like))
     return Restored(step, tree, manifest["notes"])

@@ -383,7 +383,8 @@ def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> No
     )
     if changes:
         warnings.warn(
-            f"{before.folder} was started in another environment, so bits may differ ({changes})",
+            f"{before.folder} was started in another environment, so bits may differ "
+            f"({shorten(changes, 150)})",
             stacklevel=4,
         )
 

@@ -294,16 +294,16 @@ def check_complete(report: Report, target: Mapping[str, Any], *, strict: bool) -
             f"arrays fit\n{report}",
             report,
         )
-    if strict and not report.complete:
-        raise TransferError(
-            "the source does not fit the target; pass strict=False to transfer only what fits\n"
-            f"{report}",
-            report,
-        )
     without_value = [*report.missing, *(mismatch.path for mismatch in report.mismatched)]
     if any(isinstance(target[path], jax.ShapeDtypeStruct) for path in without_value):
         raise TransferError(
-            "the target is abstract, so every one of its leaves needs a value from the source\n"
+            "the source does not fit the target, which has shapes without values, so that each "
+            f"needs one from the source\n{report}",
+            report,
+        )
+    if strict and not report.complete:
+        raise TransferError(
+            "the source does not fit the target; pass strict=False to transfer only what fits\n"
             f"{report}",
             report,
         )

@@ -161,7 +161,9 @@ def from_torch(
     # A plain dict, because JAX takes a mapping of an unregistered type for a single leaf.
     weights = dict(state_dict)
     if _has_own_names(weights, variables):
-        return transfer(weights, variables, strict=strict, dtypes="target")
+        variables, report = transfer(weights, variables, strict=strict, dtypes="target")
+        _warn_of_unusable(leaves_by_path(variables), report)
+        return variables, report
     # Each is compared with each rule.
     if len(weights) > _MAX_ARRAYS:
         raise ValueError(
@@ -177,7 +179,20 @@ def from_torch(
     values, report = match_leaves(weights, variables, rules, "target")
     report = report._replace(left_out=(*report.left_out, *counters), removed=removed)
     check_complete(report, leaves, strict=strict)
+    _warn_of_unusable(values, report)
     return replace_leaves(variables, values), report
+
+
+def _warn_of_unusable(values: Mapping[str, Any], report: Report) -> None:
+    """Warns if transferred arrays hold NaN or infinity, with which a network computes NaN."""
+    names = [name for name, path in report.transferred if not np.isfinite(values[path]).all()]
+    if names:
+        warnings.warn(
+            f"{len(names)} of {len(report.transferred)} arrays hold NaN or infinity, such as "
+            f"{list_some(names, count=2)}: the training that wrote them has diverged, or their "
+            "dtype was too narrow",
+            stacklevel=3,
+        )
 
 
 def to_torch(variables: dict, rules: Iterable[Rule]) -> dict[str, np.ndarray]:

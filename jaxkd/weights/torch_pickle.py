@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.weights.files import check_regular_file, to_text
 
 _HEADER_SIZE = 30  # of a member of a zip archive, before its name
@@ -143,7 +144,7 @@ def read_torch(path: str | os.PathLike) -> Any:
                 f"without running code: {SAVE_ADVICE}"
             )
     except (ValueError, OverflowError, struct.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {shorten(error, 220)}") from error
     except MemoryError as error:
         raise ValueError(f"{path} cannot be read: it needs more memory than there is") from error
     return tree

@@ -391,6 +391,17 @@ def test_image_of_absurd_size(photos, monkeypatch):
         data.load(photos)
 
 
+def test_a_small_file_of_many_pixels_is_refused(photos, monkeypatch):
+    """A PNG of 20,000 x 8,000 pixels has 10 KB and takes 640 MB."""
+    path = photos / "train" / "apple" / "0.png"
+    Image.new("L", (6000, 5001)).save(path)
+    with pytest.raises(data.DataError, match=r"0.png \(it has 30,006,000 pixels in .* bytes; sca"):
+        data.load(photos)
+    # As many bytes as a photograph has.
+    monkeypatch.setattr(image_folder, "_MAX_PIXELS_PER_BYTE", 10_000)
+    data.load(photos)
+
+
 def test_missing_pillow(photos, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(

@@ -59,3 +59,15 @@ def test_wrong_images(images):
         channel_statistics(images[0])
     with pytest.raises(ValueError, match="at least one pixel"):
         channel_statistics(images[:0])
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 32, 48), (8, 1, 28, 28), (8, 4, 16, 16)])
+def test_channels_before_the_height_are_refused(shape):
+    message = r"seem to be \[N, C, H, W\]: pass images.transpose\(0, 2, 3, 1\)"
+    with pytest.raises(ValueError, match=message):
+        channel_statistics(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 32, 1), (8, 1, 28, 9), (8, 4, 4, 4), (8, 28, 28, 13)])
+def test_low_images_and_many_channels_are_taken(shape):
+    assert channel_statistics(np.zeros(shape, np.uint8))[0].shape == shape[-1:]

@@ -123,6 +123,14 @@ def test_other_validation_data_are_refused(folder):
         train(folder, make_plan(), validation=make_examples(2, 20))
 
 
+def test_wider_labels_are_the_same_data(folder, finished):
+    """int64 becomes int32 on the device: the training does not change."""
+    wide = {**TRAIN, "labels": np.asarray(TRAIN["labels"], np.int64)}
+    assert wide["labels"].dtype != np.asarray(TRAIN["labels"]).dtype
+    trained, _ = train(folder, [dataclasses.replace(s, data=wide) for s in make_plan()])
+    chex.assert_trees_all_equal(get_variables(trained), get_variables(finished[1]))
+
+
 @pytest.mark.thorough
 def test_a_deleted_teacher_is_trained_again_and_its_student_is_refused(folder):
     plan = make_plan()

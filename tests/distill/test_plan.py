@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from jaxkd import losses
 from jaxkd.distill import plan
@@ -146,11 +147,46 @@ def test_a_long_name_is_refused():
         ({"steps": 2.5}, "steps of stage 'a' must be an integer, got 2.5"),
         ({"batch_size": "x"}, "batch_size of stage 'a' must be an integer, got 'x'"),
         ({"loss_tx": 1e-3}, "loss_tx of stage 'a' must be an optimizer"),
+        ({"model": nn.Dense(3)}, "model of stage 'a' must be a models.Model, as .* got a Dense"),
+        ({"data": None}, "data of stage 'a' must be a dict of arrays such as .*, got None"),
+        ({"data": np.zeros((3, 2))}, "data of stage 'a' must be a dict .*, got a ndarray"),
+        ({"loss": None}, "loss of stage 'a' must be a function .* got None"),
+        ({"steps": True}, "steps of stage 'a' must be an integer, got True"),
+        ({"start": ("b",)}, r"start of stage 'a' must be a name, got \('b',\)"),
+        ({"start": "b", "transfer": {}}, "transfer of stage 'a' must be a function"),
+        ({"augment": "flip"}, "augment of stage 'a' must be a function .* got 'flip'"),
+        ({"augment": keep_inputs, "views": "2"}, "views of stage 'a' must be an integer, got '2'"),
+        (
+            {"cache_teachers": True, "cache_top_k": 2.5},
+            "cache_top_k of stage 'a' must be an integer, got 2.5",
+        ),
+        ({"init_loss": {}}, "init_loss of stage 'a' must be a function key -> loss_params"),
     ],
 )
 def test_attributes_of_other_types_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
         make_stage(**{"name": "a"} | options)
+
+
+def test_a_function_of_the_seed_must_return_a_dict():
+    with pytest.raises(TypeError, match="data of stage 'a' must return a dict of arrays, got None"):
+        make_stage("a", data=lambda seed: None).examples(0)
+
+
+@pytest.mark.parametrize(
+    ("make_plan", "message"),
+    [
+        (lambda stage: stage, r"a plan must be a list of stages, got a Stage: write \[stage\]"),
+        (lambda stage: [stage, None], "a plan holds Stage and Pretrained, but also None"),
+        (
+            lambda stage: [stage, plan.Pretrained("t", nn.Dense(3), {})],
+            "model of the pretrained 't' must be a models.Model",
+        ),
+    ],
+)
+def test_other_plans_are_refused(make_plan, message):
+    with pytest.raises(TypeError, match=message):
+        plan.order(make_plan(make_stage("a")))
 
 
 @pytest.mark.parametrize(

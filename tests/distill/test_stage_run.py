@@ -116,7 +116,7 @@ def test_checkpoints_of_another_training_are_refused(two_stages, change):
 
 
 def test_checkpoints_of_another_architecture_are_refused(two_stages):
-    with pytest.raises(runs.RunError, match=r"is of another tree .*delete that folder to train"):
+    with pytest.raises(runs.RunError, match=r"has other arrays .*delete that folder to train"):
         train(two_stages, [make_stage("first", 5), make_stage("other")])
     assert (two_stages / "checkpoints" / "seed0" / "first" / "12.json").exists()
 

@@ -7,6 +7,7 @@ import pytest
 from flax import errors
 from flax import linen as nn
 
+from jaxkd import models
 from jaxkd.models.bert import BERT
 from jaxkd.models.layers import Dropout, Embed, LayerNorm
 from jaxkd.models.lstm import LSTMClassifier
@@ -14,6 +15,13 @@ from jaxkd.models.lstm import LSTMClassifier
 
 def drop(x, key=0, **keywords):
     return Dropout(**keywords).apply({}, x, rngs={"dropout": jax.random.key(key)})
+
+
+@pytest.mark.parametrize("make", [models.CNN, models.resnet20, models.wrn16_2])
+def test_images_with_channels_before_the_height_are_refused(make):
+    """PyTorch's order would give a network of 32 channels and 3 rows."""
+    with pytest.raises(ValueError, match=r"seem to be \[N, C, H, W\]: pass images.transpose"):
+        jax.eval_shape(make().init, jax.random.key(0), jnp.zeros((2, 3, 32, 32)))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

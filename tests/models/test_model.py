@@ -406,6 +406,51 @@ def test_other_outputs_are_refused_with_the_line_to_write(make):
         jax.eval_shape(lambda x: model.apply(variables, x, train=False), inputs())
 
 
+class UpdatesAlways(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+class AddsNoise(nn.Module):
+    always: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        is_noisy = train or self.always
+        return x + jax.random.normal(self.make_rng("noise"), x.shape) if is_noisy else x
+
+
+def test_a_module_that_updates_statistics_in_evaluation_is_refused():
+    model = from_linen(UpdatesAlways())
+    variables = {
+        "params": {"BatchNorm_0": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}},
+        "batch_stats": {"BatchNorm_0": {"mean": jnp.zeros(4), "var": jnp.ones(4)}},
+    }
+    _, batch_stats = model.apply(variables, inputs(), train=True)
+    assert batch_stats["BatchNorm_0"]["mean"].any()
+    message = "UpdatesAlways changes its variables in evaluation.* use_running_average=not train"
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, inputs(), train=False)
+
+
+def test_a_module_draws_under_any_name_in_training():
+    model = from_linen(AddsNoise())
+    first, second, other = (
+        model.apply({"params": {}}, inputs(), train=True, key=jax.random.key(seed))[0].logits
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+    with pytest.raises(ValueError, match="in training without a key: pass key="):
+        model.apply({"params": {}}, inputs(), train=True)
+
+
+def test_a_module_that_draws_in_evaluation_is_refused():
+    with pytest.raises(ValueError, match="AddsNoise draws random numbers in evaluation: draw only"):
+        from_linen(AddsNoise(always=True)).apply({"params": {}}, inputs(), train=False)
+
+
 class SowsAndReturnsOutputs(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -301,7 +301,7 @@ def test_loads_any_tree_into_host_memory(tmp_path):
 )
 def test_checkpoint_of_another_tree_is_refused_and_kept(tmp_path, other):
     checkpoints.save(tmp_path, 1, {"x": jnp.zeros(3)})
-    with pytest.raises(ValueError, match=r"1 is of another tree \(\['\w+'\] was .* and is "):
+    with pytest.raises(ValueError, match=r"1 has other arrays \(\['\w+'\] was .* and is .*: use "):
         checkpoints.restore(tmp_path, other)
     assert checkpoints.restore(tmp_path, {"x": jnp.ones(3)}).step == 1
 

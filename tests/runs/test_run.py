@@ -244,6 +244,16 @@ def test_message_of_many_differences_is_short(tmp_path):
     assert len(str(raised.value).replace(str(tmp_path), "")) < 400
 
 
+def test_warning_about_a_long_name_in_the_environment_is_short(tmp_path):
+    runs.open_run(tmp_path / "r", {})
+    content = json.loads((tmp_path / "r" / "config.json").read_text())
+    content["environment"]["a" * 1000] = "b" * 1000
+    (tmp_path / "r" / "config.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="in another environment, so bits may differ") as caught:
+        runs.open_run(tmp_path / "r", {})
+    assert len(str(caught[0].message)) <= 300
+
+
 def test_continuing_in_another_environment_warns(tmp_path):
     runs.open_run(tmp_path, CONFIG)
     written = json.loads((tmp_path / "config.json").read_text())

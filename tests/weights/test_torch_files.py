@@ -320,6 +320,17 @@ def test_few_other_values_between_many_weights_are_left_out_and_named(extra, tmp
         assert shapes == {"a": (2,), "b": (3,), "c": (4,)}
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("names", ["torch", "own"])
+def test_weights_that_are_not_finite_are_named(value, names):
+    name = {"torch": "fc.bias", "own": "params/bias"}[names]
+    weights = {name: np.array([1, value], np.float32)}
+    variables = {"params": {"bias": jax.ShapeDtypeStruct((2,), np.float32)}}
+    rules = (Rule("fc.bias", "params/bias"),)
+    with pytest.warns(UserWarning, match=f"1 of 1 arrays hold NaN or infinity, such as {name}:"):
+        from_torch(weights, variables, rules)
+
+
 def test_names_of_a_safetensors_file_are_selected(tmp_path):
     save_safetensors(tmp_path / "file", {"net.a": np.ones(2), "ema.a": np.ones(3)})
     for entry in ("net", "net."):

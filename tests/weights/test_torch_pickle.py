@@ -332,6 +332,13 @@ def attacks(marker):
     }
 
 
+def test_message_about_a_long_number_is_short(tmp_path):
+    (tmp_path / "file").write_bytes(b"\x80\x02F" + b"9" * 2000 + b"x\n.")
+    with pytest.raises(ValueError, match="file cannot be read: .*could not convert") as caught:
+        read_torch(tmp_path / "file")
+    assert len(str(caught.value).removeprefix(str(tmp_path))) <= 300
+
+
 @pytest.mark.parametrize("name", attacks(""))
 def test_attack_runs_no_code(name, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "file"
