@@ -16,6 +16,7 @@ PACKAGE = Path(jaxkd.__file__).parent
 # a new arrow is a decision.
 ARROWS = {
     "_files": {"_messages"},
+    "_cpu_flags": set(),
     "_images": set(),
     "_messages": set(),
     "_extras": {"_messages"},
@@ -29,8 +30,17 @@ ARROWS = {
     "evaluate": {"data", "losses", "models"},
     "weights": {"_messages", "_extras", "_files", "data", "models", "transfer"},
     "runs": {"_messages", "_extras", "_files", "evaluate", "models"},
-    "distill": {"_messages", "_extras", "_files", "data", "evaluate", "models", "runs"},
-    "cli": {"_extras", "_messages", "models", "runs", "transfer", "weights"},
+    "distill": {
+        "_cpu_flags",
+        "_messages",
+        "_extras",
+        "_files",
+        "data",
+        "evaluate",
+        "models",
+        "runs",
+    },
+    "cli": {"_cpu_flags", "_extras", "_messages", "models", "runs", "transfer", "weights"},
     "__main__": {"cli"},
 }
 

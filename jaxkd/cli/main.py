@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from jaxkd._cpu_flags import add_flags
 from jaxkd.cli import errors
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The arguments of the command. Defaults to those of the command line.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        # Only as a command, since a caller in Python chooses the flags.
+        add_flags()
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     errors.check_arguments(arguments)
     try:
         with errors.errors_in_one_line(ValueError):

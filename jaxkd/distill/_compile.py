@@ -10,7 +10,13 @@ import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets, check_one_array
 from jaxkd.distill._diagnosis import count_classes
-from jaxkd.distill._lowering import batch_shapes, hash_predict, hash_step, variables_shape
+from jaxkd.distill._lowering import (
+    LoweredStep,
+    batch_shapes,
+    hash_predict,
+    lower_step,
+    variables_shape,
+)
 from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import Placement
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes
@@ -29,6 +35,7 @@ class CompiledStage(NamedTuple):
         score: `variables -> Score` on the validation split.
         fingerprint: JSON values that identify the training, whatever the seed. A checkpoint with
             others is refused.
+        has_convolutions: Whether a step computes convolutions.
     """
 
     stage: Stage
@@ -36,6 +43,7 @@ class CompiledStage(NamedTuple):
     init: Callable[..., dict]
     score: Callable[[dict], Score]
     fingerprint: dict[str, Any]
+    has_convolutions: bool
 
 
 class _Program(NamedTuple):
@@ -44,12 +52,12 @@ class _Program(NamedTuple):
     Attributes:
         stages: The stages.
         make_step: Makes the step of the first one.
-        digest: Digest of the lowered step; `None` until it is needed.
+        lowered: The lowered step; `None` until it is needed.
     """
 
     stages: list[Stage]
     make_step: Callable[..., StepFn]
-    digest: str | None = None
+    lowered: LoweredStep | None = None
 
 
 def compile_stages(
@@ -92,7 +100,7 @@ def compile_stages(
     compiled = {}
     for program in _find_programs(plan, seed):
         multi_step = placement.make_multi_step(program.make_step)
-        digest = program.digest or hash_step(program.stages[0], program.make_step, entries, seed)
+        lowered = program.lowered or lower_step(program.stages[0], program.make_step, entries, seed)
         for stage in program.stages:
             weights = {name: hash_weights(name) for name in stage.needs if name in pretrained}
             compiled[stage.name] = CompiledStage(
@@ -101,8 +109,9 @@ def compile_stages(
                 inits[stage.model],
                 scores[stage.name],
                 _describe(stage, weights)
-                | {"program": digest}
+                | {"program": lowered.digest}
                 | _describe_batches(stage, seed, buckets, hash_teacher),
+                lowered.has_convolutions,
             )
     return [compiled[entry.name] for entry in plan if entry.name in compiled]
 
@@ -242,8 +251,8 @@ def _merge_equal(
         return list(programs)
     by_digest: dict[str, _Program] = {}
     for program in programs:
-        digest = hash_step(program.stages[0], program.make_step, entries, seed)
-        merged = by_digest.setdefault(digest, program._replace(stages=[], digest=digest))
+        lowered = lower_step(program.stages[0], program.make_step, entries, seed)
+        merged = by_digest.setdefault(lowered.digest, program._replace(stages=[], lowered=lowered))
         merged.stages.extend(program.stages)
     return list(by_digest.values())
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,25 @@ from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
 
 
-def hash_step(
+class LoweredStep(NamedTuple):
+    """Facts about a step that is lowered but not compiled.
+
+    Attributes:
+        digest: Digest of the program.
+        has_convolutions: Whether it computes convolutions.
+    """
+
+    digest: str
+    has_convolutions: bool
+
+
+def lower_step(
     stage: Stage,
     make_step: Callable[..., StepFn],
     entries: Mapping[str, Stage | Pretrained],
     seed: int,
-) -> str:
-    """Returns a digest of a step as it is lowered for its shapes, without compiling it.
+) -> LoweredStep:
+    """Lowers a step for its shapes, without compiling it.
 
     The step is lowered for one device, wherever the stage trains, and without the names of
     functions. Another process with the same versions of JAX and its packages finds the same digest.
@@ -58,7 +70,8 @@ def hash_step(
     # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
     # them shares with no other.
     is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
-    return _hash_text(text if is_complete else text + stage.name)
+    digest = _hash_text(text if is_complete else text + stage.name)
+    return LoweredStep(digest, "stablehlo.convolution" in text)
 
 
 def hash_predict(entry: Stage | Pretrained, example: Any) -> str:

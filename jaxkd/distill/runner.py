@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxkd._cpu_flags import CONVOLUTION_FLAG, lacks_convolution_flag
 from jaxkd._extras import require_installed
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets
@@ -45,6 +46,7 @@ from jaxkd.evaluate import (
     PredictFn,
     Score,
     ScoreFn,
+    accuracy_interval,
     chance_accuracy,
     make_classifier_score,
     make_predict,
@@ -116,8 +118,12 @@ def run_plan(
         OSError: If the run's folder or that of the teachers' logits cannot be written.
         ImportError: If orbax is missing.
     """
-    if evaluations < 1:
-        raise ValueError(f"evaluations must be at least 1, the one at the end, got {evaluations}")
+    if not isinstance(evaluations, (int, np.integer)) or evaluations < 1:
+        raise ValueError(
+            f"evaluations must be an integer of at least 1, the one at the end, got {evaluations!r}"
+        )
+    if not isinstance(save_every, (int, float, np.number)):
+        raise TypeError(f"save_every must be a number of seconds, got {save_every!r}")
     if not save_every >= 0:  # which NaN is not either
         raise ValueError(f"save_every must be at least 0 seconds, got {save_every}")
     # Otherwise the first checkpoint would fail, after some of the training.
@@ -142,6 +148,8 @@ def run_plan(
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
         stages = compile_stages(plan, first_seed, placement, scores, buckets)
+        if any(stage.has_convolutions for stage in stages):
+            _warn_of_slow_convolutions()
         describer = TrainingDescriber(validation)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
@@ -171,7 +179,10 @@ def run_plan(
         )
         for round_ in make_schedule(stages, seeds, placement.max_students):
             _train_round(round_, run, placement, trained, describer, make_loop, progress)
-        progress.end_plan(_describe_weak_teachers(plan, seeds, trained))
+        doubts = _describe_weak_teachers(plan, seeds, trained)
+        if make_score is None:
+            doubts += _describe_teachers_at_chance(plan, seeds, trained, validation["labels"])
+        progress.end_plan(doubts)
     return {name: [trained[name][seed] for seed in seeds] for name in names}
 
 
@@ -250,15 +261,26 @@ def evaluate_plan(
     return rows
 
 
+def _warn_of_slow_convolutions() -> None:
+    """Warns if this process lacks the flag under which a CPU computes convolutions fast."""
+    if jax.default_backend() == "cpu" and lacks_convolution_flag(jax.__version__):
+        warnings.warn(
+            f"JAX {jax.__version__} is slow at gradients of convolutions on a CPU: set "
+            f"XLA_FLAGS={CONVOLUTION_FLAG} before JAX starts",
+            stacklevel=3,
+        )
+
+
 def _check_split(examples: Mapping[str, Any], owner: str, needed: str) -> None:
     """Raises `ValueError` if a split lacks inputs or labels, or holds text.
 
     Raises `TypeError` if it is no dict.
     """
     if not isinstance(examples, Mapping):
+        remedy = ": pass its .examples" if hasattr(examples, "examples") else ""
         raise TypeError(
             f"{owner} must be a dict, {{'inputs': ..., 'labels': ...}}, got a "
-            f"{type(examples).__name__}"
+            f"{type(examples).__name__}{remedy}"
         )
     for name in ("inputs", "labels"):
         if name not in examples:
@@ -391,6 +413,30 @@ def _describe_weak_teachers(
             lines.append(
                 f"the teacher {teacher!r} is no better than {alone!r}, which has no teacher: "
                 f"{accuracy:.1%} and {baseline:.1%} on validation; improve the teacher first"
+            )
+    return lines
+
+
+def _describe_teachers_at_chance(
+    plan: Plan,
+    seeds: Sequence[int],
+    trained: Mapping[str, Mapping[int, TrainedModel]],
+    labels: Any,
+) -> list[str]:
+    """Returns a line for each teacher that is no better than a constant prediction."""
+    chance, count = chance_accuracy(labels), np.size(labels)
+    teachers = dict.fromkeys(
+        name for stage in plan if isinstance(stage, Stage) for name in stage.teachers
+    )
+    lines = []
+    for name in teachers if seeds else ():
+        accuracy = float(np.mean([trained[name][seed].validation_accuracy for seed in seeds]))
+        # NaN for a teacher of other classes, which is not compared.
+        if accuracy >= 0 and accuracy_interval(accuracy * count, count)[0] <= chance:
+            lines.append(
+                f"the teacher {name!r} is no better than chance: {accuracy:.1%} on validation, "
+                f"where the most frequent class has {chance:.1%}; does it get its own kind of "
+                "inputs and order of classes?"
             )
     return lines
 

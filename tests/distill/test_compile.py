@@ -33,16 +33,16 @@ def get_groups(*plan):
 
 
 @pytest.fixture
-def hashed(monkeypatch):
+def lowered(monkeypatch):
     """The names of the stages that were lowered for their digest."""
     names = []
-    hash_step = _compile.hash_step
+    lower_step = _compile.lower_step
 
-    def record_and_hash(stage, *args):
+    def record_and_lower(stage, *args):
         names.append(stage.name)
-        return hash_step(stage, *args)
+        return lower_step(stage, *args)
 
-    monkeypatch.setattr(_compile, "hash_step", record_and_hash)
+    monkeypatch.setattr(_compile, "lower_step", record_and_lower)
     return names
 
 
@@ -53,14 +53,14 @@ def scale_loss(factor):
 # Sharing
 
 
-def test_equal_optimizers_share_a_program(hashed):
+def test_equal_optimizers_share_a_program(lowered):
     rates = {"first": 1e-3, "second": 1e-3, "other": 1e-2}
     stages = [make_stage(name, tx=optax.adam(rate)) for name, rate in rates.items()]
     assert stages[0].tx != stages[1].tx, "optax compares its optimizers by identity"
     # Adam's own arithmetic fails under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         assert get_groups(*stages) == [["first", "second"], ["other"]]
-    assert hashed == ["first", "second", "other"]
+    assert lowered == ["first", "second", "other"]
 
 
 def test_equal_losses_and_augmentations_share_a_program():
@@ -221,7 +221,7 @@ def scale_by_example(student, teachers, batch, context):
     return batch["scale"] * hard_loss(student, teachers, batch, context)
 
 
-def test_stages_that_differ_in_name_and_data_are_not_lowered(hashed):
+def test_stages_that_differ_in_name_and_data_are_not_lowered(lowered):
     first = make_stage("first", data=TRAIN | {"scale": np.float32(1)}, loss=scale_by_example)
     others = [
         dataclasses.replace(first, name=f"times_{scale}", data=TRAIN | {"scale": np.float32(scale)})
@@ -229,7 +229,7 @@ def test_stages_that_differ_in_name_and_data_are_not_lowered(hashed):
     ]
     assert get_groups(first, *others) == [["first", "times_2", "times_3"]]
     assert get_groups(first, make_stage("unlike", 5)) == [["first"], ["unlike"]]
-    assert hashed == []
+    assert lowered == []
 
 
 def test_stages_that_differ_in_numbers_alone_are_traced_for_one_program(tmp_path):

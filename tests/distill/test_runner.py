@@ -2,13 +2,15 @@
 
 import dataclasses
 import shutil
+import warnings
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from jaxkd import distill, evaluate, runs
+from jaxkd import distill, evaluate, models, runs
+from jaxkd._cpu_flags import CONVOLUTION_FLAG
 from jaxkd.distill import placement, runner
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill.teacher_cache import TeacherCache
@@ -307,3 +309,31 @@ def test_impossible_times_between_checkpoints_are_refused(tmp_path, save_every):
     message = f"save_every must be at least 0 seconds, got {save_every}"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, [make_stage("first")], save_every=save_every)
+
+
+IMAGES = {"inputs": np.zeros((4, 10, 10, 1), np.float32), "labels": np.zeros(4, np.int32)}
+
+
+def make_cnn_stage():
+    # The first layer is a product of patches, and the second a convolution.
+    model = models.from_linen(models.CNN((4, 4), hidden=2, num_classes=2))
+    return make_stage("first", model=model, data=IMAGES, steps=1, batch_size=2)
+
+
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_missing_flag_for_convolutions_is_named(tmp_path, monkeypatch, is_missing):
+    monkeypatch.setattr(runner, "lacks_convolution_flag", lambda version: is_missing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, [make_cnn_stage()], validation=IMAGES)
+    messages = [str(warning.message) for warning in caught]
+    named = [text for text in messages if CONVOLUTION_FLAG in text]
+    assert len(named) == is_missing
+    assert all(
+        "slow at gradients of convolutions on a CPU: set XLA_FLAGS=" in text for text in named
+    )
+
+
+def test_a_plan_without_convolutions_needs_no_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "lacks_convolution_flag", lambda version: True)
+    train(tmp_path, [make_stage("first", steps=1)])
