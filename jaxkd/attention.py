@@ -532,6 +532,12 @@ def _expand_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
         raise ValueError(
             f"where must be booleans that broadcast to {shape}, got {where.dtype} {where.shape}"
         )
+    # The first axis might be that of the batch, if its size happens to fit.
+    if where.ndim not in (0, 1, len(shape)):
+        raise ValueError(
+            f"where {where.shape} lacks an axis of {shape}: write where[None] for a mask that the "
+            "whole batch shares, where[:, None] for one of the keys of each example"
+        )
     return where.reshape(mask_shape)
 
 

@@ -6,6 +6,7 @@ Metrics of predictions are computed on the host in NumPy, from logits that `make
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,7 +142,7 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
     Returns:
         `(variables, examples) -> Score`. The examples are `inputs` `[N, ...]` and `labels` `[N]`.
         Both numbers are NaN if a logit is. It raises `ValueError` if a label is no class of the
-        model.
+        model, and warns if the logits are probabilities.
     """
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
@@ -150,10 +151,36 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
         # A diverged student is reported by the training loop, with its stage and step.
         if np.isnan(logits).any():
             return Score(float("nan"), float("nan"))
+        if are_probabilities(logits):
+            warnings.warn(
+                "the logits of a model are probabilities, each row sums to 1: return the logits "
+                "before its softmax, or their logarithm",
+                stacklevel=2,
+            )
         loss = hard_cross_entropy(logits, examples["labels"])
         return Score(float(np.mean(loss)), accuracy(logits, examples["labels"]))
 
     return score
+
+
+def are_probabilities(logits: ArrayLike) -> bool:
+    """Returns whether every row is a distribution over several classes, as a softmax gives it.
+
+    A loss that takes logits would compute a second softmax of them.
+
+    Args:
+        logits: `[..., C]`.
+
+    Example:
+        >>> from jaxkd import evaluate
+        >>> evaluate.are_probabilities([[0.7, 0.3]]), evaluate.are_probabilities([[2.0, 1.0]])
+        (True, False)
+    """
+    logits = np.asarray(logits, np.float32)
+    if logits.shape[-1] < 2 or not logits.size or logits.min() < 0:
+        return False
+    # Rounded to bfloat16, the probabilities of many classes do not sum to 1 exactly.
+    return bool(np.all(np.abs(logits.sum(-1) - 1) < 0.02))
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -570,6 +597,8 @@ def describe_labels(labels: ArrayLike, num_classes: int) -> str:
         A clause such as "3 of 20 labels are -1, which is not in [0, 10), the classes of the model".
     """
     labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        return f"labels must be integers, got {labels.dtype}"
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if not outside.size:
         return ""

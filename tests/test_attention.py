@@ -295,7 +295,7 @@ def test_masked_pairs_equal_a_float64_reference():
     chex.assert_trees_all_close(
         attention.attend(*arrays, where=jnp.asarray(where)), expected, rtol=1e-5, atol=1e-6
     )
-    for sparse in (where[0], where[:, :1], where[0, :1], where[0, 0]):
+    for sparse in (where[:1], where[:, :1], where[:1, :1], where[0, 0]):
         actual = attention.attend(*arrays, where=jnp.asarray(sparse))
         chex.assert_trees_all_close(
             actual, reference_attend(*arrays, where=sparse), rtol=1e-5, atol=1e-6
@@ -309,7 +309,7 @@ def test_query_that_may_attend_to_nothing_gets_zero(context):
     `jax.nn.dot_product_attention` would return the mean of the values.
     """
     query, keys, values = draw()
-    where = jnp.array([True, False, True, True])[:, None]
+    where = jnp.array([True, False, True, True])[None, :, None]
     with_nan = jnp.where(where, query, jnp.nan)
     value, (query_grad, *grads) = value_and_grads(
         lambda *arrays: context(*arrays, where=where), with_nan, keys, values
@@ -561,6 +561,10 @@ def test_wrong_states_and_scores_raise():
         ValueError, match="same number of features for a dot product.*general_score"
     ):
         attention.align_hidden_states(states, state[:, 1:])
+    # A padding mask of 4 examples with 4 positions would be read as one of queries and keys.
+    square = jnp.zeros((4, 4, 3))
+    with pytest.raises(ValueError, match=r"where \(4, 4\) lacks an axis .* where\[:, None\]"):
+        attention.attend(square, square, square, where=jnp.ones((4, 4), bool))
     with pytest.raises(ValueError, match=r"where must be booleans that broadcast to \(2, 6\)"):
         attention.align_hidden_states(states, state, where=jnp.ones((2, 5), bool))
     with pytest.raises(

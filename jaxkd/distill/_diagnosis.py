@@ -17,6 +17,8 @@ from jaxkd.models.model import Model
 
 MAX_SUSPECTS = 8
 """Largest number of labels out of range that are tried before the first step."""
+MAX_SCALED_IMAGES = 256
+"""Number of images in which the largest pixel is looked for."""
 MAX_TEACHER_EXAMPLES = 2048
 """Number of examples for which the logits of a teacher are searched for NaN."""
 
@@ -67,6 +69,35 @@ def check_input_dtypes(
                 f"{' (after augment)' if stage.augment else ''}, but those of the {split} are in "
                 f"{other}, whose scale may be another: prepare both alike, such as images / 255"
             )
+        if stage.augment is None:
+            _check_scales(stage, others, split, seed or 0)
+
+
+def _check_scales(stage: Stage, others: Mapping[str, Any], split: str, seed: int) -> None:
+    """Raises `ValueError` if one of two sets of images is in [0, 1] and the other in [0, 255]."""
+    for name, array in named_arrays({"inputs": stage.examples(seed)["inputs"]}):
+        if np.ndim(array) != 4 or name not in others or np.ndim(others[name]) != 4:
+            continue
+        scales = [_find_pixel_scale(images) for images in (array, others[name])]
+        if sorted(scales, key=str) == [1, 255]:
+            raise ValueError(
+                f"stage {shorten(stage.name, 40)!r} trains on images in [0, {scales[0]}], but "
+                f"those of the {split} are in [0, {scales[1]}]: prepare both alike, such as by "
+                "images / 255"
+            )
+
+
+def _find_pixel_scale(images: Any) -> int | None:
+    """Returns 1 or 255, the largest value of a pixel, or `None` if it is another or unknown."""
+    if not _is_floating(_get_dtype(images)):
+        return None
+    # Some images are enough, spread over all of them.
+    some = np.asarray(images[:: max(1, len(images) // MAX_SCALED_IMAGES)], np.float32)
+    smallest, largest = float(some.min()), float(some.max())
+    if smallest < 0 or largest > 255:
+        return None
+    # Pictures may be dark, but none of many reaches 1/255 of the scale.
+    return 1 if largest <= 1 else (255 if largest > 32 else None)
 
 
 def _model_input_dtypes(stage: Stage, seed: int) -> dict[str, Any]:
@@ -181,6 +212,20 @@ def find_cause(
                 "NaN or infinite"
             )
     return ""
+
+
+def describe_ranges(examples: Mapping[str, Any]) -> str:
+    """Describes the scalars of the examples and the range of their inputs, for a closer look.
+
+    A temperature of 0 or a pixel beyond the scale of the model makes every loss NaN.
+    """
+    scalars = [f"{name!r} is {array}" for name, array in examples.items() if not np.ndim(array)]
+    ranges = [
+        f"{name!r} are from {np.min(array):.4g} to {np.max(array):.4g}"
+        for name, array in named_arrays({"inputs": examples["inputs"]})
+        if _is_floating(_get_dtype(array)) or _is_integer(array)
+    ]
+    return shorten("; ".join([*scalars, *ranges]), 120)
 
 
 def count_not_finite(variables: Any) -> int:

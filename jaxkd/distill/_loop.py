@@ -334,12 +334,13 @@ class TrainingLoop:
             raise RunError(f"{message}: {cause}")
         if first == 1:
             raise RunError(
-                f"{message}, before any weight has changed, and inputs and teachers are sound: "
-                "evaluate the student and the terms of its loss on one batch"
+                f"{message}, before any weight has changed, and inputs and teachers are finite ("
+                f"{_diagnosis.describe_ranges(stage_run.examples)}): evaluate the student and the "
+                "terms of its loss on one batch"
             )
         raise RunError(
             f"{message}, and training has diverged, since inputs and teachers are sound; try a "
-            "smaller learning rate"
+            "smaller learning rate, unless a schedule takes a number of the loss out of its range"
         )
 
     def _save(self, step: int) -> None:

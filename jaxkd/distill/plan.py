@@ -5,6 +5,7 @@ after a weight transfer are all plans.
 """
 
 import graphlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,12 @@ def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
 def check_numbers(data: Mapping[str, Any], owner: str) -> None:
     """Raises `ValueError` if an array or scalar holds text or other objects instead of numbers."""
     for name, array in named_arrays(data):
+        is_number = isinstance(array, (bool, int, float, complex, str, bytes))
+        if not is_number and not hasattr(array, "dtype"):
+            raise ValueError(
+                f"{owner} has a {type(array).__name__} as {name!r}: make it an array with "
+                "np.asarray"
+            )
         # JAX's own dtypes are numbers, but not all of them are NumPy's. That of keys is neither.
         dtype = np.asarray(array).dtype if isinstance(array, (str, bytes)) else None
         dtype = getattr(array, "dtype", dtype)
@@ -243,7 +250,21 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
 
 
+def _takes_four(loss: Any) -> bool:
+    """Returns whether a function may be called with four positional arguments."""
+    try:
+        inspect.signature(loss).bind(None, None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        pass
+    return True
+
+
 def _describe(value: Any) -> str:
+    # A split of a dataset, unlike a stage.
+    if isinstance(getattr(type(value), "examples", None), property):
+        return f"a {type(value).__name__}: pass its .examples"
     # The text of an array or of a network may fill pages, and costs time.
     is_short = value is None or isinstance(value, (bool, int, float, str, tuple, list))
     return shorten(repr(value), 80) if is_short else f"a {type(value).__name__}"
@@ -259,7 +280,10 @@ _REQUIREMENTS = {
         lambda value: callable(value) or isinstance(value, Mapping),
         "a dict of arrays such as {'inputs': images, 'labels': labels}, or a function of the seed",
     ),
-    "loss": _Requirement(callable, "a function (student, teachers, batch, context) -> [B]"),
+    "loss": _Requirement(
+        lambda value: callable(value) and _takes_four(value),
+        "a function (student, teachers, batch, context) -> [B]",
+    ),
     "tx": _Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)"),
     "steps": _Requirement(_is_integer, "an integer"),
     "teachers": _Requirement(_is_names, "a tuple of names such as ('teacher',)"),

@@ -256,7 +256,7 @@ def make_train_step(
             counts = cached_num_classes or [student.logits.shape[-1]] * len(info.teacher_logits)
             outputs = live_outputs + _get_cached_outputs(info, view, counts)
             own_params = loss_params[0] if loss_params else None
-            values = loss(student, outputs, batch, context._replace(params=own_params))
+            values = _call_loss(loss, student, outputs, batch, context._replace(params=own_params))
             _check_loss_values(values, jax.tree.leaves(inputs)[0].shape[:1])
             # Each device has the values of all examples. It differentiates its own share, so that
             # the sum over devices counts none twice.
@@ -281,6 +281,18 @@ def make_train_step(
 
     # With a donated state, old and new state need not be in memory at the same time.
     return jax.jit(step, donate_argnums=0)
+
+
+def _call_loss(loss: LossFn, student: Any, teachers: Any, batch: Batch, context: Any) -> Any:
+    """Calls a loss. Errors on a name that the batch lacks, or a teacher, name what there is."""
+    try:
+        return loss(student, teachers, batch, context)
+    except KeyError as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str) and error.args[0] not in batch:
+            raise KeyError(
+                f"the loss reads {error.args[0]!r}, but its batch holds {', '.join(batch)}"
+            ) from error
+        raise
 
 
 def _check_loss_values(values: Any, batch_shape: tuple[int, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,17 @@ from jaxkd._messages import shorten
 
 def as_floating(name: str, array: ArrayLike) -> Array:
     """Returns the argument as an array; raises `TypeError` if it is not floating-point."""
+    refuse_outputs(name, array)
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, got {array.dtype}")
     return array
+
+
+def refuse_outputs(name: str, array: Any) -> None:
+    """Raises `TypeError` for the outputs of a model, a tuple that JAX would make one array of."""
+    if hasattr(array, "logits"):
+        raise TypeError(f"{name} are the outputs of a model, expected an array: pass .logits")
 
 
 def upcast(name: str, array: ArrayLike) -> Array:
@@ -52,24 +59,25 @@ def check_shape(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_positive(name: str, value: ArrayLike) -> None:
-    """Raises `ValueError` unless a hyper-parameter is a positive, finite scalar.
+def check_positive(name: str, value: ArrayLike) -> ArrayLike:
+    """Returns a hyper-parameter that must be a positive, finite scalar.
 
-    Only the shape of a traced value is checked.
+    Raises `ValueError` if it is not, or `TypeError` if it is no number. A traced value that is not
+    becomes NaN, and so does the loss.
     """
-    number = _concrete_scalar(name, value)
-    if number is not None and not 0 < number < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    _check_scalar(name, value)
+    return _check_range(name, value, lambda x: (x > 0) & (x < math.inf), "positive and finite")
 
 
-def check_fraction(name: str, value: ArrayLike, *, inclusive: bool = True) -> None:
-    """Raises `ValueError` unless a hyper-parameter is a scalar in [0, 1], or in (0, 1).
-
-    Only the shape of a traced value is checked.
-    """
-    number = _concrete_scalar(name, value)
-    if number is not None and not (0 <= number <= 1 if inclusive else 0 < number < 1):
-        raise ValueError(f"{name} must be in {'[0, 1]' if inclusive else '(0, 1)'}, got {value}")
+def check_fraction(
+    name: str, value: ArrayLike, *, inclusive: bool = True, scalar: bool = True
+) -> ArrayLike:
+    """Returns a hyper-parameter that must be in [0, 1], or in (0, 1), as `check_positive` does."""
+    if scalar:
+        _check_scalar(name, value)
+    if inclusive:
+        return _check_range(name, value, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+    return _check_range(name, value, lambda x: (x > 0) & (x < 1), "in (0, 1)")
 
 
 def check_weights(kind: str, weights: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
@@ -142,6 +150,12 @@ def broadcast_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
         n in (1, m) for n, m in zip(where.shape[::-1], shape[::-1], strict=False)
     )
     check_shape(fits, f"where {where.shape} must have a shape that can be broadcast to {shape}")
+    # The first axis might be that of the examples, if their number happens to fit.
+    check_shape(
+        where.ndim in (0, 1, len(shape)),
+        f"where {where.shape} lacks an axis of {shape}: write where[None] for a mask that all "
+        "examples share, or give it an axis of length 1 elsewhere",
+    )
     return jnp.broadcast_to(where, shape)
 
 
@@ -211,9 +225,22 @@ def normalize(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
     return x * safe_reciprocal(safe_sqrt(jnp.sum(jnp.square(x), axis, keepdims=True)))
 
 
-def _concrete_scalar(name: str, value: ArrayLike) -> float | None:
-    """Returns the value of a hyper-parameter, or `None` while it is traced."""
-    if jnp.ndim(value):
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+def _check_scalar(name: str, value: ArrayLike) -> None:
+    if np.ndim(value):
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+
+
+def _check_range(
+    name: str, value: ArrayLike, is_valid: Callable[[Any], Any], requirement: str
+) -> ArrayLike:
+    if isinstance(value, jax.core.Tracer):
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        number = value if floating else value.astype(jnp.float32)
+        return jnp.where(is_valid(number), number, jnp.asarray(jnp.nan, number.dtype))
     # NumPy, since under jit `jnp.asarray` turns even a Python number into a tracer.
-    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+    array = np.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(f"{name} must be a number, got {shorten(repr(value), 80)}")
+    if not np.all(is_valid(array)):
+        raise ValueError(f"{name} must be {requirement}, got {shorten(value, 80)}")
+    return value

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import broadcast_mask, check_positive, check_shape, upcast, upcast_pair
+from jaxkd.losses._arrays import (
+    broadcast_mask,
+    check_positive,
+    check_shape,
+    refuse_outputs,
+    upcast,
+    upcast_pair,
+)
 
 
 class Softmax(NamedTuple):
@@ -23,6 +30,7 @@ class Softmax(NamedTuple):
 
 def check_logits(name: str, logits: ArrayLike) -> Array:
     """Widens logits; raises `ValueError` if they have no class axis."""
+    refuse_outputs(name, logits)
     check_shape(jnp.ndim(logits) > 0, f"{name} must have a class axis, got a scalar")
     return upcast(name, logits)
 
@@ -46,7 +54,8 @@ def check_labels(labels: ArrayLike, logits_shape: Sequence[int]) -> Array:
     shape = tuple(logits_shape)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
-            f"labels must be integers, got {labels.dtype}; use soft_cross_entropy for distributions"
+            f"labels must be integers, got {labels.dtype}: use labels.astype(int) for classes; for "
+            "distributions p, soft_cross_entropy(logits, jnp.log(p), temperature=1.0)"
         )
     check_shape(
         labels.shape == shape[:-1],
@@ -65,7 +74,7 @@ def soften(
     where: ArrayLike | None = None,
 ) -> tuple[Softmax, Softmax, Array]:
     """Returns the softened distributions of student and teacher, and T²."""
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     student, teacher = check_logits_pair(student_logits, teacher_logits)
     student = softmax(student, axis, where, temperature)
     teacher = softmax(teacher, axis, where, temperature)

@@ -92,7 +92,7 @@ def contrastive_loss(
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
     negative = ~jnp.eye(len(where), dtype=bool)
     if labels is not None:
@@ -250,7 +250,7 @@ def contrastive_bank_loss(
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
     # Indices of masked examples may be out of range: the NaN of their scores would reach the
     # gradient of the temperature.
@@ -318,7 +318,7 @@ def calibrate_bank(
     References:
         Tian et al., Contrastive Representation Distillation, https://arxiv.org/abs/1910.10699
     """
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     student, teacher, _ = _unit_embeddings(student_embeddings, teacher_embeddings, None)
     candidates = _candidate_rows(bank, student, index, negatives)
 
@@ -378,7 +378,7 @@ def update_bank(
     """
     student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
     _check_embedding_size(bank, student)
-    check_fraction("momentum", momentum)
+    momentum = check_fraction("momentum", momentum)
     momentum = jnp.asarray(momentum, student.dtype)
     index = _check_integers("index", index, where.shape)
     num_examples = bank.student.shape[0]

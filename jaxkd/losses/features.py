@@ -158,7 +158,7 @@ def attention_transfer_map(features: ArrayLike, *, power: ArrayLike = 2) -> Arra
     References:
         Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
     """
-    check_positive("power", power)
+    power = check_positive("power", power)
     features = _check_images("features", features)
     # The map does not depend on the scale. With a largest entry of 1 no power overflows, and not
     # all of them underflow.

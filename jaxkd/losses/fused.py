@@ -259,7 +259,7 @@ def _fused_divergence(
     where: ArrayLike | None,
     chunk_size: int | None,
 ) -> Array:
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     names = "student_states", "student_kernel", "teacher_states", "teacher_kernel"
     student, student_kernel, teacher, teacher_kernel = (
         as_floating(name, operand) for name, operand in zip(names, operands, strict=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -133,7 +132,7 @@ def label_smoothing_loss(
         Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization,
         https://arxiv.org/abs/1909.11723
     """
-    check_fraction("smoothing", smoothing)
+    smoothing = check_fraction("smoothing", smoothing)
     logits = check_logits("logits", logits)
     smoothing = jnp.asarray(smoothing, logits.dtype)
     hard = hard_cross_entropy(logits, labels)
@@ -177,7 +176,7 @@ def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: Arra
         num_classes >= 2,
         f"a virtual teacher needs at least two classes, got num_classes={num_classes}",
     )
-    check_fraction("correct", correct, inclusive=False)
+    correct = check_fraction("correct", correct, inclusive=False)
     labels = check_labels(labels, (*jnp.shape(labels), num_classes))
     correct = jnp.asarray(correct, jnp.float32)
     incorrect_logit = jnp.log1p(-correct) - jnp.log(jnp.float32(num_classes - 1))
@@ -210,7 +209,8 @@ def distillation_loss(
             they are NaN.
 
     Returns:
-        One value per example `[...]`, in float32 or wider.
+        One value per example `[...]`, in float32 or wider; NaN if a traced temperature or `alpha`
+        is out of range.
 
     Raises:
         ValueError: If shapes disagree, the temperature is not a positive scalar or `alpha` is not
@@ -230,11 +230,7 @@ def distillation_loss(
     """
     student, teacher = check_logits_pair(student_logits, teacher_logits)
     labels = check_labels(labels, student.shape)
-    # NumPy, since under jit `jnp.asarray` turns even a Python number into a tracer.
-    if not isinstance(alpha, jax.core.Tracer) and not np.all(
-        (np.asarray(alpha) >= 0) & (np.asarray(alpha) <= 1)
-    ):
-        raise ValueError(f"alpha is the weight of the soft term and must be in [0, 1], got {alpha}")
+    alpha = check_fraction("alpha", alpha, scalar=False)
     weight = check_term_weight("alpha", alpha, labels.shape, student.dtype)
     # At α = 0 the teacher's logits may be NaN, and the student may rule out classes that the
     # teacher does not. At α = 1 the label may be a placeholder, even a class that is ruled out.

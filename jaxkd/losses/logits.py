@@ -58,7 +58,7 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     return softmax(check_logits("logits", logits), axis, temperature=temperature).probabilities
 
 
@@ -261,7 +261,7 @@ def jensen_shannon_divergence(
     References:
         Agarwal et al., On-Policy Distillation of Language Models, https://arxiv.org/abs/2306.13649
     """
-    check_fraction("beta", beta)
+    beta = check_fraction("beta", beta)
     student, teacher, scale = soften(student_logits, teacher_logits, temperature, axis, where)
     beta = jnp.asarray(beta, student.log_probabilities.dtype)
     # In log space, since log(β p + (1 − β) q) has a NaN gradient where both probabilities are 0.

@@ -248,7 +248,7 @@ def correlation_congruence_loss(
     References:
         Peng et al., Correlation Congruence for Knowledge Distillation, https://arxiv.org/abs/1904.01802
     """
-    check_positive("gamma", gamma)
+    gamma = check_positive("gamma", gamma)
     if order < 1:
         raise ValueError(
             f"order is the highest power of the expansion and must be at least 1, got {order}"

@@ -65,7 +65,7 @@ def ensemble_logits(
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
-    check_positive("temperature", temperature)
+    temperature = check_positive("temperature", temperature)
     check_shape(
         jnp.ndim(teacher_logits) >= 2,
         f"teacher_logits must be [K, ..., C], got {jnp.shape(teacher_logits)}",

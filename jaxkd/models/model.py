@@ -313,7 +313,7 @@ def with_input_normalization(
         std: Standard deviation of each channel, `[C]` or a number, on the same scale.
         max_value: Largest value that a pixel can have, such as 1.0 for floating-point images in
             [0, 1]. By default 255, and only uint8 images are taken: another dtype does not tell
-            the scale of its pixels.
+            the scale of its pixels. A pixel beyond twice that value becomes NaN.
 
     Returns:
         The model of images in [0, `max_value`].
@@ -348,6 +348,9 @@ def with_input_normalization(
         _check_channels("std", std, inputs)
         channels = (1,) * (inputs.ndim - 1) + (-1,)
         pixels = inputs.astype(jnp.float32) / (255 if max_value is None else max_value)
+        if dtype != jnp.uint8:
+            # Augmentation may exceed the scale a little, but not another scale's pixels.
+            pixels = jnp.where(jnp.abs(pixels) <= 2, pixels, jnp.nan)
         return (pixels - mean.reshape(channels)) / std.reshape(channels)
 
     def apply(

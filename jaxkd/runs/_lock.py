@@ -65,7 +65,7 @@ def lock_folder(folder: Path) -> object | None:
     except filelock.Timeout as error:
         raise RunError(
             f"{folder} is in use by {_read_holder(folder)}: wait until it ends, "
-            "or name another --workdir"
+            "or name another folder (--workdir)"
         ) from error
     except OSError as error:
         warnings.warn(
@@ -116,7 +116,7 @@ def _create(path: Path) -> bool:
             return True
     raise RunError(
         f"{path} is a link or no regular file, which a lock would overwrite: "
-        "remove it, or name another --workdir"
+        "remove it, or name another folder (--workdir)"
     )
 
 

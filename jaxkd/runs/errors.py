@@ -21,8 +21,10 @@ def check_folder_name(folder: str | os.PathLike) -> Path:
         folder: The folder. It need not exist.
 
     Raises:
-        RunError: If the name is not UTF-8 or contains a null character.
+        RunError: If the name is empty, is not UTF-8 or contains a null character.
     """
+    if not os.fspath(folder):
+        raise RunError("the folder of the run has an empty name: name a folder")
     path = Path(folder)
     try:
         name = str(path.absolute()).encode()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxkd._files import write_atomically
+from jaxkd._messages import list_some
 from jaxkd.runs.errors import add_install_command
 from jaxkd.runs.figures import Metric, plot_accuracy, plot_curves, plot_size
 from jaxkd.runs.results import COLUMNS, Column, ResultRow
@@ -106,8 +107,8 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
         One or two sentences.
 
     Raises:
-        ValueError: If there is no row of such a name, a row has no accuracy, or the numbers of
-            seeds differ and neither is 1.
+        ValueError: If there is no row of such a name, or several, a row has no accuracy or one
+            that is NaN, or the numbers of seeds differ and neither is 1.
 
     Example:
         >>> from jaxkd.runs import ResultRow, report
@@ -126,6 +127,9 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
     # A single accuracy, such as that of a pretrained teacher, broadcasts over the seeds.
     differences = 100 * (accuracies - baseline_accuracies)
     mean = differences.mean()
+    single = [n for n, count in zip((name, baseline), counts, strict=True) if count == 1]
+    # A stage that was trained once is not told apart from a pretrained model.
+    note = f" {single[0]} has one accuracy, which counts for all seeds." if len(single) == 1 else ""
     change = f"({100 * baseline_accuracies.mean():.1f} % → {100 * accuracies.mean():.1f} %)"
     # Rounded first: a difference that is printed as 0.0 is neither above nor below.
     side = {1: "above", 0: "from", -1: "below"}[int(np.sign(mean.round(1)))]
@@ -138,7 +142,7 @@ def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
     std = differences.std(ddof=1)
     sentence = (
         f"Over {len(differences)} seeds, {name} is {abs(mean):.1f} ± {std:.1f} points "
-        f"{side} {baseline} {change}."
+        f"{side} {baseline} {change}.{note}"
     )
     margin = 2 * std / len(differences) ** 0.5
     if abs(mean) > margin:
@@ -266,6 +270,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     sentences = [f"- {compare_rows(rows, name, baseline)}" for name, baseline in comparisons]
     doubts = describe_doubts(rows, teachers=teachers, chance=chance)
+    doubts += _describe_other_trainings(rows, metrics)
     teachers = _find_teachers(rows) if teachers is None else teachers
     baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
     paragraphs = [
@@ -392,6 +397,28 @@ def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Tab
     return table
 
 
+def _describe_other_trainings(rows: Sequence[ResultRow], metrics: Sequence[Metric]) -> list[str]:
+    """Describes the trainings of earlier calls in a run's folder, which only the curves show."""
+    seeds: dict[str, set[int]] = {}
+    for metric in metrics:
+        seeds.setdefault(str(metric["stage"]), set()).add(metric["seed"])
+    sentences = []
+    names = {row.name for row in rows}
+    if others := [stage for stage in seeds if stage not in names]:
+        sentences.append(
+            f"The curves also show {list_some(others)}, which the table does not have: another "
+            "plan was trained in this folder."
+        )
+    for row in rows:
+        num_seeds = len(seeds.get(row.name, ()))
+        if row.accuracy and num_seeds > len(row.accuracy):
+            sentences.append(
+                f"The curves of {row.name!r} are those of {num_seeds} seeds, and its row in the "
+                f"table of {len(row.accuracy)}: other seeds were trained in this folder."
+            )
+    return sentences
+
+
 def _find_teachers(rows: Sequence[ResultRow]) -> list[tuple[str, str]]:
     """Returns the names of each teacher and of the stages that it should be better than."""
     return [(row.name, alone) for row in rows for alone in row.baselines]
@@ -404,9 +431,13 @@ def _get_interval(row: ResultRow) -> tuple[float, float]:
 
 
 def _find_accuracies(rows: Sequence[ResultRow], name: str) -> np.ndarray:
-    by_name = {row.name: row for row in rows}
-    if name not in by_name:
-        raise ValueError(f"there is no row named {name!r}: choose from {', '.join(by_name)}")
-    if not by_name[name].accuracy:
-        raise ValueError(f"the row {name} has no accuracy to compare")
-    return np.asarray(by_name[name].accuracy, float)
+    found = [row for row in rows if row.name == name]
+    if not found:
+        names = list_some(dict.fromkeys(row.name for row in rows))
+        raise ValueError(f"there is no row named {name!r}: choose from {names}")
+    if len(found) > 1:
+        raise ValueError(f"there are {len(found)} rows named {name!r}: give them different names")
+    accuracies = np.asarray(found[0].accuracy, float)
+    if not accuracies.size or np.isnan(accuracies).any():
+        raise ValueError(f"the row {name!r} has no accuracy to compare, or one that is NaN")
+    return accuracies

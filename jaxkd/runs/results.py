@@ -74,6 +74,20 @@ class ResultRow:
     chance: float | None = dataclasses.field(default=None, compare=False)
     baselines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
+    def __post_init__(self) -> None:
+        """Raises an error unless the accuracy is a tuple of numbers in [0, 1] or NaN."""
+        if not isinstance(self.accuracy, (tuple, list)):
+            raise TypeError(
+                f"the accuracy of {shorten(repr(self.name), 60)} must be a tuple of one number per "
+                f"seed, got {shorten(repr(self.accuracy), 60)}"
+            )
+        wrong = [value for value in self.accuracy if value < 0 or value > 1]
+        if wrong:
+            raise ValueError(
+                f"the accuracy of {shorten(repr(self.name), 60)} must be in [0, 1], got "
+                f"{wrong[0]}: divide percentages by 100"
+            )
+
     @property
     def accuracy_mean(self) -> float | None:
         """Mean accuracy over the seeds; `None` without any."""

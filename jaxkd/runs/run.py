@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -176,12 +177,15 @@ class Run:
         path = self.folder / "results.json"
         # Reading a pipe or a device may never end.
         if path.exists() and not path.is_file():
-            raise RunError(f"{path} is not a regular file: restore it, or name another --workdir")
+            raise RunError(
+                f"{path} is not a regular file: restore it, or name another folder (--workdir)"
+            )
         try:
             return [ResultRow.from_json(row) for row in json.loads(path.read_text())]
         except (ValueError, TypeError, RecursionError) as error:
             raise RunError(
-                f"{path} is damaged ({first_line(error)}): restore it, or name another --workdir"
+                f"{path} is damaged ({first_line(error)}): restore it, or name another folder "
+                "(--workdir)"
             ) from error
 
 
@@ -191,7 +195,10 @@ def checkpoint_identity(seed: int, stage: str) -> dict[str, Any]:
 
 
 def open_run(
-    folder: str | os.PathLike, config: Mapping[str, Any], *, arrays: Iterable[np.ndarray] = ()
+    folder: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    arrays: Iterable[np.ndarray] | Mapping[str, np.ndarray] = (),
 ) -> Run:
     """Starts a run in an empty or absent folder, or continues the run in a folder.
 
@@ -204,13 +211,17 @@ def open_run(
 
     Args:
         folder: The folder of the run.
-        config: JSON values. A run continues only with the same values, `IGNORED_OPTIONS` excepted.
-        arrays: The data. A run continues only with data of the same fingerprint.
+        config: JSON values, numbers of NumPy and paths. A run continues only with the same values,
+            `IGNORED_OPTIONS` excepted.
+        arrays: The data: arrays, or a dict of them. A run continues only with data of the same
+            fingerprint.
 
     Returns:
         The run.
 
     Raises:
+        TypeError: If `config` is no dict or holds another value, or `arrays` holds no arrays.
+        ValueError: If a number in `config` is NaN or infinite.
         RunError: If the folder contains something else, or a run with another configuration or
             other data, if another process has the run open, or if the folder's name is not UTF-8.
         OSError: If the folder cannot be created or written.
@@ -218,8 +229,8 @@ def open_run(
     """
     folder = check_folder_name(folder)
     # A round trip through JSON, so that tuples compare equal to the lists of config.json.
-    json_config = json.loads(_encode_json(dict(config)))
-    data = fingerprint(arrays)
+    json_config = json.loads(_encode_json(_check_config(config)))
+    data = fingerprint(arrays.values() if isinstance(arrays, Mapping) else arrays)
     if not _is_primary():
         if _has_primary_failed(False):
             raise RunError(f"the primary process cannot use {folder}: its message tells why")
@@ -236,14 +247,14 @@ def open_run(
 def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str) -> Run:
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is not a folder: name another --workdir")
+        raise RunError(f"{folder} is not a folder: name another folder (--workdir)")
     if folder.exists() and not path.exists() and not all(map(_is_leftover, folder.iterdir())):
-        raise RunError(f"{folder} is not empty and holds no run: name another --workdir")
+        raise RunError(f"{folder} is not empty and holds no run: name another folder (--workdir)")
     folder.mkdir(parents=True, exist_ok=True)
     # Before the lock, which fails with a less helpful message, and only later for a folder whose
     # files may be written.
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written: name another --workdir")
+        raise PermissionError(f"{folder} cannot be written: name another folder (--workdir)")
     lock = lock_folder(folder)
     lock_id = identify_lock(folder)
     # Only now that no other process writes them.
@@ -297,13 +308,50 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        TypeError: If an array is something else.
     """
     digest = hashlib.sha256()
     for array in arrays:
+        if not hasattr(array, "dtype"):
+            raise TypeError(
+                f"expected arrays, got {shorten(repr(array), 80)}: pass np.asarray(...) of each"
+            )
         digest.update(f"{array.dtype}{array.shape}".encode())
         # A view as bytes, because arrays of bfloat16 do not have the buffer interface.
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration of JSON values; raises an error that names another value."""
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"config must be a dict, got a {type(config).__name__}: pass vars(config), or "
+            "dataclasses.asdict(config) of a dataclass"
+        )
+    return {str(name): _to_json(value, str(name)) for name, value in config.items()}
+
+
+def _to_json(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(part, f"{name}[{i}]") for i, part in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # A number of NumPy or JAX.
+    if not np.ndim(value) and isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"config {shorten(name, 60)!r} is {value}, which JSON cannot hold")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"config {shorten(name, 60)!r} is a {type(value).__name__}, which JSON cannot hold: pass "
+        "numbers, text, lists and dicts"
+    )
 
 
 def _is_primary() -> bool:
@@ -360,7 +408,7 @@ def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"line {number} of {path} is damaged ({first_line(error)}): restore it, delete that "
-            "line, or name another --workdir"
+            "line, or name another folder (--workdir)"
         ) from error
     return record
 
@@ -371,11 +419,12 @@ def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> No
     if differences:
         raise RunError(
             f"{before.folder} holds a run with another configuration ({differences}): "
-            "name another --workdir"
+            "name another folder (--workdir)"
         )
     if before.data != data:
         raise RunError(
-            f"{before.folder} holds a run on other data with the same name: name another --workdir"
+            f"{before.folder} holds a run on other data with the same name: name another folder "
+            "(--workdir)"
         )
     changes = describe_differences(
         before.environment | _select_device_options(before.config),

@@ -164,12 +164,53 @@ def test_weights_of_another_dtype_are_no_start(tmp_path):
     assert "is bfloat16[4] there and float32[4] in the stage, and 3 more differ" in message
 
 
+def test_a_number_of_the_data_out_of_range_is_shown(tmp_path):
+    def loss(student, teachers, batch, context):
+        return losses.distillation_loss(
+            student.logits,
+            student.logits,
+            batch["labels"],
+            temperature=batch["temperature"],
+        )
+
+    stage = make_stage("wrong", loss=loss, data={**TRAIN, "temperature": -4.0})
+    message = run_error(tmp_path, [stage])
+    assert "in step 1, before any weight has changed" in message
+    assert "'temperature' is -4.0" in message
+
+
+def test_pixels_beyond_the_scale_of_a_model_are_shown(tmp_path):
+    model = models.with_input_normalization(make_model(), 0.5, 0.25, max_value=1.0)
+    data = {**TRAIN, "inputs": np.abs(TRAIN["inputs"]) * 100}
+    message = run_error(tmp_path, [make_stage("wrong", model=model, data=data)], validation=data)
+    assert "before any weight has changed" in message and "'inputs' are from 0." in message
+
+
+def test_a_network_that_ends_in_softmax_is_named(tmp_path):
+    def apply(variables, inputs, *, train, key=None):
+        outputs, batch_stats = make_model().apply(variables, inputs, train=train, key=key)
+        return outputs._replace(logits=jax.nn.softmax(outputs.logits)), batch_stats
+
+    model = make_model()._replace(apply=apply)
+    with pytest.warns(UserWarning, match="are probabilities, each row sums to 1: return the logi"):
+        train(tmp_path, [make_stage("first", model=model, steps=1)])
+
+
+def test_a_loss_reads_names_that_the_batch_holds(tmp_path):
+    def loss(student, teachers, batch, context):
+        return losses.hard_cross_entropy(student.logits, batch["label"])
+
+    with pytest.raises(KeyError, match="the loss reads 'label', but its batch holds inputs, labe"):
+        train(tmp_path, [make_stage("first", loss=loss)])
+
+
 def test_a_loss_that_is_nan_by_itself_is_no_divergence(tmp_path):
     def nan_loss(student, teachers, batch, context):
         return jnp.log(-jnp.square(student.logits[:, 0]) - 1)
 
     message = run_error(tmp_path, [make_stage("wrong", loss=nan_loss)])
     assert "the loss is nan in step 1, before any weight has changed" in message
+    assert "'inputs' are from " in message
     assert "learning rate" not in message
 
 
@@ -305,6 +346,26 @@ def test_dtypes_are_those_that_the_model_gets(tmp_path):
     _diagnosis.check_input_dtypes(
         [make_stage("double", data=double, augment=divide)], VALIDATION, "test set"
     )
+
+
+def make_images(largest, smallest=0.0):
+    images = np.random.default_rng(0).uniform(smallest, largest, (8, 2, 2, 1)).astype(np.float32)
+    images[0, 0, 0, 0] = largest
+    return {"inputs": images, "labels": np.zeros(8, np.int32)}
+
+
+@pytest.mark.parametrize(("largest", "other"), [(1.0, 255.0), (255.0, 1.0)])
+def test_images_of_another_scale_are_refused(largest, other):
+    stage = make_stage("first", data=make_images(largest))
+    message = rf"'first' trains on images in \[0, {largest:.0f}\], but those of the test set are in"
+    with pytest.raises(ValueError, match=message):
+        _diagnosis.check_input_dtypes([stage], make_images(other), "test set")
+
+
+@pytest.mark.parametrize(("largest", "smallest"), [(1.2, 0.0), (9.0, 0.0), (255.0, -3.0)])
+def test_inputs_that_may_have_one_scale_are_no_fault(largest, smallest):
+    stage = make_stage("first", data=make_images(1.0))
+    _diagnosis.check_input_dtypes([stage], make_images(largest, smallest), "test set")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from jaxkd import losses
+from jaxkd.data.dataset import Split
 from jaxkd.distill import plan
 from jaxkd.models import Model
 
@@ -20,7 +21,7 @@ def make_stage(name, **options):
     defaults = {
         "model": model,
         "data": {"inputs": np.zeros((3, 2))},
-        "loss": losses.hard_cross_entropy,
+        "loss": lambda student, teachers, batch, context: None,
         "tx": optax.sgd(0.1),
         "steps": 1,
     }
@@ -150,6 +151,8 @@ def test_a_long_name_is_refused():
         ({"model": nn.Dense(3)}, "model of stage 'a' must be a models.Model, as .* got a Dense"),
         ({"data": None}, "data of stage 'a' must be a dict of arrays such as .*, got None"),
         ({"data": np.zeros((3, 2))}, "data of stage 'a' must be a dict .*, got a ndarray"),
+        ({"data": Split(np.zeros(3), np.zeros(3))}, "got a Split: pass its .examples"),
+        ({"loss": losses.hard_cross_entropy}, "loss of stage 'a' must be a function .* got a func"),
         ({"loss": None}, "loss of stage 'a' must be a function .* got None"),
         ({"steps": True}, "steps of stage 'a' must be an integer, got True"),
         ({"start": ("b",)}, r"start of stage 'a' must be a name, got \('b',\)"),

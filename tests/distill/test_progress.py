@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
 from jaxkd import distill
 from jaxkd.distill import _progress
 from jaxkd.distill._progress import PlanProgress
-from small_plans import TRAIN, kill_at_save, make_model, make_stage, soft_loss, train
+from small_plans import TRAIN, VALIDATION, kill_at_save, make_model, make_stage, soft_loss, train
 
 FOLDER = Path("runs") / "one"
 
@@ -221,7 +222,21 @@ def test_a_plan_names_a_teacher_that_is_no_better_than_the_student_alone(capsys,
     trained, _ = train(tmp_path, plan)
     accuracy, alone = (trained[name][0].validation_accuracy for name in ("teacher", "alone"))
     assert accuracy < alone
-    assert read_lines(capsys)[-1] == (
+    assert (
         "the teacher 'teacher' is no better than 'alone', which has no teacher: "
         f"{accuracy:.1%} and {alone:.1%} on validation; improve the teacher first"
-    )
+    ) in read_lines(capsys)
+
+
+def test_a_plan_names_a_teacher_that_is_no_better_than_chance(capsys, tmp_path):
+    """A pretrained teacher that gets inputs of another scale may end there."""
+    model = make_model(8)
+    constant = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), VALIDATION["inputs"]))
+    good = make_stage("good", steps=60)
+    students = [
+        make_stage(f"from_{name}", teachers=(name,), loss=soft_loss, steps=1)
+        for name in ("pretrained", "good")
+    ]
+    train(tmp_path, [distill.Pretrained("pretrained", model, constant), good, *students])
+    (line,) = [line for line in read_lines(capsys) if "no better than chance" in line]
+    assert line.startswith("the teacher 'pretrained' is no better than chance: ")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from jaxkd import losses
+from jaxkd import losses, models
 
 SOFT = (losses.kl_divergence, losses.soft_cross_entropy)
 REVERSE = losses.reverse_kl_divergence
@@ -302,13 +302,16 @@ def test_wrong_shapes_and_dtypes_raise():
         losses.kl_divergence(student, teacher, temperature=jnp.ones(4))
     with pytest.raises(ValueError, match="without its last axis"):
         losses.hard_cross_entropy(student[None], labels)
-    with pytest.raises(TypeError, match="must be integers"):
+    message = (
+        r"must be integers, got float32: use labels.astype\(int\) .* jnp.log\(p\), temperature=1"
+    )
+    with pytest.raises(TypeError, match=message):
         losses.hard_cross_entropy(student, teacher[:, 0])
     for loss in (
         losses.distillation_loss,
         jax.jit(losses.distillation_loss, static_argnames="alpha"),
     ):
-        with pytest.raises(ValueError, match=r"alpha is the weight .* \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]"):
             loss(student, teacher, labels, alpha=1.5)
     with pytest.raises(ValueError, match="one weight per example"):
         losses.distillation_loss(student[None], teacher[None], labels[None], alpha=jnp.zeros(4))
@@ -555,6 +558,38 @@ def test_wrong_masks_and_hyper_parameters_raise():
         losses.kl_divergence(student, teacher, temperature=1.0, where=jnp.ones(6, bool))
     with pytest.raises(ValueError, match="positive and finite"):
         losses.kl_divergence(student, teacher, temperature=jnp.inf)
+
+
+@pytest.mark.parametrize("value", [None, "4", True, "0.9"])
+def test_hyper_parameters_that_are_no_numbers_raise(value):
+    student, teacher, labels = draw()
+    with pytest.raises(TypeError, match=f"temperature must be a number, got {value!r}"):
+        losses.kl_divergence(student, teacher, temperature=value)
+    with pytest.raises(TypeError, match=f"alpha must be a number, got {value!r}"):
+        losses.distillation_loss(student, teacher, labels, alpha=value)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -4.0}, {"temperature": 0}, {"alpha": 9.0}])
+def test_traced_hyper_parameters_out_of_range_give_nan(options):
+    """The values of a traced number are unknown while it is checked."""
+    student, teacher, labels = draw()
+    (name,) = options
+
+    @jax.jit
+    def loss(value):
+        return losses.distillation_loss(student, teacher, labels, **{name: value})
+
+    assert np.isnan(loss(options[name])).all()
+    np.testing.assert_allclose(
+        loss(0.5), losses.distillation_loss(student, teacher, labels, **{name: 0.5}), rtol=1e-6
+    )
+
+
+def test_outputs_of_a_model_are_no_logits():
+    student, teacher, _ = draw()
+    outputs = models.Outputs(student, {})
+    with pytest.raises(TypeError, match="student_logits are the outputs of a model.* pass .logits"):
+        losses.kl_divergence(outputs, teacher)
 
 
 def test_standardized_logits_of_any_size():

@@ -395,6 +395,12 @@ def test_wrong_shapes_and_dtypes_raise(name, loss, reference):
         loss(student.reshape(-1)[:2] if "hidden" not in name else student[0, 0, 0], teacher)
 
 
+def test_padding_mask_of_as_many_positions_as_examples_raises():
+    maps = jnp.ones((4, 4, 4))
+    with pytest.raises(ValueError, match=r"where \(4, 4\) lacks an axis of \(4, 4, 4\): write"):
+        transformer.attention_map_loss(maps, maps, where=jnp.ones((4, 4), bool))
+
+
 def test_wrong_masks_raise():
     for name in ("attention_map", "attention_divergence", "value_relation"):
         _, loss, _ = TABLE[name]

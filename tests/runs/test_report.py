@@ -6,6 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from jaxkd import runs
 from jaxkd.runs import report
 
 
@@ -152,13 +153,37 @@ def test_a_comparison_needs_both_rows_and_the_same_seeds(rows, make_row):
         report.compare_rows(rows, "teacher", "nobody")
     with pytest.raises(ValueError, match="old 2: pairs need the same seeds"):
         report.compare_rows([*rows, make_row("old", [0.8, 0.8])], "teacher", "old")
-    with pytest.raises(ValueError, match="the row old has no accuracy to compare"):
+    with pytest.raises(ValueError, match="the row 'old' has no accuracy to compare"):
         report.compare_rows([*rows, make_row("old", [])], "teacher", "old")
+    with pytest.raises(ValueError, match="the row 'old' has no .* or one that is NaN"):
+        report.compare_rows([*rows, make_row("old", [float("nan")])], "teacher", "old")
+    # Of two runs, the last row would count.
+    with pytest.raises(ValueError, match="there are 2 rows named 'teacher': give them different"):
+        report.compare_rows([*rows, *rows], "teacher", "student_alone")
+
+
+def test_percentages_are_no_accuracies(make_row):
+    with pytest.raises(ValueError, match=r"accuracy of 'a' must be in \[0, 1\], got 86.0: divide"):
+        make_row("a", [0.5, 86.0])
+    with pytest.raises(TypeError, match="must be a tuple of one number per seed, got 0.5"):
+        runs.ResultRow("a", accuracy=0.5)
+    assert make_row("a", [0.0, 1.0, float("nan")]).name == "a"
+
+
+def test_a_report_names_trainings_that_only_the_curves_show(make_row, metrics, tmp_path):
+    stages = {metric["stage"] for metric in metrics}
+    rows = [make_row(stage, [0.5]) for stage in sorted(stages)[1:]]
+    settings = {"title": "Run", "comparisons": [], "settings": {}, "environment": {}}
+    text = report.write_report(tmp_path, rows=rows, metrics=metrics, **settings).read_text()
+    assert f"The curves also show {sorted(stages)[0]}, which the table does not have" in text
+    seeds = len({metric["seed"] for metric in metrics})
+    assert seeds > 1 and f"are those of {seeds} seeds, and its row in the table of 1" in text
 
 
 def test_a_single_accuracy_counts_for_all_seeds(make_row):
     rows = [make_row("teacher", [0.9]), make_row("student", [0.8, 0.82, 0.81])]
     sentence = "Over 3 seeds, student is 9.0 ± 1.0 points below teacher (90.0 % → 81.0 %)."
+    sentence += " teacher has one accuracy, which counts for all seeds."
     assert report.compare_rows(rows, "student", "teacher") == sentence
     assert report.compare_rows(rows, "teacher", "student").startswith(
         "Over 3 seeds, teacher is 9.0 ± 1.0 points above"

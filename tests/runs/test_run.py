@@ -1,5 +1,6 @@
 """A run's folder: started once, continued only with the same configuration, never overwritten."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import errno
@@ -37,6 +38,41 @@ def test_starts_and_continues(tmp_path):
     assert again.environment == written["environment"]
     folder = run.checkpoint_folder(1, "teacher")
     assert folder == tmp_path / "run" / "checkpoints" / "seed1" / "teacher"
+
+
+def test_numbers_of_numpy_and_paths_are_json(tmp_path):
+    config = {"lr": np.float32(0.5), "n": np.int64(3), "jax": jnp.float32(2.0), "data": tmp_path}
+    run = runs.open_run(tmp_path / "r", {**config, "nested": {"values": (1, np.bool_(True))}})
+    expected = {"lr": 0.5, "n": 3, "jax": 2.0, "data": str(tmp_path)}
+    assert run.config == {**expected, "nested": {"values": [1, True]}}
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"a": {"b": {1, 2}}}, TypeError, "config 'a.b' is a set, which JSON cannot hold"),
+        ({"a": [np.ones(2)]}, TypeError, r"config 'a\[0\]' is a ndarray, which JSON cannot hold"),
+        ({"lr": float("nan")}, ValueError, "config 'lr' is nan, which JSON cannot hold"),
+        (argparse.Namespace(a=1), TypeError, r"must be a dict, got a Namespace: pass vars\(config"),
+    ],
+)
+def test_values_that_are_no_json_are_named(tmp_path, config, error, message):
+    with pytest.raises(error, match=message):
+        runs.open_run(tmp_path / "r", config)
+    assert not (tmp_path / "r").exists()
+
+
+def test_data_may_be_a_dict_of_arrays(tmp_path):
+    arrays = {"inputs": np.ones(3), "labels": np.zeros(3)}
+    run = runs.open_run(tmp_path / "r", {}, arrays=arrays)
+    assert run.data == runs.fingerprint(arrays.values())
+    with pytest.raises(TypeError, match=r"expected arrays, got \[1, 2\]: pass np.asarray"):
+        runs.open_run(tmp_path / "s", {}, arrays=[[1, 2]])
+
+
+def test_an_empty_name_of_a_folder_is_refused():
+    with pytest.raises(runs.RunError, match="has an empty name: name a folder"):
+        runs.open_run("", {})
 
 
 def test_refuses_another_configuration_and_overwrites_nothing(tmp_path):
@@ -350,7 +386,7 @@ def test_lock_keeps_another_process_out_and_ends_with_its_own(tmp_path):
         child = int(holder.stdout.readline())
         try:
             message = rf"{tmp_path} is in use by process {holder.pid} on {platform.node()}: wait .*"
-            with pytest.raises(runs.RunError, match=rf"^{message}--workdir$"):
+            with pytest.raises(runs.RunError, match=rf"^{message}\(--workdir\)$"):
                 runs.open_run(tmp_path, {})
             assert runs.read_run(tmp_path).config == {}
             holder.kill()
