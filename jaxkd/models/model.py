@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import inspect
-from collections.abc import Callable, Container, Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,6 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+
+from jaxkd.models._modes import (
+    are_same_leaves,
+    check_fixed_mode,
+    check_required_arguments,
+    choose_train_values,
+    find_asked_argument,
+    find_train_values,
+    has_nnx_dropout,
+    record_linen_dropout,
+    warn_of_equal_modes,
+)
 
 if TYPE_CHECKING:
     from flax import linen, nnx
@@ -48,16 +59,6 @@ class Model(NamedTuple):
     apply: Callable[..., tuple[Outputs, dict]]
 
 
-_TRAIN_VALUES = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
-"""Values in training of the arguments that Flax and its users call by these names."""
-
-
 def from_linen(
     module: linen.Module,
     *,
@@ -73,20 +74,26 @@ def from_linen(
     Args:
         module: The module.
         train_argument: Name of the boolean argument of the module's `__call__` that tells training
-            from evaluation; `None` for a module that computes the same in both.
-        train_value: Value of that argument in training. By default true for `train`, `training` and
-            `is_training`, and false for `deterministic` and `use_running_average`; any other
-            argument needs it.
+            from evaluation; `None` for a module that has none. Others of the names below are set
+            too.
+        train_value: Value of that argument in training. By default true for `train`, `training`,
+            `is_training`, `is_train` and `train_mode`, and false for `deterministic` and
+            `use_running_average`; any other argument needs it.
 
     Returns:
         The pair of functions.
 
     Raises:
-        TypeError: If the module's `__call__` has no argument of that name, it is not known whether
-            it is true in training, or another argument has no default. From `apply`, if the module
+        TypeError: If it is no Linen module, its `__call__` has no argument of that name, it is not
+            known whether it is true in training, `train_argument` is `None` though an argument has
+            one of the names above, or another argument has no default. From `apply`, if the module
             returns anything but `Outputs` or one array.
         ValueError: From `init`, if the module has variables other than parameters and running
-            statistics.
+            statistics. From `apply`, if an attribute of the module fixes the other mode.
+
+    Warns:
+        UserWarning: From `apply`, if training changes no running statistics or drops no values,
+            although the module has layers for it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,25 +105,20 @@ def from_linen(
         >>> outputs.logits.shape, sorted(outputs.features)
         ((2, 10), ['pre_logits', 'stage1'])
     """
-    name = type(module).__name__
-    parameters = inspect.signature(type(module).__call__).parameters
-    if train_argument is not None and train_argument not in parameters:
-        known = next(iter(_find_train_values(module)), "...")
-        raise TypeError(
-            f"{name}.__call__ has no argument {train_argument!r}: pass train_argument={known!r} "
-            "with the name of the argument that tells training from evaluation, or "
-            "train_argument=None if there is none"
-        )
-    if train_value is None and train_argument is not None:
-        train_value = _TRAIN_VALUES.get(train_argument)
-        if train_value is None:
-            raise TypeError(
-                f"is the argument {train_argument!r} of {name}.__call__ true in training or in "
-                "evaluation? Pass train_value=True or train_value=False, its value in training"
-            )
+    from flax import linen
 
-    train_values = {} if train_argument is None else {train_argument: train_value}
-    _check_required_arguments(module, train_values)
+    _check_is_linen(module)
+    name = type(module).__name__
+    if train_argument is not None:
+        train_values = choose_train_values(module, train_argument, train_value)
+    elif train_values := find_train_values(module):
+        known = next(iter(train_values))
+        raise TypeError(
+            f"train_argument is None, but {name}.__call__ has the argument {known!r}: pass "
+            f"train_argument={known!r}; models.with_frozen_batch_stats trains a model as it is "
+            "evaluated"
+        )
+    check_required_arguments(module, train_values)
 
     def mode_arguments(train: bool) -> dict[str, Any]:
         return {name: train == value for name, value in train_values.items()}
@@ -140,19 +142,32 @@ def from_linen(
     def apply(
         variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
+        if not train_values:
+            check_fixed_mode(module, train=train)
         # In both modes, because Flax drops the values sown into a collection that is not mutable.
         mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
         # Flax draws from "params" what a module asks for under a name that is not here.
         rngs = None if key is None else {"dropout": key, "params": jax.random.fold_in(key, 1)}
-        with _explain_flax_errors(name, train=train):
+        dropout: list[bool] = []
+        with (
+            _explain_flax_errors(name, train=train),
+            linen.intercept_methods(record_linen_dropout(dropout)),
+        ):
             applied: Any = module.apply(
                 variables, inputs, **mode_arguments(train), mutable=mutable, rngs=rngs
             )
         result, updates = applied
+        batch_stats = updates.get("batch_stats", variables.get("batch_stats", {}))
+        if train:
+            warn_of_equal_modes(
+                name,
+                statistics_stand=are_same_leaves(variables.get("batch_stats", {}), batch_stats),
+                dropout_is_off=key is not None and bool(dropout) and not any(dropout),
+            )
         outputs = _check_outputs(result, name)
         sown = _name_sown_values(updates.get("intermediates", {}))
         outputs = outputs._replace(features=sown | dict(outputs.features))
-        return outputs, updates.get("batch_stats", variables.get("batch_stats", {}))
+        return outputs, batch_stats
 
     return Model(init, apply)
 
@@ -175,28 +190,41 @@ def _explain_flax_errors(name: str, *, train: bool) -> Generator[None]:
         raise ValueError(f"{name} draws random numbers in {mode}: {remedy}") from error
 
 
-def _find_train_values(module: Any) -> dict[str, bool]:
-    """Returns the value in training of each argument that tells a module's mode."""
-    parameters = inspect.signature(type(module).__call__).parameters
-    return {name: value for name, value in _TRAIN_VALUES.items() if name in parameters}
+def _check_is_linen(module: Any) -> None:
+    """Raises `TypeError` unless a module is one of Linen."""
+    from flax import linen
+
+    if isinstance(module, linen.Module):
+        return
+    if isinstance(module, Model):
+        raise TypeError("from_linen takes a Linen module, but this is a Model already: use it")
+    from flax import nnx
+
+    kind = module if isinstance(module, type) else type(module)
+    name = kind.__name__
+    if issubclass(kind, nnx.Module):
+        raise TypeError(f"{name} is an NNX module: use models.from_nnx")
+    if issubclass(kind, linen.Module):
+        raise TypeError(f"from_linen takes a module, but {name} is its class: pass {name}(...)")
+    raise TypeError(
+        f"from_linen takes a Linen module, got a {name}: for a network of another library write "
+        "models.Model(init, apply) with two functions"
+    )
 
 
-def _check_required_arguments(module: Any, passed: Container[str]) -> None:
-    """Raises `TypeError` if a module needs more than its inputs and the arguments passed."""
-    # `self` and the inputs come first.
-    parameters = list(inspect.signature(type(module).__call__).parameters.values())[2:]
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind not in variadic
-        and parameter.name not in passed
-    ]
-    if required:
+def _check_makes_nnx(module: Any) -> None:
+    """Raises `TypeError` unless a module may be one of NNX, or a function or class of it."""
+    from flax import linen
+
+    if isinstance(module, Model):
+        raise TypeError("from_nnx takes an NNX module, but this is a Model already: use it")
+    kind = module if isinstance(module, type) else type(module)
+    if issubclass(kind, linen.Module):
+        raise TypeError(f"{kind.__name__} is a Linen module: use models.from_linen")
+    if not callable(module):
         raise TypeError(
-            f"{type(module).__name__}.__call__ needs {required[0]!r} beside its inputs, which a "
-            "model is not given: set a default, or take a dict of inputs that holds it"
+            f"from_nnx takes an NNX module or a function of nnx.Rngs, got a {kind.__name__}: pass "
+            "lambda rngs: Module(rngs=rngs)"
         )
 
 
@@ -228,23 +256,35 @@ def _name_sown_values(intermediates: dict) -> dict[str, Array]:
     return features
 
 
-def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
+def from_nnx(
+    module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    *,
+    train_argument: str | None = None,
+    train_value: bool | None = None,
+) -> Model:
     """Makes a model from a Flax NNX module.
 
     Args:
         module: A function or class that takes `nnx.Rngs` and makes the module, or the module
             itself, whose weights `init` then returns for every key. Calling the module returns
             `Outputs` or logits alone; what it sows is not used. `module.train()` and
-            `module.eval()` choose the mode, and so do arguments of its `__call__` that are named
-            `train`, `training`, `is_training`, `deterministic` or `use_running_average`. Any other
-            argument keeps its default.
+            `module.eval()` choose the mode, and so do arguments of its `__call__` with the names
+            that `from_linen` knows. Any other argument keeps its default.
+        train_argument: Name of an argument of another name that tells training from evaluation.
+        train_value: Value of that argument in training.
 
     Returns:
         The pair of functions. Each call works on a copy of the module, which never changes.
 
     Raises:
-        TypeError: If the module's `__call__` needs another argument than its inputs. From `apply`,
-            if the module returns anything but `Outputs` or one array.
+        TypeError: If it is neither an NNX module nor makes one, its `__call__` needs another
+            argument than its inputs, or it is not known whether an argument such as `inference` is
+            true in training. From `apply`, if the module returns anything but `Outputs` or one
+            array.
+        ValueError: From `apply`, if an attribute of the module fixes the other mode.
+
+    Warns:
+        UserWarning: As for `from_linen`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -257,13 +297,28 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
     """
     from flax import nnx
 
+    _check_makes_nnx(module)
+
     def build(key: Array) -> Any:
         return module if isinstance(module, nnx.Module) else module(nnx.Rngs(key))
 
     built = build(jax.random.key(0))
+    name = type(built).__name__
+    if not isinstance(built, nnx.Module):
+        raise TypeError(
+            f"from_nnx needs a function that makes an NNX module, but it makes a {name}"
+        )
     # `train()` and `eval()` do not reach an argument, whose default would hold in both modes.
-    train_values = _find_train_values(built)
-    _check_required_arguments(built, train_values)
+    train_values = find_train_values(built)
+    if train_argument is not None:
+        train_values = choose_train_values(built, train_argument, train_value)
+    elif not train_values and (asked := find_asked_argument(built)):
+        raise TypeError(
+            f"is the argument {asked!r} of {name}.__call__ true in training or in evaluation? Pass "
+            f"train_argument={asked!r} with train_value=True or train_value=False, its value in "
+            "training, or rename it if it tells neither"
+        )
+    check_required_arguments(built, train_values)
     graphdef, param_state, batch_stat_state, other_state = nnx.split(
         built, nnx.Param, nnx.BatchStat, ...
     )
@@ -278,6 +333,9 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
         # Copies: a training step that donates its state must not delete the module's own weights.
         return jax.tree.map(jnp.array, variables)
 
+    def read(built: Any, kind: Any) -> dict:
+        return nnx.to_pure_dict(nnx.state(built, kind))
+
     def apply(
         variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
@@ -291,11 +349,23 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
             merged.train()
         else:
             merged.eval()
+        if not train_values:
+            check_fixed_mode(merged, train=train)
         if key is not None:
             nnx.reseed(merged, default=key, dropout=key)
+        before, draws = read(merged, nnx.BatchStat), read(merged, nnx.RngCount)
         mode_arguments = {name: train == value for name, value in train_values.items()}
-        outputs = _check_outputs(merged(inputs, **mode_arguments), type(merged).__name__)
-        return outputs, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
+        outputs = _check_outputs(merged(inputs, **mode_arguments), name)
+        batch_stats = read(merged, nnx.BatchStat)
+        if train:
+            # A layer that draws counts its draws.
+            is_off = has_nnx_dropout(merged) and are_same_leaves(draws, read(merged, nnx.RngCount))
+            warn_of_equal_modes(
+                name,
+                statistics_stand=are_same_leaves(before, batch_stats),
+                dropout_is_off=is_off,
+            )
+        return outputs, batch_stats
 
     return Model(init, apply)
 
@@ -431,6 +501,9 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
     Returns:
         The model, with the same variables.
 
+    Raises:
+        TypeError: If it is another dtype.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxkd.models import CNN, from_linen
@@ -443,6 +516,10 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
         >>> outputs.features["stage1"].dtype
         dtype(bfloat16)
     """
+    # `None` would be float64 for NumPy, and `float` is a default of JAX.
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        name = "None" if dtype is None else jnp.dtype(dtype).name
+        raise TypeError(f"dtype must be floating-point, got {name}: pass one such as jnp.bfloat16")
 
     def cast(tree: Any) -> Any:
         # Token ids and other integers keep their dtype.

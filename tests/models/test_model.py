@@ -199,6 +199,15 @@ def test_half_precision_computes_in_bfloat16_and_trains_in_float32():
     assert all(change > 0 for change in jax.tree.leaves(changes))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(jnp.int8, "int8"), ("int32", "int32"), (bool, "bool"), (None, "None")]
+)
+def test_a_compute_dtype_must_be_floating_point(dtype, name):
+    """Weights cast to integers are zero, and so are the logits."""
+    with pytest.raises(TypeError, match=f"dtype must be floating-point, got {name}: pass"):
+        with_compute_dtype(from_linen(CNN()), dtype)
+
+
 @pytest.mark.parametrize("maker", MAKERS)
 def test_frozen_batch_stats_are_used_and_unchanged_in_training(maker):
     model = MAKERS[maker]()
