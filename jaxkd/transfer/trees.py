@@ -1,5 +1,7 @@
 """Transfer of weights from one tree to another, with a report that accounts for every path."""
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -145,6 +147,10 @@ def transfer(
             contains itself.
         TypeError: If a leaf is not an array of numbers.
 
+    Warns:
+        UserWarning: If less than half of the target's numbers come from the source, which only
+            `strict=False` allows.
+
     Example:
         >>> import numpy as np
         >>> from jaxkd import layout
@@ -167,7 +173,9 @@ def transfer(
         left out     steps
     """
     values, report = match_leaves(source, target, tuple(rules), dtypes)
-    check_complete(report, leaves_by_path(target), strict=strict)
+    target_leaves = leaves_by_path(target)
+    check_complete(report, target_leaves, strict=strict)
+    warn_of_small_share(values, target_leaves)
     return replace_leaves(target, values), report
 
 
@@ -306,6 +314,24 @@ def check_complete(report: Report, target: Mapping[str, Any], *, strict: bool) -
             "the source does not fit the target; pass strict=False to transfer only what fits\n"
             f"{report}",
             report,
+        )
+
+
+def warn_of_small_share(values: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+    """Warns if most numbers of a target keep their value: its weights are then hardly transferred.
+
+    Args:
+        values: The new values by path.
+        target: All leaves of the target by path.
+    """
+    sizes = {path: math.prod(_shape_and_dtype(path, leaf).shape) for path, leaf in target.items()}
+    share = sum(sizes[path] for path in values) / max(sum(sizes.values()), 1)
+    if len(values) < len(sizes) and share < 0.5:
+        warnings.warn(
+            f"{len(values)} of {len(sizes)} arrays, {100 * share:.1f} % of the parameters, come from "
+            "the source; the target keeps its own values for the rest: print the report, or pass "
+            "strict=True, to see what does not fit",
+            stacklevel=3,
         )
 
 

@@ -12,7 +12,12 @@ from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd._messages import list_some
 from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back, transfer
-from jaxkd.transfer.trees import check_complete, match_leaves, replace_leaves
+from jaxkd.transfer.trees import (
+    check_complete,
+    match_leaves,
+    replace_leaves,
+    warn_of_small_share,
+)
 from jaxkd.weights.files import find_weights_file, is_index, read_index, to_text
 from jaxkd.weights.names import expected_names, find_counters, unwrap_names
 from jaxkd.weights.safetensors_files import read_safetensors
@@ -179,6 +184,7 @@ def from_torch(
     values, report = match_leaves(weights, variables, rules, "target")
     report = report._replace(left_out=(*report.left_out, *counters), removed=removed)
     check_complete(report, leaves, strict=strict)
+    warn_of_small_share(values, leaves)
     _warn_of_unusable(values, report)
     return replace_leaves(variables, values), report
 

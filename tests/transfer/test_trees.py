@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import pickle
 import tracemalloc
+import warnings
 
 import chex
 import jax
@@ -127,7 +128,7 @@ def test_transfer_of_a_tree_to_itself_is_complete(tree):
 def test_nothing_is_shared(make_source, make):
     rules = (*RULES[:3], Rule("bn.num_batches_tracked", None))
     source, target = jax.tree.map(make_source, torch_like()), flax_like(make)
-    target["params"]["extra"] = make((64, 64), np.float32)
+    target["params"]["extra"] = make((2, 2), np.float32)
     before = jax.tree.map(np.array, (source, target))
     result, _ = transfer(source, target, rules=rules, strict=False)
     chex.assert_trees_all_equal((source, target), before)
@@ -259,7 +260,7 @@ def test_not_strict_keeps_the_values_of_the_target():
     ],
 )
 def test_each_kind_of_mismatch_raises_by_itself(source, target, counts):
-    shared = {"b": numbers(1)}
+    shared = {"b": numbers(3)}
     with pytest.raises(TransferError, match=counts):
         transfer(source | shared, target | shared)
     transfer(source | shared, target | shared, strict=False)
@@ -288,9 +289,24 @@ def test_an_abstract_target_needs_every_value():
         "b": jax.ShapeDtypeStruct((1,), np.float32),
     }
     for source in ({"a": numbers(1)}, {"a": numbers(1), "b": numbers(2)}):
-        with pytest.raises(TransferError, match="abstract"):
+        with pytest.raises(TransferError, match="has shapes without values"):
             transfer(source, target, strict=False)
     transfer({"a": numbers(1), "b": numbers(1), "c": numbers(1)}, target, strict=False)
+
+
+@pytest.mark.parametrize("from_source", [1, 4, 5])
+def test_a_transfer_of_less_than_half_says_so(from_source):
+    """A caller that drops the report would otherwise train from random weights without a word."""
+    source = {"a": numbers(from_source)}
+    target = {"a": np.zeros(from_source, np.float32), "b": np.zeros(10 - from_source)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transfer(source, target, strict=False)
+    messages = [str(warning.message) for warning in caught]
+    expected = f"1 of 2 arrays, {10 * from_source}.0 % of the parameters, come from the source; "
+    assert len(messages) == (from_source < 5)
+    assert all(message.startswith(expected) and len(message) <= 300 for message in messages)
+    assert all(warning.filename == __file__ for warning in caught)
 
 
 def test_a_rule_that_matches_nothing_is_reported():
