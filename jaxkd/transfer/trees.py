@@ -328,9 +328,9 @@ def warn_of_small_share(values: Mapping[str, Any], target: Mapping[str, Any]) ->
     share = sum(sizes[path] for path in values) / max(sum(sizes.values()), 1)
     if len(values) < len(sizes) and share < 0.5:
         warnings.warn(
-            f"{len(values)} of {len(sizes)} arrays, {100 * share:.1f} % of the parameters, come from "
-            "the source; the target keeps its own values for the rest: print the report, or pass "
-            "strict=True, to see what does not fit",
+            f"{len(values)} of {len(sizes)} arrays, {100 * share:.1f} % of the parameters, come "
+            "from the source; the target keeps its own values for the rest: print the report, "
+            "or pass strict=True, to see what does not fit",
             stacklevel=3,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxkd._files import add_filename_to_errors
 from jaxkd._messages import list_some
+from jaxkd.weights.signatures import describe_other_file
 
 RUN_FILE = "student.safetensors"
 """The file that an experiment leaves in the folder of its run."""
@@ -86,7 +87,9 @@ def read_index(path: str | os.PathLike) -> dict[Path, list[str]]:
     path = Path(path)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} has no weight_map: it is not an index of weights")
+        raise ValueError(
+            f"{path} has no weight_map: it is not an index of weights; give the file of the weights"
+        )
     shards: dict[Path, list[str]] = {}
     for name, shard in weight_map.items():
         if not _is_plain_name(shard):
@@ -117,6 +120,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         content = json.loads(Path(path).read_bytes())
     # UnicodeDecodeError and JSONDecodeError are ValueErrors.
     except (ValueError, RecursionError) as error:
+        if kind := describe_other_file(path):
+            raise ValueError(f"{os.fspath(path)} is {kind}") from error
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{os.fspath(path)} is not JSON ({reason}): copy it again") from error
     if not isinstance(content, dict):

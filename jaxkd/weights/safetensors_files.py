@@ -12,6 +12,8 @@ from jax import Array
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd.weights.files import RUN_FILE, check_regular_file, to_text
+from jaxkd.weights.signatures import describe_other_file
+from jaxkd.weights.unfinished import DEQUANTIZE_ADVICE, is_quantized_type
 
 # Of the nested dicts. Functions on trees recurse, and Python allows some thousand levels.
 _MAX_DEPTH = 100
@@ -74,6 +76,8 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
 
     Raises:
         ValueError: If the file is damaged or is not a safetensors file.
+        OSError: If the file does not exist or cannot be read.
+        ImportError: If safetensors is missing.
 
     Example:
         >>> import pathlib, tempfile
@@ -85,7 +89,8 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
         ...     read_class_names(path)
         ('cat', 'dog')
     """
-    from safetensors import SafetensorError, safe_open
+    with add_install_command():
+        from safetensors import SafetensorError, safe_open
 
     path = _find_in_run(path)
     check_regular_file(path)
@@ -94,10 +99,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
             names = json.loads((file.metadata() or {}).get(_CLASS_NAMES, "[]"))
     # json raises ValueError, and RecursionError for deeply nested lists.
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({to_text(str(error), length=150)}): "
-            "copy or save it again"
-        ) from error
+        raise ValueError(_describe_damage(path, error)) from error
     # Another program may keep something else under this name.
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if is_list else ()
@@ -156,19 +158,28 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({to_text(str(error), length=150)}): "
-            "copy or save it again"
-        ) from error
+        raise ValueError(_describe_damage(path, error)) from error
     # safetensors looks the dtype up as an attribute of NumPy.
     except AttributeError as error:
+        is_quantized = is_quantized_type(str(error))
+        advice = DEQUANTIZE_ADVICE if is_quantized else "save them as float32"
         raise ValueError(
-            f"{path} has arrays of a dtype that NumPy lacks ({error}): save them as float32"
+            f"{path} has arrays of a dtype that NumPy lacks ({error}): {advice}"
         ) from error
     # Such as an array of a hundred axes.
     except (TypeError, ValueError, OverflowError) as error:
         reason = to_text(str(error), length=150)
         raise ValueError(f"{path} has arrays that NumPy cannot hold ({reason})") from error
+
+
+def _describe_damage(path: str | os.PathLike, error: Exception) -> str:
+    """Describes why a file is no safetensors file."""
+    if kind := describe_other_file(path):
+        return f"{path} is {kind}"
+    return (
+        f"{path} is not a complete safetensors file ({to_text(str(error), length=150)}): "
+        "copy or save it again"
+    )
 
 
 def _find_in_run(path: str | os.PathLike) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd._messages import list_some
-from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back, transfer
+from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back
 from jaxkd.transfer.trees import (
     check_complete,
     match_leaves,
@@ -22,6 +22,7 @@ from jaxkd.weights.files import find_weights_file, is_index, read_index, to_text
 from jaxkd.weights.names import expected_names, find_counters, unwrap_names
 from jaxkd.weights.safetensors_files import read_safetensors
 from jaxkd.weights.torch_pickle import SAVE_ADVICE, OpaqueObject, read_torch
+from jaxkd.weights.unfinished import DEQUANTIZE_ADVICE, check_finished, is_quantized_type
 
 _MAX_ARRAYS = 10_000  # of one file; the largest network of `jaxkd.models` has a tenth
 
@@ -145,7 +146,12 @@ def from_torch(
         TransferError: If an array is missing, unexpected or of the wrong shape. Its `report` lists
             all of them. Also if nothing is transferred, whatever `strict` is.
         ValueError: If the rules are invalid, see `jaxkd.transfer.transfer`; or if several prefixes
-            explain the names.
+            explain the names; or if the weights are adapters such as LoRA's, which must be merged
+            first, or quantised: integers, or floating-point numbers of 8 bits.
+
+    Warns:
+        UserWarning: If arrays hold NaN or infinity, a running variance is negative, or less than
+            half of the variables come from the file, as `strict=False` allows.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -165,24 +171,24 @@ def from_torch(
     """
     # A plain dict, because JAX takes a mapping of an unregistered type for a single leaf.
     weights = dict(state_dict)
-    if _has_own_names(weights, variables):
-        variables, report = transfer(weights, variables, strict=strict, dtypes="target")
-        _warn_of_unusable(leaves_by_path(variables), report)
-        return variables, report
-    # Each is compared with each rule.
-    if len(weights) > _MAX_ARRAYS:
-        raise ValueError(
-            f"the weights have {len(weights):,} arrays, more than {_MAX_ARRAYS:,}: select those of "
-            "one network, as in load_weights(path, entry='model')"
-        )
-    rules = tuple(rules)
     leaves = leaves_by_path(variables)
-    weights, removed = unwrap_names(weights, expected_names(leaves, rules))
-    counters = find_counters(weights, leaves, rules)
+    rules, removed, counters = tuple(rules), (), ()
+    if _has_own_names(weights, variables):
+        rules = ()
+    else:
+        # Each is compared with each rule.
+        if len(weights) > _MAX_ARRAYS:
+            raise ValueError(
+                f"the weights have {len(weights):,} arrays, more than {_MAX_ARRAYS:,}: select "
+                "those of one network, as in load_weights(path, entry='model')"
+            )
+        weights, removed = unwrap_names(weights, expected_names(leaves, rules))
+        counters = find_counters(weights, leaves, rules)
     for name in counters:
         del weights[name]
     values, report = match_leaves(weights, variables, rules, "target")
     report = report._replace(left_out=(*report.left_out, *counters), removed=removed)
+    check_finished(weights, leaves, report)
     check_complete(report, leaves, strict=strict)
     warn_of_small_share(values, leaves)
     _warn_of_unusable(values, report)
@@ -190,15 +196,30 @@ def from_torch(
 
 
 def _warn_of_unusable(values: Mapping[str, Any], report: Report) -> None:
-    """Warns if transferred arrays hold NaN or infinity, with which a network computes NaN."""
+    """Warns if transferred arrays hold what no sound training writes."""
+    total = len(report.transferred)
     names = [name for name, path in report.transferred if not np.isfinite(values[path]).all()]
     if names:
         warnings.warn(
-            f"{len(names)} of {len(report.transferred)} arrays hold NaN or infinity, such as "
+            f"{len(names)} of {total} arrays hold NaN or infinity, such as "
             f"{list_some(names, count=2)}: the training that wrote them has diverged, or their "
             "dtype was too narrow",
             stacklevel=3,
         )
+    # NaN compares as False, so that it is named once.
+    names = [name for name, path in report.transferred if _is_negative_variance(path, values[path])]
+    if names:
+        warnings.warn(
+            f"{len(names)} of {total} arrays are running variances below 0, such as "
+            f"{list_some(names, count=2)}, whose square root is NaN: no training writes them, so "
+            "copy or convert the file again",
+            stacklevel=3,
+        )
+
+
+def _is_negative_variance(path: str, value: np.ndarray) -> bool:
+    collection, *_, name = path.split("/")
+    return collection == "batch_stats" and name == "var" and bool((value < 0).any())
 
 
 def to_torch(variables: dict, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
@@ -382,11 +403,14 @@ def _check_state_dict(problem: str, node: Any, prefix: str = "") -> dict[str, np
     content = _describe_content(node)
     if not content:
         return node
+    values = node.values() if isinstance(node, dict) else ()
+    opaque = [value.name for value in values if type(value) is OpaqueObject]
+    # Also between arrays: what is left over would be a part of the network.
+    if any(map(is_quantized_type, opaque)):
+        raise ValueError(f"{problem}: it contains {content}: {DEQUANTIZE_ADVICE}")
     if not _is_mostly_arrays(node):
-        values = node.values() if isinstance(node, dict) else ()
         # Of a whole model, only the code of its classes could make the weights.
-        is_opaque = any(type(value) is OpaqueObject for value in values)
-        advice = f": {SAVE_ADVICE}" if is_opaque else ""
+        advice = f": {SAVE_ADVICE}" if opaque else ""
         if nested := _find_nested(node):
             advice = f": choose what is below, as in entry={to_text(prefix + nested)!r}"
         raise ValueError(f"{problem}: it contains {content}{advice}")

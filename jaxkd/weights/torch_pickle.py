@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.weights.files import check_regular_file, to_text
+from jaxkd.weights.signatures import describe_archive, describe_other_file
 
 _HEADER_SIZE = 30  # of a member of a zip archive, before its name
 
@@ -117,7 +118,7 @@ def read_torch(path: str | os.PathLike) -> Any:
         ...         read_torch(path)
         ...     except ValueError as error:
         ...         print(str(error).removeprefix(str(path.parent)))
-        /page.pth is not a PyTorch checkpoint: it begins with '<html>Not found</html>'
+        /page.pth is a web page: download the file itself
 
     References:
         Notes on serialization, https://docs.pytorch.org/docs/stable/notes/serialization.html
@@ -129,12 +130,16 @@ def read_torch(path: str | os.PathLike) -> Any:
             "load Orbax checkpoints with jaxkd.runs.checkpoints.restore"
         )
     check_regular_file(path)
+    # Before all of it is read: it may be large.
+    if kind := describe_other_file(path):
+        raise ValueError(f"{path} is {kind}")
     with open(path, "rb") as file:
         start = file.read(32)
-    # Before all of it is read: it may be large.
     if not start.startswith((b"PK", b"\x80")):
-        start = f"it begins with {start.decode('latin-1')!r}" if start else "it is empty"
-        raise ValueError(f"{path} is not a PyTorch checkpoint: {start}")
+        raise ValueError(
+            f"{path} is not a PyTorch checkpoint: it begins with {start.decode('latin-1')!r}; give "
+            "a file of torch.save or a safetensors file"
+        )
     try:
         content = path.read_bytes()
         tree = _read_zip(content) if content.startswith(b"PK") else _read_legacy(content)
@@ -229,6 +234,8 @@ def _read_members(content: bytes) -> dict[str, memoryview]:
         raise ValueError(
             f"it is a TorchScript program: load it with torch.jit.load and {SAVE_ADVICE}"
         )
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise ValueError(f"it is {describe_archive(names)}")
     members: dict[str, memoryview] = {}
     end = 0
     for info in infos:

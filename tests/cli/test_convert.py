@@ -214,9 +214,19 @@ def test_what_differs_in_dtype_is_named(options, arguments, variables, capsys):
     weights = {name: array.astype(np.int32) for name, array in load_weights("weights").items()}
     save_safetensors("weights", weights)
     _, error = run_with_error([*arguments, "--num-classes", "5", *options], capsys)
-    assert error.endswith(
-        "nothing fits, such as conv.bias, int32[4] for float32[4]: choose another --model or file"
+    assert error == (
+        "error: the weights are int32 where the network has floating-point numbers, 4 arrays such "
+        "as conv.bias: dequantise the weights first, and save them as float32"
     )
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--partial"]])
+def test_adapters_are_not_left_out(options, arguments, capsys):
+    prefix_weights("base_model.model.", **{"base_model.model.fc.lora_A.weight": np.ones((4, 2))})
+    _, error = run_with_error([*arguments, "--num-classes", "5", *options], capsys)
+    assert error.startswith("error: the file holds LoRA adapters, 1 array such as fc.lora_A.weight")
+    assert not Path("out").exists()
 
 
 def test_partial_states_the_share(arguments, capsys):

@@ -80,7 +80,7 @@ def test_a_path_that_is_not_utf8(tmp_path):
     save_safetensors(path, FIRST)
     assert_loads(path, FIRST)
     with open(path, "wb") as file:
-        file.write(b"<html>")
+        file.write(b"weights")
     with pytest.raises(ValueError, match="is not a PyTorch checkpoint"):
         load_weights(path)
 

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 
 from jaxkd.models import CNN, from_linen
-from jaxkd.weights import load_safetensors, read_class_names, save_safetensors
+from jaxkd.weights import (
+    load_safetensors,
+    read_class_names,
+    read_safetensors,
+    save_safetensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +118,18 @@ def test_damaged_class_names(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"b": np.zeros(2)}, tmp_path / "other", {"class_names": "["})
-    (tmp_path / "page").write_text("<html>")
+    (tmp_path / "page").write_text("weights")
     for name in ("other", "page"):
         with pytest.raises(ValueError, match=f"{name} is not a complete safetensors file"):
             read_class_names(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_class_names, load_safetensors, read_safetensors])
+def test_a_missing_package_is_named_with_its_command(read, tmp_path, monkeypatch):
+    save_safetensors(tmp_path / "file", {"b": np.zeros(2)})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"safetensors.*: pip install "):
+        read(tmp_path / "file")
 
 
 @pytest.mark.parametrize("key", ["conv/1", "12", True, 10**19, 1.5, (1, 2), -3])

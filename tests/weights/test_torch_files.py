@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flax import linen as nn
 from jaxkd import layout
 from jaxkd.models import Outputs, from_linen
 from jaxkd.transfer import Rule, TransferError, rename
-from jaxkd.weights import save_safetensors
+from jaxkd.weights import OpaqueObject, save_safetensors
 from jaxkd.weights.torch_files import (
     from_torch,
     load_variables,
@@ -331,6 +332,33 @@ def test_weights_that_are_not_finite_are_named(value, names):
         from_torch(weights, variables, rules)
 
 
+@pytest.mark.parametrize("names", ["torch", "own"])
+@pytest.mark.parametrize("value", [-1.0, -1e-7, -np.inf])
+def test_variances_below_zero_are_named(value, names):
+    name = {"torch": "bn.running_var", "own": "batch_stats/bn/var"}[names]
+    weights = {name: np.array([1, value], np.float32)}
+    variables = {"batch_stats": {"bn": {"var": jax.ShapeDtypeStruct((2,), np.float32)}}}
+    rules = (Rule("bn.running_var", "batch_stats/bn/var"),)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        from_torch(weights, variables, rules)
+    message = str(caught[-1].message)
+    assert message.startswith(f"1 of 1 arrays are running variances below 0, such as {name}, whose")
+    assert len(message) <= 300 and len(caught) == (2 if np.isinf(value) else 1)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "qint8", "_utils._rebuild_qtensor"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_quantized_arrays_of_a_torch_file_are_refused(name, count, tmp_path, monkeypatch):
+    """Also between arrays, where other values are left out with a warning."""
+    tree = {f"w{i}": np.ones(2) for i in range(count)} | {"q": OpaqueObject(f"torch.{name}")}
+    monkeypatch.setattr("jaxkd.weights.torch_files.read_torch", lambda path: tree)
+    (tmp_path / "file").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=f"torch.{name}.*: dequantise the weights first") as caught:
+        load_weights(tmp_path / "file")
+    assert len(str(caught.value)) - len(str(tmp_path)) <= 250
+
+
 def test_names_of_a_safetensors_file_are_selected(tmp_path):
     save_safetensors(tmp_path / "file", {"net.a": np.ones(2), "ema.a": np.ones(3)})
     for entry in ("net", "net."):
@@ -409,10 +437,9 @@ def test_files_of_other_formats(abstract, tmp_path):
     for damaged, match in {
         content[:-1]: "not a complete safetensors file",
         content[:200]: "begins with",
-        b"<html>": "begins with '<html>'",
         b'{"weight_map": {"a": "model-00001.safetensors"}}': "shards model-00001.safetensors of 1",
-        b'{"a": 1}': "has no weight_map",
-        b"": "is empty",
+        b'{"a": 1}': "has no weight_map: it is not an index of weights; give the file",
+        b"": "is an empty file",
     }.items():
         (tmp_path / "file").write_bytes(damaged)
         with pytest.raises(ValueError, match=match):
