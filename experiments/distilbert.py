@@ -241,7 +241,7 @@ def load_student(name: str, config: Config, data: texts.TextData) -> Student:
         DataError: If its tokenizer is not the teacher's.
     """
     teacher = data.bert.module
-    bert = texts.load_bert_classifier(name, teacher.num_classes)
+    bert = texts.load_bert_classifier(name, data.bert.class_names)
     student = bert.module
     tokens.check_same_tokenizer(data.bert.tokenizer, bert.tokenizer)
     longest = data.buckets.lengths[-1]

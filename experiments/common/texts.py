@@ -1,6 +1,7 @@
 """Options, tokens, BERT and its fine-tuning for the experiments on texts."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from experiments.common import options as common_options
 from experiments.common import plans
 from experiments.common.cli import require
 from jaxkd import distill, models, runs, transfer
-from jaxkd.data import text, tokens
+from jaxkd._messages import list_some
+from jaxkd.data import DataError, match_classes, text, tokens
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.weights import hub
 
@@ -100,10 +102,48 @@ class TextData(NamedTuple):
     buckets: LengthBuckets
 
 
-def load_bert_classifier(name: str, num_classes: int) -> hub.PretrainedBERT:
-    """Loads a pretrained BERT with a random last layer, on the mean of the tokens' states."""
-    return hub.load_bert(
-        name, num_classes=num_classes, key=jax.random.key(0), pooling=models.mean_pooling
+def load_bert_classifier(name: str, class_names: Sequence[str]) -> hub.PretrainedBERT:
+    """Loads a pretrained BERT that classifies the mean of the tokens' states, to be fine-tuned.
+
+    Args:
+        name: Its folder or package.
+        class_names: The classes of the data, by label.
+
+    Returns:
+        The BERT. Its last layer has the classes of the data in their order. It is random unless the
+        folder has a classifier of as many classes.
+    """
+    with warnings.catch_warnings():
+        # Fine-tuning begins with a random layer.
+        warnings.filterwarnings("ignore", ".*the classifier is drawn at random")
+        bert = hub.load_bert(
+            name, num_classes=len(class_names), key=jax.random.key(0), pooling=models.mean_pooling
+        )
+    if not bert.class_names:
+        return bert._replace(class_names=tuple(class_names))
+    return _order_classifier(name, bert, class_names)
+
+
+def _order_classifier(
+    name: str, bert: hub.PretrainedBERT, class_names: Sequence[str]
+) -> hub.PretrainedBERT:
+    """Brings the outputs of a fine-tuned classifier into the order of the data's classes."""
+    try:
+        order = match_classes(bert.class_names, class_names)
+    except DataError:
+        if distill.is_primary_process():
+            print(
+                f"{name} classifies {list_some(bert.class_names)}: its fine-tuning starts from "
+                f"{bert.class_names[0]} for {class_names[0]}, and so on in this order"
+            )
+        return bert._replace(class_names=tuple(class_names))
+    if (order != np.arange(len(order))).any() and distill.is_primary_process():
+        print(f"the classes of {name} are in another order: they are matched by name")
+    # The last axis of the kernel and of the bias is that of the classes.
+    logits = jax.tree.map(lambda leaf: leaf[..., order], bert.variables["params"]["logits"])
+    params = bert.variables["params"] | {"logits": logits}
+    return bert._replace(
+        variables=bert.variables | {"params": params}, class_names=tuple(class_names)
     )
 
 
@@ -132,7 +172,7 @@ def encode(
         dataset: The texts, from `load`.
         unlabelled: Further texts, and the origin of each for messages.
     """
-    bert = load_bert_classifier(options.bert, len(dataset.class_names))
+    bert = load_bert_classifier(options.bert, dataset.class_names)
     num_layers = bert.module.layers
     max_positions = bert.module.positions
     require(

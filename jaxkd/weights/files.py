@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
 from jaxkd._files import add_filename_to_errors
 from jaxkd._messages import list_some
 from jaxkd.weights.signatures import describe_other_file
+from jaxkd.weights.unfinished import MERGE_ADVICE
 
 RUN_FILE = "student.safetensors"
 """The file that an experiment leaves in the folder of its run."""
@@ -19,6 +22,10 @@ HUB_FILES = (
     "pytorch_model.bin.index.json",
 )
 """The files of a hub folder, in the order in which transformers looks for them."""
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS_NAME = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
+_SHARD_NAME = re.compile(r".*-\d+\.(safetensors|bin)")
 
 # Of an index or a configuration. The largest public index has a tenth of it.
 _MAX_JSON_BYTES = 32 * 2**20
@@ -49,18 +56,67 @@ def find_weights_file(path: str | os.PathLike) -> Path:
 
     Raises:
         ValueError: If the path is neither a regular file nor such a folder, or the folder has
-            weights of a run and of a hub model.
+            weights of a run and of a hub model, or adapters.
         OSError: If it does not exist.
+
+    Warns:
+        UserWarning: As `find_hub_file`.
     """
     path = Path(path)
     if not path.is_dir():
         check_regular_file(path)
         return path
     files = [path / name for name in (RUN_FILE, *HUB_FILES) if (path / name).is_file()]
-    if not files:
+    if files and files[0].name == RUN_FILE:
+        if len(files) > 1:
+            raise ValueError(
+                f"{path} has {RUN_FILE} and {files[1].name}: give one of the two files"
+            )
+        return files[0]
+    file = find_hub_file(path)
+    if file is None:
         raise ValueError(f"{path} is a folder without weights: {_describe_remedy(path)}")
-    if files[0].name == RUN_FILE and len(files) > 1:
-        raise ValueError(f"{path} has {RUN_FILE} and {files[1].name}: give one of the two files")
+    return file
+
+
+def find_hub_file(folder: Path) -> Path | None:
+    """Finds the weights of a hub folder, whole or as an index of shards.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The first of `HUB_FILES` that it has, or `None` if it has none.
+
+    Raises:
+        ValueError: If there are adapters, without which the weights would be another model's.
+
+    Warns:
+        UserWarning: If other files in it hold weights too, such as those of a second model.
+    """
+    adapters = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if adapters:
+        raise ValueError(
+            f"{folder} has adapters ({adapters[0]}): {MERGE_ADVICE}, or move them to another "
+            "folder if the weights without them are meant"
+        )
+    files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
+    if not files:
+        return None
+    others = sorted(
+        name
+        for name in os.listdir(folder)
+        if _WEIGHTS_NAME.fullmatch(name)
+        and name != files[0].name
+        # The shards of the index that is read.
+        and not (files[0].suffix == ".json" and _SHARD_NAME.fullmatch(name))
+    )
+    if others:
+        warnings.warn(
+            f"{folder} has several files of weights: {files[0].name} is read and "
+            f"{list_some(others)} passed over; move to another folder what is not meant",
+            stacklevel=4,
+        )
     return files[0]
 
 

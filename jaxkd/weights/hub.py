@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ from jaxkd.data.tokens import load_tokenizer
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
 from jaxkd.models.model import from_linen
 from jaxkd.transfer import Report, TransferError, leaves_by_path
-from jaxkd.weights.files import HUB_FILES, read_json, to_text
+from jaxkd.weights.files import find_hub_file, read_json, to_text
 from jaxkd.weights.names import expected_names, unwrap_names
 from jaxkd.weights.torch_files import from_torch, read_state_dict
 
@@ -32,6 +32,8 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # a module are computed before they are compared with the weights, which takes time for each layer.
 _LIMITS = {"num_hidden_layers": 128, "n_layers": 128}
 _LIMIT = 2**24
+_UNNAMED = re.compile(r"LABEL_\d+")
+_HEAD_NAMES = {"logits": "the classifier"}
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     # Both names mean the approximation by tanh, which is the default of `jax.nn.gelu`.
@@ -47,11 +49,16 @@ class PretrainedBERT(NamedTuple):
         module: The Linen module, for `jaxkd.models.from_linen`.
         variables: Its variables, in float32.
         tokenizer: The tokenizer whose ids the module takes; see `jaxkd.data.tokens`.
+        class_names: Name of each class, in the order of the logits, from `id2label` of the
+            configuration. Empty if the classifier is drawn at random, or the configuration has no
+            names of its own. `jaxkd.data.match_classes` compares them with those of the data, and
+            `jaxkd.models.with_class_order` brings the logits into the data's order.
     """
 
     module: BERT
     variables: dict
     tokenizer: "Tokenizer"
+    class_names: tuple[str, ...] = ()
 
 
 def find_hub_folder(name: str | os.PathLike[str]) -> Path:
@@ -106,9 +113,8 @@ def load_bert(
     The weights come from `model.safetensors`, or from `pytorch_model.bin` without that; either may
     be divided into shards with an index. They are cast to float32. A prefix that a wrapper put
     before all names is removed. Pretraining heads are dropped. The classifier is initialized
-    randomly if the
-    file has none or one for another number of classes. The dense layer of the pooling is
-    initialized randomly if the file has none.
+    randomly if the file has none or one for another number of classes. The dense layer of the
+    pooling is initialized randomly if the file has none.
 
     Args:
         name: A folder or a package, as for `find_hub_folder`.
@@ -119,14 +125,16 @@ def load_bert(
         dropout: Dropout rate in training. Defaults to that of the configuration.
 
     Returns:
-        The module, its variables and the tokenizer.
+        The module, its variables, the tokenizer and the names of the classes.
 
     Raises:
-        DataError: If a file is missing, damaged or of another model type, or if weights,
-            configuration and tokenizer do not fit together.
+        DataError: If a file is missing, damaged or of another model type, if weights,
+            configuration and tokenizer do not fit together, or if there are adapters beside the
+            weights.
 
     Warns:
-        UserWarning: If a prefix was removed from the names of the weights.
+        UserWarning: If a layer is initialized randomly, a prefix was removed from the names of the
+            weights, or the folder has several files of weights.
 
     Example:
         >>> import jax, pathlib, tempfile
@@ -138,7 +146,7 @@ def load_bert(
     """
     folder = find_hub_folder(name)
     module = _make_module(folder, num_classes, pooling, dropout)
-    variables = _load_variables(folder, module, key)
+    variables, heads = _load_variables(folder, module, key)
     tokenizer = load_tokenizer(folder)
     # JAX raises no error for an id beyond the end of the embedding table.
     if (largest := max(tokenizer.get_vocab().values())) >= module.vocab_size:
@@ -146,7 +154,8 @@ def load_bert(
             f"the tokenizer in {folder} has the id {largest}, but {_CONFIG} has a vocab_size of "
             f"{module.vocab_size}: use the tokenizer that the model was trained with"
         )
-    return PretrainedBERT(module, variables, tokenizer)
+    names = () if "logits" in heads else _read_class_names(_read_config(folder / _CONFIG))
+    return PretrainedBERT(module, variables, tokenizer, names if len(names) == num_classes else ())
 
 
 def _find_package_folders(name: str) -> list[Path]:
@@ -280,8 +289,24 @@ def _show_scalar(value: Any) -> str:
     return repr(to_text(value)) if isinstance(value, str) else to_text(value)
 
 
-def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
-    """Loads the weights of a folder and initializes the heads that they lack."""
+def _read_class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of a classifier's outputs, or () if it has no names of its own."""
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        return ()
+    values = [names.get(str(label)) for label in range(len(names))]
+    ordered = tuple(name for name in values if isinstance(name, str))
+    # transformers writes LABEL_0, LABEL_1, ... for outputs that nobody has named.
+    is_unnamed = any(map(_UNNAMED.fullmatch, ordered))
+    return () if is_unnamed or len(ordered) < len(values) else ordered
+
+
+def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, Collection[str]]:
+    """Loads the weights of a folder and initializes the heads that they lack.
+
+    Returns:
+        The variables, and the names of the layers that were initialized.
+    """
     init = from_linen(module).init
     try:
         # Shapes alone: the values come from the file, and from `_init_layers` for the heads.
@@ -291,7 +316,7 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
     rules = module.torch_rules()
     file, weights = _read_weights(folder, expected_names(leaves_by_path(target), rules))
     heads = _find_missing_heads(weights, module)
-    prefixes = tuple(heads.values())
+    prefixes = tuple(prefix for prefix, _ in heads.values())
     weights = {name: array for name, array in weights.items() if not name.startswith(prefixes)}
     # Without the missing heads, which are initialized only if all else fits: it takes long.
     params = {layer: leaves for layer, leaves in target["params"].items() if layer not in heads}
@@ -308,25 +333,34 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> dict:
             f"the weights of {file} do not fit {_CONFIG}: {message}; copy both from one model"
         )
     variables["params"] |= _init_layers(init, key, tuple(heads))
-    return jax.tree.map(jnp.asarray, variables)
+    if heads:
+        reasons = " and ".join(
+            f"{_HEAD_NAMES.get(layer, f'the layer {layer}')} is drawn at random: {reason}"
+            for layer, (_, reason) in heads.items()
+        )
+        warnings.warn(f"{folder}: {reasons}; train it before use", stacklevel=3)
+    return jax.tree.map(jnp.asarray, variables), heads.keys()
 
 
 def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.ndarray]]:
     """Reads the weights of a folder under the expected names, as far as it has them."""
-    files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
-    if not files:
+    try:
+        file = find_hub_file(folder)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if file is None:
         raise DataError(
             f"the folder {folder} has no weights: looked for {' and '.join(_WEIGHTS)}, whole or "
             "in shards"
         )
     try:
-        weights, removed = unwrap_names(read_state_dict(files[0]), _add_other_names(expected))
+        weights, removed = unwrap_names(read_state_dict(file), _add_other_names(expected))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot load {files[0]} ({one_line(error)})") from error
+        raise DataError(f"cannot load {file} ({one_line(error)})") from error
     if removed:
         prefixes = " and ".join(map(to_text, removed))
-        warnings.warn(f"removed {prefixes} from the names in {files[0]}", stacklevel=4)
-    return files[0], canonical_names(weights)
+        warnings.warn(f"removed {prefixes} from the names in {file}", stacklevel=4)
+    return file, canonical_names(weights)
 
 
 def _add_other_names(names: set[str]) -> set[str]:
@@ -336,23 +370,28 @@ def _add_other_names(names: set[str]) -> set[str]:
     return names | old | {re.sub(r"(?<=\.LayerNorm)\.bias$", ".beta", name) for name in names}
 
 
-def _find_missing_heads(weights: Mapping[str, np.ndarray], module: BERT) -> dict[str, str]:
+def _find_missing_heads(
+    weights: Mapping[str, np.ndarray], module: BERT
+) -> dict[str, tuple[str, str]]:
     """Finds the layers after the encoder that need random values.
 
     Returns:
-        The prefix of the PyTorch names of each such layer, by its name in Flax.
+        The prefix of the PyTorch names of each such layer, and why it needs them, by its name in
+        Flax.
     """
     heads = {"logits": "classifier."}
     if module.pooling.dense:
         heads[module.pooling.dense] = f"{module.pooling.torch_name}."
     missing = {
-        layer: prefix
+        layer: (prefix, "the file has none")
         for layer, prefix in heads.items()
         if not any(name.startswith(prefix) for name in weights)
     }
     kernel = weights.get("classifier.weight")
     if kernel is not None and kernel.shape[:1] != (module.num_classes,):
-        missing["logits"] = heads["logits"]
+        num_classes = kernel.shape[0] if kernel.ndim else 0
+        reason = f"the file has {num_classes} classes, not {module.num_classes}"
+        missing["logits"] = (heads["logits"], reason)
     return missing
 
 

@@ -14,7 +14,7 @@ from experiments.common import plans, texts
 from jaxkd import losses, runs, transfer
 from jaxkd.distill import LossContext, TrainedModel
 from jaxkd.models import BERT, Outputs, from_linen, mean_pooling
-from jaxkd.weights import read_class_names, to_torch
+from jaxkd.weights import load_weights, read_class_names, to_torch
 
 pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
 
@@ -58,7 +58,7 @@ def sentences(tmp_path_factory):
     return folder
 
 
-def make_bert(folder, words=TOKENS, *, hidden=8, layers=4, heads=2, positions=24):
+def make_bert(folder, words=TOKENS, *, hidden=8, layers=4, heads=2, positions=24, num_classes=10):
     """Writes a hub folder with a random BERT."""
     module = BERT(
         len(words),
@@ -68,6 +68,7 @@ def make_bert(folder, words=TOKENS, *, hidden=8, layers=4, heads=2, positions=24
         heads=heads,
         intermediate=12,
         positions=positions,
+        num_classes=num_classes,
     )
     variables = from_linen(module).init(jax.random.key(0), np.ones((1, 4), np.int32))
     save_file(to_torch(variables, module.torch_rules()), folder / "model.safetensors")
@@ -230,6 +231,28 @@ def test_a_pretrained_student_is_projected_and_starts_from_its_weights(options, 
     data = texts.encode(config, texts.load(config))
     _, student, stage, *_ = make_distilbert_plan(config, data)
     assert stage.start == student.name == "student" and student.variables["params"]["block1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "message"),
+    [
+        (("positive", "negative"), [1, 0], "are in another order: they are matched by name"),
+        (("negative", "positive"), [0, 1], ""),
+        (("bad", "good"), [0, 1], "its fine-tuning starts from bad for negative, and so on"),
+        (("LABEL_0", "LABEL_1"), [0, 1], ""),
+    ],
+)
+def test_a_fine_tuned_classifier_is_matched_by_name(names, order, message, tmp_path, capsys):
+    folder = make_bert(tmp_path, num_classes=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(enumerate(names))
+    (folder / "config.json").write_text(json.dumps(config))
+    kernel = load_weights(folder / "model.safetensors")["classifier.weight"].T
+    bert = texts.load_bert_classifier(str(folder), ("negative", "positive"))
+    np.testing.assert_array_equal(bert.variables["params"]["logits"]["kernel"], kernel[:, order])
+    assert bert.class_names == ("negative", "positive")
+    output = capsys.readouterr().out
+    assert message in output and output.count("\n") == bool(message)
 
 
 @pytest.mark.parametrize(

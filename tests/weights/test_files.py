@@ -85,6 +85,42 @@ def test_a_path_that_is_not_utf8(tmp_path):
         load_weights(path)
 
 
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        (["model_1.safetensors"], "model_1.safetensors"),
+        (["pytorch_model.bin", "model.fp16.safetensors"], "model.fp16.safetensors, pytorch_model."),
+        (["model-00001-of-00002.safetensors"], "model-00001-of-00002.safetensors"),
+        ([INDEX], INDEX),
+    ],
+)
+def test_files_that_are_passed_over_are_named(others, named, tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", FIRST)
+    for name in others:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.warns(UserWarning, match=f"model.safetensors is read and {named}.* passed over"):
+        assert_loads(tmp_path, FIRST)
+    # Nothing is guessed for a file.
+    assert_loads(tmp_path / "model.safetensors", FIRST)
+
+
+def test_other_files_of_a_hub_folder_are_no_weights(tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", FIRST)
+    for name in ("optimizer.bin", "training_args.bin", "tf_model.h5", "config.json", "vocab.txt"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert_loads(tmp_path, FIRST)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_with_adapters_is_refused(name, tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", FIRST)
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(
+        ValueError, match=r"has adapters \(.*: merge the adapters first .*or move th"
+    ):
+        load_weights(tmp_path)
+
+
 # --- shards ---
 
 

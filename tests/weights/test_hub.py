@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxkd.data import DataError, tokens
-from jaxkd.models import from_linen
+from jaxkd.data import DataError, match_classes, tokens
+from jaxkd.models import from_linen, with_class_order
 from jaxkd.models.bert import BERT, distilbert_pooling, mean_pooling
 from jaxkd.weights import hub, load_weights, to_torch
 
@@ -125,6 +125,7 @@ def test_loads_what_was_saved(config, tmp_path):
     chex.assert_tree_all_finite(outputs.logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*is drawn at random")
 @pytest.mark.parametrize("config", [BERT_CONFIG, DISTIL_CONFIG], ids=["bert", "distilbert"])
 def test_missing_heads_are_initialized(config, tmp_path):
     variables = make_folder(tmp_path, config)
@@ -161,12 +162,110 @@ def test_missing_heads_are_initialized(config, tmp_path):
         assert is_same == (name not in ("logits", pooler))
 
 
+@pytest.mark.filterwarnings("ignore:.*is drawn at random")
 def test_classifier_of_other_classes_is_initialized(folder):
     assert load(folder, num_classes=5).variables["params"]["logits"]["kernel"].shape == (8, 5)
     change_weights(
         folder, lambda weights: weights | {"cls.predictions.bias": np.zeros(10, np.float32)}
     )
     load(folder)
+
+
+@pytest.mark.parametrize(
+    ("removed", "num_classes", "message"),
+    [
+        (["classifier"], 3, "the classifier is drawn at random: the file has none; train it"),
+        ([], 5, "the classifier is drawn at random: the file has 3 classes, not 5; train it"),
+        (["bert.pooler"], 3, "the layer pooler is drawn at random: the file has none; train it"),
+        (
+            ["classifier", "bert.pooler"],
+            3,
+            "classifier is drawn at random: the file has none and the layer pooler is drawn at ran",
+        ),
+    ],
+)
+def test_layers_that_are_drawn_at_random_are_named(removed, num_classes, message, folder):
+    change_weights(
+        folder,
+        lambda weights: {
+            k: a for k, a in weights.items() if not k.startswith(tuple(removed) or "-")
+        },
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        load(folder, num_classes=num_classes)
+    assert len(caught) == 1 and len(str(caught[0].message)) - len(str(folder)) <= 250
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"0": "positive", "1": "negative", "2": "neutral"}, ("positive", "negative", "neutral")),
+        ({"2": "c", "0": "a", "1": "b"}, ("a", "b", "c")),
+        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, ()),
+        ({"0": "a", "1": "b"}, ()),
+        ({"1": "a", "2": "b", "3": "c"}, ()),
+        ({"0": "a", "1": "b", "2": 3}, ()),
+        (["a", "b", "c"], ()),
+        (None, ()),
+    ],
+)
+def test_the_configuration_names_the_classes(names, expected, folder):
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | {"id2label": names}))
+    assert load(folder).class_names == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*the classifier is drawn at random")
+def test_a_random_classifier_has_no_classes(folder):
+    names = {"0": "a", "1": "b", "2": "c"}
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | {"id2label": names}))
+    change_weights(
+        folder, lambda weights: {k: a for k, a in weights.items() if not k.startswith("classifier")}
+    )
+    assert load(folder).class_names == ()
+
+
+def test_a_teacher_is_brought_into_the_order_of_the_data(folder):
+    names = {"0": "positive", "1": "negative", "2": "neutral"}
+    (folder / "config.json").write_text(json.dumps(BERT_CONFIG | {"id2label": names}))
+    bert = load(folder)
+    order = match_classes(bert.class_names, ["negative", "neutral", "positive"])
+    model = from_linen(bert.module)
+    ids = np.array([[2, 5, 3]])
+    logits = model.apply(bert.variables, ids, train=False)[0].logits
+    ordered = with_class_order(model, order).apply(bert.variables, ids, train=False)[0].logits
+    np.testing.assert_array_equal(ordered, logits[:, [1, 2, 0]])
+
+
+def test_another_file_of_weights_is_named(folder):
+    before = load(folder).variables
+    save_file({"a": np.zeros(1)}, folder / "model_1.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    message = "model.safetensors is read and model_1.safetensors, pytorch_model.bin passed over"
+    with pytest.warns(UserWarning, match=message) as caught:
+        chex.assert_trees_all_equal(load(folder).variables, before)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_adapters_beside_the_weights_are_refused(name, alone, folder):
+    (folder / name).write_text("{}")
+    if alone:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=rf"has adapters \({name}\): merge the adapters first"):
+        load(folder)
+
+
+def test_adapters_in_the_weights_are_refused(folder):
+    name = "bert.encoder.layer.0.attention.self.query"
+
+    def add(weights):
+        base = {f"{name}.base_layer.weight": weights.pop(f"{name}.weight")}
+        return weights | base | {f"{name}.lora_A.default.weight": np.ones((2, 8), np.float32)}
+
+    change_weights(folder, add)
+    with pytest.raises(DataError, match="do not fit: the file holds LoRA adapters, 2 arrays such"):
+        load(folder)
 
 
 def test_pooling_and_dropout_by_keyword(folder):
@@ -242,6 +341,7 @@ def test_shards(form, folder):
         load(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*is drawn at random")
 @pytest.mark.parametrize(
     ("prefix", "headless"),
     [
@@ -499,7 +599,8 @@ def minilm():
     assert hashlib.sha256(content).hexdigest() == digest, (
         "the expected values below are of another file"
     )
-    return hub.load_bert(MINILM, num_classes=2, key=KEY, pooling=mean_pooling)
+    with pytest.warns(UserWarning, match="the classifier is drawn at random: the file has none"):
+        return hub.load_bert(MINILM, num_classes=2, key=KEY, pooling=mean_pooling)
 
 
 @needs_minilm
