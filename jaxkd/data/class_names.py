@@ -1,15 +1,24 @@
 """The order of classes, and the match between those of a teacher and those of the data."""
 
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Sequence
+from decimal import Decimal
 
 import numpy as np
 
-from jaxkd._messages import list_some
+from jaxkd._messages import list_some, shorten
 from jaxkd.data.errors import DataError
 
 # Not str.isdigit, which is true of "²" and "①". Python refuses to convert thousands of digits.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
+_DECIMAL = re.compile(r"[+-]?[0-9]{0,300}\.?[0-9]{1,300}\.?(e[+-]?[0-9]{1,2})?", re.I)
+
+_MISSING = frozenset((
+    "nan", "NaN", "NAN", "-nan", "None", "NA", "<NA>", "#N/A", "N/A", "n/a", "NaT", "null", "NULL",
+    "\\N", "?", "-", "-100",
+))  # fmt: skip
+"""What programs write for a missing value. A person may call a class `none` or `NONE`."""
 
 
 def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
@@ -40,7 +49,8 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
         order of the data; `jaxkd.models.with_class_order` makes a model of it.
 
     Raises:
-        DataError: If the names are not the same, or a name occurs twice.
+        DataError: If the names are not the same, or a name occurs twice. The message says so if two
+            names are the same but for their spelling.
 
     Example:
         >>> match_classes(["cat", "dog", "ant"], ["ant", "cat", "dog"]).tolist()
@@ -48,6 +58,10 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
     """
     missing = set(names) - set(teacher_names)
     unknown = set(teacher_names) - set(names)
+    if respelled := describe_respelling(unknown, missing):
+        raise DataError(
+            f"the teacher's and the data's classes {respelled}: rename one before they are matched"
+        )
     if missing or unknown:
         sides = (("the data", missing), ("the teacher", unknown))
         difference = " and ".join(
@@ -61,6 +75,80 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
         raise DataError("a class has several outputs: each name must occur once")
     outputs = {name: output for output, name in enumerate(teacher_names)}
     return np.array([outputs[name] for name in names], np.int32)
+
+
+def describe_respelling(names: Iterable[str], others: Iterable[str]) -> str:
+    """Says which two names, one of each collection, are the same but for their spelling.
+
+    Args:
+        names: Some names.
+        others: Other names, or the same.
+
+    Returns:
+        The names and how they differ; empty if there are no such names.
+
+    Example:
+        >>> names = ["Positive", "negative", "positive"]
+        >>> describe_respelling(names, names)
+        "'Positive' and 'positive' differ in case only"
+        >>> describe_respelling(["1", "01"], ["1.0"])
+        "'1' and '1.0' differ in number format only"
+    """
+    names, others = sort_classes(names), sort_classes(others)
+    forms = {name: name for name in (*names, *others)}
+    for difference, simplify in _SPELLINGS:
+        forms = {name: simplify(form) for name, form in forms.items()}
+        by_form: dict[str, str] = {}
+        for name in names:
+            by_form.setdefault(forms[name], name)
+        for other in others:
+            name = by_form.get(forms[other], other)
+            if name != other:
+                quoted, other_quoted = (shorten(repr(shown), 40) for shown in (name, other))
+                return f"{quoted} and {other_quoted} differ in {difference} only"
+    return ""
+
+
+def find_missing_label(class_names: Collection[str]) -> str:
+    """Finds the name of a class that programs write for a missing label.
+
+    Args:
+        class_names: The names of all classes.
+
+    Returns:
+        The first such name; empty if there is none, or no other name.
+
+    Example:
+        >>> find_missing_label(["0", "1", "nan"])
+        'nan'
+        >>> find_missing_label(["+", "-"])
+        ''
+    """
+    # A minus beside a plus is a class.
+    missing = sorted(_MISSING.intersection(class_names) - ({"-"} if "+" in class_names else set()))
+    return missing[0] if missing and len(missing) < len(set(class_names)) else ""
+
+
+def _without_invisible(name: str) -> str:
+    return "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+
+
+def _simplify_number(name: str) -> str:
+    # Integers are classes as they are written: 1, 01 and 001 differ.
+    if _INTEGER.fullmatch(name) or not _DECIMAL.fullmatch(name):
+        return name
+    value = Decimal(name)
+    return str(int(value)) if value == value.to_integral_value() else str(value.normalize())
+
+
+# Each comes on top of those before it.
+_SPELLINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("Unicode normalisation (NFC or NFD)", lambda name: unicodedata.normalize("NFC", name)),
+    ("invisible characters", _without_invisible),
+    ("blanks", lambda name: " ".join(name.split())),
+    ("number format", _simplify_number),
+    ("case", str.casefold),
+)
 
 
 def _sort_key(name: str) -> tuple[bool, int, str]:

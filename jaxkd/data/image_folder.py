@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import unicodedata
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxkd._messages import list_some, shorten, to_one_line
-from jaxkd.data.class_names import sort_classes
+from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
 from jaxkd.data.dataset import Split
 from jaxkd.data.errors import DataError, import_or_raise, one_line, warn
 from jaxkd.data.progress import track
-from jaxkd.data.text_files import FILE_NAMES
+from jaxkd.data.text_files import FILE_NAMES, check_different
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,11 +61,12 @@ def read_image_folder(
     Returns:
         Training split, test split, class names and, if there is one, the validation split. Images
         are uint8 `[N, image_size, image_size, 3]`. Warnings say which files were passed over, which
-        sub-folders were read, and how many images have transparent parts.
+        sub-folders were read, how many images have transparent parts or are animated, and which
+        names of classes are alike or usually mean a missing label.
 
     Raises:
-        DataError: If a folder is missing or empty, the splits differ in their classes, there is
-            only one class, or an image is damaged or not a regular file.
+        DataError: If a folder is missing or empty, the splits differ in their classes or share a
+            folder, there is only one class, or an image is damaged or not a regular file.
     """
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}: check the path")
@@ -77,8 +79,12 @@ def read_image_folder(
     parts = {"train": path / "train", "test": path / "test"}
     if (validation := _find_validation(path)) is not None:
         parts["validation"] = validation
+    # A part or a class may be a link.
+    for name in ("", *class_names):
+        check_different(part / name for part in parts.values() if (part / name).is_dir())
     for part in parts.values():
         _check_same_classes(path, class_names, part)
+    _warn_of_names(path / "train", class_names)
     listings = {
         split: [_list_images(part / name) for name in class_names] for split, part in parts.items()
     }
@@ -149,10 +155,12 @@ def _class_names(part: Path) -> tuple[str, ...]:
     for name in names:
         # Class names are printed and saved with the weights.
         if to_one_line(name) != name:
-            raise DataError(
-                f"{part} has the class folder {name!r}, whose name is not printable UTF-8: "
-                "rename it"
+            # Control characters, and the bytes that are not UTF-8.
+            is_printable = not {"Cc", "Cs"}.intersection(map(unicodedata.category, name))
+            fault = (
+                "has blanks at an end or unusual ones" if is_printable else "is not printable UTF-8"
             )
+            raise DataError(f"{part} has the class folder {name!r}, whose name {fault}: rename it")
     return sort_classes(names)
 
 
@@ -168,9 +176,15 @@ def _find_validation(path: Path) -> Path | None:
 
 def _check_same_classes(path: Path, train_names: tuple[str, ...], part: Path) -> None:
     names = _class_names(part)
+    only_train, only_part = set(train_names) - set(names), set(names) - set(train_names)
+    if respelled := describe_respelling(only_train, only_part):
+        raise DataError(
+            f"{path}: the class folders {respelled}, the first in train, the second in "
+            f"{part.name}: rename one"
+        )
     missing_names = {
-        part.name: set(train_names) - set(names),
-        "train": set(names) - set(train_names),
+        part.name: only_train,
+        "train": only_part,
     }
     for lacking, missing in missing_names.items():
         if missing:
@@ -178,6 +192,17 @@ def _check_same_classes(path: Path, train_names: tuple[str, ...], part: Path) ->
                 f"{path / lacking} lacks the class folders {list_some(sort_classes(missing))}: "
                 "add or remove them"
             )
+
+
+def _warn_of_names(part: Path, class_names: tuple[str, ...]) -> None:
+    # Not an error, unlike for texts: a person names a folder, a program often writes a label.
+    if respelled := describe_respelling(class_names, class_names):
+        warn(f"{part}: the classes {respelled}: rename one if they are the same class")
+    if missing := find_missing_label(class_names):
+        warn(
+            f"{part}: the name of the class folder {missing!r} usually means a missing label: "
+            "remove the folder unless it is a class"
+        )
 
 
 def _list_images(folder: Path) -> _Listing:

@@ -11,13 +11,14 @@ import numpy as np
 
 from jaxkd._messages import list_some, shorten
 from jaxkd.data import tables, tfds_prepare, tfds_texts
-from jaxkd.data.class_names import sort_classes
+from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
 from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
     TEST_SEED,
     VALIDATION_SEED,
     LineOrigins,
+    check_different,
     hold_out_tenth,
     iterate_lines,
     line_origin,
@@ -214,10 +215,18 @@ def _read_folder(
         raise DataError(
             f"{folder} has no {missing}.tsv: each line of it is a text, a tab and a class"
         )
+    check_different(filter(None, paths.values()))
     split_tables = _read_tables(paths, text_column, label_column, max_unpacked)
     train = split_tables["train"]
     others = [table for table in split_tables.values() if table is not train]
     tables.check_first_line(paths["train"], train, others)
+    for split, table in split_tables.items():
+        missing = find_missing_label({*train.labels, *table.labels})
+        if missing in table.labels:
+            raise DataError(
+                f"{paths[split]}: {table.labels.count(missing):,} labels are {missing!r}, which "
+                "usually means missing: remove these lines, or rename the class if it is one"
+            )
     class_names = _sort_known_classes(paths["train"], train, others)
     if "test" not in split_tables:
         _warn_of_test_set(str(folder), has_validation="validation" in split_tables)
@@ -288,6 +297,8 @@ def _sort_known_classes(
         for index, label in enumerate(table.labels):
             if label not in known and label not in unseen:
                 unseen[label] = table.origins[index]
+    if respelled := describe_respelling(class_names, {*class_names, *unseen}):
+        raise DataError(f"{path}: the classes {respelled}: rename one in all files")
     if unseen:
         raise DataError(
             f"{path} must have all classes: it lacks {list_some(map(repr, unseen))}, which "

@@ -1,9 +1,10 @@
 """File names, held-out sets and line-by-line reading, shared by all datasets of texts."""
 
 import gzip
+import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -74,6 +75,15 @@ def iterate_lines(path: Path, *, max_unpacked: int | None = None) -> Iterator[st
     if not text:
         raise DataError(f"{path} is empty: it must hold one text a line")
     return split_lines(text)
+
+
+def check_different(paths: Iterable[Path]) -> None:
+    """Raises `DataError` if two paths, of which each is that of a split, are one file or folder."""
+    for first, second in itertools.combinations(paths, 2):
+        if os.path.samefile(first, second):
+            raise DataError(
+                f"{first} and {second} are the same: a split must not have the examples of another"
+            )
 
 
 def split_lines(text: str) -> Iterator[str]:

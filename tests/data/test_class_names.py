@@ -3,11 +3,13 @@
 import itertools
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 
 from jaxkd.data import DataError, match_classes, sort_classes
+from jaxkd.data.class_names import describe_respelling, find_missing_label
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,68 @@ def test_different_classes_are_refused_in_a_short_line(teacher_names, names, mes
     with pytest.raises(DataError, match=message) as error:
         match_classes(teacher_names, names)
     assert len(str(error.value)) <= 300
+
+
+CAFE = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+
+
+@pytest.mark.parametrize(
+    ("names", "difference"),
+    [
+        (CAFE, "Unicode normalisation (NFC or NFD)"),
+        (("neg", "neg\u200b"), "invisible characters"),
+        (("very good", "very\xa0good"), "blanks"),
+        (("very good", "very  good"), "blanks"),
+        (("1", "1.0"), "number format"),
+        (("1", "1.000000000000000000e+00"), "number format"),
+        (("0.5", ".50"), "number format"),
+        (("0", "-0.0"), "number format"),
+        (("Cat", "cat"), "case"),
+        (("True", "TRUE"), "case"),
+        (("STRASSE", "straße"), "case"),
+    ],
+)
+def test_names_that_differ_in_spelling_only(names, difference):
+    both = (*names, "other")
+    found = describe_respelling(both, both)
+    assert found.endswith(f" differ in {difference} only") and "\n" not in found
+    assert all(" ".join(repr(name).split()) in found for name in names)
+    assert describe_respelling(names[:1], names[1:]).endswith(f" differ in {difference} only")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("1", "01", "001", "2.5"), ("²", "2", "①"), ("nan", "inf"), ("9" * 5000, "1e99999999"), ()],
+)
+def test_names_that_differ_in_more_than_spelling(names):
+    assert describe_respelling(names, names) == ""
+
+
+def test_long_names_are_quoted_in_part():
+    names = "x" * 5000, "X" * 5000
+    assert len(describe_respelling(names, names)) < 150
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("0", "1", "nan"), "nan"),
+        (("0", "None"), "None"),
+        (("favor", "against", "none"), ""),
+        (("favor", "NONE"), ""),
+        (("-", "+"), ""),
+        (("-", "a"), "-"),
+        (("nan", "?"), ""),
+        (("0", "-1"), ""),
+        (("0", "-100"), "-100"),
+    ],
+)
+def test_names_of_missing_labels(names, missing):
+    assert find_missing_label(names) == missing
+
+
+@pytest.mark.parametrize("names", [CAFE, ("Cat", "cat")])
+def test_teacher_s_classes_of_another_spelling_are_named(names):
+    with pytest.raises(DataError, match="the teacher's and the data's classes .* differ in") as e:
+        match_classes((names[0], "tea"), (names[1], "tea"))
+    assert len(str(e.value)) <= 300

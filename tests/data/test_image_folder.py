@@ -1,7 +1,9 @@
 import io
 import os
 import random
+import shutil
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -315,6 +317,52 @@ def test_what_is_not_a_regular_file_is_refused(kind, photos):
     else:
         path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
     with pytest.raises(data.DataError, match="x.jpg is not a regular file: replace or delete it"):
+        data.load(photos)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take them for one name")
+def test_class_folders_of_one_name_in_two_spellings(photos):
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    save(photos / "train" / nfc / "0.png")
+    save(photos / "test" / nfd / "0.png")
+    message = (
+        r"normalisation \(NFC or NFD\) only, the first in train, the second in test: rename one"
+    )
+    with pytest.raises(data.DataError, match=message):
+        data.load(photos)
+    (photos / "test" / nfd).rename(photos / "test" / nfc)
+    for part in ("train", "test"):
+        save(photos / part / "Lime" / "0.png")
+    message = "train: the classes 'Lime' and 'lime' differ in case only: rename one if they are the"
+    with pytest.warns(UserWarning, match=message) as said:
+        dataset = data.load(photos, image_size=4)
+    assert dataset.class_names == ("Lime", "apple", nfc, "lime")
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_class_folder_of_missing_labels_is_said(photos):
+    for part in ("train", "test"):
+        save(photos / part / "nan" / "0.png")
+    with pytest.warns(UserWarning, match="train: the name of the class folder 'nan' usually means"):
+        assert "nan" in data.load(photos, image_size=4).class_names
+
+
+@pytest.mark.parametrize("name", ["pear ", " pear", "ripe  pear", "ripe\xa0pear"])
+def test_class_folder_with_odd_blanks_is_refused(name, photos):
+    save(photos / "train" / name / "0.png")
+    with pytest.raises(data.DataError, match="whose name has blanks at an end or unusual ones: r"):
+        data.load(photos)
+
+
+@pytest.mark.parametrize("name", ["", "lime"])
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_a_split_that_is_a_link_to_another_is_refused(name, part, photos):
+    if part == "val":
+        for label in ("apple", "lime"):
+            save(photos / part / label / "0.png")
+    shutil.rmtree(photos / part / name)
+    (photos / part / name).symlink_to(photos / "train" / name)
+    with pytest.raises(data.DataError, match=rf"/train.* and .*/{part}.* are the same: a split"):
         data.load(photos)
 
 

@@ -297,7 +297,37 @@ def test_a_text_for_each_class_needs_both_columns_named(load):
     assert len(load({"train.tsv": rows, "test.tsv": rows}, **options).class_names) == 30
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("Good", "good", "bad"), "train.tsv: the classes 'Good' and 'good' differ in case only"),
+        (("1", "1.0", "0"), "the classes '1' and '1.0' differ in number format only: rename one"),
+        (("0", "1", "nan"), "train.tsv: 10 labels are 'nan', which usually means missing: remove"),
+        (("0", "1", "None"), "10 labels are 'None', which usually means missing"),
+    ],
+)
+def test_classes_that_are_surely_wrong(load, names, message):
+    rows = [(f"review {i}", names[i % 3]) for i in range(30)]
+    with pytest.raises(DataError, match=message) as error:
+        load({"train.tsv": rows, "test.tsv": rows[:3]})
+    assert len(str(error.value)) <= 300
+
+
+def test_classes_that_another_table_spells_in_another_way(load):
+    message = "train.tsv: the classes 'good' and 'GOOD' differ in case only: rename one"
+    with pytest.raises(DataError, match=message):
+        load({"train.tsv": ROWS, "test.tsv": [*TEST, ("review 32", "GOOD")]})
+    with pytest.raises(DataError, match="test.tsv: 1 labels are 'NA', which usually means missing"):
+        load({"train.tsv": ROWS, "test.tsv": [*TEST, ("review 32", "NA")]})
+
+
 # Files
+
+
+def test_a_table_that_is_a_link_to_another_is_refused(load, tmp_path):
+    (tmp_path / "test.tsv").symlink_to(tmp_path / "train.tsv")
+    with pytest.raises(DataError, match=r"train.tsv and .*test.tsv are the same: a split must not"):
+        load({"train.tsv": ROWS})
 
 
 def test_csv_with_quotes_and_line_breaks(load):
