@@ -1,11 +1,14 @@
 """Images and labels in three splits, with the checks and the cuts that all sources share."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxkd.data.errors import DataError
+from jaxkd._messages import list_some
+from jaxkd.data.errors import DataError, warn
 
 # Seeds of the held-out sets. They are part of a dataset: another seed changes every result.
 _VALIDATION_SEED = 0
@@ -63,10 +66,12 @@ def make_dataset(
 
     Returns:
         The dataset. Equal calls hold out the same images, and each split keeps the source's order.
+        Each class keeps a training image. A warning names the classes of which no image is held
+        out.
 
     Raises:
         DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has
-            no class.
+            no class; or if there are only classes of one image to hold images out from.
     """
     splits = [("train", train, 2), ("test", test, 1)]
     if validation is not None:
@@ -77,7 +82,9 @@ def make_dataset(
         _check_labels(f"{name}: {split_name}", split.labels, len(class_names))
     if validation is None:
         count = max(1, len(train.labels) // 10)
+        labels = train.labels
         train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
+        warn_of_lacking_classes(name, "validation", validation.labels, labels, class_names)
     return Dataset(train, validation, test, class_names)
 
 
@@ -90,19 +97,96 @@ def hold_out(split: Split, count: int, *, key: jax.Array) -> tuple[Split, Split]
         key: A key.
 
     Returns:
-        The remaining and the held-out examples, both in the order of `split`.
+        The remaining and the held-out examples, both in the order of `split`. No class loses its
+        last example: others are held out in its place, or fewer than `count` if there are none.
+
+    Raises:
+        DataError: If each class has only one example.
     """
-    remaining, held_out = hold_out_indices(len(split.labels), count, key=key)
+    remaining, held_out = hold_out_indices(len(split.labels), count, key=key, labels=split.labels)
     return (
         Split(split.images[remaining], split.labels[remaining]),
         Split(split.images[held_out], split.labels[held_out]),
     )
 
 
-def hold_out_indices(total: int, count: int, *, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `count` of `total` indices; returns the remaining and the drawn ones, both sorted."""
+def hold_out_indices(
+    total: int, count: int, *, key: jax.Array, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` of `total` indices.
+
+    Args:
+        total: Number of examples.
+        count: Number of indices to draw.
+        key: A key.
+        labels: `[total]`, the class of each example, of which none may lose its last one; `None`
+            for examples without classes.
+
+    Returns:
+        The remaining and the drawn indices, both sorted.
+
+    Raises:
+        DataError: If each class has only one example.
+    """
     order = np.asarray(jax.random.permutation(key, total))
-    return np.sort(order[count:]), np.sort(order[:count])
+    held_out, remaining = order[:count], order[count:]
+    if labels is not None and len(lost := np.setdiff1d(labels, labels[remaining])):
+        held_out, remaining = _keep_classes(held_out, remaining, labels, set(lost.tolist()))
+    return np.sort(remaining), np.sort(held_out)
+
+
+def _keep_classes(
+    held_out: np.ndarray, remaining: np.ndarray, labels: np.ndarray, lost: set[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exchanges the last drawn example of each lost class for the next of a class with several.
+
+    Every other example stays where it was drawn, so that the split changes as little as possible.
+    """
+    returned = []
+    for index in held_out[::-1].tolist():
+        if (label := int(labels[index])) in lost:
+            lost.discard(label)
+            returned.append(index)
+    counts = Counter(labels[remaining].tolist())
+    taken = []
+    for index in remaining.tolist():
+        if len(taken) < len(returned) and counts[int(labels[index])] > 1:
+            counts[int(labels[index])] -= 1
+            taken.append(index)
+    held_out = np.array([*np.setdiff1d(held_out, returned), *taken], np.int64)
+    if not len(held_out):
+        raise DataError(
+            "each class has only one training example, so none can be held out: add examples, "
+            "or a validation and a test set"
+        )
+    return held_out, np.array([*np.setdiff1d(remaining, taken), *returned], np.int64)
+
+
+def warn_of_lacking_classes(
+    name: str,
+    split: str,
+    labels: np.ndarray,
+    train_labels: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """Says which classes of the training examples have none in what was held out from them.
+
+    Nothing is said of fewer than 20 training examples, of which one is held out.
+
+    Args:
+        name: The dataset's name.
+        split: The name of what was held out.
+        labels: Its labels.
+        train_labels: The labels of the training examples before.
+        class_names: Name of each class, by label.
+    """
+    lacking = sorted(set(train_labels.tolist()) - set(labels.tolist()))
+    if lacking and len(train_labels) // 10 > 1:
+        shown = list_some([class_names[label] for label in lacking], limit=30)
+        warn(
+            f"{name}: {len(lacking):,} of {len(class_names):,} classes are not in the {split} set, "
+            f"which was held out from the training set: {shown}"
+        )
 
 
 def hold_out_test(train: Split) -> tuple[Split, Split]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxkd._messages import list_some, shorten
 from jaxkd.data import tables, tfds_prepare, tfds_texts
 from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
+from jaxkd.data.dataset import warn_of_lacking_classes
 from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
@@ -235,7 +236,7 @@ def _read_folder(
     for split, table in split_tables.items():
         labels = np.array([indices[label] for label in table.labels], np.int32)
         splits[split] = Texts(table.texts, labels, table.origins)
-    return _make_text_dataset(splits, class_names)
+    return _make_text_dataset(str(folder), splits, class_names)
 
 
 def _read_tables(
@@ -271,7 +272,7 @@ def _read_tfds(name: str, data_dir: Path) -> TextDataset:
     if "test" not in splits:
         _warn_of_test_set(name, has_validation="validation" in splits)
     return _make_text_dataset(
-        {split: Texts(*columns) for split, columns in splits.items()}, class_names
+        name, {split: Texts(*columns) for split, columns in splits.items()}, class_names
     )
 
 
@@ -317,7 +318,9 @@ def _warn_of_test_set(name: str, *, has_validation: bool) -> None:
     warn(f"{name}: there is no test set with classes; {substitute} is the test set")
 
 
-def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> TextDataset:
+def _make_text_dataset(
+    name: str, splits: dict[str, Texts], class_names: Sequence[str]
+) -> TextDataset:
     """Makes a dataset, and holds out a tenth of the training texts for each missing set."""
     train, validation, test = (splits.get(split) for split in ("train", "validation", "test"))
     if train is None:
@@ -329,12 +332,20 @@ def _make_text_dataset(splits: dict[str, Texts], class_names: Sequence[str]) -> 
     if test is None:
         validation, test = None, validation
     if test is None:
-        indices, test_indices = hold_out_tenth(len(train.texts), TEST_SEED)
-        train, test = _select_texts(train, indices), _select_texts(train, test_indices)
+        train, test = _hold_out(name, "test", train, TEST_SEED, class_names)
     if validation is None:
-        indices, validation_indices = hold_out_tenth(len(train.texts), VALIDATION_SEED)
-        train, validation = _select_texts(train, indices), _select_texts(train, validation_indices)
+        train, validation = _hold_out(name, "validation", train, VALIDATION_SEED, class_names)
     return TextDataset(train, validation, test, tuple(class_names))
+
+
+def _hold_out(
+    name: str, split: str, train: Texts, seed: int, class_names: Sequence[str]
+) -> tuple[Texts, Texts]:
+    """Returns the remaining texts and a tenth that is held out."""
+    indices, held_out = hold_out_tenth(len(train.texts), seed, train.labels)
+    labels = train.labels[held_out]
+    warn_of_lacking_classes(name, split, labels, train.labels, class_names)
+    return _select_texts(train, indices), _select_texts(train, held_out)
 
 
 def _select_texts(split: Texts, indices: np.ndarray) -> Texts:

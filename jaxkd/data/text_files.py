@@ -151,19 +151,23 @@ def strip_text(text: str, origin: str) -> str:
     return text.strip()
 
 
-def hold_out_tenth(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out_tenth(
+    count: int, seed: int, labels: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Divides indices into the remaining and a tenth that is held out, both sorted.
 
     Args:
         count: Number of texts.
         seed: Draws the tenth; `TEST_SEED` or `VALIDATION_SEED`.
+        labels: `[count]`, the class of each text, of which none may lose its last one; `None` for
+            texts without classes.
 
     Raises:
-        DataError: If there are fewer than two texts.
+        DataError: If there are fewer than two texts, or each class has only one.
     """
     if count < 2:
         raise DataError(f"{count} texts cannot be divided: more are needed")
-    return hold_out_indices(count, max(1, count // 10), key=fixed_key(seed))
+    return hold_out_indices(count, max(1, count // 10), key=fixed_key(seed), labels=labels)
 
 
 def _unpack(path: Path, max_unpacked: int | None) -> bytearray:

@@ -16,7 +16,7 @@ def make(train, test=None):
 
 
 @pytest.mark.parametrize(
-    ("count", "validation"), [(2, 1), (9, 1), (10, 1), (19, 1), (20, 2), (200, 20)]
+    ("count", "validation"), [(3, 1), (9, 1), (10, 1), (19, 1), (20, 2), (200, 20)]
 )
 def test_validation_is_a_tenth_and_at_least_one(count, validation):
     result = make(numbered(count))
@@ -39,6 +39,72 @@ def test_held_out_examples_keep_order_and_labels():
 def test_validation_set_is_fixed():
     # Recorded with jax 0.12; another value changes every result with a validation set.
     assert make(numbered(50)).validation.images[:, 0, 0, 0].tolist() == [0, 1, 19, 36, 40]
+
+
+@pytest.mark.parametrize(("count", "num_classes"), [(50_000, 10), (10_000, 100), (60, 3)])
+def test_split_in_which_no_class_is_lost_is_that_of_the_permutation(count, num_classes):
+    labels = np.random.default_rng(0).integers(0, num_classes, count)
+    key = dataset.fixed_key(0)
+    order = np.asarray(jax.random.permutation(key, count))
+    expected = np.sort(order[count // 10 :]), np.sort(order[: count // 10])
+    split = dataset.hold_out_indices(count, count // 10, key=key, labels=labels)
+    chex.assert_trees_all_equal(split, expected)
+
+
+RARE = np.r_[np.repeat(np.arange(6), 4), np.arange(6, 30)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_held_out"),
+    [
+        (RARE, 6),
+        (np.repeat(np.arange(20), 2), 5),
+        # Only the first class has an example to spare.
+        (np.r_[0, 0, np.arange(1, 39)], 1),
+        (np.array([0, 1, 0]), 1),
+    ],
+)
+def test_no_class_loses_its_last_training_example(labels, num_held_out):
+    for seed in range(20):
+        key = jax.random.key(seed)
+        count = max(1, len(labels) // 8)
+        remaining, held_out = dataset.hold_out_indices(len(labels), count, key=key, labels=labels)
+        assert set(labels[remaining]) == set(labels)
+        assert sorted([*remaining, *held_out]) == list(range(len(labels)))
+        assert (np.diff(remaining) > 0).all() and (np.diff(held_out) > 0).all()
+        assert len(held_out) == min(num_held_out, count)
+
+
+def test_examples_of_other_classes_stay_where_they_were_drawn():
+    key = jax.random.key(0)
+    drawn = dataset.hold_out_indices(len(RARE), 8, key=key)[1]
+    held_out = dataset.hold_out_indices(len(RARE), 8, key=key, labels=RARE)[1]
+    is_common = RARE[drawn] < 6
+    assert is_common.any() and not is_common.all()
+    assert set(drawn[is_common]) <= set(held_out) and len(held_out) == 8
+    again = dataset.hold_out_indices(len(RARE), 8, key=key, labels=RARE)[1]
+    np.testing.assert_array_equal(held_out, again)
+
+
+def test_classes_of_one_example_cannot_be_held_out():
+    with pytest.raises(DataError, match="each class has only one training example, so none can be"):
+        make(numbered(2))
+
+
+def test_classes_that_validation_lacks_are_said():
+    train = Split(numbered(48).images, RARE.astype(np.int32))
+    names = tuple(f"class {label}" for label in range(30))
+    message = r"^set: 2. of 30 classes are not in the validation set, which was held .*: class 1, "
+    with pytest.warns(UserWarning, match=message) as said:
+        result = dataset.make_dataset("set", train, numbered(3), names)
+    assert [warning.filename for warning in said] == [__file__]
+    assert len(str(said[0].message)) <= 300
+    assert set(result.train.labels) == set(range(30)) and len(result.validation.labels) == 4
+
+
+def test_test_set_that_is_held_out_leaves_each_class_in_the_training_set():
+    train = dataset.hold_out_test(Split(numbered(48).images, RARE.astype(np.int32)))[0]
+    assert set(train.labels) == set(range(30))
 
 
 def test_held_out_examples_do_not_depend_on_the_default_generator():

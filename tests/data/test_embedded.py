@@ -32,6 +32,14 @@ def test_content_is_what_results_were_measured_on():
     )
 
 
+def test_validation_set_is_what_results_were_measured_on():
+    images = data.load("fashion_mnist_mini").validation.images
+    assert (
+        hashlib.sha256(images.tobytes()).hexdigest()
+        == "46ff2f65d647149f956f55670183bbc579e9b82d4b7ecd855f7e8c711b22f8bc"
+    )
+
+
 def test_classes_look_like_their_names():
     train, _, class_names = embedded.read_embedded()
     brightness = {

@@ -7,6 +7,9 @@ import pytest
 
 from jaxkd.data import DataError, text
 
+# The texts of a class are few here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*classes are not in the validation set")
+
 CLASSES = ("bad", "good")
 ROWS = [(f"review {i}", CLASSES[i % 2]) for i in range(30)]
 
@@ -294,7 +297,10 @@ def test_a_text_for_each_class_needs_both_columns_named(load):
     with pytest.raises(DataError, match="has 30 classes in 30 texts, more than 50%"):
         load({"train.tsv": rows, "test.tsv": rows})
     options = {"text_column": "text", "label_column": "label"}
-    assert len(load({"train.tsv": rows, "test.tsv": rows}, **options).class_names) == 30
+    files = {"train.tsv": rows, "test.tsv": rows}
+    with pytest.raises(DataError, match="each class has only one training example, so none can be"):
+        load(files, **options)
+    assert len(load(files | {"dev.tsv": rows}, **options).class_names) == 30
 
 
 @pytest.mark.parametrize(

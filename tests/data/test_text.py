@@ -40,6 +40,18 @@ def test_classes_are_sorted_by_name_and_a_tenth_is_for_validation(folder):
     assert text.load_texts(folder).train.texts == dataset.train.texts
 
 
+def test_rare_classes_keep_a_training_text_and_are_said(folder):
+    lines = [f"good film {i}\tgood" for i in range(20)] + ["odd film\todd", "bad film\tbad"]
+    lines += [f"dull film {i}\tdull" for i in range(2)]
+    for start in (0, 5, 10, 15):
+        # Another order, so that other texts are drawn.
+        write(folder, "train.tsv", lines[start:] + lines[:start])
+        with pytest.warns(UserWarning, match="of 4 classes are not in the validation set, which"):
+            dataset = text.load_texts(folder)
+        assert set(dataset.train.labels) == {0, 1, 2, 3}
+        assert [len(split.texts) for split in dataset[:2]] == [22, 2]
+
+
 def test_numbers_sort_as_numbers_and_a_header_is_skipped(folder):
     write(folder, "train.tsv", ["sentence\tlabel", *(f"text {i}\t{i}" for i in (10, 9, 0) * 2)])
     write(folder, "dev.tsv.gz", ["another\t9"])
