@@ -58,7 +58,9 @@ class SoftTargetOptions(common_options.SoftTargetOptions, Options):
 
 def load(options: Options) -> data.Dataset:
     """Loads the images that the options name."""
-    dataset = data.load(options.dataset, options.data_dir, image_size=options.image_size)
+    # Data sets of another size warn of a size that was asked for, which the default is not.
+    size = None if options.image_size == Options.image_size else options.image_size
+    dataset = data.load(options.dataset, options.data_dir, image_size=size)
     common_options.check_batch_size(options, len(dataset.train.labels))
     return dataset
 

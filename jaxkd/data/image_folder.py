@@ -30,6 +30,10 @@ _ORIENTATION = 0x0112
 _MODES_WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
+# Formats of which several images are an animation. A jpg may hold further views of a photograph.
+_ANIMATED_FORMATS = {"GIF", "WEBP", "PNG"}
+
+
 class _Listing(NamedTuple):
     """The content of a folder.
 
@@ -42,6 +46,20 @@ class _Listing(NamedTuple):
     images: list[Path]
     sub_folders: list[Path]
     passed_over: list[Path]
+
+
+class _Picture(NamedTuple):
+    """An image as it was read.
+
+    Attributes:
+        pixels: uint8 `[image_size, image_size, 3]`.
+        is_transparent: Whether parts of it were transparent.
+        is_animated: Whether it has further frames, which were not read.
+    """
+
+    pixels: np.ndarray
+    is_transparent: bool
+    is_animated: bool
 
 
 def read_image_folder(
@@ -105,7 +123,8 @@ def fit_image(image: "Image", image_size: int) -> np.ndarray:
         antialiasing.
 
     Raises:
-        ValueError: If the image has more than 8 bits a channel.
+        ValueError: If the image has more than 8 bits a channel, as far as Pillow tells before it is
+            decoded.
     """
     return _fit(_to_rgb(image)[0], image_size)
 
@@ -120,6 +139,12 @@ def _to_rgb(image: "Image") -> tuple["Image", bool]:
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"its mode is {image.mode}, of more than 8 bits a channel, which would be clipped; "
+            "save it with 8"
+        )
+    # Pillow reads colours of 16 bits as their upper 8, which are 0 where fewer bits are in use.
+    if any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+        raise ValueError(
+            "it has more than 8 bits a channel, 16, of which the lower 8 would be dropped; "
             "save it with 8"
         )
     # Cameras store photographs as the sensor sees them and the orientation in the EXIF data.
@@ -264,12 +289,19 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
     labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members in files])
     paths = track(itertools.chain(*files), description=f"reading {part.name}", total=len(labels))
     images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
-    num_transparent = num_plain = 0
+    num_transparent = num_plain = num_animated = 0
     for i, path in enumerate(paths):
-        images[i], is_transparent = _read_image(path, image_size)
-        num_transparent += is_transparent
+        picture = _read_image(path, image_size)
+        images[i] = picture.pixels
+        num_transparent += picture.is_transparent
+        num_animated += picture.is_animated
         # A white sign on transparent ground has vanished.
-        num_plain += is_transparent and images[i].min() == images[i].max()
+        num_plain += picture.is_transparent and images[i].min() == images[i].max()
+    if num_animated:
+        warn(
+            f"{part}: the first frame of {num_animated:,} animated images is used; the others are "
+            "not read"
+        )
     if num_transparent:
         plain = f"; {num_plain:,} of them are of one colour then" if num_plain else ""
         warn(
@@ -290,8 +322,8 @@ def _is_hidden(entry: Path) -> bool:
     return entry.name.startswith(".")
 
 
-def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, bool]:
-    """Returns a fitted image, and whether parts of it were transparent."""
+def _read_image(path: Path, image_size: int) -> _Picture:
+    """Reads and fits an image."""
     # Reading from a pipe or a device may never end.
     if not path.is_file():
         raise DataError(f"{path} is not a regular file: replace or delete it")
@@ -302,8 +334,9 @@ def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, bool]:
             warnings.filterwarnings("ignore", module="PIL")
             with pillow.open(path) as image:
                 _check_size(image, path)
+                is_animated = image.format in _ANIMATED_FORMATS and image.is_animated
                 rgb, is_transparent = _to_rgb(image)
-                return _fit(rgb, image_size), is_transparent
+                return _Picture(_fit(rgb, image_size), is_transparent, is_animated)
     # SyntaxError is what Pillow raises for a broken PNG chunk.
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(

@@ -6,17 +6,18 @@ from pathlib import Path
 
 from jaxkd.data import embedded, image_folder, tfds_images, tfds_prepare
 from jaxkd.data.dataset import Dataset, Split, make_dataset
-from jaxkd.data.errors import DataError, expand_user_path
+from jaxkd.data.errors import DataError, expand_user_path, warn
 
 # A thousand photographs of this side fill 50 GB.
 _MAX_IMAGE_SIZE = 4096
+_DEFAULT_IMAGE_SIZE = 64
 
 
 def load(
     name: str | os.PathLike[str],
     data_dir: str | os.PathLike[str] | None = None,
     *,
-    image_size: int = 64,
+    image_size: int | None = None,
 ) -> Dataset:
     """Loads an image classification dataset by name or path.
 
@@ -37,8 +38,9 @@ def load(
         name: Name or path, as above.
         data_dir: The folder of TensorFlow datasets; `None` means `$TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
-        image_size: Side in pixels to which photographs of various sizes are fitted. A TensorFlow
-            dataset whose images all have the same size keeps it.
+        image_size: Side in pixels to which photographs of various sizes are fitted; `None` means
+            64. `"fashion_mnist_mini"` and a TensorFlow dataset whose images all have the same size
+            keep it, and a warning says so if another is asked for.
 
     Returns:
         The dataset; equal calls give equal arrays.
@@ -64,12 +66,31 @@ def load(
             "the name of the dataset is empty: give a folder with train/CLASS and test/CLASS, or "
             "the name of a dataset"
         )
-    if not isinstance(image_size, int):
+    side = _DEFAULT_IMAGE_SIZE if image_size is None else image_size
+    _check_image_size(side)
+    source = _read(name, tfds_prepare.resolve_data_dir(data_dir), side)
+    dataset = make_dataset(name, *source)
+    if image_size is not None:
+        _warn_of_size(name, dataset, image_size)
+    return dataset
+
+
+def _warn_of_size(name: str, dataset: Dataset, image_size: int) -> None:
+    height, width = dataset.test.images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        warn(
+            f"{name}: all images have {height} x {width} pixels and keep that size; image_size "
+            f"{image_size} is for photographs of various sizes"
+        )
+
+
+def _check_image_size(image_size: int) -> None:
+    # True is an int.
+    if not isinstance(image_size, int) or isinstance(image_size, bool):
         raise DataError(f"image_size is {image_size!r:.40}: choose a whole number of pixels")
     if not 1 <= image_size <= _MAX_IMAGE_SIZE:
         limit = "at least 1 pixel" if image_size < 1 else f"at most {_MAX_IMAGE_SIZE:,} pixels"
         raise DataError(f"image_size is {image_size}: choose {limit}")
-    return make_dataset(name, *_read(name, tfds_prepare.resolve_data_dir(data_dir), image_size))
 
 
 def _read(

@@ -153,18 +153,41 @@ def test_images_with_transparency_are_counted_and_said_once(photos, recwarn):
     assert warning.filename == __file__
 
 
-def test_sixteen_bits_of_colour_are_scaled():
-    # Pillow keeps the high byte of 16-bit RGB, as libpng does.
-    def chunk(kind, content):
-        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + checksum
+# Kinds of PNG, by the number in its header: RGB, grey with alpha, RGB with alpha.
+@pytest.mark.parametrize(("kind", "num_channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_of_colour_are_refused_rather_than_cut(kind, num_channels, photos):
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + name + content + checksum
 
-    header = (2).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
-    rows = (b"\0" + (0x80FF).to_bytes(2, "big") * 6) * 2
+    header = (2).to_bytes(4, "big") * 2 + bytes([16, kind, 0, 0, 0])
+    # Values of 12 bits, which Pillow would show as nearly black.
+    rows = (b"\0" + (0x0FFF).to_bytes(2, "big") * 2 * num_channels) * 2
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     png += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    with Image.open(io.BytesIO(png)) as image:
-        assert (image_folder.fit_image(image, 2) == 0x80).all()
+    (photos / "train" / "apple" / "deep.png").write_bytes(png)
+    message = r"deep.png \(it has more than 8 bits a channel, 16, .*; save it with 8\): replace or"
+    with pytest.raises(data.DataError, match=message):
+        data.load(photos)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_animated_images_are_counted_and_said(suffix, photos):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    for number in range(2):
+        path = photos / "train" / "apple" / f"z{number}.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50)
+    message = "train: the first frame of 2 animated images is used; the others are not read"
+    with pytest.warns(UserWarning, match=message) as said:
+        train = image_folder.read_image_folder(photos, image_size=4)[0]
+    assert len(said) == 1 and train.images[3:5].min() > 250
+
+
+def test_further_views_of_a_photograph_are_no_animation(photos):
+    views = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    path = photos / "train" / "apple" / "z.jpg"
+    views[0].save(path, format="MPO", save_all=True, append_images=views[1:])
+    assert image_folder.read_image_folder(photos, image_size=4)[0].images[3].min() > 250
 
 
 def test_fit_keeps_the_centre_and_its_proportions():
@@ -425,7 +448,7 @@ def test_damage_of_any_kind_is_an_image_or_a_data_error(suffix, tmp_path):
             content[draw.randrange(min(200, len(content)))] = draw.randrange(256)
         path.write_bytes(content)
         try:
-            assert image_folder._read_image(path, 8)[0].shape == (8, 8, 3)
+            assert image_folder._read_image(path, 8).pixels.shape == (8, 8, 3)
             outcomes["image"] += 1
         except data.DataError as error:
             assert str(path) in str(error) and "\n" not in str(error)

@@ -25,6 +25,7 @@ def dispatch(monkeypatch):
     )
     # Without the validation split, which TFDS has not.
     monkeypatch.setattr(sources, "make_dataset", lambda name, *source: source[:3])
+    monkeypatch.setattr(sources, "_warn_of_size", lambda *arguments: None)
 
 
 def test_embedded_dataset_is_loaded_and_divided():
@@ -119,11 +120,24 @@ def test_unknown_name(name, message, tmp_path):
     [
         (0, "image_size is 0: choose at least 1 pixel"),
         (10**9, "image_size is 1000000000: choose at most 4,096 pixels"),
+        (True, "image_size is True: choose a whole number of pixels"),
+        ("64", "image_size is '64': choose a whole number of pixels"),
     ],
 )
 def test_image_size_out_of_bounds(image_size, message):
     with pytest.raises(data.DataError, match=message):
         data.load("fashion_mnist_mini", image_size=image_size)
+
+
+def test_size_that_a_dataset_does_not_take_is_said():
+    message = "fashion_mnist_mini: all images have 28 x 28 pixels and keep that size; image_size 64"
+    with pytest.warns(UserWarning, match=message) as said:
+        dataset = data.load("fashion_mnist_mini", image_size=64)
+    assert [warning.filename for warning in said] == [__file__]
+    assert dataset.train.images.shape == (9000, 28, 28, 1)
+    # Nothing to say: the size is right, or was not asked for.
+    data.load("fashion_mnist_mini", image_size=28)
+    data.load("fashion_mnist_mini")
 
 
 @pytest.mark.parametrize(
