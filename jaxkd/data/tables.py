@@ -1,16 +1,15 @@
 """Tables of texts and their classes, and which of their columns hold them."""
 
 import array
-import csv
-import io
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.errors import DataError, warn
-from jaxkd.data.text_files import LineOrigins, line_origin, read_utf8, split_lines
+from jaxkd.data.table_form import DELIMITERS, Form, find_form, iterate_rows
+from jaxkd.data.text_files import LineOrigins, line_origin, read_text
 
 SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
 """Suffixes that a table may have."""
@@ -75,6 +74,7 @@ class _Source(NamedTuple):
     Attributes:
         path: The file.
         text: Its content.
+        form: How its lines are divided.
         first: The fields of its first line, without quotes and in lower case.
         counts: How many lines have each number of columns.
         recurring: Indices of the columns in which another line has what the first line has there.
@@ -82,6 +82,7 @@ class _Source(NamedTuple):
 
     path: Path
     text: str
+    form: Form
     first: list[str]
     counts: Counter[int]
     recurring: set[int]
@@ -157,10 +158,50 @@ def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = Non
     return table
 
 
+def without_shared_header(path: Path, split_tables: dict[str, Table]) -> dict[str, Table]:
+    """Leaves out a first line of unusual names that is a header, since several tables share it.
+
+    Its class is then that of no other line, unlike most classes. A warning says so.
+
+    Args:
+        path: The file of the training texts.
+        split_tables: The tables by their splits, that of the training texts as `"train"`.
+
+    Returns:
+        The tables.
+    """
+    train = split_tables["train"]
+    text, label = train.texts[0], train.labels[0]
+    sharing = [
+        split
+        for split, table in split_tables.items()
+        if not table.columns.names and (table.texts[0], table.labels[0]) == (text, label)
+    ]
+    counts = Counter(train.labels)
+    num_lines = sum(table.labels.count(label) for table in split_tables.values())
+    others = [count for name, count in counts.items() if name != label]
+    is_usual = sum(count > 1 for count in others) > len(others) / 2
+    if "train" not in sharing or len(sharing) < 2 or num_lines > len(sharing) or not is_usual:
+        return split_tables
+    warn(
+        f"{path}: line 1, {shorten(text, 40)!r} and {shorten(label, 40)!r}, is read as a header: "
+        f"{len(sharing)} files begin with it, and no other line has this class"
+    )
+    return split_tables | {
+        split: split_tables[split]._replace(
+            texts=split_tables[split].texts[1:],
+            labels=split_tables[split].labels[1:],
+            origins=split_tables[split].origins[1:],
+        )
+        for split in sharing
+    }
+
+
 def check_first_line(path: Path, train: Table, others: Collection[Table]) -> None:
     """Raises if the first line of a table without a header looks like one.
 
-    Its class is then that of no other line, while each other class has several.
+    Its class is then that of no other line, while each other class has several. If only most of
+    them have several, a warning says that the line is read as an example.
 
     Args:
         path: The file of the training texts.
@@ -178,11 +219,17 @@ def check_first_line(path: Path, train: Table, others: Collection[Table]) -> Non
         # The same header may be in each file.
         labels = table.labels[1:] if table.texts[0] == text else table.labels
         counts.update(labels)
-    if counts.pop(label) == 1 and len(counts) > 1 and min(counts.values()) > 1:
+    if counts.pop(label) > 1 or len(counts) < 2:
+        return
+    num_single = sum(count == 1 for count in counts.values())
+    found = f"{path}: no other line has the class {shorten(label, 40)!r} of line 1"
+    if not num_single:
         raise DataError(
-            f"{path}: no other line has the class {shorten(label, 40)!r} of line 1: if it is a "
-            f"header, name its columns by {_OPTIONS}; if it is an example, move it down"
+            f"{found}: if it is a header, name its columns by {_OPTIONS}; if it is an example, "
+            "move it down"
         )
+    if num_single < len(counts) / 2:
+        warn(f"{found}, which is read as an example; if it is a header, give {_OPTIONS}")
 
 
 def is_text_header(field: str) -> bool:
@@ -204,13 +251,12 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
     Raises:
         DataError: If the file cannot be read or a line is empty.
     """
-    text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff").removesuffix("\n")
-    if not text:
-        raise DataError(f"{path} is empty: it must hold one text a line")
+    text = read_text(path, max_unpacked=max_unpacked)
+    form = find_form(path, text)
     counts: Counter[int] = Counter()
     first: list[str] = []
     recurring: set[int] = set()
-    for index, fields in _iterate_rows(path, text):
+    for index, fields in iterate_rows(path, text, form):
         if not any(fields):
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
         if not counts:
@@ -220,28 +266,7 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
                 if name and _clean(field) == name:
                     recurring.add(column)
         counts[len(fields)] += 1
-    return _Source(path, text, first, counts, recurring)
-
-
-def _iterate_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the index of a row's first line, from 0, and the row's fields."""
-    if not _is_csv(path):
-        for index, line in enumerate(split_lines(text)):
-            yield index, line.split("\t")
-        return
-    # Lines keep their ends, because a quoted text may contain line breaks.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    start = 0
-    try:
-        for fields in reader:
-            yield start, fields
-            start = reader.line_num
-    except csv.Error as error:
-        raise DataError(f"{line_origin(path, start)} is not CSV ({error}): correct it") from error
-
-
-def _is_csv(path: Path) -> bool:
-    return ".csv" in path.suffixes[-2:]
+    return _Source(path, text, form, first, counts, recurring)
 
 
 def _read_option(option: str | int | None) -> str | int | None:
@@ -378,15 +403,15 @@ def _make_table(source: _Source, columns: Columns) -> Table:
     classes: dict[str, str] = {}
     num_joined = 0
     # A text may contain tabs and a class may not.
-    may_join = columns[:3] == (0, 1, 2) and not _is_csv(path)
-    rows = _iterate_rows(path, source.text)
+    may_join = columns[:3] == (0, 1, 2) and not source.form.is_quoted
+    rows = iterate_rows(path, source.text, source.form)
     if columns.names:
         next(rows)
     for index, fields in rows:
         if may_join and len(fields) > 2:
             fields = ["\t".join(fields[:-1]), fields[-1]]
             num_joined += 1
-        _check_row(path, index, fields, columns)
+        _check_row(source, index, fields, columns)
         text = fields[columns.text].strip()
         if not text:
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
@@ -401,6 +426,7 @@ def _make_table(source: _Source, columns: Columns) -> Table:
     if not texts:
         raise DataError(f"{path} has no text below its first line")
     _check_joined(path, num_joined, len(texts))
+    _check_quotes(source, columns, texts, classes, indices)
     return Table(columns, tuple(texts), tuple(labels), LineOrigins(path, indices))
 
 
@@ -412,16 +438,44 @@ def _repeats(fields: Sequence[str], columns: Columns) -> bool:
     return all(_clean(fields[index]) == names[index] for index in indices)
 
 
-def _check_row(path: Path, index: int, fields: Sequence[str], columns: Columns) -> None:
+def _check_quotes(
+    source: _Source,
+    columns: Columns,
+    texts: Sequence[str],
+    classes: Collection[str],
+    indices: Sequence[int],
+) -> None:
+    """Raises if quotes are a part of all classes, or join lines that are rows of their own."""
+    if classes and all(len(name) > 1 and name[0] == name[-1] == '"' for name in classes):
+        raise DataError(
+            f"{source.path}: the classes are in quotes, such as {shorten(min(classes), 40)}, but "
+            "other quotes are not doubled: write the table without quotes"
+        )
+    if not source.form.is_quoted or columns.label is None:
+        return
+    for text, index in zip(texts, indices, strict=True):
+        lines = text.split("\n")
+        for number, line in enumerate(lines if len(lines) > 1 else ()):
+            fields = line.removesuffix("\r").split(source.form.delimiter)
+            # The text begins behind the columns in front of it.
+            fields = fields if number else [""] * columns.text + fields
+            if len(fields) == columns.count and fields[columns.label] in classes:
+                raise DataError(
+                    f"{line_origin(source.path, index)}: the text in quotes has several lines; "
+                    f"{shorten(line, 40)!r} looks like a row: correct the quotes"
+                )
+
+
+def _check_row(source: _Source, index: int, fields: Sequence[str], columns: Columns) -> None:
     has_label = columns.label is None or (
         len(fields) > columns.label and fields[columns.label].strip()
     )
     if len(fields) == columns.count and has_label:
         return
-    origin = line_origin(path, index)
+    origin = line_origin(source.path, index)
     shown = shorten("\t".join(fields), 40)
     if columns[:3] == (0, 1, 2):
-        separator = "comma" if _is_csv(path) else "tab"
+        separator = DELIMITERS[source.form.delimiter]
         raise DataError(f"{origin} must be a text, a {separator} and a class, got {shown!r}")
     fault = "has no class" if len(fields) == columns.count else f"has {len(fields)} columns"
     raise DataError(

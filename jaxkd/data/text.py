@@ -218,6 +218,7 @@ def _read_folder(
         )
     check_different(filter(None, paths.values()))
     split_tables = _read_tables(paths, text_column, label_column, max_unpacked)
+    split_tables = tables.without_shared_header(paths["train"], split_tables)
     train = split_tables["train"]
     others = [table for table in split_tables.values() if table is not train]
     tables.check_first_line(paths["train"], train, others)

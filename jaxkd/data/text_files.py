@@ -1,5 +1,6 @@
 """File names, held-out sets and line-by-line reading, shared by all datasets of texts."""
 
+import codecs
 import gzip
 import itertools
 import os
@@ -28,6 +29,7 @@ VALIDATION_SEED = 0xDA7A
 _MIN_UNPACKED = 2**23
 _MAX_RATIO = 16
 _CHUNK = 2**20
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
@@ -39,8 +41,8 @@ def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
             times its size, whichever is more.
 
     Raises:
-        DataError: If the file cannot be read, unpacks to more, or a line is not UTF-8; the message
-            names the line.
+        DataError: If the file cannot be read, unpacks to more, is UTF-16, or a line is not UTF-8 or
+            has a null character; the message names the line.
     """
     # A pipe or a device may never end.
     if not os.path.isfile(path):
@@ -52,6 +54,12 @@ def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
         raise DataError(
             f"cannot read {path} ({one_line(error)}): check the path and the file"
         ) from error
+    # UTF-16 without a mark at its beginning is valid UTF-8 of every second character null.
+    if content.startswith(_UTF16_MARKS) or content.count(0) > len(content) // 4:
+        raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
+    if 0 in content:
+        line = content[: content.index(0)].count(b"\n") + 1
+        raise DataError(f"{path}, line {line} has a null character: remove it")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -69,12 +77,33 @@ def iterate_lines(path: Path, *, max_unpacked: int | None = None) -> Iterator[st
         max_unpacked: As for `read_utf8`.
 
     Raises:
+        DataError: As `read_text`, or if the lines end as those of old Macs.
+    """
+    text = read_text(path, max_unpacked=max_unpacked)
+    check_line_ends(path, text)
+    return split_lines(text)
+
+
+def read_text(path: Path, *, max_unpacked: int | None = None) -> str:
+    """Returns the text of a UTF-8 file without its mark at the beginning and its last line end.
+
+    Args:
+        path: The file.
+        max_unpacked: As for `read_utf8`.
+
+    Raises:
         DataError: As `read_utf8`, or if the file is empty.
     """
     text = read_utf8(path, max_unpacked=max_unpacked).removeprefix("\ufeff").removesuffix("\n")
     if not text:
         raise DataError(f"{path} is empty: it must hold one text a line")
-    return split_lines(text)
+    return text
+
+
+def check_line_ends(path: Path, text: str) -> None:
+    """Raises `DataError` if lines end by the carriage return of old Macs alone."""
+    if "\r" in text.removesuffix("\r") and "\n" not in text:
+        raise DataError(f"{path} ends its lines by \\r alone: save it with \\n, as Unix does")
 
 
 def check_different(paths: Iterable[Path]) -> None:
