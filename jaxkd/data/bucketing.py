@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxkd.data.errors import warn
+
 
 def check_one_array(inputs: Any) -> None:
     """Raises `ValueError` if inputs are a dict of arrays, which have no one length."""
@@ -22,6 +24,28 @@ def check_one_array(inputs: Any) -> None:
             "buckets cut one array of tokens, but the inputs are a dict of arrays: leave the "
             "buckets out, or pass the tokens alone"
         )
+
+
+def warn_of_padding(tokens: np.ndarray) -> None:
+    """Warns if most examples seem to be padded on the left, or with another token than 0.
+
+    Args:
+        tokens: `[N, ..., S]`, integers.
+    """
+    if tokens.ndim < 2 or tokens.shape[-1] < 2 or not tokens.size:
+        return
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    # One row that ends in padding is enough, since the longest text may have none.
+    if (rows[:, -1] == 0).any():
+        return
+    values, counts = np.unique(rows[rows[:, -1] == rows[:, -2], -1], return_counts=True)
+    if len(counts) and counts.max() > len(rows) / 2:
+        warn(
+            f"most examples end in several tokens {values[counts.argmax()]}, read as text: "
+            "pad with 0 if they are padding"
+        )
+    elif (rows[:, 0] == 0).mean() > 0.5:
+        warn("most examples begin with 0, as padded on the left: pad them on the right")
 
 
 def token_lengths(tokens: ArrayLike) -> np.ndarray:
@@ -87,7 +111,8 @@ class LengthBuckets:
             multiple: All lengths but the last are rounded up to a multiple of this.
 
         Returns:
-            The buckets. The last length is S.
+            The buckets. The last length is S. A warning says if most examples seem to be padded on
+            the left, or with another token than 0.
 
         Raises:
             ValueError: If `count` or `multiple` is not positive, or there is no example.
@@ -100,6 +125,7 @@ class LengthBuckets:
             (8, 24, 40)
         """
         needed = token_lengths(tokens)
+        warn_of_padding(np.asarray(tokens))
         longest = np.shape(tokens)[-1]
         if count < 1 or multiple < 1 or not len(needed):
             raise ValueError(

@@ -15,6 +15,7 @@ from jaxkd.data.text_files import (
     TEST_SEED,
     VALIDATION_SEED,
     LineOrigins,
+    check_different,
     hold_out_tenth,
     iterate_lines,
     line_origin,
@@ -70,24 +71,28 @@ def load_pairs(
             times its size, whichever is more.
 
     Returns:
-        The pairs. A warning says which files are read if a split has several pairs.
+        The pairs. A warning says which files are read if a split has several pairs or a file is
+        there both packed and unpacked, and how many sentences equal their translation if most do.
 
     Raises:
         DataError: If a file is missing or has no partner of the same name, the two files of a split
-            differ in length, or a line is empty or not UTF-8; the message names file and line.
+            differ in length or have the same sentences, two splits are the same file, or a line is
+            empty or not UTF-8; the message names file and line.
     """
     root = expand_user_path(folder)
     if not os.path.isdir(root):
         raise DataError(
             f"there is no folder {root}: give one with train.{source} and train.{target}"
         )
-    splits = {}
+    files = {}
     for split, names in FILE_NAMES.items():
-        files = _find_pair(root, names, source, target)
-        if files is not None:
-            splits[split] = read_pairs(*files, max_unpacked=max_unpacked)
+        pair = _find_pair(root, names, source, target)
+        if pair is not None:
+            files[split] = pair
         elif split == "train":
             raise _missing_pair_error(root, names[0], source, target, root.iterdir())
+    check_different(source_path for source_path, _ in files.values())
+    splits = {split: read_pairs(*pair, max_unpacked=max_unpacked) for split, pair in files.items()}
     return make_pair_dataset(splits["train"], splits.get("validation"), splits.get("test"))
 
 
@@ -108,8 +113,8 @@ def read_pairs(
         The pairs.
 
     Raises:
-        DataError: If the files differ in length, or a line is empty or not UTF-8; the message names
-            file and line.
+        DataError: If the files differ in length or have the same sentences, or a line is empty or
+            not UTF-8; the message names file and line.
     """
     source_path = expand_user_path(source)
     target_path = expand_user_path(target)
@@ -124,11 +129,10 @@ def read_pairs(
             f"{source_path} has {len(source_lines)} lines and {target_path} {len(target_lines)}, "
             f"but each line must have its translation: {first_unpaired} has none"
         )
-    return Pairs(
-        _strip_lines(source_path, source_lines),
-        _strip_lines(target_path, target_lines),
-        LineOrigins(source_path, range(len(source_lines))),
-    )
+    sources = _strip_lines(source_path, source_lines)
+    targets = _strip_lines(target_path, target_lines)
+    _check_translated(source_path, target_path, sources, targets)
+    return Pairs(sources, targets, LineOrigins(source_path, range(len(sources))))
 
 
 def make_pair_dataset(
@@ -147,6 +151,23 @@ def make_pair_dataset(
         indices, validation_indices = hold_out_tenth(len(train.sources), VALIDATION_SEED)
         train, validation = _select_pairs(train, indices), _select_pairs(train, validation_indices)
     return PairDataset(train, validation, test)
+
+
+def _check_translated(
+    source_path: Path, target_path: Path, sources: Sequence[str], targets: Sequence[str]
+) -> None:
+    # A name or a number is its own translation.
+    num_equal = sum(map(str.__eq__, sources, targets))
+    if num_equal == len(sources) > 1:
+        raise DataError(
+            f"{source_path} and {target_path} have the same sentences: replace one by its "
+            "translation"
+        )
+    if num_equal > len(sources) / 2 and num_equal > 1:
+        warn(
+            f"{num_equal:,} of {len(sources):,} sentences of {source_path} equal their translation "
+            f"in {target_path.name}"
+        )
 
 
 def _strip_lines(path: Path, lines: Sequence[str]) -> tuple[str, ...]:
@@ -189,10 +210,15 @@ def _find_pair(
         return stem not in names, _find_name(stem, names), stem
 
     chosen = min(stems, key=rank)
-    others = [stem for stem in stems if stem != chosen and rank(stem)[0] == rank(chosen)[0]]
+    others = [stem for stem in stems if stem != chosen]
     if others:
         warn(f"{folder}: of several pairs {chosen} is read, not {list_some(others)}")
-    return source_files[chosen], target_files[chosen]
+    pair = source_files[chosen], target_files[chosen]
+    for path in pair:
+        packed = path.with_name(f"{path.name}.gz")
+        if packed.is_file():
+            warn(f"{path} is read, {packed.name} beside it not")
+    return pair
 
 
 def _find_language_files(folder: Path, names: Sequence[str], language: str) -> dict[str, Path]:

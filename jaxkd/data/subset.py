@@ -2,15 +2,16 @@
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxkd.data.errors import DataError
 
 
-def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarray:
+def balanced_subset(labels: ArrayLike, count: int, key: jax.Array) -> np.ndarray:
     """Draws `count` examples, the same number from each class as far as the classes suffice.
 
     Args:
-        labels: Integers `[N]`.
+        labels: Integers from 0, `[N]`.
         count: Number of examples, 1 to N.
         key: Draws the examples, and the classes that get one more if `count` is not divisible.
 
@@ -19,7 +20,7 @@ def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarra
         except for classes of which every example is taken.
 
     Raises:
-        DataError: If `count` is below 1 or above N.
+        DataError: If `count` is below 1 or above N, or the labels are no integers from 0, `[N]`.
 
     Example:
         >>> import jax, numpy as np
@@ -27,6 +28,8 @@ def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarra
         >>> np.bincount(labels[balanced_subset(labels, 5, jax.random.key(0))]).tolist()
         [2, 2, 1]
     """
+    labels = np.asarray(labels)
+    _check_labels(labels)
     if not 1 <= count <= len(labels):
         bounds = f"at most {len(labels)}" if count > 0 else f"from 1 to {len(labels)}"
         raise DataError(
@@ -43,3 +46,14 @@ def balanced_subset(labels: np.ndarray, count: int, key: jax.Array) -> np.ndarra
     # Stable, so that the shuffled order decides which classes come first within a round.
     dealt = shuffled[np.argsort(rounds, kind="stable")]
     return np.sort(dealt[:count]).astype(np.int32)
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    got = f"{labels.dtype} {list(labels.shape)}"
+    is_integer = np.issubdtype(labels.dtype, np.integer)
+    # Others mark the examples without a label by -1 or -100, which would be a class here.
+    if is_integer and labels.size and labels.min() < 0:
+        got += f" with {labels.min()}"
+    elif is_integer and labels.ndim == 1:
+        return
+    raise DataError(f"labels must be integers from 0, [N], got {got}: pass one class per example")

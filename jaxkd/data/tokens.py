@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxkd.data.bucketing import warn_of_padding
 from jaxkd.data.errors import DataError, expand_user_path, import_or_raise, one_line
 from jaxkd.data.text_files import read_utf8
 from jaxkd.data.wordpiece import load_wordpiece, set_begin_and_end
@@ -221,7 +222,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
     """Raises unless every token id has a row in an embedding of `vocab_size` tokens.
 
     An embedding raises no error: -1 reads the last token's row, and an id beyond it gives NaN or,
-    by plain indexing, the last row.
+    by plain indexing, the last row. A warning says if most examples seem to be padded on the left,
+    or with another token than 0.
 
     Args:
         tokens: Integers `[N, ...]`; 0 is padding.
@@ -241,6 +243,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
     tokens = np.asarray(tokens)
     # The extremes first, because a comparison would make an array of the size of the tokens.
     if not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        warn_of_padding(tokens)
         return
     index = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
     raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxkd.data.bucketing import LengthBuckets, token_lengths
+from jaxkd.data.tokens import check_ids
 
 
 def make_tokens(lengths, width):
@@ -104,3 +105,41 @@ def test_batches_hold_every_example_once_cut_to_its_bucket():
         width = batch.shape[1]
         np.testing.assert_array_equal(batch, SENTENCES[rows, :width])
         assert not SENTENCES[rows, width:].any()
+
+
+def padded(padding, *, on_the_left=False):
+    """Returns 20 texts of 3 to 11 tokens from 100 on, each of which ends in 102, in 12 columns."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in rng.integers(3, 12, 20):
+        text = [*rng.integers(103, 200, length - 1), 102]
+        fill = [padding] * (12 - length)
+        rows.append([*fill, *text] if on_the_left else [*text, *fill])
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (padded(0, on_the_left=True), "most examples begin with 0, as padded on the left: pad"),
+        (padded(1), "most examples end in several tokens 1, read as text: pad with 0"),
+        # RoBERTa's texts begin with 0, and its padding is 1.
+        (np.pad(padded(1), ((0, 0), (1, 0))), "most examples end in several tokens 1, read"),
+    ],
+)
+def test_padding_of_another_kind_is_said(rows, message):
+    for act in (lambda: LengthBuckets.fit(rows, count=2), lambda: check_ids(rows, 200)):
+        with pytest.warns(UserWarning, match=message) as said:
+            act()
+        assert [warning.filename for warning in said] == [__file__]
+    with pytest.warns(UserWarning, match=message):
+        LengthBuckets.fit(rows[:, None], count=2)
+
+
+def test_usual_padding_is_not_said():
+    # Truncated texts all end in the same token, but once.
+    truncated = np.where(np.arange(8) == 7, 102, padded(0)[:, :8] + 5)
+    for rows in (padded(0), truncated, padded(0)[:1], np.zeros((3, 4), np.int32)):
+        LengthBuckets.fit(rows, count=2)
+        check_ids(rows, 300)
+    check_ids(np.arange(5), 5)

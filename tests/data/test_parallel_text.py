@@ -79,12 +79,37 @@ def test_first_of_several_pairs_is_read_and_said(parallel):
     with pytest.warns(UserWarning) as said:
         dataset = parallel_text.load_pairs(parallel, source="en", target="de")
     assert [len(split.sources) for split in dataset] == [40, 4, 3]
-    # An exact name, such as train.en, is no guess.
     assert [str(warning.message).partition(": ")[2] for warning in said] == [
+        "of several pairs train is read, not train_small",
         "of several pairs val is read, not dev",
         "of several pairs test_2016_flickr is read, not test_2017_mscoco",
     ]
     assert {warning.filename for warning in said} == {__file__}
+
+
+def test_unpacked_file_is_read_and_said(parallel):
+    write(parallel, "train.en.gz", [f"newer {i}" for i in range(40)])
+    with pytest.warns(UserWarning, match="train.en is read, train.en.gz beside it not$") as said:
+        dataset = parallel_text.load_pairs(parallel, source="en", target="de")
+    assert len(said) == 1 and dataset.train.sources[0] == "en 0"
+
+
+def test_translations_that_are_copies_are_refused_or_said(parallel):
+    write(parallel, "train.de", [f"en {i} " for i in range(40)])
+    with pytest.raises(DataError, match=r"train.en and .*train.de have the same sentences"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    write(parallel, "train.de", [f"{'en' if i < 25 else 'de'} {i}" for i in range(40)])
+    with pytest.warns(UserWarning, match=r"25 of 40 sentences of .*train.en equal their") as said:
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_split_that_is_a_link_to_another_is_refused(parallel):
+    for language in ("en", "de"):
+        (parallel / f"val.{language}").unlink()
+        (parallel / f"val.{language}").symlink_to(parallel / f"train.{language}")
+    with pytest.raises(DataError, match=r"train.en and .*val.en are the same: a split must not"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
 
 
 def test_languages_are_not_patterns_and_differ(parallel):

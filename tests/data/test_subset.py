@@ -68,3 +68,27 @@ def test_examples_of_a_class_are_equally_likely():
 def test_count_out_of_range(count, message):
     with pytest.raises(DataError, match=message):
         balanced_subset(LABELS, count, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (np.where(LABELS == 2, -100, LABELS), r"int32 \[214\] with -100"),
+        (np.where(LABELS == 2, -1, LABELS), r"int32 \[214\] with -1"),
+        (LABELS.astype(np.float32), r"float32 \[214\]"),
+        (LABELS[:, None], r"int32 \[214, 1\]"),
+        (np.eye(4, dtype=np.int32)[LABELS], r"int32 \[214, 4\]"),
+        (LABELS == 1, r"bool \[214\]"),
+        (LABELS.astype(str), r"<U11 \[214\]"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, got):
+    message = rf"^labels must be integers from 0, \[N\], got {got}: pass one class per example$"
+    with pytest.raises(DataError, match=message):
+        balanced_subset(labels, 10, jax.random.key(0))
+
+
+def test_labels_may_be_a_list_or_an_array_of_jax():
+    expected = balanced_subset(LABELS, 10, jax.random.key(0))
+    for labels in (LABELS.tolist(), jax.numpy.asarray(LABELS), LABELS.astype(np.uint8)):
+        np.testing.assert_array_equal(balanced_subset(labels, 10, jax.random.key(0)), expected)
