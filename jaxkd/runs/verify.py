@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxkd._files import describe_differences
+from jaxkd._messages import shorten
 from jaxkd.runs.checkpoints import Restored, load
 from jaxkd.runs.errors import RunError
 from jaxkd.runs.results import rows_without_timings
@@ -26,6 +27,8 @@ OMITTED_OPTIONS = (
 )
 """Options that the command of a rerun omits, because it is one process with a folder of its own."""
 
+# Options that may be a path. A data set and a BERT may also be known by their names.
+_PATH_OPTIONS = ("dataset", "data_dir", "weights", "unlabelled", "bert")
 
 _Records = dict[tuple[str, int, int], list[dict]]
 """The records of each stage, seed and step. A sound run has one record of each."""
@@ -183,8 +186,20 @@ def _rerun(run: Run, scratch: Path, is_temporary: bool) -> None:
     if status:
         raise RunError(
             f"the rerun of experiments.{name} failed with exit status {status}: "
-            "the reason is printed above"
+            f"the reason is printed above{_describe_relative_path(run)}"
         )
+
+
+def _describe_relative_path(run: Run) -> str:
+    """Returns advice on an option that may be a path from another folder, or an empty string."""
+    for option in _PATH_OPTIONS:
+        path = run.config.get(option)
+        if isinstance(path, str) and path and not os.path.isabs(path) and not os.path.exists(path):
+            return (
+                f"; if the run's --{option.replace('_', '-')} {shorten(path, 60)} is a path, it is "
+                "relative to another folder: start verify there"
+            )
+    return ""
 
 
 def _run_without_naming(command: Sequence[str], folder: str) -> int:

@@ -361,3 +361,14 @@ def test_runs_that_cannot_be_repeated_are_refused(tiny):
         match=r"run is not finished: run python -m experiments\.tiny with the same options",
     ):
         verify.verify("run", "scratch")
+
+
+def test_path_relative_to_another_folder_is_named_if_the_rerun_fails(tiny):
+    make_run(tiny / "moved", fail=True, dataset="photos")
+    message = "; if the run's --dataset photos is a path, it is relative to another folder: start "
+    with pytest.raises(RunError, match=message) as error:
+        verify.verify("moved", "scratch")
+    assert len(str(error.value)) <= 300
+    (tiny / "photos").mkdir()
+    with pytest.raises(RunError, match="the reason is printed above$"):
+        verify.verify("moved", "scratch")
