@@ -98,11 +98,8 @@ def run(
         # tyro would print each paragraph as one long line.
         print(_wrap(description), end="\n\n")
         description = ""
-    arguments = sys.argv[1:]
-    errors.check_arguments(arguments)
-    options = errors.parse(
-        lambda: tyro.cli(config, prog=_command(), description=description), arguments
-    )
+    errors.check_arguments(sys.argv[1:])
+    options = errors.parse(lambda: tyro.cli(config, prog=_command(), description=description))
     warnings.showwarning = errors.show_warning
     _print_any_text()
     _keep_freed_memory()

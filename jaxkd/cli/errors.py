@@ -15,6 +15,8 @@ T = TypeVar("T")
 MAX_ARGUMENT = 4096
 """Number of characters of the longest argument, that of the longest path on Linux."""
 _MAX_QUOTED = 100
+# Sections of a parser's error that say nothing of the fault.
+_HELP_TITLES = ("For full helptext", "Argument helptext")
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -34,15 +36,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
             exit_with(f"'{quoted}' has a null character: remove it")
 
 
-def parse(parse_arguments: Callable[[], T], arguments: Sequence[str]) -> T:
-    """Calls a parser, and shortens its error if that quotes a long argument.
+def parse(parse_arguments: Callable[[], T]) -> T:
+    """Calls a parser, and makes one line of the error that it prints in a box.
 
     Args:
         parse_arguments: Parses the arguments, or prints an error and exits.
-        arguments: The arguments.
     """
-    if all(len(argument) <= _MAX_QUOTED for argument in arguments):
-        return parse_arguments()
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -50,9 +49,7 @@ def parse(parse_arguments: Callable[[], T], arguments: Sequence[str]) -> T:
     except SystemExit as stop:
         if stop.code != 2:
             raise
-        # Without the frame that the parser draws.
-        text = re.sub("[─-╿]|-{4,}", " ", errors.getvalue())
-        print(f"error: {shorten(text, 280)}", file=sys.stderr)
+        print(f"error: {_join_box(errors.getvalue())}", file=sys.stderr)
         raise
 
 
@@ -92,6 +89,24 @@ def show_warning(
 ) -> None:
     """Prints a warning on one line, in place of `warnings.showwarning`."""
     print(f"warning: {shorten(message, 290)}", file=sys.stderr)
+
+
+def _join_box(box: str) -> str:
+    """Joins what a parser prints in a box: faults and similar options, without their help."""
+    # Without the title, which the next lines repeat, and the frame, which only UTF-8 has.
+    lines = [re.sub("^[│|] ?|[│|]$", "", line).rstrip() for line in box.strip().splitlines()[1:]]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch(r"[ ─╰╯+-]*", line):
+            sections.append([])
+        # The help of an option is indented twice.
+        elif not line.startswith(" " * 8):
+            sections[-1].append(line.strip())
+    texts = [" ".join(section) for section in sections]
+    faults = [text for text in texts if text and not text.startswith(_HELP_TITLES)]
+    asked = re.search(r"For full helptext, (?:run|see):? (.* --help)", " ".join(texts))
+    advice = f": see {asked[1]}" if asked else ""
+    return shorten("; ".join(faults), 290 - len(advice)) + advice
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -67,4 +67,4 @@ def _parse(arguments: Sequence[str]) -> "ConvertCommand | VerifyCommand":
             args=arguments,
         )
 
-    return errors.parse(parse, arguments)
+    return errors.parse(parse)

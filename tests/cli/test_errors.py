@@ -45,6 +45,46 @@ def test_long_arguments_are_quoted_in_part(capsys):
     assert line.startswith("error: ") and "--num-classes" in line and len(line) <= 300
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["convert", "f", "--model", "vgg8"],
+            "Missing from python -m jaxkd convert: -o OUT, --output OUT: "
+            "see python -m jaxkd convert --help",
+        ),
+        (["verify", "a", "b"], "Unrecognized options: b: see python -m jaxkd --help"),
+        (
+            ["convrt", "f"],
+            "Unrecognized options: convrt, f; Available subcommands: convert, verify: see "
+            "python -m jaxkd --help",
+        ),
+        (
+            ["convert", "f", "--model", "vgg8", "-o", "o", "--num-classes", "x"],
+            "Error parsing --num-classes: no type matching {None}|INT could be instantiated from "
+            "['x'].; Got errors: - <class 'NoneType'>: ['x'] does not match choices ('None',) - "
+            "<class 'int'>: invalid literal for int() with base 10: 'x': "
+            "see python -m jaxkd --help",
+        ),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_options_that_cannot_be_parsed_end_in_one_line(
+    arguments, expected, columns, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert exit_message(main, arguments) == 2
+    assert capsys.readouterr() == ("", f"error: {expected}\n")
+
+
+def test_similar_options_are_in_the_line(capsys):
+    options = ["convert", "f", "--model", "vgg8", "-o", "o", "--num-clases", "9"]
+    assert exit_message(main, options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--num-clases" in line and "Perhaps you meant: --num-classes" in line
+    assert line.endswith(": see python -m jaxkd --help") and len(line) <= 300
+
+
 def test_a_command_is_never_cut():
     command = "python -c " + "x" * 400
     message = exit_message(raise_in_one_line, DataError("cause " * 100, command=command), DataError)
