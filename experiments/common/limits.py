@@ -11,14 +11,14 @@ from jaxkd._messages import shorten
 LARGEST_INTEGER = 2**31 - 1
 LIMITS: dict[str, float] = {
     **dict.fromkeys(("num_seeds", "max_students", "students", "num_processes"), 10_000),
-    **dict.fromkeys(("batch_size", "text_batch_size", "batch"), 2**20),
+    **dict.fromkeys(("batch_size", "text_batch_size", "placed_batch_size", "batch"), 2**20),
     **dict.fromkeys(("tokens", "vocabulary", "classes"), 2**24),
     **dict.fromkeys(("vocab_size", "evaluations", "kills", "flips", "inputs"), 1_000_000),
     **dict.fromkeys(("hidden", "teacher_hidden", "embedding"), 2**16),
     **dict.fromkeys(("max_length", "rounds", "repeats", "views", "unlabelled_field"), 100_000),
     **dict.fromkeys(("image_size", "width"), 4096),
     **dict.fromkeys(("teacher_layers", "depths", "student_depth"), 2000),
-    **dict.fromkeys(("beams", "teacher_beams", "workers"), 1000),
+    **dict.fromkeys(("beams", "teacher_beams", "workers", "devices", "processes"), 1000),
     **dict.fromkeys(("save_every", "clip"), 1e9),
     **dict.fromkeys(("learning_rate", "teacher_learning_rate", "weights"), 1e6),
     **dict.fromkeys(("temperature", "temperatures"), 1e6),

@@ -1,0 +1,1 @@
+"""What a training step computes, moves and communicates, by formula and as XLA compiles it."""
