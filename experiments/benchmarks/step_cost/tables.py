@@ -69,7 +69,9 @@ def make_placements_table(rows: Iterable[dict]) -> str:
             or "nothing",
             _si(row["compiled_sent"]),
             # Which weights of the teacher are joined, and which products divided, is XLA's choice.
-            ("≤ " if row["placement"] == MODEL_MESH else "") + _si(row["paper_sent"]),
+            "({})".format(_si(row["paper_sent"]))
+            if row["placement"] == MODEL_MESH
+            else _si(row["paper_sent"]),
         )
         for row in rows
         if row["devices"] == largest and row["batch"] == strong[row["pair"]]

@@ -213,8 +213,8 @@ def check_rows(rows):
     """Checks that programs send what the formulas say."""
     for row in rows:
         if row["placement"] == communication.MODEL_MESH:
-            # XLA joins a weight of the teacher, or divides its product, as it likes.
-            assert 0 < row["compiled_sent"] < 1.001 * row["paper_sent"], row
+            # XLA joins a weight of the teacher, or divides its product and exchanges the results.
+            assert row["compiled_sent"] > row["paper"]["gradients"], row
         else:
             assert row["compiled_sent"] == pytest.approx(row["paper_sent"], rel=1e-3), row
 
