@@ -34,13 +34,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import methods
-from experiments.common import cli, images, plans
+from experiments.common import cli, images, method_terms, plans
+from experiments.common.method_terms import Method, make_loss
 from experiments.common.options import num_steps
-from experiments.methods import EMBEDDING_SIZE, Method, make_loss
 from jaxkd import data, distill, losses, models
 from jaxkd.runs import ResultRow, figures
 
@@ -101,14 +100,6 @@ def _check_depth(option: str, depth: int) -> None:
     )
 
 
-def attention_term(student, teacher, batch, params):
-    """Computes attention transfer at the end of each stage."""
-    return sum(
-        losses.attention_transfer_mse_loss(student.features[name], teacher.features[name])
-        for name in STAGES
-    )
-
-
 def make_methods(config: Config) -> dict[str, Method]:
     """Makes the methods by name."""
     shared = methods.make_methods(methods.Config(temperature=config.temperature))
@@ -117,21 +108,20 @@ def make_methods(config: Config) -> dict[str, Method]:
         return losses.init_projector(key, 2 * config.width, 2 * config.width)
 
     def init_crd(key):
-        student_key, teacher_key = jax.random.split(key)
-        return {
-            "student": losses.init_projector(student_key, 4 * config.width, EMBEDDING_SIZE),
-            "teacher": losses.init_projector(teacher_key, 4 * config.width, EMBEDDING_SIZE),
-        }
+        return method_terms.init_crd(key, 4 * config.width, 4 * config.width)
 
-    dkd = functools.partial(methods.dkd_term, temperature=config.temperature, non_target_weight=2.0)
-    hint = functools.partial(methods.hint_term, layer="stage2")
-    similarity = methods.on_features(losses.similarity_preserving_loss, "stage3")
+    dkd = functools.partial(
+        method_terms.dkd_term, temperature=config.temperature, non_target_weight=2.0
+    )
+    hint = functools.partial(method_terms.hint_term, layer="stage2")
+    attention = functools.partial(method_terms.attention_term, layers=STAGES)
+    similarity = method_terms.on_features(losses.similarity_preserving_loss, "stage3")
     return {
         # alpha : 1 - alpha, as the cross-entropy has the weight 1.
         "kd": shared["kd"]._replace(weight=config.alpha / (1 - config.alpha)),
         "dkd": Method(1.0, dkd),
         "hint": Method(100.0, hint, init_hint),
-        "attention": Method(1000.0, attention_term),
+        "attention": Method(1000.0, attention),
         "similarity": Method(3000.0, similarity),
         "rkd": shared["rkd"]._replace(weight=1.0),
         "crd": shared["crd"]._replace(weight=0.8, init=init_crd),

@@ -23,26 +23,32 @@ Time: 18 minutes on 2 busy CPU cores
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from experiments.common import cli, images, plans
+from experiments.common.method_terms import (
+    EMBEDDING_SIZE,
+    Method,
+    crd_term,
+    dist_term,
+    dkd_term,
+    hint_term,
+    make_loss,
+    nkd_term,
+    on_features,
+    on_logits,
+    rkd_term,
+    standardized_kd_term,
+)
 from jaxkd import data, distill, losses
-from jaxkd.distill import Batch, LossContext, LossFn
-from jaxkd.models import Outputs
 
 TEACHER = ((64, 128), 128)
 STUDENT = ((16, 32), 32)
 """Channels of the convolutions, and units before the logits."""
 STAGES = ("stage1", "stage2")
 """The features after each convolution."""
-EMBEDDING_SIZE = 64
-"""Size of the vectors that crd and semckd compare."""
-
-Term = Callable[[Outputs, Outputs, Batch, Any], Any]
-"""`(student, teacher, batch, params) -> [B]`. `params` is `None` for a method without any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,72 +71,6 @@ class Config(images.SoftTargetOptions):
         cli.select_names(self.only, make_methods(self))
 
 
-class Method(NamedTuple):
-    """A method: the term that it adds to the cross-entropy with the labels.
-
-    Attributes:
-        weight: Weight of the term. The cross-entropy has the weight 1.
-        term: The term.
-        init: `key -> params`, the method's own parameters; `None` if it has none.
-    """
-
-    weight: float
-    term: Term
-    init: Callable[[jax.Array], Any] | None = None
-
-
-def on_logits(loss: Callable[..., Any], **hyperparameters: Any) -> Term:
-    """Makes the term of a loss on the logits."""
-    return lambda student, teacher, batch, params: loss(
-        student.logits, teacher.logits, **hyperparameters
-    )
-
-
-def on_features(loss: Callable[..., Any], layer: str) -> Term:
-    """Makes the term of a loss on the features of a layer."""
-    return lambda student, teacher, batch, params: loss(
-        student.features[layer], teacher.features[layer]
-    )
-
-
-def dkd_term(student, teacher, batch, params, *, temperature, non_target_weight):
-    """Computes decoupled knowledge distillation."""
-    return losses.decoupled_loss(
-        student.logits,
-        teacher.logits,
-        batch["labels"],
-        temperature=temperature,
-        non_target_weight=non_target_weight,
-    )
-
-
-def nkd_term(student, teacher, batch, params):
-    """Computes normalized knowledge distillation."""
-    return losses.normalized_loss(student.logits, teacher.logits, batch["labels"])
-
-
-def dist_term(student, teacher, batch, params, *, temperature):
-    """Computes DIST: correlations within each example and within each class of the batch."""
-    inter = losses.dist_inter_loss(student.logits, teacher.logits, temperature=temperature)
-    intra = losses.dist_intra_loss(student.logits, teacher.logits, temperature=temperature)
-    return inter + intra
-
-
-def standardized_kd_term(student, teacher, batch, params):
-    """Computes the divergence of standardized logits."""
-    return losses.kl_divergence(
-        losses.standardize_logits(student.logits),
-        losses.standardize_logits(teacher.logits),
-        temperature=2.0,
-    )
-
-
-def hint_term(student, teacher, batch, params, *, layer):
-    """Computes the distance of projected student features to the teacher's."""
-    projected = losses.project(params, student.features[layer])
-    return losses.hint_loss(projected, teacher.features[layer])
-
-
 def vid_term(student, teacher, batch, params):
     """Computes the variational bound on shared information."""
     return losses.variational_information_loss(
@@ -146,24 +86,6 @@ def fsp_term(student, teacher, batch, params):
     ]
     teacher_maps = _pool_to_one_size(teacher.features).values()
     return losses.flow_of_solution_procedure_loss(*student_maps, *teacher_maps)
-
-
-def rkd_term(student, teacher, batch, params):
-    """Computes relations between examples, distances and angles, with the paper's weights."""
-    features = student.features["pre_logits"], teacher.features["pre_logits"]
-    distance = losses.relational_distance_loss(*features)
-    angle = losses.relational_angle_loss(*features)
-    return 25 * distance + 50 * angle
-
-
-def crd_term(student, teacher, batch, params):
-    """Computes the contrastive loss of projected features, with the batch as negatives."""
-    return losses.contrastive_loss(
-        losses.project(params["student"], student.features["pre_logits"]),
-        losses.project(params["teacher"], teacher.features["pre_logits"]),
-        temperature=0.1,
-        labels=batch["labels"],
-    )
 
 
 def semckd_term(student, teacher, batch, params):
@@ -244,20 +166,6 @@ def _pool_to_one_size(features: Any) -> dict[str, Any]:
     windows = first[:, : height * rows, : width * columns]
     windows = windows.reshape(len(first), height, rows, width, columns, first.shape[-1])
     return dict(zip(STAGES, (windows.max((2, 4)), second), strict=True))
-
-
-def make_loss(method: Method) -> LossFn:
-    """Makes the loss of a student: the cross-entropy with the labels and a method's term."""
-
-    def loss(
-        student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
-    ) -> Any:
-        (teacher,) = teachers
-        hard = losses.hard_cross_entropy(student.logits, batch["labels"])
-        term = method.term(student, teacher, batch, context.params)
-        return losses.weighted_sum([hard, term], weights=(1.0, method.weight))
-
-    return loss
 
 
 def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:

@@ -7,11 +7,10 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +18,20 @@ import docstring_parser
 import jax
 import tyro
 
+from experiments.common.checks import (
+    OptionError,
+    check_writable,
+    require,
+    select_names,
+)
 from experiments.common.limits import check_limits
 from jaxkd import distill
-from jaxkd._messages import list_some
 from jaxkd.cli import errors
 from jaxkd.data import DataError
 from jaxkd.distill.distributed import CONNECTION_SECONDS
 from jaxkd.runs import RunError, enable_determinism
+
+__all__ = ["OptionError", "check_writable", "require", "run", "select_names"]
 
 Config = TypeVar("Config")
 
@@ -33,46 +39,6 @@ Config = TypeVar("Config")
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _ARENA_MAX = -8
-
-
-class OptionError(ValueError):
-    """An invalid value of an option."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `OptionError(message)` unless the condition holds."""
-    if not condition:
-        raise OptionError(message)
-
-
-def select_names(only: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Returns the known names that `--only` lists, or all of them if it is empty.
-
-    Raises:
-        OptionError: If it lists an unknown name.
-    """
-    known = tuple(known)
-    unknown = sorted({*only} - {*known})
-    require(not unknown, f"--only {list_some(unknown)}: choose from {' '.join(known)}")
-    return tuple(name for name in known if not only or name in only)
-
-
-def check_writable(option: str, folder: Path) -> None:
-    """Makes a folder and checks that files can be written to it.
-
-    Raises:
-        OptionError: If they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without a name, so that nothing stays behind.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OptionError(
-            f"{option} {folder}: cannot be written ({reason}); name another folder"
-        ) from error
 
 
 def run(
