@@ -1,5 +1,6 @@
 """The PyTorch backend and the environment line of the benchmarks that compare with PyTorch."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -33,6 +34,16 @@ class TorchBackend:
         self.torch.set_num_threads(available_cores())
         # PyTorch's compiler calls functions that PyTorch itself has deprecated.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+    @functools.cached_property
+    def compile_error(self) -> str:
+        """The first line of the error if `torch.compile` does not work here, otherwise empty."""
+        try:
+            self.torch.compile(lambda x: x.exp() + 1)(self.torch.ones(8, device=self.device))
+        # The type depends on the cause: no C++ compiler, no Triton, an unsupported Python.
+        except Exception as error:
+            return str(error).strip().splitlines()[0]
+        return ""
 
     def wait(self, result: Any) -> None:
         """Blocks until a result of JAX or PyTorch is ready."""

@@ -18,28 +18,25 @@ Time: 2 minutes on 2 CPU cores
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import timing, training
+from experiments.benchmarks import timing, training_cases
 from experiments.benchmarks.timing import Ratio, time_rounds
-from experiments.benchmarks.training import (
+from experiments.benchmarks.training_cases import (
     ALPHA,
     CASES,
-    LEARNING_RATE,
-    MOMENTUM,
     SMALL_CNN,
     TEMPERATURE,
     Network,
     jax_model,
 )
+from experiments.benchmarks.vectorized_students import make_placement, students_call
 from experiments.common import cli
 from jaxkd import distill, evaluate, losses, models, runs
 from jaxkd.data.progress import track
@@ -73,49 +70,6 @@ class Config:
             )
 
 
-def students_call(network: Network, students: int, config: Config) -> Callable[[], Any]:
-    """Makes a function in which students train, and which returns the losses [K, P] of K steps."""
-    student = jax_model(network, bf16=False)
-    tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    make_step = functools.partial(
-        distill.make_train_step, student, tx, training.label_or_distillation_loss
-    )
-    batch = training.make_images(config.batch_size)
-    placement = make_placement(students)
-    init = jax.jit(student.init)
-    states = placement.put_states(
-        [
-            distill.init_train_state(init(jax.random.key(i), batch["inputs"]), tx)
-            for i in range(students)
-        ]
-    )
-    # The students share the arrays, which `put_examples` recognises by their identity.
-    arrays = {name: placement.put_array(array) for name, array in batch.items()}
-    examples = placement.put_examples([(arrays, distill.BatchInfo())] * students)
-    teachers = placement.put_teachers([()] * students)
-    keys = placement.put_keys([jax.random.key(i) for i in range(students)])
-    multi_step = placement.make_multi_step(make_step)
-    shape = (placement.steps_per_call, students, config.batch_size)
-    # Every step of every student trains on the same batch.
-    indices = np.broadcast_to(np.arange(config.batch_size), shape)
-
-    def call() -> jax.Array:
-        # The step donates the states, so each call must continue from those returned before.
-        nonlocal states
-        states, values = multi_step(states, examples, indices, teachers, keys)
-        return values
-
-    return call
-
-
-def make_placement(students: int) -> distill.Placement:
-    """Returns the placement on all devices of one student, or of several vectorised ones."""
-    mesh = distill.make_mesh()
-    if students == 1:
-        return distill.MeshPlacement(mesh)
-    return distill.VectorizedPlacement(mesh, students)
-
-
 def measure_students(config: Config) -> list[dict]:
     """Times vectorised students against a single one.
 
@@ -131,7 +85,9 @@ def measure_students(config: Config) -> list[dict]:
     for name, network in track(
         STUDENTS.items(), description="vectorised students", total=len(STUDENTS)
     ):
-        calls = [students_call(network, count, config) for count in (1, *config.students)]
+        calls = [
+            students_call(network, count, config.batch_size) for count in (1, *config.students)
+        ]
         rounds = np.array(list(time_rounds(calls, config.rounds))) / steps_per_call
         one_student, *vectorized = rounds.T.tolist()
         for count, seconds in zip(config.students, vectorized, strict=True):
@@ -177,8 +133,8 @@ def measure_caches(config: Config) -> list[dict]:
         teacher, and the seconds in which the teacher computes the logits of a batch.
     """
     rows = []
-    options = training.Config(batch_size=config.batch_size)
-    batch = jax.tree.map(jnp.asarray, training.make_images(config.batch_size))
+    options = training_cases.Settings(batch_size=config.batch_size)
+    batch = jax.tree.map(jnp.asarray, training_cases.make_images(config.batch_size))
     for name, case in track(PAIRS.items(), description="cached teachers", total=len(PAIRS)):
         # For the type checker: PAIRS holds only cases with a teacher.
         assert case.teacher is not None
@@ -187,9 +143,12 @@ def measure_caches(config: Config) -> list[dict]:
         predict = evaluate.make_predict(teacher, batch_size=config.batch_size)
         fill = functools.partial(predict, variables, batch["inputs"])
         logits = jnp.asarray(fill())
-        live, steps = training.jax_call(case, options)
+        live, steps = training_cases.jax_call(case, options)
         student = jax_model(case.student, bf16=False)
-        cached, _ = training.training_call(student, batch | {"teacher_logits": logits}, cached_loss)
+        training = training_cases.make_step(
+            student, batch | {"teacher_logits": logits}, cached_loss
+        )
+        cached, _ = training_cases.training_call(*training)
         rounds = np.array(list(time_rounds((live, cached, fill), config.rounds)))
         # A call of `fill` predicts one batch, a call of the others takes `steps` steps.
         live_seconds, cached_seconds, fill_seconds = (rounds / (steps, steps, 1)).T.tolist()

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from experiments.common.cli import check_writable
+from experiments.common.checks import check_writable
 from experiments.common.limits import expand
 from jaxkd._files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
+    from rich.table import Table
 
 # A sample repeats its call for about this long, far above the resolution of the clock.
 SAMPLE_SECONDS = 0.005
@@ -100,8 +99,12 @@ def write_results(folder: Path, config: Any, environment: dict, results: dict) -
     write_atomically(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def make_table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> "Table":
     """Makes a table with its text columns, which wrap long names instead of cutting them off."""
+    # Here, because accelerators are measured where rich is not installed.
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )

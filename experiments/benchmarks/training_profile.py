@@ -43,9 +43,9 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import beside_torch, timing, training
+from experiments.benchmarks import beside_torch, timing, training_cases
 from experiments.benchmarks.timing import Ratio
-from experiments.benchmarks.training import LEARNING_RATE, MOMENTUM, Case, TorchTraining
+from experiments.benchmarks.training_cases import LEARNING_RATE, MOMENTUM, Case, TorchTraining
 from experiments.common import cli
 from jaxkd import models
 from jaxkd.data.progress import track
@@ -237,7 +237,7 @@ class Part(NamedTuple):
 
 def make_parts(network: str, config: Config, torch: TorchTraining | None) -> list[Part]:
     """Makes the parts of a training step: layers, loss, optimizer, and the whole step last."""
-    case = next(case for case in training.CASES if case.name == f"train_{network}")
+    case = next(case for case in training_cases.CASES if case.name == f"train_{network}")
     parts = []
     for layer in NETWORKS[network]:
         sides = [jax_calls(layer, config.batch_size)]
@@ -246,8 +246,8 @@ def make_parts(network: str, config: Config, torch: TorchTraining | None) -> lis
         for layer_pass in layer.passes:
             calls = [side[layer_pass] for side in sides]
             parts.append(Part(f"{layer.name}: {layer_pass.value}", layer.count, calls))
-    options = training.Config(batch_size=config.batch_size)
-    step, _ = training.jax_call(case, options)
+    options = training_cases.Settings(batch_size=config.batch_size)
+    step, _ = training_cases.jax_call(case, options)
     other_calls = [(*jax_loss_and_optimizer(case, config.batch_size), step)]
     if torch:
         torch_step = torch.make_call(case, options, compiles=False)
@@ -316,11 +316,11 @@ def torch_calls(layer: Layer, batch_size: int, torch: TorchTraining) -> dict[Pas
 
 def jax_loss_and_optimizer(case: Case, batch_size: int) -> tuple[Call, Call]:
     """Makes jaxkd's calls of the loss with its gradient, and of the optimizer."""
-    batch = training.make_images(batch_size)
+    batch = training_cases.make_images(batch_size)
     logits = jnp.asarray(noise(batch_size, 10))
     labels = jnp.asarray(batch["labels"])
     tx = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    student = training.jax_model(case.student, bf16=False)
+    student = training_cases.jax_model(case.student, bf16=False)
     params = jax.jit(student.init)(jax.random.key(0), batch["inputs"])["params"]
     # The optimizer takes the same time whatever the gradients are.
     gradients = jax.tree.map(jnp.ones_like, params)
@@ -330,7 +330,7 @@ def jax_loss_and_optimizer(case: Case, batch_size: int) -> tuple[Call, Call]:
         outputs = models.Outputs(logits, {})
         batch = {"labels": labels}
         # The loss does not read its context, which the training step would pass.
-        return training.label_or_distillation_loss(outputs, (), batch, None).mean()
+        return training_cases.label_or_distillation_loss(outputs, (), batch, None).mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: tuple, gradients: Any) -> tuple:
@@ -351,7 +351,7 @@ def torch_loss_and_optimizer(
     case: Case, batch_size: int, torch: TorchTraining
 ) -> tuple[Call, Call]:
     """Makes PyTorch's calls of the loss with its gradient, and of the optimizer."""
-    batch = training.make_images(batch_size)
+    batch = training_cases.make_images(batch_size)
     student = torch.network(case.student).to(torch.device)
     labels = torch.torch.from_numpy(batch["labels"]).to(torch.device)
     logits = torch.torch.from_numpy(noise(batch_size, 10)).to(torch.device).requires_grad_()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.benchmarks import loss_cases
 from experiments.benchmarks import losses as losses_benchmark
 from jaxkd import losses
 
@@ -83,29 +84,28 @@ def test_memory_at_full_size_is_reported_by_the_compiler(printed):
         assert fused["temporary_bytes"] < plain["temporary_bytes"] / 3
 
 
-@pytest.mark.parametrize("case", losses_benchmark.make_cases(TINY), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", loss_cases.make_cases(TINY), ids=lambda case: case.name)
 def test_cases_compute_the_losses_of_their_names(case):
     arrays = case.arrays()
     assert [x.shape for x in arrays[: len(case.shapes)]] == list(case.shapes)
-    for mean_loss in losses_benchmark.jax_losses(case).values():
+    for mean_loss in loss_cases.jax_losses(case).values():
         value = jax.eval_shape(mean_loss, *arrays)
         assert value.shape == () and value.dtype == np.float32
     assert (
-        hasattr(losses, case.name) != (case.name in losses_benchmark.COMPOSED)
-        or case.group == "features"
+        hasattr(losses, case.name) != (case.name in loss_cases.COMPOSED) or case.group == "features"
     )
     for x, y in zip(arrays, case.arrays(), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 @needs_torch
-@pytest.mark.parametrize("case", losses_benchmark.make_cases(TINY), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", loss_cases.make_cases(TINY), ids=lambda case: case.name)
 def test_pytorch_computes_the_same(case, monkeypatch):
-    monkeypatch.setattr(losses_benchmark.TorchLosses, "compile_error", "not in this test")
-    calls = losses_benchmark.TorchLosses().calls(case)
+    monkeypatch.setattr(loss_cases.TorchLosses, "compile_error", "not in this test")
+    calls = loss_cases.TorchLosses().calls(case)
     theirs = {pass_name: call() for _, pass_name, call in calls}
     their_value, their_gradient = theirs["both"]
-    for implementation, pass_name, call, _ in losses_benchmark.jax_calls(case):
+    for implementation, pass_name, call, _ in loss_cases.jax_calls(case):
         tolerance = {"rtol": 1e-5, "atol": 1e-6, "err_msg": implementation}
         if pass_name == "forward":
             np.testing.assert_allclose(call(), theirs["forward"], **tolerance)
@@ -127,7 +127,7 @@ def test_every_loss_in_pytorch_is_make_rows():
         for name, _ in inspect.getmembers(torch_losses, inspect.isfunction)
         if not name.startswith("_")
     }
-    assert names == {case.name for case in losses_benchmark.make_cases(TINY)}
+    assert names == {case.name for case in loss_cases.make_cases(TINY)}
 
 
 @needs_torch

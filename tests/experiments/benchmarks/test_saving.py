@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmarks import saving, training
+from experiments.benchmarks import saving, training_cases
 from experiments.benchmarks.saving import Config
-from experiments.benchmarks.training import Case, Network
+from experiments.benchmarks.training_cases import Case, Network
 from experiments.common.cli import OptionError
 
 TINY = Config(students=(2,), batch_size=4, rounds=2)
@@ -35,7 +35,9 @@ def test_writes_and_prints_every_case(tmp_path, capsys):
 @pytest.mark.thorough
 def test_vectorized_students_take_the_step_of_a_single_one():
     network = saving.STUDENTS["dense"]
-    single_call, vectorized_call = (saving.students_call(network, count, TINY) for count in (1, 3))
+    single_call, vectorized_call = (
+        saving.students_call(network, count, TINY.batch_size) for count in (1, 3)
+    )
     for _ in range(2):
         single = np.asarray(single_call())
         vectorized = np.asarray(vectorized_call())
@@ -51,8 +53,8 @@ def test_invalid_options_are_refused(options):
 
 def test_seconds_are_those_of_a_step(monkeypatch):
     """Simulates an accelerator, which scans several steps, as this machine may have none."""
-    monkeypatch.setattr(training.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(training, "SCANNED_STEPS", 2)
+    monkeypatch.setattr(training_cases.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(training_cases, "SCANNED_STEPS", 2)
     monkeypatch.setattr(saving, "time_rounds", lambda calls, rounds: [[8.0, 4.0, 1.0]] * rounds)
     (row,) = saving.measure_caches(TINY)
     assert [row[f"{name}_seconds"] for name in ("live", "cached", "fill")] == [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.benchmarks import training
-from experiments.benchmarks.training import Case, Network
+from experiments.benchmarks import training, training_cases
+from experiments.benchmarks.training_cases import Case, Network
 from jaxkd import layout, models, transfer
 from jaxkd.models import layers
 
@@ -17,8 +17,8 @@ needs_torch = pytest.mark.skipif(
     not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
 )
 TINY = training.Config(batch_size=4, text_batch_size=3)
-CASES = {case.name: case for case in training.CASES}
-VOCABULARY = training.VOCABULARY
+CASES = {case.name: case for case in training_cases.CASES}
+VOCABULARY = training_cases.VOCABULARY
 # Without dropout, whose random bits differ between JAX and PyTorch.
 SMALL_BERT = Network(
     "BERT", (VOCABULARY, 8, 2, 2, 12), {"pooling": models.mean_pooling, "dropout": 0.0}
@@ -73,33 +73,33 @@ def test_every_case_names_networks_of_the_library():
     sizes = {"train_cnn": 167562, "train_resnet20": 269722, "distil_wrn16_2": 691674}
     sizes |= {"train_lstm": 2001474, "train_bert": 22566146}
     for name, size in sizes.items():
-        model = training.jax_model(CASES[name].student, bf16=False)
-        inputs = training.make_batch(CASES[name], TINY)["inputs"]
+        model = training_cases.jax_model(CASES[name].student, bf16=False)
+        inputs = training_cases.make_batch(CASES[name], TINY)["inputs"]
         variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
         assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == size
 
 
 def test_texts_are_padded_on_the_right():
-    texts = training.make_texts(500)
+    texts = training_cases.make_texts(500)
     tokens, labels = texts["inputs"], texts["labels"]
     where = tokens != 0
     assert tokens.shape == (500, 32) and tokens.dtype == np.int32
     assert tokens.max() < VOCABULARY and tokens.min() == 0
     assert {*where.sum(1).tolist()} == {*range(8, 33)} and (np.diff(where.astype(int)) <= 0).all()
     assert {*labels.tolist()} == {0, 1}
-    np.testing.assert_array_equal(tokens, training.make_texts(500)["inputs"])
+    np.testing.assert_array_equal(tokens, training_cases.make_texts(500)["inputs"])
 
 
 @pytest.mark.thorough
 def test_steps_of_a_scan_are_those_of_a_loop(monkeypatch):
     """Simulates an accelerator, which scans, as this machine may have none."""
     with jax.default_device(jax.devices()[0]):
-        call, steps = training.jax_call(SMALL[0], TINY)
+        call, steps = training_cases.jax_call(SMALL[0], TINY)
         assert steps == 1
         values = [float(call()["loss"]) for _ in range(2)]
-        monkeypatch.setattr(training.jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(training, "SCANNED_STEPS", 2)
-        call, steps = training.jax_call(SMALL[0], TINY)
+        monkeypatch.setattr(training_cases.jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(training_cases, "SCANNED_STEPS", 2)
+        call, steps = training_cases.jax_call(SMALL[0], TINY)
         assert steps == 2
         np.testing.assert_allclose(call()["loss"], values, rtol=1e-5)
         assert values[1] != values[0]
@@ -155,14 +155,14 @@ def bert_rules():
 @needs_torch
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_pytorch_takes_the_same_steps(case, monkeypatch):
-    torch = training.TorchTraining()
+    torch = training_cases.TorchTraining()
     monkeypatch.setattr(torch.counterparts, "DROPOUT", 0.0)
     # A large step, so that an error in it shows in the next loss.
-    monkeypatch.setattr(training, "LEARNING_RATE", 0.1)
+    monkeypatch.setattr(training_cases, "LEARNING_RATE", 0.1)
     torch_weights = []
 
     def make_torch_network(network):
-        module = training.TorchTraining.network(torch, network)
+        module = training_cases.TorchTraining.network(torch, network)
         tensors = module.state_dict().items()
         torch_weights.append(
             (network, {name: tensor.detach().numpy().copy() for name, tensor in tensors})
@@ -186,8 +186,8 @@ def test_pytorch_takes_the_same_steps(case, monkeypatch):
 
         return models.Model(init, model.apply)
 
-    monkeypatch.setattr(training, "jax_model", jax_model)
-    jax_step, _ = training.jax_call(case, TINY)
+    monkeypatch.setattr(training_cases, "jax_model", jax_model)
+    jax_step, _ = training_cases.jax_call(case, TINY)
     ours, theirs = np.array([(jax_step()["loss"], torch_step()) for _ in range(2)]).T
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     np.testing.assert_allclose(np.diff(ours), np.diff(theirs), rtol=0.05)
@@ -200,16 +200,16 @@ def test_pytorch_takes_the_same_steps(case, monkeypatch):
     ids=lambda parameter: getattr(parameter, "name", None),
 )
 def test_pytorch_runs_the_same_network(case, shape):
-    torch = training.TorchTraining()
+    torch = training_cases.TorchTraining()
     case = case._replace(trains=False)
-    call, _ = training.jax_call(case, TINY)
+    call, _ = training_cases.jax_call(case, TINY)
     assert torch.make_call(case, TINY, compiles=False)().shape == call().shape == shape
 
 
 @needs_torch
 def test_pytorch_applies_dropout_only_in_training():
-    torch = training.TorchTraining()
-    tokens = training.make_texts(3)["inputs"]
+    torch = training_cases.TorchTraining()
+    tokens = training_cases.make_texts(3)["inputs"]
     network, inputs = torch.counterparts.place(torch.network(SMALL_BERT), tokens, "cpu")
     dropout = torch.counterparts.nn.Dropout
     rates = [module.p for module in network.modules() if isinstance(module, dropout)]

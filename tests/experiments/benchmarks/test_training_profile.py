@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments.benchmarks import beside_torch, training, training_profile
+from experiments.benchmarks import beside_torch, training_cases, training_profile
 from experiments.benchmarks.training_profile import NETWORKS, SUM, WHOLE, Pass
 
 needs_torch = pytest.mark.skipif(
     not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
 )
-CASES = {case.name: case for case in training.CASES}
+CASES = {case.name: case for case in training_cases.CASES}
 LAYERS = [layer for layers in NETWORKS.values() for layer in layers]
 KINDS = [LAYERS[i] for i in (0, 1, 2, 4, 8, 12, 15)]
 
@@ -62,8 +62,8 @@ def count_layers(network):
             layers[context.module.path] = describe(context.module), arguments[0].shape[1:]
         return call(*arguments, **keywords)
 
-    model = training.jax_model(network, bf16=False)
-    batch = training.make_images(2)
+    model = training_cases.jax_model(network, bf16=False)
+    batch = training_cases.make_images(2)
     with nn.intercept_methods(record):
         jax.eval_shape(model.init, jax.random.key(0), batch["inputs"])
     return collections.Counter(layers.values())
@@ -116,7 +116,7 @@ def test_single_passes_are_those_of_both_together(layer):
 
 @needs_torch
 def test_torch_takes_the_same_parts():
-    torch = training.TorchTraining()
+    torch = training_cases.TorchTraining()
     for layer in KINDS:
         ours = training_profile.jax_calls(layer, 2)
         theirs = training_profile.torch_calls(layer, 2, torch)
@@ -137,7 +137,9 @@ def test_torch_takes_the_same_parts():
 def test_torch_has_the_same_loss():
     case = CASES["train_cnn"]
     jax_loss, _ = training_profile.jax_loss_and_optimizer(case, 4)
-    torch_loss, _ = training_profile.torch_loss_and_optimizer(case, 4, training.TorchTraining())
+    torch_loss, _ = training_profile.torch_loss_and_optimizer(
+        case, 4, training_cases.TorchTraining()
+    )
     value, gradient = jax_loss()
     (theirs,) = torch_loss()
     np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-6)
