@@ -10,7 +10,12 @@ _PACKAGES = (
     *("matplotlib", "rich", "tyro", "docstring_parser"),
     *("filelock", "flatbuffers", "orbax", "safetensors", "tabulate", "flax"),
 )
-"""Packages that every experiment needs, those of the largest extra first."""
+"""Packages that an experiment needs, those of the largest extra first."""
+_OTHER_PACKAGES = {
+    # It runs on machines that have little more than JAX.
+    "experiments.benchmarks.accelerator": ("filelock", "orbax", "flax"),
+}
+"""Packages of modules that need fewer, by the name that follows `python -m`."""
 
 USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 """The flags without those that this version of JAX needs, for processes with another version."""
@@ -21,8 +26,10 @@ def _check_packages() -> None:
     # This is the value while `python -m` looks for the module that it will run.
     if sys.argv[:1] != ["-m"]:
         return
+    arguments = sys.orig_argv
+    module = arguments[arguments.index("-m") + 1] if "-m" in arguments[:-1] else ""
     try:
-        require_installed(*_PACKAGES)
+        require_installed(*_OTHER_PACKAGES.get(module, _PACKAGES))
     except ImportError as error:
         sys.exit(f"error: {error}")
 

@@ -295,7 +295,7 @@ class TorchLosses(beside_torch.TorchBackend):
             versions["compiled"] = self.torch.compile(lambda *inputs: loss(*inputs), dynamic=False)
         for implementation, function in versions.items():
             yield implementation, "forward", functools.partial(self._forward, function, inputs)
-            both = functools.partial(self._forward_and_backward, function, inputs, case)
+            both = functools.partial(self.run_both, function, inputs, case)
             yield implementation, "both", both
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
@@ -312,7 +312,8 @@ class TorchLosses(beside_torch.TorchBackend):
         with self.torch.no_grad():
             return function(*inputs)
 
-    def _forward_and_backward(self, function: Callable, inputs: Sequence[Any], case: Case) -> Any:
+    def run_both(self, function: Callable, inputs: Sequence[Any], case: Case) -> Any:
+        """Returns the value of a loss and its gradients with respect to the student's arrays."""
         student_arrays = inputs[: case.student_arrays]
         # PyTorch would otherwise add to the gradients of the call before.
         for tensor in student_arrays:
