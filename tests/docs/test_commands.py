@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import tyro
 
+from experiments.benchmarks.accelerator import command as accelerator
 from jaxkd.cli import main as jaxkd_cli
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     path
-    for folder in ("experiments", "experiments/benchmarks")
+    for folder in ("experiments", "experiments/benchmarks", "experiments/benchmarks/accelerator")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"
 ]
@@ -82,6 +83,9 @@ def parse(command):
         # The name of a subcommand alone is a mention of it.
         return jaxkd_cli._parse(arguments if len(arguments) > 1 else [*arguments, "--help"])
     module = importlib.import_module(name)
+    if name == "experiments.benchmarks.accelerator":
+        # It runs where tyro is not installed.
+        return accelerator.parse_arguments(arguments)
     if not hasattr(module, "Config"):
         assert not arguments, f"{name} has no options"
         return None
