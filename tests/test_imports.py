@@ -49,8 +49,9 @@ DISTILL_ARROWS = {
     "top_k": set(),
     "step": {"top_k"},
     "_multi_step": set(),
-    "placement": {"_multi_step", "step"},
     "distributed": set(),
+    "placement": {"_multi_step", "distributed", "step"},
+    "_save_clock": {"distributed"},
     "plan": {"step"},
     "teacher_cache": {"top_k"},
     "_batches": {"step"},
@@ -64,6 +65,7 @@ DISTILL_ARROWS = {
     "_loop": {
         "_batches",
         "_diagnosis",
+        "_save_clock",
         "_stage_run",
         "distributed",
         "placement",

@@ -191,8 +191,7 @@ def _default_max_students(
     options: Options, mesh: jax.sharding.Mesh, plan: Sequence[distill.Stage | distill.Pretrained]
 ) -> int:
     """Returns the number of students in one program where the user does not choose it."""
-    is_divided = options.model_devices > 1 or jax.process_count() > 1
-    if is_divided or mesh.devices.flat[0].platform == "cpu":
+    if options.model_devices > 1 or mesh.devices.flat[0].platform == "cpu":
         return 1
     students = options.num_seeds * distill.count_concurrent_stages(plan)
     # With fewer students than devices, some devices would be idle.

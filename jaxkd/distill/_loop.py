@@ -17,6 +17,7 @@ import numpy as np
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill import _diagnosis
 from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
+from jaxkd.distill._save_clock import SaveClock
 from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
@@ -105,7 +106,7 @@ class TrainingLoop:
         self._put_on_devices()
         if not group.first_step:
             self._try_suspects()
-        saved_at = time.monotonic()
+        clock = SaveClock(self._save_every)
         try:
             for step, next_step in itertools.pairwise(self._stops()):
                 self._take_steps(range(step, next_step))
@@ -116,9 +117,9 @@ class TrainingLoop:
                     records = self._evaluate(next_step)
                     if on_evaluate is not None:
                         on_evaluate(next_step, *_average(records))
-                if next_step == group.steps or time.monotonic() - saved_at > self._save_every:
+                if next_step == group.steps or clock.is_due():
                     self._save(next_step)
-                    saved_at = time.monotonic()
+                    clock.restart()
         except KeyboardInterrupt:
             self._save_if_consistent()
             raise
@@ -276,7 +277,7 @@ class TrainingLoop:
             _, loss = group.multi_step(
                 self._placement.put_states(states), examples, indices, self._teachers, self._keys
             )
-            losses.append(np.asarray(jax.device_get(loss))[0, i])
+            losses.append(self._placement.get_losses([loss], len(group))[0, i])
         return float(np.mean(losses))
 
     def _find_cause(self, stage_run: StageRun) -> str:
@@ -303,7 +304,7 @@ class TrainingLoop:
             if self._new_losses == LOSSES_ON_DEVICE:
                 # An array on a device takes far more memory than the numbers in it.
                 self._losses[-self._new_losses :] = [
-                    np.concatenate(jax.device_get(self._losses[-self._new_losses :]))
+                    self._placement.get_losses(self._losses[-self._new_losses :], len(self.group))
                 ]
                 self._new_losses = 0
 
@@ -350,6 +351,8 @@ class TrainingLoop:
         losses = self._get_losses()
         # Students of one program train at once, and each is charged an equal share of the time.
         share = (time.monotonic() - self._started) / len(self.group)
+        # Orbax could write the parts of several processes at once, but only into a folder that all
+        # of them see. Only the primary process need see that of a run, so it gets the states.
         states = self._get_states()
         for i, stage_run in enumerate(self.group.stage_runs):
             self._seconds[i] = stage_run.progress.seconds + share
@@ -379,10 +382,13 @@ class TrainingLoop:
         A step donates its state: an interrupted one has deleted the old state without returning the
         new one, or has returned it without its losses being kept.
         """
-        if self._state.step.is_deleted():
+        counter = self._state.step
+        # The parts of other processes cannot be had: not all of them need have been interrupted.
+        is_whole = counter.is_fully_addressable or counter.is_fully_replicated
+        if counter.is_deleted() or not is_whole:
             return
         # A vectorised state has one counter per student; all of them are equal.
-        step = int(self._state.step.ravel()[0])
+        step = int(counter.addressable_data(0).ravel()[0])
         if step and sum(map(len, self._losses)) == step - self._last_evaluation(step):
             self._save(step)
 
@@ -417,7 +423,8 @@ class TrainingLoop:
 
     def _get_losses(self) -> np.ndarray:
         """Returns the losses of each student since the last evaluation, `[P, K]`."""
-        return np.ascontiguousarray(np.concatenate(jax.device_get(self._losses)).T)
+        losses = self._placement.get_losses(self._losses, len(self.group))
+        return np.ascontiguousarray(losses.T)
 
     def _reset_losses(self, losses: Sequence[Sequence[float]]) -> None:
         """Starts with these losses of each student."""

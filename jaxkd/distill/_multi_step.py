@@ -19,7 +19,8 @@ about 32 on."""
 MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Array]]
 """`(states, examples, indices [K, P, B], teachers, keys) -> (states, losses [K, P])`.
 
-Takes K steps of P students. `indices` select the examples of each step's batch.
+Takes K steps of P students. `indices` select the examples of each step's batch. A placement that
+fills its devices up adds columns of losses at the end; `Placement.get_losses` drops them.
 """
 
 

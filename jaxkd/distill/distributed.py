@@ -93,3 +93,25 @@ def broadcast_from_primary(value: Any, tree: Any) -> tuple[Any, Any]:
     if not jax.tree.leaves(tree):
         return json.loads(text), tree
     return json.loads(text), multihost_utils.broadcast_one_to_all(jax.device_get(tree))
+
+
+def gather_from_processes(tree: Any) -> Any:
+    """Returns the whole arrays of a tree on the host of every process.
+
+    Args:
+        tree: Arrays on the devices. Those whose parts are on the devices of several processes are
+            gathered, so that all processes must call this function.
+    """
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    # Array by array: all of them at once need not fit on one device.
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """Returns the sum of the arrays of one shape that all processes pass."""
+    from jax.experimental import multihost_utils
+
+    return np.sum(multihost_utils.process_allgather(array), axis=0)

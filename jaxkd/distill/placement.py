@@ -28,6 +28,11 @@ from jaxkd.distill._multi_step import (
     repeat_step,
     step_by_step,
 )
+from jaxkd.distill.distributed import (
+    gather_from_processes,
+    is_primary_process,
+    sum_over_processes,
+)
 from jaxkd.distill.step import StepFn
 from jaxkd.evaluate import PredictFn, make_predict
 from jaxkd.models.model import Model
@@ -60,7 +65,17 @@ class Placement(Protocol):
         ...
 
     def get_states(self, states: Any, count: int) -> list[Any]:
-        """Returns the training states of the first `count` students."""
+        """Returns the training states of the first `count` students.
+
+        Every process gets all of them, so the processes call it together.
+        """
+        ...
+
+    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
+        """Joins the losses `[K, P]` of several calls of a `MultiStep`, on the host.
+
+        Columns after the first `count` students are left out. The processes call it together.
+        """
         ...
 
     def put_array(self, array: Any) -> Array:
@@ -153,6 +168,11 @@ class MeshPlacement:
         """Returns the state of the only student, from the first device of this process."""
         del count
         return [_first_copy(states)]
+
+    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
+        """Returns the losses of the only student, `[K, 1]`."""
+        del count
+        return np.concatenate(jax.device_get(list(losses)))
 
     def put_array(self, array: Any) -> Array:
         """Divides examples `[N, ...]` among the devices and copies scalars to every device.
@@ -247,6 +267,11 @@ class PmapPlacement:
         del count
         return [_first_copy(states)]
 
+    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
+        """Returns the losses of the only student, `[K, 1]`."""
+        del count
+        return np.concatenate(jax.device_get(list(losses)))
+
     def put_array(self, array: Any) -> Array:
         """Copies examples `[N, ...]` to every device."""
         return self._replicate(jnp.asarray(array))
@@ -339,8 +364,11 @@ class VectorizedPlacement:
     array that several students share is held once on every device. Each student gets the numbers of
     its training alone, to rounding.
 
+    The devices may belong to several processes. Each process then holds the states of its own
+    students. All states are gathered on every process for evaluations and checkpoints.
+
     Attributes:
-        mesh: A mesh from `make_mesh`, of this process's devices.
+        mesh: A mesh from `make_mesh`.
         max_students: The largest number of students that train in one program.
     """
 
@@ -348,14 +376,9 @@ class VectorizedPlacement:
     max_students: int
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` without a student, or if devices belong to another process."""
+        """Raises `ValueError` without a student."""
         if self.max_students < 1:
             raise ValueError(f"max_students must be at least 1, got {self.max_students}")
-        if jax.process_count() > 1:
-            raise ValueError(
-                "vectorised students train on the devices of one process: "
-                "start a run on each host, with its own seeds"
-            )
 
     @property
     def steps_per_call(self) -> int:
@@ -369,8 +392,16 @@ class VectorizedPlacement:
     def get_states(self, states: Any, count: int) -> list[Any]:
         """Returns the states of the first `count` students, on the host."""
         # One transfer for all students; slices on the device would be a small program each.
-        states = jax.device_get(states)
+        states = gather_from_processes(states)
         return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(count)]
+
+    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
+        """Returns the losses of the first `count` students, `[K, count]`."""
+        if all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in losses):
+            return np.concatenate([array[:, :count] for array in jax.device_get(list(losses))])
+        # Joined before they are gathered: a collective operation for each call would be slow.
+        own = np.concatenate([_own_part(array)[:, :count] for array in losses])
+        return sum_over_processes(own)
 
     def put_array(self, array: Any) -> Array:
         """Puts an array onto the default device."""
@@ -419,10 +450,8 @@ class VectorizedPlacement:
         def multi_step(
             states: Any, examples: Any, indices: np.ndarray, teachers: Any, keys: Any
         ) -> tuple[Any, Array]:
-            count = indices.shape[1]
-            indices = indices[:, self._fill(count)]
-            states, losses = repeat(states, examples, indices, teachers, keys)
-            return states, losses[:, :count]
+            indices = indices[:, self._fill(indices.shape[1])]
+            return repeat(states, examples, indices, teachers, keys)
 
         return multi_step
 
@@ -433,20 +462,20 @@ class VectorizedPlacement:
     def _stack(self, trees: Sequence[Any]) -> Any:
         filled = [trees[i] for i in self._fill(len(trees))]
         sharding = self._sharding(*STUDENTS)
-        return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), sharding), *filled)
+        return jax.tree.map(lambda *leaves: _put_whole(jnp.stack(leaves), sharding), *filled)
 
     def _deduplicate(self, trees: Sequence[Any]) -> "_Shared":
         def stack_distinct(*leaves: Any) -> Array:
             # Compared by identity: comparing values would read all of them.
             distinct = {id(leaf): jnp.asarray(leaf) for leaf in leaves}
-            return jax.device_put(jnp.stack(list(distinct.values())), self._sharding())
+            return _put_whole(jnp.stack(list(distinct.values())), self._sharding())
 
         def find_position(*leaves: Any) -> Array:
             # Dicts keep the order of first insertion, so the positions are those of
             # `stack_distinct`.
             positions = {leaf_id: i for i, leaf_id in enumerate(dict.fromkeys(map(id, leaves)))}
             position = np.array([positions[id(leaf)] for leaf in leaves], np.int32)
-            return jax.device_put(position[self._fill(len(leaves))], self._sharding(*STUDENTS))
+            return _put_whole(position[self._fill(len(leaves))], self._sharding(*STUDENTS))
 
         return _Shared(jax.tree.map(stack_distinct, *trees), jax.tree.map(find_position, *trees))
 
@@ -505,6 +534,24 @@ def _first_copy(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
+def _own_part(array: Any) -> np.ndarray:
+    """Returns what this process adds to the sum over processes that is the whole array.
+
+    Zeros take the place of what other processes hold, and of what the primary process adds.
+    """
+    part = np.zeros(array.shape, array.dtype)
+    if isinstance(array, Array):
+        for shard in array.addressable_shards:
+            part[shard.index] = shard.data
+    elif is_primary_process():
+        part[...] = array
+    return part
+
+
+def _put_whole(array: Any, sharding: NamedSharding) -> Array:
+    return _put(array, sharding, array.shape)
+
+
 def _put(array: Any, sharding: NamedSharding, shape: Sequence[int]) -> Array:
     """Puts an array where a sharding says, repeating its last row up to the length of `shape`.
 
@@ -517,7 +564,8 @@ def _put(array: Any, sharding: NamedSharding, shape: Sequence[int]) -> Array:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         # Callbacks return NumPy arrays, which cannot hold typed keys.
-        return jax.random.wrap_key_data(_put(jax.random.key_data(array), sharding, (2,)))
+        data = jax.random.key_data(array)
+        return jax.random.wrap_key_data(_put(data, sharding, (*shape, data.shape[-1])))
 
     def read(index: Any) -> np.ndarray:
         if not shape:

@@ -1,24 +1,29 @@
-"""One of several processes that train a plan together.
+"""One of several processes that train plans together, on four devices in all.
 
-`distributed_worker.py ADDRESS NUM_PROCESSES PROCESS_ID FOLDER STOP_STEP` prints the sum of the
-absolute values of each trained weight, and the accuracies. With a `STOP_STEP` above 0 it stops
-after that step of the last stage.
+`distributed_worker.py ADDRESS NUM_PROCESSES PROCESS_ID FOLDER STOP_STEP CASE...` prints for each
+case the sum of the absolute values of each trained weight, and the accuracies. With a `STOP_STEP`
+above 0 it stops after that step of the last stage.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 # A doctest that imports this file has devices of its own.
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // int(sys.argv[2])}"
 
 import jax
 import numpy as np
 
 from jaxkd import distill, runs
 from small_plans import make_stage, soft_loss, train
+
+# Few steps and evaluations: between processes, each takes tenths of a second.
+OPTIONS = {"batch_norm": True, "batch_size": 15, "steps": 4}
+STUDENT = {"teachers": ("teacher",), "loss": soft_loss, **OPTIONS}
 
 
 class Stopped(Exception):
@@ -31,41 +36,78 @@ def stop_after(step):
 
     def append_and_stop(run, record):
         append_metrics(run, record)
-        if record["step"] >= step and record["stage"] == "cached":
+        if record["step"] >= step and record["stage"] == "last":
             raise Stopped
 
     runs.Run.append_metrics = append_and_stop
 
 
-def main(address, num_processes, process_id, folder, stop_step):
+def make_teacher_and_student():
+    return [make_stage("teacher", 8, **OPTIONS), make_stage("last", 8, **STUDENT)]
+
+
+def make_plan():
+    cached = make_stage("cached", 8, cache_teachers=True, **STUDENT)
+    return [cached, *make_teacher_and_student()]
+
+
+def train_on_mesh(folder, **options):
+    placement = distill.MeshPlacement(distill.make_mesh())
+    return train(folder, make_plan(), placement=placement, **options)
+
+
+def train_on_model_axis(folder, **options):
+    """Trains two stages of `train_on_mesh`, with their teacher divided over two devices."""
+    placement = distill.MeshPlacement(distill.make_mesh(model=2))
+    return train(folder, make_teacher_and_student(), placement=placement, **options)
+
+
+def train_vectorized(folder, **options):
+    """Trains three students at once; the number of devices does not divide theirs."""
+    placement = distill.VectorizedPlacement(distill.make_mesh(), max_students=3)
+    return train(folder, make_teacher_and_student(), range(3), placement=placement, **options)
+
+
+def train_one_by_one(folder, **options):
+    """Trains what `train_vectorized` trains, on one device."""
+    return train(folder, make_teacher_and_student(), range(3), **options)
+
+
+CASES = {
+    "mesh": train_on_mesh,
+    "model_axis": train_on_model_axis,
+    "vectorized": train_vectorized,
+    "one_by_one": train_one_by_one,
+}
+
+
+def summarize(trained):
+    summary = {}
+    for name, seeds in trained.items():
+        for seed, model in enumerate(seeds):
+            sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(model.variables)]
+            summary[f"{name}, seed {seed}"] = [*sums, model.validation_accuracy]
+    return summary
+
+
+def main(address, num_processes, process_id, folder, stop_step, *cases):
     if int(num_processes) > 1:
         distill.initialize_distributed(
             address, num_processes=int(num_processes), process_id=int(process_id)
         )
-        assert jax.device_count() == 2 * jax.local_device_count() == 4
-    # Few steps and evaluations: between processes, each takes tenths of a second.
-    options = {"batch_norm": True, "batch_size": 15, "steps": 6}
-    student = {"teachers": ("teacher",), "loss": soft_loss, **options}
-    plan = [
-        make_stage("teacher", 8, **options),
-        make_stage("live", 8, **student),
-        make_stage("cached", 8, cache_teachers=True, **student),
-    ]
-    placement = distill.MeshPlacement(distill.make_mesh())
-    save_every = 1e9
+    assert jax.device_count() == 4
+    options = {"save_every": 1e9, "evaluations": 2}
     if int(stop_step):
         stop_after(int(stop_step))
-        save_every = 0
-    try:
-        trained, _ = train(folder, plan, save_every=save_every, evaluations=3, placement=placement)
-    except Stopped:
-        print(json.dumps({}))
-        return
-    summary = {}
-    for name, (model,) in trained.items():
-        sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(model.variables)]
-        summary[name] = [*sums, model.validation_accuracy]
-    print(json.dumps(summary))
+        options["save_every"] = 0
+    summaries = {}
+    for case in cases:
+        try:
+            trained, _ = CASES[case](Path(folder) / case, **options)
+        except Stopped:
+            continue
+        summaries[case] = summarize(trained)
+    print(json.dumps(summaries))
 
 
 if __name__ == "__main__":

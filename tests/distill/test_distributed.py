@@ -1,4 +1,4 @@
-"""Two processes on this machine train like one, and either resumes the other's run."""
+"""Several processes on this machine train like one, and any number resumes the others' run."""
 
 import json
 import shutil
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from jaxkd import distill
+from jaxkd.runs import checkpoints
 
 pytestmark = pytest.mark.thorough  # starts processes of its own
 
@@ -24,12 +26,12 @@ def find_free_port():
         return server.getsockname()[1]
 
 
-def start(folder, *, num_processes, stop_step=0):
+def start(folder, cases, *, num_processes, stop_step=0):
     """Starts the worker in each process, with a folder of its own."""
     address = f"127.0.0.1:{find_free_port()}"
     processes = []
     for i in range(num_processes):
-        arguments = [address, num_processes, i, folder / str(i), stop_step]
+        arguments = [address, num_processes, i, folder / str(i), stop_step, *cases]
         command = [sys.executable, str(WORKER), *map(str, arguments)]
         processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -37,13 +39,13 @@ def start(folder, *, num_processes, stop_step=0):
     return processes
 
 
-def train(folder, **options):
+def train(folder, cases, **options):
     """Runs the worker in each process.
 
     Returns:
-        The summary that each process prints.
+        The summaries of the cases that each process prints.
     """
-    processes = start(folder, **options)
+    processes = start(folder, cases, **options)
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
@@ -57,50 +59,98 @@ def train(folder, **options):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_process")
-    (summary,) = train(folder, num_processes=1)
-    return summary, folder / "0"
+    (summaries,) = train(folder, ["mesh", "one_by_one"], num_processes=1)
+    return summaries, folder / "0"
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    return train(folder, num_processes=2), folder
+    return train(folder, ["mesh", "model_axis", "vectorized"], num_processes=2), folder
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory):
+    """Trains on a model axis that spans processes, among others."""
+    folder = tmp_path_factory.mktemp("four_processes")
+    return train(folder, ["model_axis", "vectorized"], num_processes=4), folder
 
 
 def read_records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Returns the records of a run, whose students may have trained in another order."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda r: (r["stage"], r["seed"], r["step"]))
 
 
 def assert_close(summary, expected):
-    assert summary.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(summary[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    """Compares what a case trained with the same stages of another case."""
+    assert {name.split(",")[0] for name in summary} >= {"teacher", "last"}
+    for name, values in summary.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_two_processes_train_like_one(one_process, two_processes):
-    (summary, other_summary), folder = two_processes
-    assert summary == other_summary
-    assert_close(summary, one_process[0])
-    records, expected = read_records(folder / "0"), read_records(one_process[1])
-    assert [record["step"] for record in records] == [record["step"] for record in expected]
-    np.testing.assert_allclose(
-        [record["loss"] for record in records],
-        [record["loss"] for record in expected],
-        rtol=1e-5,
-    )
+def assert_same_records(folder, expected_folder):
+    records = read_records(folder)
+    stages = {record["stage"] for record in records}
+    expected = [record for record in read_records(expected_folder) if record["stage"] in stages]
+    for record, expected_record in zip(records, expected, strict=True):
+        assert record.keys() == expected_record.keys()
+        for name, value in expected_record.items():
+            is_rounded = isinstance(value, float)
+            assert record[name] == (pytest.approx(value, rel=1e-5) if is_rounded else value)
 
 
-def test_only_the_primary_process_writes(two_processes):
-    _, folder = two_processes
-    assert (folder / "0" / "checkpoints").is_dir() and (folder / "0" / "config.json").is_file()
-    assert not (folder / "1").exists()
+EXPECTED = {"mesh": "mesh", "model_axis": "mesh", "vectorized": "one_by_one"}
+"""The case of one process that trains the same."""
+
+
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [
+        ("mesh", "two_processes"),
+        ("model_axis", "two_processes"),
+        ("model_axis", "four_processes"),
+        ("vectorized", "two_processes"),
+        ("vectorized", "four_processes"),
+    ],
+)
+def test_processes_train_like_one(one_process, request, case, processes):
+    summaries, folder = request.getfixturevalue(processes)
+    assert all(summary == summaries[0] for summary in summaries)
+    assert_close(summaries[0][case], one_process[0][EXPECTED[case]])
+    assert_same_records(folder / "0" / case, one_process[1] / EXPECTED[case])
+
+
+def test_only_the_primary_process_writes(two_processes, four_processes):
+    for summaries, folder in (two_processes, four_processes):
+        for case in summaries[0]:
+            run = folder / "0" / case
+            assert (run / "checkpoints").is_dir() and (run / "config.json").is_file()
+        assert [path.name for path in folder.iterdir()] == ["0"]
+
+
+def test_checkpoints_of_processes_are_those_of_one(four_processes, one_process):
+    """`verify` reads checkpoints alone, so that those of several processes have to be alike."""
+    _, folder = four_processes
+    for name in ("teacher", "last"):
+        saved, expected = (
+            [checkpoints.load(path / "checkpoints" / f"seed{seed}" / name) for seed in range(3)]
+            for path in (folder / "0" / "vectorized", one_process[1] / "one_by_one")
+        )
+        chex.assert_trees_all_close(
+            [checkpoint.tree for checkpoint in saved],
+            [checkpoint.tree for checkpoint in expected],
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_run_resumes_on_another_number_of_processes(one_process, tmp_path):
-    stopped = train(tmp_path, num_processes=2, stop_step=4)
-    assert stopped == [{}, {}]
-    (summary,) = train(tmp_path, num_processes=1)
-    assert_close(summary, one_process[0])
+    cases = ["mesh", "vectorized"]
+    assert train(tmp_path, cases, num_processes=2, stop_step=2) == [{}, {}]
+    (summaries,) = train(tmp_path, cases, num_processes=1)
+    for case in cases:
+        assert_close(summaries[case], one_process[0][EXPECTED[case]])
 
 
 UNREACHABLE = """
@@ -134,12 +184,13 @@ def test_processes_that_do_not_connect_end_in_time_with_one_line(process_id):
 
 
 def damage_checkpoint(folder):
-    (folder / "0" / "checkpoints" / "seed0" / "live" / "6.json").rename(folder / "kept")
-    (folder / "0" / "metrics.jsonl").write_text("{}\n")
+    run = folder / "0" / "mesh"
+    (run / "checkpoints" / "seed0" / "last" / "4.json").rename(folder / "kept")
+    (run / "metrics.jsonl").write_text("{}\n")
 
 
 def replace_configuration(folder):
-    (folder / "0" / "config.json").write_text("{}")
+    (folder / "0" / "mesh" / "config.json").write_text("{}")
 
 
 @pytest.mark.parametrize("damage", [damage_checkpoint, replace_configuration])
@@ -147,7 +198,7 @@ def test_error_of_the_primary_process_ends_all(two_processes, tmp_path, damage):
     folder = tmp_path / "run"
     shutil.copytree(two_processes[1] / "0", folder / "0")
     damage(folder)
-    processes = start(folder, num_processes=2)
+    processes = start(folder, ["mesh"], num_processes=2)
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
