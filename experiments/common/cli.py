@@ -77,7 +77,8 @@ def run(
                 enable_determinism()
             _keep_compiled_programs()
             _connect_processes(options)
-            main(options)
+            with distill.share_fate():
+                main(options)
     except KeyboardInterrupt:
         hint = "; the same command resumes from the newest checkpoint" if resumes else ""
         print(f"\nstopped{hint}", file=sys.stderr)

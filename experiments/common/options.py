@@ -101,9 +101,9 @@ class Options:
         )
         is_plain_jit = self.parallel != "pmap" and self.model_devices == 1
         require(
-            self.max_students <= 1 or (is_plain_jit and not self.coordinator),
-            f"--max-students {self.max_students}: students in one program need the devices of one "
-            "host, without pmap and --model-devices",
+            self.max_students <= 1 or is_plain_jit,
+            f"--max-students {self.max_students}: students in one program train without pmap and "
+            "--model-devices",
         )
         require(
             self.parallel != "pmap" or self.batch_size % num_devices == 0,

@@ -7,6 +7,7 @@ from jaxkd.distill.distributed import (
     broadcast_from_primary,
     initialize_distributed,
     is_primary_process,
+    share_fate,
 )
 from jaxkd.distill.placement import (
     MeshPlacement,
@@ -56,6 +57,7 @@ __all__ = [
     "make_train_step",
     "order",
     "run_plan",
+    "share_fate",
     "single_device",
     "teacher_baselines",
     "top_k",

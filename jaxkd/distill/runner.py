@@ -39,6 +39,7 @@ from jaxkd.distill._stage_run import (
     group_by_step,
     start_or_resume,
 )
+from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import Pretrained, Stage, check_numbers, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
@@ -144,7 +145,7 @@ def run_plan(
     # The shapes of a seed's examples are those of every seed.
     first_seed = seeds[0] if seeds else 0
     _check_data(plan, first_seed, validation, buckets, scores_classes=make_score is None)
-    with PlanProgress(plan, seeds, run.folder) as progress:
+    with share_fate(), PlanProgress(plan, seeds, run.folder) as progress:
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
         stages = compile_stages(plan, first_seed, placement, scores, buckets)

@@ -1,10 +1,11 @@
 """One of several processes that train plans together, on four devices in all.
 
-`distributed_worker.py ADDRESS NUM_PROCESSES PROCESS_ID FOLDER STOP_STEP CASE...` prints for each
-case the sum of the absolute values of each trained weight, and the accuracies. With a `STOP_STEP`
-above 0 it stops after that step of the last stage.
+`distributed_worker.py ADDRESS NUM_PROCESSES PROCESS_ID FOLDER FULL_STEP CASE...` prints for each
+case the sum of the absolute values of each trained weight, and the accuracies. With a `FULL_STEP`
+above 0, the disk of the primary process is full at that step of the last stage.
 """
 
+import errno
 import json
 import os
 import sys
@@ -18,7 +19,8 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from jaxkd import distill, runs
+from jaxkd import distill
+from jaxkd.runs import checkpoints
 from small_plans import make_stage, soft_loss, train
 
 # Few steps and evaluations: between processes, each takes tenths of a second.
@@ -26,20 +28,16 @@ OPTIONS = {"batch_norm": True, "batch_size": 15, "steps": 4}
 STUDENT = {"teachers": ("teacher",), "loss": soft_loss, **OPTIONS}
 
 
-class Stopped(Exception):
-    pass
+def fill_disk(full_step):
+    """Lets the primary process fail to save the last stage from a step on."""
+    save = checkpoints.save
 
+    def save_or_fail(folder, step, *args, **kwargs):
+        if step >= full_step and folder.name == "last":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        save(folder, step, *args, **kwargs)
 
-def stop_after(step):
-    """Stops the last stage after a record of that step or a later one."""
-    append_metrics = runs.Run.append_metrics
-
-    def append_and_stop(run, record):
-        append_metrics(run, record)
-        if record["step"] >= step and record["stage"] == "last":
-            raise Stopped
-
-    runs.Run.append_metrics = append_and_stop
+    checkpoints.save = save_or_fail
 
 
 def make_teacher_and_student():
@@ -90,22 +88,19 @@ def summarize(trained):
     return summary
 
 
-def main(address, num_processes, process_id, folder, stop_step, *cases):
+def main(address, num_processes, process_id, folder, full_step, *cases):
     if int(num_processes) > 1:
         distill.initialize_distributed(
             address, num_processes=int(num_processes), process_id=int(process_id)
         )
     assert jax.device_count() == 4
     options = {"save_every": 1e9, "evaluations": 2}
-    if int(stop_step):
-        stop_after(int(stop_step))
+    if int(full_step):
+        fill_disk(int(full_step))
         options["save_every"] = 0
     summaries = {}
     for case in cases:
-        try:
-            trained, _ = CASES[case](Path(folder) / case, **options)
-        except Stopped:
-            continue
+        trained, _ = CASES[case](Path(folder) / case, **options)
         summaries[case] = summarize(trained)
     print(json.dumps(summaries))
 

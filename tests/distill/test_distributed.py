@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxkd import distill
+from jaxkd.distill._fate import MESSAGE
 from jaxkd.runs import checkpoints
 
 pytestmark = pytest.mark.thorough  # starts processes of its own
@@ -26,12 +27,12 @@ def find_free_port():
         return server.getsockname()[1]
 
 
-def start(folder, cases, *, num_processes, stop_step=0):
+def start(folder, cases, *, num_processes, full_step=0):
     """Starts the worker in each process, with a folder of its own."""
     address = f"127.0.0.1:{find_free_port()}"
     processes = []
     for i in range(num_processes):
-        arguments = [address, num_processes, i, folder / str(i), stop_step, *cases]
+        arguments = [address, num_processes, i, folder / str(i), full_step, *cases]
         command = [sys.executable, str(WORKER), *map(str, arguments)]
         processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -145,12 +146,26 @@ def test_checkpoints_of_processes_are_those_of_one(four_processes, one_process):
         )
 
 
-def test_run_resumes_on_another_number_of_processes(one_process, tmp_path):
-    cases = ["mesh", "vectorized"]
-    assert train(tmp_path, cases, num_processes=2, stop_step=2) == [{}, {}]
-    (summaries,) = train(tmp_path, cases, num_processes=1)
-    for case in cases:
-        assert_close(summaries[case], one_process[0][EXPECTED[case]])
+def finish(processes):
+    """Returns the exit statuses and what the processes print to stderr."""
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def test_full_disk_of_the_primary_process_ends_all_and_one_goes_on(one_process, tmp_path):
+    processes = start(tmp_path, ["vectorized"], num_processes=2, full_step=3)
+    statuses, errors = finish(processes)
+    assert statuses == [1, 1]
+    assert "No space left on device" in errors[0].splitlines()[-1]
+    assert errors[1].splitlines()[-1] == MESSAGE and "Traceback" not in errors[1], errors[1]
+    (summaries,) = train(tmp_path, ["vectorized"], num_processes=1)
+    assert_close(summaries["vectorized"], one_process[0]["one_by_one"])
+    # The last evaluation before the full disk is not repeated.
+    assert_same_records(tmp_path / "0" / "vectorized", one_process[1] / "one_by_one")
 
 
 UNREACHABLE = """
@@ -198,14 +213,9 @@ def test_error_of_the_primary_process_ends_all(two_processes, tmp_path, damage):
     folder = tmp_path / "run"
     shutil.copytree(two_processes[1] / "0", folder / "0")
     damage(folder)
-    processes = start(folder, ["mesh"], num_processes=2)
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode != 0 and "RunError: " in error, error
+    statuses, errors = finish(start(folder, ["mesh"], num_processes=2))
+    for status, error in zip(statuses, errors, strict=True):
+        assert status == 1 and "RunError: " in error, error
 
 
 def test_values_of_the_only_process_are_its_own():
