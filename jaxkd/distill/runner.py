@@ -93,7 +93,7 @@ def run_plan(
             default the first device. A run may be resumed with another placement. A
             `VectorizedPlacement` trains together the seeds, and the stages that share a program.
         save_every: Seconds between two checkpoints of a stage. A checkpoint is also saved at its
-            end and on Ctrl-C.
+            end and on Ctrl-C, then not of students that are divided among several processes.
         evaluations: Number of evaluations of each stage, evenly spread, the last one at its end.
         teacher_cache: Folder of the cached logits of teachers, which runs may share. By default a
             folder of this run.
