@@ -3,8 +3,8 @@
 Without this module, the others wait in a collective operation for a process that has ended, until
 JAX's heartbeat times out and aborts them with a page of log, or for ever. JAX 0.7 to 0.12 offer
 nothing else: the `missed_heartbeat_callback` of its client is no argument of
-`jax.distributed.initialize` and cannot be a function of Python, and `jax_enable_recoverability`
-does not keep a process alive whose coordinator has ended.
+`jax.distributed.initialize` and cannot be a function of Python. With `jax_enable_recoverability`,
+JAX 0.10 still aborts the others when the primary process ends.
 
 Every process is therefore connected to the primary one, at the port of JAX's coordinator. The
 connections of JAX's own clients are forwarded there as well, so that they do not notice that the
@@ -64,7 +64,7 @@ class Fate:
         """Waits until the others have received all that JAX sends them at the end."""
 
     def tell(self, message: bytes) -> None:
-        """Takes a message of the primary process. An empty one says that it has ended."""
+        """Takes a message of the primary process, or what its silence says."""
         if self._may_leave.is_set():
             return
         if message == _LEAVE:
