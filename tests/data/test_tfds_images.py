@@ -124,7 +124,8 @@ def test_order_is_that_of_the_files(tiny):
 
 
 def test_fixed_shape_ignores_image_size(tiny):
-    chex.assert_trees_all_equal(load(tiny, image_size=5)[:3], load(tiny)[:3])
+    with pytest.warns(UserWarning, match="8 x 6 pixels and keep that size; image_size 5 is"):
+        chex.assert_trees_all_equal(load(tiny, image_size=5)[:3], load(tiny)[:3])
 
 
 def test_data_dir_from_the_environment(tiny, monkeypatch):
