@@ -1,4 +1,4 @@
-"""The pairs of teacher and student, and a step's arguments. Everything from `training` is here."""
+"""The pairs of teacher and student, and a step's arguments, from `training_cases`."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.benchmarks.training import (
+from experiments.benchmarks.training_cases import (
     LARGE_CNN,
     LEARNING_RATE,
     LSTM,
@@ -23,7 +23,7 @@ from experiments.benchmarks.training import (
     make_images,
     make_texts,
 )
-from experiments.benchmarks.training import label_or_distillation_loss as distillation_loss
+from experiments.benchmarks.training_cases import label_or_distillation_loss as distillation_loss
 from jaxkd import models
 
 __all__ = ["PAIRS", "TINY_PAIRS", "Pair", "distillation_loss"]
