@@ -59,6 +59,17 @@ def run(
             the start.
         resumes: Whether the same command resumes a stopped experiment.
     """
+    with errors.end_without_reader():
+        _run(main, config, description, resumes=resumes)
+
+
+def _run(
+    main: Callable[[Config], None],
+    config: type[Config],
+    description: str | None,
+    *,
+    resumes: bool,
+) -> None:
     _join_help_lines(config)
     if description is not None and {"-h", "--help"} & {*sys.argv[1:]}:
         # tyro would print each paragraph as one long line.

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -66,6 +67,8 @@ def errors_in_one_line(*expected: type[Exception]) -> Generator[None]:
         yield
     except ImportError as error:
         exit_with(describe_missing(error))
+    except BrokenPipeError:  # of standard output, see `end_without_reader`
+        raise
     except (OSError, *expected) as error:
         exit_with(error)
     except Exception as error:
@@ -82,6 +85,24 @@ def exit_with(error: object) -> None:
     command = getattr(error, "command", "")
     text = shorten(str(error).removesuffix(command), 290)
     sys.exit(" ".join(filter(None, ["error:", text, command])))
+
+
+@contextlib.contextmanager
+def end_without_reader() -> Generator[None]:
+    """Ends the process silently if nobody reads its output any more, as in `... --help | head`.
+
+    Its status is 141, that of a program that the closed pipe has killed.
+    """
+    try:
+        try:
+            yield
+        finally:
+            # Here, since Python would flush after the last line of the program.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(141)
 
 
 def show_warning(

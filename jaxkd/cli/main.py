@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(arguments)
     errors.check_arguments(arguments)
     try:
-        with errors.errors_in_one_line(ValueError):
+        with errors.end_without_reader(), errors.errors_in_one_line(ValueError):
             _parse(arguments or ["--help"]).execute()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Expected errors of a command line."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -125,3 +127,17 @@ def test_unrelated_import_error_gets_no_advice(monkeypatch):
     monkeypatch.setitem(sys.modules, "jaxkd.cli.verify", None)
     message = exit_message(main, ["verify", "run"])
     assert message.startswith("error: ") and "pip" not in message
+
+
+@pytest.mark.parametrize("command", ["jaxkd convert", "experiments.two_cnns"])
+def test_output_that_nobody_reads_ends_the_command_silently(command):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        completed = subprocess.run(
+            [sys.executable, "-m", *command.split(), "--help"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (completed.returncode, completed.stderr) == (141, "")
