@@ -1,5 +1,6 @@
 """The devices of a step exchange the gradient and their batch, and vectorised students nothing."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -94,6 +95,13 @@ def test_devices_exchange_the_gradient_and_their_batch(monkeypatch, num_devices)
     assert count_bytes(found["all-reduce"]) == expected
     # The indices of the batch, by which the inputs are found.
     assert count_bytes(found["all-gather"]) == 4 * BATCH_SIZE
+
+
+def test_copied_examples_are_not_exchanged(monkeypatch):
+    placement = dataclasses.replace(mesh_placement(4), max_copied_bytes=TRAIN["inputs"].nbytes)
+    found = find_collectives(compile_step(monkeypatch, placement, soft_loss))
+    assert found.keys() == {"all-reduce"}
+    assert count_bytes(found["all-reduce"]) == 4 * NUM_PARAMETERS + 4
 
 
 def test_loss_that_compares_examples_gathers_what_it_compares(monkeypatch):

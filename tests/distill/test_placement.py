@@ -107,6 +107,7 @@ def compute_gradient_on_one_device(batch_size):
 PLACEMENTS = {
     "two": lambda: MeshPlacement(make_mesh(devices=jax.devices()[:2])),
     "eight": lambda: MeshPlacement(make_mesh()),
+    "copied": lambda: MeshPlacement(make_mesh(), max_copied_bytes=2**20),
     "four by two": lambda: MeshPlacement(make_mesh(model=2)),
     "pmap": PmapPlacement,
 }
@@ -129,7 +130,7 @@ def get_members(class_):
 @pytest.mark.parametrize(
     ("class_", "own"),
     [
-        (MeshPlacement, {"mesh"}),
+        (MeshPlacement, {"mesh", "max_copied_bytes"}),
         (PmapPlacement, set()),
         (VectorizedPlacement, {"mesh", "max_students"}),
     ],
@@ -141,6 +142,24 @@ def test_placements_have_the_members_of_the_protocol(class_, own):
     expected = get_members(Placement)
     assert {name: members.get(name) for name in expected} == expected
     assert members.keys() - expected.keys() == own - {"max_students"}
+
+
+@pytest.mark.parametrize(("limit", "is_copied"), [(0, False), (127, False), (128, True)])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((16, 2), np.float32),
+        np.zeros((16, 2), np.float64),
+        jax.random.split(jax.random.key(0), 16),
+    ],
+)
+def test_arrays_up_to_a_size_are_copied_to_every_device(array, limit, is_copied):
+    placed = MeshPlacement(make_mesh(), max_copied_bytes=limit).put_array(array)
+    assert placed.is_fully_replicated == is_copied and placed.shape == array.shape
+
+
+def test_on_a_cpu_nothing_is_copied_by_default():
+    assert not MeshPlacement(make_mesh()).put_array(np.zeros((8, 1))).is_fully_replicated
 
 
 @pytest.mark.parametrize("make_placement", [single_device, PmapPlacement])
