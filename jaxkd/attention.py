@@ -533,7 +533,7 @@ def _expand_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
             f"where must be booleans that broadcast to {shape}, got {where.dtype} {where.shape}"
         )
     # The first axis might be that of the batch, if its size happens to fit.
-    if where.ndim not in (0, 1, len(shape)):
+    if where.ndim not in (0, 1, len(shape)) and where.size > 1:
         raise ValueError(
             f"where {where.shape} lacks an axis of {shape}: write where[None] for a mask that the "
             "whole batch shares, where[:, None] for one of the keys of each example"

@@ -232,8 +232,8 @@ def test_multi_head_attend_between_three_widths_equals_a_float64_reference():
     [
         (3, None),
         (3, np.arange(6) < 4),
-        (3, np.tril(np.ones((7, 6), bool))),
-        (1, np.eye(7, 6) > 0),  # the last query may attend to nothing
+        (3, np.tril(np.ones((1, 7, 6), bool))),
+        (1, np.eye(7, 6)[None] > 0),  # the last query may attend to nothing
         (100, np.ones((2, 1, 6), bool)),
     ],
 )

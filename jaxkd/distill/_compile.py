@@ -43,7 +43,7 @@ class CompiledStage(NamedTuple):
     init: Callable[..., dict]
     score: Callable[[dict], Score]
     fingerprint: dict[str, Any]
-    has_convolutions: bool
+    has_convolutions: bool = False
 
 
 class _Program(NamedTuple):

@@ -152,7 +152,7 @@ def broadcast_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
     check_shape(fits, f"where {where.shape} must have a shape that can be broadcast to {shape}")
     # The first axis might be that of the examples, if their number happens to fit.
     check_shape(
-        where.ndim in (0, 1, len(shape)),
+        where.ndim in (0, 1, len(shape)) or where.size == 1,
         f"where {where.shape} lacks an axis of {shape}: write where[None] for a mask that all "
         "examples share, or give it an axis of length 1 elsewhere",
     )

@@ -116,7 +116,7 @@ def test_teachers_predict_once_for_all_students_and_runs(tmp_path, counts):
 
     plan = make_plan(**options)
     normalized = models.with_input_normalization(
-        plan[0].model, np.zeros(5), np.full(5, 0.5), max_value=1.0
+        plan[0].model, np.zeros(5), np.full(5, 0.5), max_value=10.0
     )
     plan[0] = dataclasses.replace(plan[0], model=normalized)
     train_students(tmp_path / "normalized", plan, (0, 1), **cache)

@@ -31,6 +31,8 @@ def wait_for_all():
 def fail():
     print("now", flush=True)
     if fault == "interrupt":
+        # A process that a shell has put into the background ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
     elif fault == "exit":
         sys.exit("error: mine")

@@ -197,7 +197,7 @@ def test_folder_that_is_deleted_within_a_save_ends_the_run(tmp_path, monkeypatch
 
 
 def test_plan_without_evaluations_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="evaluations must be at least 1"):
+    with pytest.raises(ValueError, match="evaluations must be an integer of at least 1"):
         train(tmp_path, make_chain(), evaluations=0)
 
 

@@ -63,7 +63,7 @@ def make_program():
 
 def make_photos():
     rng = np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 4)):
+    for part, count in (("train", 30), ("test", 4)):
         for name in ("apple", "banana"):
             folder = Path("photos", part, name)
             folder.mkdir(parents=True)

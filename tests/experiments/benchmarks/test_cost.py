@@ -12,7 +12,7 @@ from experiments.benchmarks.step_cost import communication, compiled_parts, laye
 from experiments.benchmarks.step_cost.collectives import Collective, find_collectives, total
 from experiments.benchmarks.step_cost.communication import PMAP, Sizes, expect
 from experiments.benchmarks.step_cost.machines import Line, find_bounds
-from experiments.benchmarks.training import LSTM, RESNET_20, SMALL_CNN, Network, jax_model
+from experiments.benchmarks.training_cases import LSTM, RESNET_20, SMALL_CNN, Network, jax_model
 from experiments.common.cli import OptionError
 from jaxkd import distill, models
 

@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_end_in_one_line(variables, tmp_path):
         load_pretrained(path)
     assert "\n" not in str(error.value)
     path.write_text("<html>")
-    with pytest.raises(OptionError, match="weights: is not a PyTorch checkpoint") as error:
+    with pytest.raises(OptionError, match="weights: is a web page: download the file") as error:
         load_pretrained(path)
     assert str(error.value).count(str(path)) == 1
     path.unlink()

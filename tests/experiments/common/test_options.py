@@ -73,7 +73,6 @@ def test_accelerator_divides_the_batch_if_devices_would_be_idle(tpu, options):
     ("options", "error"),
     [
         ({"max_students": 2, "model_devices": 2}, "--max-students 2"),
-        ({"max_students": 2, "coordinator": "auto"}, "--max-students 2"),
     ],
 )
 def test_refuses_invalid_options(options, error):

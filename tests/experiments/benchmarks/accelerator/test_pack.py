@@ -119,6 +119,7 @@ def test_reads_the_bytes_that_tfds_keeps(tmp_path, monkeypatch, jpeg_splits):
         assert {*pairs} == {*zip(original.files, original.labels, strict=True)}
 
 
+@pytest.mark.filterwarnings("ignore:.* are not in the validation set")
 def test_decoded_images_are_kept(jpeg_pack, tmp_path, monkeypatch):
     context = Context(tmp_path, tmp_path, tmp_path, jpeg_pack, tmp_path / "log")
     dataset = cifar.load(context)
