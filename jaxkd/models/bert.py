@@ -82,7 +82,8 @@ class BERT(nn.Module):
         num_classes: Number of logits.
         segments: Number of segment types; all tokens have the first. 0 omits their embedding.
         pooling: `bert_pooling`, `distilbert_pooling`, `mean_pooling`, or your own `Pooling`.
-        dropout: Probability of dropping a value in training; without a key nothing is dropped.
+        dropout: Probability of dropping a value in training, in [0, 1); without a key nothing is
+            dropped.
         epsilon: Epsilon that layer normalisation adds to the variance.
         activation: Activation of the feed-forward networks.
 
@@ -140,8 +141,8 @@ class BERT(nn.Module):
             to 0.
 
         Raises:
-            ValueError: If the tokens are not `[B, S]` or longer than `positions`, or if `heads`
-                does not divide `hidden`.
+            ValueError: If the tokens are not `[B, S]` or longer than `positions`, if `heads` does
+                not divide `hidden`, or if the dropout rate is not in [0, 1).
             TypeError: If the tokens are not integers.
         """
         self._check_tokens(tokens)

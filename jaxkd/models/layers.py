@@ -108,7 +108,7 @@ class Dropout(nn.Module):
     fifth faster.
 
     Attributes:
-        rate: Probability of dropping a value.
+        rate: Probability of dropping a value, in [0, 1).
         deterministic: If true, nothing is dropped, as in evaluation. May be an argument of the call
             instead.
 
@@ -123,6 +123,7 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
         """Drops values and scales the others up."""
+        check_dropout_rate(self.rate)
         threshold = round(256 * self.rate)
         if nn.merge_param("deterministic", self.deterministic, deterministic) or not threshold:
             return x
@@ -134,6 +135,20 @@ class Dropout(nn.Module):
         # Without the barrier, XLA draws the mask a second time for the gradient.
         keep = lax.optimization_barrier(random_bytes.reshape(x.shape) >= threshold)
         return jnp.where(keep, x * (256 / (256 - threshold)), 0)
+
+
+def check_dropout_rate(rate: float) -> None:
+    """Checks that a dropout rate is a probability below 1.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    # `not <=` rather than `>`, so that NaN is refused as well.
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"the dropout rate must be in [0, 1), got {rate}: it is the share of the values to "
+            "drop, such as 0.1; 0 drops none"
+        )
 
 
 def check_images(inputs: Array, first_conv: Mapping[str, Any] | None, *, min_size: int) -> None:

@@ -24,7 +24,7 @@ class LSTMClassifier(nn.Module):
         hidden: Width of each LSTM layer; each layer reads all states of the one before.
         dense: Width of the dense layer before the classifier.
         num_classes: Number of logits.
-        dropout: Probability of dropping an output of the dense layer in training.
+        dropout: Probability of dropping an output of the dense layer in training, in [0, 1).
         bidirectional: Each layer reads from both ends and concatenates the two states, so that its
             output is twice as wide.
     """
@@ -52,7 +52,8 @@ class LSTMClassifier(nn.Module):
             `pre_logits` `[B, dense]`.
 
         Raises:
-            ValueError: If the tokens are not `[B, S]`, or there is no LSTM layer.
+            ValueError: If the tokens are not `[B, S]`, there is no LSTM layer, or the dropout rate
+                is not in [0, 1).
             TypeError: If the tokens are not integers.
         """
         check_tokens(inputs)

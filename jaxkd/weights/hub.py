@@ -17,6 +17,7 @@ from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, expand_user_path, one_line
 from jaxkd.data.tokens import load_tokenizer
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
+from jaxkd.models.layers import check_dropout_rate
 from jaxkd.models.model import from_linen
 from jaxkd.transfer import Report, TransferError, leaves_by_path
 from jaxkd.weights.files import find_hub_file, read_json, to_text
@@ -122,12 +123,13 @@ def load_bert(
         key: Key for the layers that are initialized randomly.
         pooling: Reduction of the token states to one vector. Defaults to that of BERT or
             DistilBERT. Sentence-transformers models use `jaxkd.models.bert.mean_pooling`.
-        dropout: Dropout rate in training. Defaults to that of the configuration.
+        dropout: Dropout rate in training, in [0, 1). Defaults to that of the configuration.
 
     Returns:
         The module, its variables, the tokenizer and the names of the classes.
 
     Raises:
+        ValueError: If the dropout rate is not in [0, 1).
         DataError: If a file is missing, damaged or of another model type, if weights,
             configuration and tokenizer do not fit together, or if there are adapters beside the
             weights.
@@ -144,6 +146,8 @@ def load_bert(
         Traceback (most recent call last):
         jaxkd.data.errors.DataError: the folder ... has no config.json: ...
     """
+    if dropout is not None:
+        check_dropout_rate(dropout)
     folder = find_hub_folder(name)
     module = _make_module(folder, num_classes, pooling, dropout)
     variables, heads = _load_variables(folder, module, key)

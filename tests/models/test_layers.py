@@ -1,5 +1,7 @@
 """Layers of the networks: dropout and layer normalisation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,14 +57,28 @@ def test_the_mask_depends_on_the_key_alone():
     assert (first != other).any()
 
 
-def test_nothing_is_dropped_in_prediction_or_at_rate_0_and_all_at_1():
+def test_nothing_is_dropped_in_prediction_or_at_rate_0_and_all_near_1():
     x = jnp.ones(10)
     np.testing.assert_array_equal(Dropout(0.5, deterministic=True).apply({}, x), x)
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
     np.testing.assert_array_equal(Dropout(0.0, deterministic=False).apply({}, x), x)
-    np.testing.assert_array_equal(drop(x, rate=1.0, deterministic=False), jnp.zeros(10))
+    np.testing.assert_array_equal(drop(x, rate=0.999, deterministic=False), jnp.zeros(10))
     with pytest.raises(errors.InvalidRngError):
         Dropout(0.5, deterministic=False).apply({}, x)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 10, math.nan])
+def test_a_dropout_rate_is_a_probability_below_1(rate):
+    tokens = jnp.ones((2, 3), jnp.int32)
+    sizes = {"hidden": 4, "layers": 1, "heads": 1, "intermediate": 4, "positions": 4}
+    modules = (
+        (Dropout(rate, deterministic=True), jnp.ones(3)),
+        (LSTMClassifier(11, hidden=(4,), dropout=rate), tokens),
+        (BERT(11, **sizes, dropout=rate), tokens),
+    )
+    for module, inputs in modules:
+        with pytest.raises(ValueError, match=r"dropout rate must be in \[0, 1\), got .*: it is"):
+            jax.eval_shape(module.init, jax.random.key(0), inputs)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda x: jax.vmap(f)(x[None])[0]])

@@ -112,6 +112,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_dropout_rate_is_below_1():
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 10: it is the share"):
+        load("no folder is read", dropout=10)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("config", [BERT_CONFIG, DISTIL_CONFIG], ids=["bert", "distilbert"])
 def test_loads_what_was_saved(config, tmp_path):
