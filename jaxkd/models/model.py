@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import zlib
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxkd._messages import list_some
 from jaxkd.models._modes import (
     are_same_leaves,
     check_fixed_mode,
@@ -281,7 +283,8 @@ def from_nnx(
             argument than its inputs, or it is not known whether an argument such as `inference` is
             true in training. From `apply`, if the module returns anything but `Outputs` or one
             array.
-        ValueError: From `apply`, if an attribute of the module fixes the other mode.
+        ValueError: From `apply`, if an attribute of the module fixes the other mode, or the call
+            changes variables other than `nnx.BatchStat`, which no model keeps.
 
     Warns:
         UserWarning: As for `from_linen`.
@@ -352,10 +355,12 @@ def from_nnx(
         if not train_values:
             check_fixed_mode(merged, train=train)
         if key is not None:
-            nnx.reseed(merged, default=key, dropout=key)
+            _reseed(merged, key)
         before, draws = read(merged, nnx.BatchStat), read(merged, nnx.RngCount)
+        others_before = _read_other_variables(merged)
         mode_arguments = {name: train == value for name, value in train_values.items()}
         outputs = _check_outputs(merged(inputs, **mode_arguments), name)
+        _check_others_stand(name, others_before, _read_other_variables(merged))
         batch_stats = read(merged, nnx.BatchStat)
         if train:
             # A layer that draws counts its draws.
@@ -368,6 +373,47 @@ def from_nnx(
         return outputs, batch_stats
 
     return Model(init, apply)
+
+
+def _reseed(module: nnx.Module, key: Array) -> None:
+    """Restarts all random streams of a module, whatever their names, from one key."""
+    from flax import nnx
+
+    tags = {node.key.tag for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)}
+    # Streams of equal keys would draw the same bits.
+    keys: dict[str, Any] = {
+        tag: jax.random.fold_in(key, zlib.crc32(tag.encode())) for tag in sorted(tags)
+    }
+    keys |= {"default": key, "dropout": key}
+    # A stream that `nnx.vmap` divided has an array of keys.
+    nnx.reseed(module, policy="match_shape", **keys)
+
+
+def _read_other_variables(module: nnx.Module) -> dict[str, Any]:
+    """Returns the values by path of an NNX module's variables that no model keeps."""
+    from flax import nnx
+
+    # The values that `sow` keeps are not used, and random streams start anew in each call.
+    known = nnx.Any(nnx.Param, nnx.BatchStat, nnx.RngState, nnx.Intermediate)
+    values = nnx.to_pure_dict(nnx.state(module, nnx.Not(known)))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values)
+    }
+
+
+def _check_others_stand(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raises `ValueError` if a call changed variables whose new values would be lost."""
+    # Until something computes a new value, the leaf is the same object.
+    changed = [
+        path for path, leaf in after.items() if path not in before or leaf is not before[path]
+    ]
+    if changed:
+        raise ValueError(
+            f"{name} changes {list_some(changed)} in a call, but a model keeps nnx.Param and "
+            "nnx.BatchStat only: make it an nnx.BatchStat, or write models.Model(init, apply) "
+            "with two functions"
+        )
 
 
 def with_input_normalization(

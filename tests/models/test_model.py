@@ -555,3 +555,64 @@ def test_statistics_of_other_channels_are_refused(mean, std, channels, message):
     with pytest.raises(ValueError, match=message) as caught:
         model.init(jax.random.key(0), jnp.ones((1, 8, 8, channels), jnp.uint8))
     assert "\n" not in str(caught.value)
+
+
+class NNXNoise(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 3, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        return self.dense(x) + jax.random.normal(self.rngs.noise(), (len(x), 3))
+
+
+class NNXOwnDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rng_collection="aug", rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.dense(x))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [NNXNoise(nnx.Rngs(params=0, noise=1)), NNXOwnDropout(nnx.Rngs(params=0, aug=3))],
+    ids=["noise", "aug"],
+)
+def test_the_key_reaches_every_random_stream_of_an_nnx_module(module):
+    model = from_nnx(module)
+    variables = model.init(jax.random.key(0), inputs())
+    first, repeated, other = (
+        np.asarray(model.apply(variables, inputs(), train=True, key=jax.random.key(seed))[0].logits)
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, repeated)
+    assert (first != other).any()
+
+
+class NNXMean(nnx.Variable):
+    pass
+
+
+class NNXOwnState(nnx.Module):
+    def __init__(self, rngs, *, updates):
+        self.dense = nnx.Linear(4, 3, rngs=rngs)
+        self.mean = NNXMean(jnp.zeros(4))
+        self.updates = updates
+
+    def __call__(self, x):
+        if self.updates:
+            self.mean[...] = self.mean[...] + x.mean(0)
+        return self.dense(x - self.mean[...][None])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_update_of_a_variable_that_no_model_keeps_is_refused(train):
+    model = from_nnx(lambda rngs: NNXOwnState(rngs, updates=True))
+    variables = model.init(jax.random.key(0), inputs())
+    apply = jax.jit(functools.partial(model.apply, train=train))
+    with pytest.raises(ValueError, match=r"changes mean in a call.*nnx.BatchStat"):
+        apply(variables, inputs(), key=jax.random.key(1))
+    constant = from_nnx(lambda rngs: NNXOwnState(rngs, updates=False))
+    assert constant.apply(variables, inputs(), train=train)[0].logits.shape == (len(inputs()), 3)
