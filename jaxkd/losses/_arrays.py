@@ -159,6 +159,14 @@ def broadcast_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(where, shape)
 
 
+def align_classes(array: Array, ndim: int, axis: int) -> Array:
+    """Puts the only axis of an array with one entry per class where the classes of logits are."""
+    if array.ndim != 1:
+        return array
+    # Broadcasting would put it last, on another axis that may have the same length.
+    return jnp.moveaxis(array.reshape((1,) * (ndim - 1) + (-1,)), -1, axis)
+
+
 def check_mask(item: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
     """Returns a mask with one boolean for each item. `None` stands for True everywhere.
 

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import (
+    align_classes,
     broadcast_mask,
     check_positive,
     check_shape,
@@ -93,6 +94,7 @@ def softmax(
     probabilities are 0.
     """
     if where is not None:
+        where = align_classes(jnp.asarray(where), logits.ndim, axis)
         logits = jnp.where(broadcast_mask(where, logits.shape), logits, -jnp.inf)
     # A softmax does not depend on the shift, so the gradient through it would cancel.
     largest = jax.lax.stop_gradient(logits.max(axis, keepdims=True, initial=-jnp.inf))

@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import (
+    align_classes,
     check_fraction,
     check_positive,
     check_weights,
@@ -83,11 +84,11 @@ def soft_cross_entropy(
         teacher_logits: The same shape. A class at −inf contributes nothing.
         temperature: T > 0, a scalar.
         axis: The class axis.
-        where: The classes that count (True), broadcast against the logits; the result is as if the
-            others were sliced away, and 0 where no class counts.
-        weights: The weight of each class, at least 0, broadcast against the logits; such as `[C]`,
-            inverse to the classes' frequencies. The teacher's probabilities are multiplied by the
-            weights and normalised again.
+        where: The classes that count (True), `[C]` along `axis` or broadcast against the logits;
+            the result is as if the others were sliced away, and 0 where no class counts.
+        weights: The weight of each class, at least 0, `[C]` along `axis` or broadcast against the
+            logits; such as inverse to the classes' frequencies. The teacher's probabilities are
+            multiplied by the weights and normalised again.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider.
@@ -136,11 +137,11 @@ def kl_divergence(
         teacher_logits: The same shape. A class at −inf contributes nothing.
         temperature: T > 0, a scalar.
         axis: The class axis.
-        where: The classes that count (True), broadcast against the logits; the result is as if the
-            others were sliced away, and 0 where no class counts.
-        weights: The weight of each class, at least 0, broadcast against the logits; such as `[C]`,
-            inverse to the classes' frequencies. The teacher's probabilities are multiplied by the
-            weights and normalised again.
+        where: The classes that count (True), `[C]` along `axis` or broadcast against the logits;
+            the result is as if the others were sliced away, and 0 where no class counts.
+        weights: The weight of each class, at least 0, `[C]` along `axis` or broadcast against the
+            logits; such as inverse to the classes' frequencies. The teacher's probabilities are
+            multiplied by the weights and normalised again.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider; infinite where
@@ -188,8 +189,8 @@ def reverse_kl_divergence(
         teacher_logits: The same shape.
         temperature: T > 0, a scalar.
         axis: The class axis.
-        where: The classes that count (True), broadcast against the logits; the result is as if the
-            others were sliced away, and 0 where no class counts.
+        where: The classes that count (True), `[C]` along `axis` or broadcast against the logits;
+            the result is as if the others were sliced away, and 0 where no class counts.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider; infinite where
@@ -239,8 +240,8 @@ def jensen_shannon_divergence(
         temperature: T > 0, a scalar.
         beta: β in [0, 1], a scalar; 0.5 is the symmetric divergence, at most T² log 2.
         axis: The class axis.
-        where: The classes that count (True), broadcast against the logits; the result is as if the
-            others were sliced away, and 0 where no class counts.
+        where: The classes that count (True), `[C]` along `axis` or broadcast against the logits;
+            the result is as if the others were sliced away, and 0 where no class counts.
 
     Returns:
         One value per example: the logits' shape without `axis`, in float32 or wider. For 0 < β < 1
@@ -363,6 +364,7 @@ def _reweight(teacher: Softmax, weights: ArrayLike | None, axis: int) -> Softmax
         return teacher
     log_probabilities = teacher.log_probabilities
     weights = check_weights("classes", weights, log_probabilities.dtype)
+    weights = align_classes(weights, log_probabilities.ndim, axis)
     try:
         weights = jnp.broadcast_to(weights, log_probabilities.shape)
     except ValueError:

@@ -601,3 +601,23 @@ def test_standardized_logits_of_any_size():
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -3])
+def test_one_entry_per_class_goes_along_the_axis_of_the_classes(axis):
+    """Broadcasting would put it last, on an axis of the same length."""
+    student, teacher = (
+        jax.random.normal(jax.random.key(seed), (4, 4, 2, 4), jnp.float32) for seed in (0, 1)
+    )
+    shape = tuple(4 if i == axis % 4 else 1 for i in range(4))
+    weights, where = jnp.array([1.0, 0.5, 0.0, 2.0]), jnp.array([True, False, True, True])
+    np.testing.assert_array_equal(
+        losses.kl_divergence(student, teacher, axis=axis, weights=weights, where=where),
+        losses.kl_divergence(
+            student, teacher, axis=axis, weights=weights.reshape(shape), where=where.reshape(shape)
+        ),
+    )
+    np.testing.assert_array_equal(
+        losses.reverse_kl_divergence(student, teacher, axis=axis, where=where),
+        losses.reverse_kl_divergence(student, teacher, axis=axis, where=where.reshape(shape)),
+    )
