@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -152,13 +153,14 @@ def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: Arra
     Args:
         labels: `[...]`, integers in [0, C).
         num_classes: C, at least 2.
-        correct: a, the probability of the true class, in (0, 1), a scalar.
+        correct: a, the probability of the true class, in (1 / C, 1), a scalar.
 
     Returns:
-        Logits `[..., C]`, float32.
+        Logits `[..., C]`, float32; NaN where a label is no class, or a traced `correct` is out of
+        range.
 
     Raises:
-        ValueError: If there are fewer than two classes or `correct` is not in (0, 1).
+        ValueError: If there are fewer than two classes or `correct` is not in (1 / C, 1).
         TypeError: If the labels are not integers.
 
     Example:
@@ -177,11 +179,18 @@ def virtual_teacher_logits(labels: ArrayLike, *, num_classes: int, correct: Arra
         f"a virtual teacher needs at least two classes, got num_classes={num_classes}",
     )
     correct = check_fraction("correct", correct, inclusive=False)
+    if not isinstance(correct, jax.core.Tracer) and num_classes * np.asarray(correct) <= 1:
+        raise ValueError(
+            f"correct must be above 1 / num_classes = {1 / num_classes:.3g}, got {correct}: at or "
+            "below chance the teacher does not prefer the true class; the paper takes 0.9 or more"
+        )
     labels = check_labels(labels, (*jnp.shape(labels), num_classes))
     correct = jnp.asarray(correct, jnp.float32)
+    correct = jnp.where(num_classes * correct > 1, correct, jnp.nan)
     incorrect_logit = jnp.log1p(-correct) - jnp.log(jnp.float32(num_classes - 1))
     is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
-    return jnp.where(is_label, jnp.log(correct), incorrect_logit)
+    logits = jnp.where(is_label, jnp.log(correct), incorrect_logit)
+    return jnp.where(is_label.any(-1, keepdims=True), logits, jnp.nan)
 
 
 def distillation_loss(

@@ -1,5 +1,7 @@
 """Tests losses on labels: hand-worked values, float64 references, identities and limits."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -393,3 +395,21 @@ def test_class_weights_must_exist():
         losses.hard_cross_entropy(HALVES, ZERO, weights=jnp.zeros(3))
     with pytest.raises(ValueError, match="at least 0, and one of them more"):
         losses.kl_divergence(HALVES, LAST, weights=np.array([0.5, np.nan, 1.0]))
+
+
+def test_a_virtual_teacher_is_above_chance():
+    labels = jnp.array([0, 1])
+    make = functools.partial(losses.virtual_teacher_logits, labels, num_classes=5)
+    for correct in (0.05, 0.2):
+        with pytest.raises(ValueError, match=r"correct must be above 1 / num_classes = 0.2, got"):
+            make(correct=correct)
+    assert np.isnan(jax.jit(lambda correct: make(correct=correct))(0.05)).all()
+    np.testing.assert_allclose(
+        jax.jit(lambda correct: make(correct=correct))(0.21), make(correct=0.21), rtol=1e-6
+    )
+
+
+def test_a_label_that_is_no_class_has_no_virtual_teacher():
+    logits = losses.virtual_teacher_logits(jnp.array([7, 4, -1]), num_classes=5, correct=0.9)
+    np.testing.assert_array_equal(np.isnan(logits).all(-1), [True, False, True])
+    np.testing.assert_array_equal(np.isnan(logits).any(-1), [True, False, True])
