@@ -213,9 +213,10 @@ def evaluate_plan(
         as a pretrained one, is measured once.
 
     Raises:
-        ValueError: If the plan has no model of the reference's name, `trained` lacks a model, or
+        ValueError: If the plan has no model of the reference's name, `trained` lacks a model,
             the test set lacks labels, holds text, or has floating-point inputs where a stage has
-            integers. Data that are a function of the seed are not compared.
+            integers, or `throughput_batch` or `repeats` is no whole number of at least 1. Data that
+            are a function of the seed are not compared.
     """
     names = [entry.name for entry in plan]
     if reference not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -262,14 +263,15 @@ def summarize(
         labels: `[N]`, integers in [0, C).
         seconds: Training time of each seed.
         reference_logits: The logits to agree with, one `[N, C]` per seed.
-        throughput_batch: Size of the larger batch that is timed, at most N.
-        repeats: Number of calls that are timed.
+        throughput_batch: Size of the larger batch that is timed, at least 1; at most N are.
+        repeats: Number of calls that are timed, at least 1.
 
     Returns:
         The row.
 
     Raises:
-        ValueError: If there is not one entry per seed, or shapes disagree.
+        ValueError: If there is not one entry per seed, shapes disagree, or `throughput_batch` or
+            `repeats` is no whole number of at least 1.
 
     Example:
         >>> import jax, numpy as np
@@ -278,13 +280,16 @@ def summarize(
         >>> model = from_linen(CNN(features=(4,), hidden=8))
         >>> images = np.zeros((4, 8, 8, 3), np.float32)
         >>> variables = model.init(jax.random.key(0), images)
-        >>> logits = np.eye(4, 10)
+        >>> logits = 9 * np.eye(4, 10)
         >>> row = summarize(
         ...     "tiny", model, [variables], [logits], images, np.arange(4), seconds=[1.0]
         ... )
         >>> row.accuracy, row.accuracy_std, row.parameters
         ((1.0,), None, 498)
     """
+    for argument, value in (("throughput_batch", throughput_batch), ("repeats", repeats)):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
     references = [None] * len(logits) if reference_logits is None else reference_logits
     counts = [len(variables), len(logits), len(references), len(seconds)]
     if not logits or len(set(counts)) > 1:

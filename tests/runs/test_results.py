@@ -28,8 +28,8 @@ def small():
 def test_a_row_holds_every_key_as_json(small):
     model, variables, images = small
     labels = np.arange(7)
-    teacher = np.eye(7, 10)
-    logits = [np.eye(7, 10), np.eye(7, 10)[[0, 1, 2, 3, 4, 0, 0]]]
+    teacher = 9 * np.eye(7, 10)
+    logits = [9 * np.eye(7, 10), 9 * np.eye(7, 10)[[0, 1, 2, 3, 4, 0, 0]]]
     row = summarize(
         "student",
         model,
@@ -58,7 +58,7 @@ def test_a_row_holds_every_key_as_json(small):
 
 def test_one_seed_has_no_deviation_and_reruns_differ_in_timings_alone(small):
     model, variables, images = small
-    arguments = "student", model, [variables], [np.eye(7, 10)], images, np.zeros(7, int)
+    arguments = "student", model, [variables], [9 * np.eye(7, 10)], images, np.zeros(7, int)
     first, second = (summarize(*arguments, seconds=[time], repeats=1) for time in (1.0, 2.0))
     assert first.accuracy_std is None and first.agreement is None and first.throughput_batch == 7
     assert set(TIMINGS) < set(first.to_json()) and first.seconds != second.seconds
@@ -68,11 +68,23 @@ def test_one_seed_has_no_deviation_and_reruns_differ_in_timings_alone(small):
 
 def test_a_row_needs_an_entry_of_each_kind_per_seed(small):
     model, variables, images = small
-    logits = [np.eye(7, 10)] * 2
+    logits = [9 * np.eye(7, 10)] * 2
     with pytest.raises(ValueError, match=r"student: .* one entry per seed, got \[1, 2, 2, 2\]"):
         summarize("student", model, [variables], logits, images, np.arange(7), seconds=[1, 2])
     with pytest.raises(ValueError, match="one entry per seed"):
         summarize("student", model, [], [], images, np.arange(7), seconds=[])
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{"throughput_batch": 0}, {"throughput_batch": -1}, {"repeats": 2.5}, {"repeats": 0}],
+)
+def test_the_counts_of_a_timing_are_whole_numbers(small, counts):
+    model, variables, images = small
+    arguments = "student", model, [variables], [9 * np.eye(7, 10)], images, np.arange(7)
+    ((name, value),) = counts.items()
+    with pytest.raises(ValueError, match=f"{name} must be a whole number .* 1, got {value}$"):
+        summarize(*arguments, seconds=[1], **counts)
 
 
 def test_a_row_without_an_accuracy_has_no_mean():
