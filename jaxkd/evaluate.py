@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxkd._messages import list_some
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.losses import hard_cross_entropy
 
@@ -90,8 +91,8 @@ def make_predict(
 
     Returns:
         `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. The inputs are an
-        array or a dict of arrays. It raises `ValueError` if N is 0, or if there are buckets for a
-        dict.
+        array or a dict of arrays. It raises `ValueError` if N is 0, if the arrays of a dict have
+        different lengths, or if there are buckets for a dict.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -114,6 +115,7 @@ def make_predict(
 
     def predict(variables: dict, inputs: Any) -> np.ndarray:
         inputs = _as_numpy(inputs)
+        _check_lengths(inputs)
         if not _count_rows(inputs):
             shapes = jax.tree.map(np.shape, inputs)
             raise ValueError(f"there is nothing to predict: inputs have the shape {shapes}")
@@ -151,12 +153,7 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
         # A diverged student is reported by the training loop, with its stage and step.
         if np.isnan(logits).any():
             return Score(float("nan"), float("nan"))
-        if are_probabilities(logits):
-            warnings.warn(
-                "the logits of a model are probabilities, each row sums to 1: return the logits "
-                "before its softmax, or their logarithm",
-                stacklevel=2,
-            )
+        _warn_of_probabilities(logits)
         loss = hard_cross_entropy(logits, examples["labels"])
         return Score(float(np.mean(loss)), accuracy(logits, examples["labels"]))
 
@@ -183,6 +180,15 @@ def are_probabilities(logits: ArrayLike) -> bool:
     return bool(np.all(np.abs(logits.sum(-1) - 1) < 0.02))
 
 
+def _warn_of_probabilities(logits: ArrayLike) -> None:
+    if are_probabilities(logits):
+        warnings.warn(
+            "the logits of a model are probabilities, each row sums to 1: return the logits "
+            "before its softmax, or their logarithm",
+            stacklevel=3,
+        )
+
+
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Computes the share of the examples whose largest logit is at their label.
 
@@ -196,7 +202,8 @@ def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
         A fraction in [0, 1].
 
     Raises:
-        ValueError: If the shapes disagree, there is no example or a logit is NaN.
+        ValueError: If the shapes disagree, there is no example, the logits are of one class, or a
+            logit is NaN.
 
     Example:
         >>> from jaxkd import evaluate
@@ -324,7 +331,11 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
         A fraction in [0, 1].
 
     Raises:
-        ValueError: If the shapes disagree, there is no example or bin, or a logit is NaN.
+        ValueError: If the shapes disagree, there is no example or bin, the logits are of one class,
+            or a logit is NaN.
+
+    Warns:
+        UserWarning: If the logits are probabilities.
 
     Example:
         >>> import numpy as np
@@ -338,6 +349,7 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
     if bins < 1:
         raise ValueError(f"bins must be positive, got {bins}")
     logits = _check_logits("logits", logits).astype(np.float64)
+    _warn_of_probabilities(logits)
     correct = logits.argmax(-1) == _check_labels(logits, labels)
     # Relative to the largest logit, whose exponential is 1, so that none overflows.
     confidence = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
@@ -508,7 +520,11 @@ def classification_metrics(
         The metrics. `agreement` is `None` without a reference.
 
     Raises:
-        ValueError: If the shapes disagree, there is no example or a logit is NaN.
+        ValueError: If the shapes disagree, there is no example, the logits are of one class, or a
+            logit is NaN.
+
+    Warns:
+        UserWarning: If the logits are probabilities.
 
     Example:
         >>> from jaxkd import evaluate
@@ -528,6 +544,18 @@ def _as_numpy(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {name: np.asarray(array) for name, array in inputs.items()}
     return np.asarray(inputs)
+
+
+def _check_lengths(inputs: Any) -> None:
+    """Raises `ValueError` if the arrays of a dict have different numbers of rows."""
+    if not isinstance(inputs, Mapping):
+        return
+    lengths = {name: len(array) for name, array in inputs.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(
+            "the inputs of a dict must have one row per example, but their lengths differ: "
+            + list_some(f"{name} has {length}" for name, length in lengths.items())
+        )
 
 
 def _count_rows(inputs: Any) -> int:
@@ -571,6 +599,11 @@ def _check_logits(name: str, logits: ArrayLike) -> np.ndarray:
     if logits.ndim != 2 or not logits.size:
         raise ValueError(
             f"{name} must be [N, C] with at least one example, got the shape {logits.shape}"
+        )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"{name} {logits.shape}: one logit per example has no classes, the largest is always "
+            "class 0; for two classes pass np.concatenate([0 * z, z], 1) of a sigmoid's logit z"
         )
     if np.isnan(logits).any():
         raise ValueError(f"{name} hold NaN, which gives no prediction: the model has diverged")

@@ -247,7 +247,7 @@ def test_metrics_of_a_classifier():
 @pytest.mark.parametrize("label", [-1, -100, 3])
 def test_labels_that_are_no_class_are_refused(label):
     """GLUE's test split has the label −1 everywhere, with which no prediction agrees."""
-    logits = np.eye(3)
+    logits = 9 * np.eye(3)
     labels = np.array([0, label, 2])
     message = rf"1 of 3 labels are {label}, which is not in \[0, 3\), the classes of the model"
     for metric in (evaluate.accuracy, evaluate.expected_calibration_error):
@@ -262,3 +262,31 @@ def test_chance_is_the_share_of_the_commonest_class():
     assert evaluate.chance_accuracy(np.array([5, 5, 2, 5])) == 0.75
     with pytest.raises(ValueError, match="no label to count"):
         evaluate.chance_accuracy([])
+
+
+def test_metrics_warn_of_probabilities():
+    probabilities = np.exp(random_logits(4))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    labels = np.zeros(len(probabilities), int)
+    for metric in (evaluate.expected_calibration_error, evaluate.classification_metrics):
+        with pytest.warns(UserWarning, match="are probabilities, each row sums to 1: return"):
+            metric(probabilities, labels)
+        metric(np.log(probabilities), labels)
+
+
+def test_one_logit_has_no_classes():
+    logits, labels = np.array([[2.3], [-1.0]]), np.array([0, 0])
+    with pytest.raises(ValueError, match=r"logits \(2, 1\): one logit per example has no classes"):
+        evaluate.accuracy(logits, labels)
+    assert evaluate.accuracy(np.concatenate([0 * logits, logits], 1), labels) == 0.5
+
+
+def test_inputs_of_a_dict_have_one_length():
+    def apply(variables, inputs, *, train, key=None):
+        return Outputs(inputs["a"] + inputs["b"], {}), {}
+
+    predict = evaluate.make_predict(Model(lambda key, inputs: {}, apply), batch_size=4)
+    inputs = {"a": np.ones((6, 2), np.float32), "b": np.ones((5, 2), np.float32)}
+    with pytest.raises(ValueError, match="their lengths differ: a has 6, b has 5"):
+        predict({}, inputs)
+    assert predict({}, inputs | {"a": inputs["b"]}).shape == (5, 2)
