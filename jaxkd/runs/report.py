@@ -244,6 +244,7 @@ def write_report(
         The path of `report.md`.
 
     Raises:
+        TypeError: If `comparisons` are no pairs, or `remarks` is one string.
         ValueError: If there are no rows or metrics, or a comparison names an unknown row.
         ImportError: If matplotlib or tabulate is missing.
 
@@ -266,6 +267,7 @@ def write_report(
         ...     path.read_text(encoding="utf-8").splitlines()[0]
         '# Run'
     """
+    _check_texts(comparisons, remarks)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sentences = [f"- {compare_rows(rows, name, baseline)}" for name, baseline in comparisons]
@@ -325,9 +327,11 @@ def report_run(
         The path of `report.md`.
 
     Raises:
+        TypeError: If `comparisons` are no pairs, or `remarks` is one string.
         ValueError: If there are no rows or metrics, or a comparison names an unknown row.
         ImportError: If matplotlib or tabulate is missing.
     """
+    _check_texts(comparisons, remarks)
     run.write_results(rows)
     return write_report(
         run.folder,
@@ -350,7 +354,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
     Args:
         headers: The headings.
-        rows: The cells of each row.
+        rows: The cells of each row. Line breaks in them become spaces.
 
     Returns:
         The table, without a line break at the end.
@@ -371,8 +375,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     other_columns = "right" if len(headers) > 2 else "left"
     alignment = ("left", *[other_columns] * (len(headers) - 1))
     return tabulate(
-        # Escaped, because a | would end the cell.
-        [[str(cell).replace("|", r"\|") for cell in row] for row in rows],
+        [[_format_cell(cell) for cell in row] for row in rows],
         headers=list(headers),
         tablefmt="pipe",
         # Cells are text already: as a number, 86.0 would be printed as 86.
@@ -380,6 +383,25 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
         # tabulate 0.9 fails on the alignment of a table without rows.
         colalign=alignment if rows else None,
     )
+
+
+def _format_cell(cell: object) -> str:
+    """Returns a cell's text, in which nothing ends the cell or its row."""
+    return " ".join(str(cell).splitlines()).replace("|", r"\|")
+
+
+def _check_texts(comparisons: Sequence[tuple[str, str]], remarks: Sequence[str]) -> None:
+    """Raises `TypeError` for one string or pair where a sequence of them is meant."""
+    # A string is a sequence as well, of its characters.
+    if isinstance(remarks, str):
+        raise TypeError('remarks must be a sequence of paragraphs: write remarks=["..."]')
+    if isinstance(comparisons, str) or any(
+        isinstance(pair, str) or len(pair) != 2 for pair in comparisons
+    ):
+        raise TypeError(
+            "comparisons must be pairs of a row's name and its baseline's: write "
+            'comparisons=[("student", "baseline")]'
+        )
 
 
 def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Table":

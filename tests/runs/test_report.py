@@ -232,6 +232,27 @@ def test_a_report_that_cannot_be_written_writes_nothing(rows, metrics, tmp_path)
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"remarks": "Kept."}, r'must be a sequence of paragraphs: write remarks=\["..."\]'),
+        ({"comparisons": ("student", "teacher")}, r'write comparisons=\[\("student", "baseline"'),
+        ({"comparisons": ["ab"]}, "comparisons must be pairs of a row's name and its baseline's"),
+        ({"comparisons": [("a", "b", "c")]}, "comparisons must be pairs"),
+    ],
+)
+def test_one_remark_or_pair_is_no_list_of_them(change, message, rows, metrics, tmp_path):
+    options = {"title": "", "rows": rows, "metrics": metrics, "settings": {}, "environment": {}}
+    with pytest.raises(TypeError, match=message):
+        report.write_report(tmp_path, **options | {"comparisons": []} | change)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_line_break_does_not_end_a_row():
+    table = report.markdown_table(["setting", "value"], [["command", "a\r\nb|c\nd"]])
+    assert table.splitlines()[2:] == [r"| command   | a b\|c d |"]
+
+
 def test_a_report_holds_table_sentences_and_figures(rows, metrics, tmp_path):
     path = report.write_report(
         tmp_path / "run",
