@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from jaxkd._messages import shorten
 from jaxkd.transfer.rules import Rule, match_path
 from jaxkd.transfer.trees import (
     Dtypes,
@@ -94,8 +95,8 @@ def narrow(variables: Any, channels: Channels, size: int, *, choose: ChooseFn = 
         A tree with the same paths and smaller arrays, all of them copies.
 
     Raises:
-        ValueError: If paths or axes do not exist, lengths differ, or `size` is not between 1 and
-            the number of channels.
+        ValueError: If paths or axes do not exist, lengths differ, `size` is not between 1 and the
+            number of channels, or `choose` returns anything but `size` different indices.
 
     Example:
         >>> import numpy as np
@@ -118,7 +119,7 @@ def narrow(variables: Any, channels: Channels, size: int, *, choose: ChooseFn = 
         np.moveaxis(np.asarray(leaves[path]), axis, -1) for path, axis in channels.produced.items()
     ]
     kernels = [array for array in produced if array.ndim > 1]
-    indices = choose(kernels, size)
+    indices = _check_choice(choose(kernels, size), size, num_channels)
     return replace_leaves(variables, _select_channels(leaves, channels, num_channels, indices))
 
 
@@ -268,6 +269,25 @@ def _read_channels(variables: Any, channels: Channels) -> tuple[dict[str, Any], 
             f"{uneven}"
         )
     return leaves, num_channels
+
+
+def _check_choice(indices: Any, size: int, num_channels: int) -> np.ndarray:
+    """Returns the indices of the channels to keep; raises `ValueError` if they are no choice."""
+    indices = np.asarray(indices)
+    # A boolean mask would select channels 0 and 1, and an index twice would double a channel.
+    is_choice = (
+        np.issubdtype(indices.dtype, np.integer)
+        and indices.shape == (size,)
+        and len(np.unique(indices)) == size
+        and np.all((indices >= 0) & (indices < num_channels))
+    )
+    if not is_choice:
+        raise ValueError(
+            f"choose must return {size} different indices in [0, {num_channels}), got "
+            f"{shorten(indices.tolist(), 80)} ({indices.dtype}): write np.flatnonzero(mask) for a "
+            "boolean mask"
+        )
+    return indices
 
 
 def _select_channels(

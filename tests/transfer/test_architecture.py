@@ -346,3 +346,17 @@ def test_narrowed_teacher_initializes_a_student():
     variables = narrow(draw(teacher), WIDTH, 3, choose=largest_norm)
     _, report = transfer(variables, shapes(student))
     assert report.complete
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[False, True, True, False], [1, 1], [0], [0, 4], [-1, 0], [0.0, 1.0]],
+    ids=["mask", "twice", "count", "beyond", "negative", "float"],
+)
+def test_a_choice_is_one_index_for_each_channel_that_stays(indices):
+    params = {"hidden": {"kernel": np.ones((2, 4))}, "out": {"kernel": np.ones((4, 3))}}
+    channels = Channels({"hidden/kernel": -1}, {"out/kernel": -2})
+    with pytest.raises(ValueError, match=r"must return 2 different indices in \[0, 4\), got"):
+        narrow(params, channels, 2, choose=lambda kernels, size: np.array(indices))
+    small = narrow(params, channels, 2, choose=lambda kernels, size: [3, 1])
+    assert small["out"]["kernel"].shape == (2, 3)
