@@ -160,7 +160,8 @@ def teacher_logits(
         `top_k`, their `TopK`.
 
     Raises:
-        ValueError: If there is no example, or `chunk_size` or `top_k` is out of range.
+        ValueError: If there is no example, `chunk_size` or `top_k` is out of range, or `predict`
+            returns another number of rows than there are examples.
         OSError: If the folder cannot be written.
 
     Example:
@@ -256,7 +257,14 @@ def _compute(
     reduce = (lambda logits: logits) if k is None else jax.jit(functools.partial(top_k, k=k))
 
     def predict_chunk(inputs: np.ndarray) -> Any:
-        return jax.device_get(reduce(np.asarray(predict(variables, inputs), np.float32)))
+        logits = np.asarray(predict(variables, inputs), np.float32)
+        # A dropped last batch would shift the logits of all examples after it.
+        if logits.shape[:1] != (len(inputs),):
+            raise ValueError(
+                f"predict returns the shape {logits.shape} for {len(inputs)} examples: return one "
+                "row of logits per example, in order, without dropping the last batch"
+            )
+        return jax.device_get(reduce(logits))
 
     per_view = [_join(np.concatenate, map(predict_chunk, chunks)) for chunks in iterate_views()]
     return per_view[0] if views is None else _join(functools.partial(np.stack, axis=1), per_view)

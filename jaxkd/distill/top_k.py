@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -85,10 +86,10 @@ def expand_top_k(kept: TopK, *, num_classes: int) -> Array:
         num_classes: C.
 
     Returns:
-        `[..., C]`, float32.
+        `[..., C]`, float32; NaN for an example of which a traced index is no class.
 
     Raises:
-        ValueError: If there are fewer classes than kept logits.
+        ValueError: If there are fewer classes than kept logits, or an index is no class.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -106,8 +107,22 @@ def expand_top_k(kept: TopK, *, num_classes: int) -> Array:
             f"{kept.values.shape[-1]} logits of each example were kept, "
             f"but num_classes is {num_classes}"
         )
+    indices = _check_indices(kept.indices, num_classes)
     # With k = C no class takes a share. `math.log(0)` would raise an error all the same.
     share = jnp.asarray(kept.rest)[..., None] - math.log(max(num_others, 1))
     shares = jnp.broadcast_to(share, (*share.shape[:-1], num_classes))
-    indices = jnp.asarray(kept.indices)
-    return jnp.put_along_axis(shares, indices, kept.values, axis=-1, inplace=False)
+    logits = jnp.put_along_axis(shares, indices, kept.values, axis=-1, inplace=False)
+    is_class = (indices >= 0) & (indices < num_classes)
+    return jnp.where(is_class.all(-1, keepdims=True), logits, jnp.nan)
+
+
+def _check_indices(indices: ArrayLike, num_classes: int) -> Array:
+    """Returns the indices; raises `ValueError` if one that is known is no class."""
+    if not isinstance(indices, jax.core.Tracer):
+        known = np.asarray(indices)
+        if known.size and not 0 <= known.min() <= known.max() < num_classes:
+            raise ValueError(
+                f"kept logits have indices from {known.min()} to {known.max()}, which are not all "
+                f"in [0, {num_classes}): pass the number of classes of the model that made them"
+            )
+    return jnp.asarray(indices)

@@ -55,6 +55,15 @@ class Teacher:
 # Computed
 
 
+def test_a_teacher_that_drops_its_last_batch_is_refused(tmp_path):
+    def drop_last(variables, inputs):
+        return Teacher()(variables, inputs[: len(inputs) // 4 * 4])
+
+    with pytest.raises(ValueError, match=r"shape \(4, 7\) for 5 examples: return one row of"):
+        teacher_logits(drop_last, VARIABLES, IMAGES, chunk_size=5, folder=tmp_path)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.thorough
 def test_logits_are_those_of_the_images_that_the_student_sees():
     teacher = Teacher()

@@ -120,3 +120,13 @@ def test_number_of_logits_must_be_within_the_classes():
         ValueError, match="3 logits of each example were kept, but num_classes is 2"
     ):
         expand_top_k(top_k(jnp.zeros(5), k=3), num_classes=2)
+
+
+def test_an_index_that_is_no_class_is_refused():
+    kept = top_k(jnp.array([[1.0, 5.0, 2.0, 9.0, 0.0], [9.0, 5.0, 2.0, 1.0, 0.0]]), k=2)
+    expand = functools.partial(expand_top_k, num_classes=3)
+    with pytest.raises(ValueError, match=r"from 0 to 3, which are not all in \[0, 3\): pass"):
+        expand(kept)
+    expanded = jax.jit(expand)(kept)
+    np.testing.assert_array_equal(np.isnan(expanded).all(-1), [True, False])
+    np.testing.assert_array_equal(expanded[1], expand(jax.tree.map(lambda leaf: leaf[1], kept)))
