@@ -28,7 +28,7 @@ class Beams(NamedTuple):
     Attributes:
         tokens: `[B, K, T]`, int32, without the start token and with the end token, padded with 0.
         scores: `[B, K]`, log-probability divided by the length penalty. −inf for beams without a
-            sentence, if there are fewer than K; their tokens are 0.
+            sentence, if there are fewer than K; NaN where logits were NaN; their tokens are 0.
     """
 
     tokens: Array
@@ -49,10 +49,11 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
 
     Returns:
         Tokens `[B, max_length]`, int32, without the start token and with the end token, padded
-        with 0.
+        with 0. They mean nothing where logits are NaN; `beam_search` shows that in its scores.
 
     Raises:
-        ValueError: If `max_length` is less than 1, or `start` and `end` are equal or less than 1.
+        ValueError: If `max_length` is less than 1, or `start` and `end` are equal, less than 1 or
+            not in the vocabulary.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,6 +73,7 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
     def body_fn(carry: tuple) -> tuple:
         position, tokens, last, unfinished, state = carry
         logits, state = step(state, last)
+        _check_vocabulary(logits, start, end)
         best = _log_probabilities(logits, start).argmax(-1)
         # Finished sentences stay in the batch and produce padding.
         best = jnp.where(unfinished, best, 0).astype(jnp.int32)
@@ -140,7 +142,7 @@ def beam_search(
 
     Raises:
         ValueError: If `beams` or `max_length` is less than 1, `length_penalty` is negative, or
-            `start` and `end` are equal or less than 1.
+            `start` and `end` are equal, less than 1 or not in the vocabulary.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -174,6 +176,7 @@ def beam_search(
 
     def body_fn(search: _Search) -> _Search:
         logits, state = step(search.state, search.last.reshape(-1))
+        _check_vocabulary(logits, start, end)
         vocab_size = logits.shape[-1]
         increments = _log_probabilities(logits, start).reshape(*search.finished.shape, -1)
         # A finished beam has a single continuation: padding, at no cost.
@@ -255,6 +258,15 @@ def _read_batch_size(state: Any) -> int:
             f"axes {sorted(leading_axes)}"
         )
     return leading_axes.pop()[0]
+
+
+def _check_vocabulary(logits: Array, start: int, end: int) -> None:
+    vocab_size = logits.shape[-1]
+    if max(start, end) >= vocab_size:
+        raise ValueError(
+            f"start and end must be tokens of the model, in [1, {vocab_size}), got {start} and "
+            f"{end}: pass those of its tokenizer"
+        )
 
 
 def _check_options(max_length: int, start: int, end: int) -> None:

@@ -193,6 +193,21 @@ def test_invalid_options_raise(options, match):
         beam_search(step, draw(0), **{"beams": 2, "max_length": T, **options})
 
 
+@pytest.mark.parametrize("tokens", [{"start": V, "end": END}, {"start": 2, "end": 50}])
+def test_tokens_beyond_the_vocabulary_raise(tokens):
+    """No sentence would ever end."""
+    for search in (greedy, functools.partial(beam_search, beams=2)):
+        with pytest.raises(ValueError, match=r"must be tokens of the model, in \[1, 6\), got"):
+            search(step, draw(0), max_length=T, **tokens)
+
+
+def test_scores_of_nan_logits_are_nan():
+    state = {**draw(0), "table": draw(0)["table"].at[1].set(jnp.nan)}
+    result = beam_search(step, state, beams=2, max_length=T)
+    np.testing.assert_array_equal(np.isnan(result.scores), [[False] * 2, [True] * 2, [False] * 2])
+    assert not result.tokens[1].any()
+
+
 def test_a_state_without_the_axis_of_sentences_raises():
     with pytest.raises(ValueError, match="sentences as their first axis"):
         greedy(step, {**draw(0), "history": jnp.zeros((), jnp.int32)}, max_length=T)
