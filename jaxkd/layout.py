@@ -70,7 +70,8 @@ def matmul(
 
     Raises:
         ValueError: If the shapes are incompatible, an order is unknown, or a copy would be needed.
-        TypeError: If the dtypes differ.
+        TypeError: If the dtypes differ, or are integers of 8 or 16 bits without a
+            `preferred_element_type`: their sums would wrap around.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,6 +97,12 @@ def matmul(
         raise TypeError(
             f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}: cast one of "
             "them"
+        )
+    is_narrow = jnp.issubdtype(lhs.dtype, jnp.integer) and lhs.dtype.itemsize < 4
+    if is_narrow and preferred_element_type is None:
+        raise TypeError(
+            f"sums of products of {lhs.dtype} would wrap around: pass "
+            "preferred_element_type=jnp.int32, or the dtype to return"
         )
     lhs_axis = lhs.ndim - (1 if lhs_order == "row" else 2)
     rhs_axis = rhs.ndim - (2 if rhs_order == "row" else 1)

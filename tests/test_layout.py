@@ -86,12 +86,20 @@ def test_dtypes(orders, dtype, rtol):
     assert out.dtype == wide
     # Sums of small integers are exact.
     np.testing.assert_array_equal(out, stored(lhs @ rhs, orders[2]))
+    if dtype == np.int8:
+        return
     out = product(orders)(*operands)
     assert out.dtype == dtype
-    if dtype != np.int8:
-        np.testing.assert_allclose(
-            np.asarray(out, np.float64), stored(lhs @ rhs, orders[2]), rtol=rtol
-        )
+    np.testing.assert_allclose(np.asarray(out, np.float64), stored(lhs @ rhs, orders[2]), rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
+def test_products_of_narrow_integers_need_a_dtype(dtype):
+    ones = np.full((1, 4), 100, dtype)
+    with pytest.raises(TypeError, match=f"{np.dtype(dtype)} would wrap around: pass preferred"):
+        layout.matmul(ones, ones, rhs_order="column")
+    out = layout.matmul(ones, ones, rhs_order="column", preferred_element_type=np.int32)
+    np.testing.assert_array_equal(out, [[40_000]])
 
 
 def test_float64_stays():
