@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from jax import Array
 
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
+from jaxkd._messages import list_some, shorten
 from jaxkd.weights.files import RUN_FILE, check_regular_file, to_text
 from jaxkd.weights.signatures import describe_other_file
 from jaxkd.weights.unfinished import DEQUANTIZE_ADVICE, is_quantized_type
@@ -37,7 +39,8 @@ def save_safetensors(
 
     Raises:
         ValueError: If a key is neither a string nor an integer, contains a `/` or is a string of
-            digits, because loading would change it.
+            digits, because loading would change it, or two classes have one name.
+        TypeError: If the names of the classes are no sequence of strings.
         ImportError: If safetensors is missing.
 
     Example:
@@ -61,8 +64,28 @@ def save_safetensors(
     # `save` writes the memory of an array in the order it has, so a transposed view must be copied.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flatten(variables).items()}
     # One entry: safetensors writes several in an order that changes between processes.
-    metadata = {_CLASS_NAMES: json.dumps(list(class_names))} if class_names else None
+    names = _check_class_names(class_names)
+    metadata = {_CLASS_NAMES: json.dumps(names)} if names else None
     write_atomically(path, save(arrays, metadata))
+
+
+def _check_class_names(class_names: Sequence[str]) -> list[str]:
+    """Returns the names as a list; raises unless they are different strings in an order."""
+    # A string would be the names of its letters, and a set has no order of labels.
+    if isinstance(class_names, str | bytes | Mapping | Set):
+        names = None
+    else:
+        names = list(class_names)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "class_names must be one string per class, in the order of the labels, such as "
+            f"['cat', 'dog'], got {shorten(repr(class_names), 80)}"
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"class_names has {list_some(twice)} more than once: give each class its own name"
+        )
+    return names
 
 
 def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:

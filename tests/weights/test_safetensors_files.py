@@ -206,3 +206,15 @@ def test_error_names_a_damaged_file(variables, tmp_path, damage):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_safetensors(tmp_path / "student.safetensors")
+
+
+@pytest.mark.parametrize("names", ["cat", {"cat": 0, "dog": 1}, {"cat"}, [0, 1], ["cat", None]])
+def test_names_of_classes_are_strings_in_an_order(names, tmp_path):
+    with pytest.raises(TypeError, match="class_names must be one string per class, in the order"):
+        save_safetensors(tmp_path / "a", {"bias": np.zeros(2)}, class_names=names)
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_two_classes_have_one_name(tmp_path):
+    with pytest.raises(ValueError, match="class_names has cat more than once: give each class"):
+        save_safetensors(tmp_path / "a", {"bias": np.zeros(3)}, class_names=["cat", "dog", "cat"])
