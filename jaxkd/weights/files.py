@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd._files import add_filename_to_errors
-from jaxkd._messages import list_some
+from jaxkd._messages import list_some, shorten
 from jaxkd.weights.signatures import describe_other_file
 from jaxkd.weights.unfinished import MERGE_ADVICE
 
@@ -23,6 +23,7 @@ HUB_FILES = (
 )
 """The files of a hub folder, in the order in which transformers looks for them."""
 
+_URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/+", re.IGNORECASE)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS_NAME = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 _SHARD_NAME = re.compile(r".*-\d+\.(safetensors|bin)")
@@ -35,11 +36,22 @@ def check_regular_file(path: str | os.PathLike) -> None:
     """Raises unless a path is a regular file: a FIFO or a device may never end.
 
     Raises:
-        ValueError: If it is something else, such as a folder, a FIFO or a device.
+        ValueError: If it is something else, such as a folder, a FIFO or a device, or a URL.
         OSError: If it does not exist.
     """
     # `stat` does not open the file, which would wait for the writer of a FIFO.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        # A `Path` has already made one slash of two.
+        if url := _URL.match(os.fsdecode(path)):
+            address = f"{url[1]}://{os.fsdecode(path)[url.end() :]}"
+            raise ValueError(
+                f"{shorten(address, 150)} is a URL; nothing is downloaded: download it first, and "
+                "give the path of the file"
+            ) from error
+        raise
+    if not stat.S_ISREG(mode):
         kind = "a folder" if os.path.isdir(path) else "a FIFO, a device or a socket"
         raise ValueError(f"{os.fspath(path)} is {kind}, not a file of weights: copy it to a file")
 

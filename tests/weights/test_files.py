@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from jaxkd.weights import (
     read_torch,
     save_safetensors,
 )
-from jaxkd.weights.files import check_regular_file, read_json, to_text
+from jaxkd.weights.files import check_regular_file, find_weights_file, read_json, to_text
 
 FIRST = {"conv.weight": np.arange(6, dtype=np.float32)}
 SECOND = {"fc.weight": np.ones((2, 3), np.float32), "fc.bias": np.zeros(2, np.float32)}
@@ -247,3 +248,17 @@ def test_values_in_messages_are_short():
     assert to_text("a\n\x1b[2J") == r"a\n\x1b[2J"
     assert len(to_text("x" * 10**6)) == 60
     assert list_some("abcde") == "a, b, c, d and 1 more"
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_path(kind):
+    """A `Path` makes one slash of two."""
+    path = kind("https://example.org/model.safetensors")
+    message = (
+        "https://example.org/model.safetensors is a URL; nothing is downloaded: download it first"
+    )
+    for load in (find_weights_file, load_safetensors, load_weights):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            load(path)
+    with pytest.raises(FileNotFoundError):
+        find_weights_file(kind("https/model.safetensors"))
