@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import shlex
 import sys
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
@@ -75,13 +76,17 @@ def describe_missing(error: ImportError, extra: str | None = None) -> str:
         error: The error of the import.
         extra: The extra to install if the package is in none itself, because one of the extra
             needs it. Without it, the error of an unknown package is returned as it is: no command
-            of this project would mend it.
+            of this project would mend it. An error that names no module is of the package that
+            raised it, which is there but does not work.
     """
     reason = shorten(error, 120)
+    if error.name is None and extra is not None and "install" not in str(error):
+        package = _find_importing_package(error) or "a package"
+        return f"{package} cannot be imported ({reason}): reinstall it, and what it needs"
     package = find_package(error.name)
     if package is None and extra is not None:
         package = Package(extra, error.name or "PACKAGE")
-    if package is None or "pip install" in str(error):
+    if package is None or error.name is None or "pip install" in str(error):
         return shorten(error)
     if error.name in sys.stdlib_module_names:
         command = "use a Python that was built with it"
@@ -122,6 +127,15 @@ def require_installed(*packages: str) -> None:
     if missing:
         error = ModuleNotFoundError(f"not installed: {', '.join(missing)}", name=missing[0])
         raise ImportError(describe_missing(error), name=missing[0]) from None
+
+
+def _find_importing_package(error: ImportError) -> str | None:
+    """Returns the package whose code raised an error, unless it is this one or Python's own."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__") if frames else None
+    package = str(module or "").partition(".")[0]
+    is_other = package not in ("", "__main__", "jaxkd", *sys.stdlib_module_names)
+    return package if is_other else None
 
 
 def _is_clone(folder: Path) -> bool:

@@ -178,3 +178,16 @@ def test_a_module_of_python_is_not_installed_by_pip():
     error = ModuleNotFoundError("No module named '_lzma'", name="_lzma")
     message = _extras.describe_missing(error, "experiments")
     assert "pip" not in message and message.endswith(": use a Python that was built with it")
+
+
+def test_a_package_that_raises_an_error_without_a_name_is_named():
+    code = compile("raise ImportError('numpy is too old')", "package.py", "exec")
+    for module, package in (
+        ("tensorflow_datasets.core", "tensorflow_datasets"),
+        ("json", "a package"),
+    ):
+        with pytest.raises(ImportError) as caught, _extras.add_install_command():
+            exec(code, {"__name__": module})
+        expected = "cannot be imported (numpy is too old): reinstall it, and what it needs"
+        assert str(caught.value) == f"{package} {expected}"
+    assert _extras.describe_missing(ImportError("numpy is too old")) == "numpy is too old"
