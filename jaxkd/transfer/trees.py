@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkd._messages import list_some
 from jaxkd.transfer.rules import RenamedPath, Rule, apply_rules, check_rule
 
 Dtypes: TypeAlias = Literal["same", "target", "source"]
@@ -143,13 +144,13 @@ def transfer(
             matches nothing. Also if nothing is transferred, or an abstract leaf gets no value,
             whatever `strict` is. The message and the error's `report` list everything.
         ValueError: If two source paths are renamed to the same path, a pattern is malformed, a
-            layout does not fit an array, two leaves of a tree have the same path, or a tree
-            contains itself.
+            layout does not fit an array, two leaves of a tree have the same path, a tree contains
+            itself, or an integer does not fit the target's dtype.
         TypeError: If a leaf is not an array of numbers.
 
     Warns:
         UserWarning: If less than half of the target's numbers come from the source, which only
-            `strict=False` allows.
+            `strict=False` allows. If finite numbers become infinite in the target's dtype.
 
     Example:
         >>> import numpy as np
@@ -193,7 +194,7 @@ def match_leaves(
     renamed = {source_path: apply_rules(source_path, rules) for source_path in source_leaves}
     source_paths = _invert(renamed)
     values = {}
-    mismatched = []
+    mismatched, overflowing = [], []
     for path, leaf in target_leaves.items():
         if path not in source_paths:
             continue
@@ -202,10 +203,20 @@ def match_leaves(
         expected = _shape_and_dtype(path, leaf)
         if _fits(value, leaf, expected, dtypes):
             dtype = value.dtype if dtypes == "source" else expected.dtype
-            values[path] = copy_like(value, leaf, dtype)
+            if _overflows(path, value, dtype):
+                overflowing.append(path)
+            # NumPy's own warning names no path.
+            with np.errstate(over="ignore"):
+                values[path] = copy_like(value, leaf, dtype)
         else:
             actual = jax.ShapeDtypeStruct(value.shape, value.dtype)
             mismatched.append(Mismatch(path, actual, expected, source_path))
+    if overflowing:
+        warnings.warn(
+            f"finite numbers become infinite or NaN in the target's dtype, in "
+            f"{list_some(overflowing)}: take a target with a wider dtype, such as float32",
+            stacklevel=3,
+        )
     report = Report(
         transferred=tuple((source_paths[path], path) for path in values),
         missing=tuple(path for path in target_leaves if path not in source_paths),
@@ -403,6 +414,26 @@ def _fits(value: np.ndarray, leaf: Any, expected: jax.ShapeDtypeStruct, dtypes: 
     return (
         not isinstance(leaf, jax.Array) or jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
     )
+
+
+def _overflows(path: str, value: np.ndarray, dtype: Any) -> bool:
+    """Returns whether a cast makes finite numbers infinite.
+
+    Raises `ValueError` if integers do not fit: they would wrap around.
+    """
+    if value.dtype == dtype or not value.size:
+        return False
+    if jnp.issubdtype(dtype, jnp.integer):
+        smallest, largest = int(value.min()), int(value.max())
+        limits = jnp.iinfo(dtype)
+        if smallest < limits.min or largest > limits.max:
+            raise ValueError(
+                f"{_printable(path)} has integers from {smallest} to {largest}, which the target's "
+                f"{np.dtype(dtype).name} cannot hold: take a target of a wider dtype"
+            )
+        return False
+    with np.errstate(over="ignore"):
+        return bool(np.any(np.isfinite(value) & ~np.isfinite(value.astype(dtype))))
 
 
 def _describe_array(array: jax.ShapeDtypeStruct) -> str:

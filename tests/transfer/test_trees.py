@@ -443,3 +443,23 @@ def test_layers_of_a_deeper_source():
     assert [result["encoder"][f"layer{i}"]["bias"][0] for i in range(3)] == [0, 2, 5]
     assert len(report.left_out) == 3
     transfer(target, target, rules=layer_rules("encoder/layer{i}/{rest...}", (0, 1, 2)))
+
+
+@pytest.mark.parametrize(("source", "target"), [(np.int32, np.int8), (np.int8, np.uint8)])
+def test_integers_that_the_target_cannot_hold_are_refused(source, target):
+    """A cast of 300 to int8 gives 44."""
+    value = 300 if source == np.int32 else -3
+    tree, like = {"steps": np.array([1, value], source)}, {"steps": np.zeros(2, target)}
+    with pytest.raises(ValueError, match=rf"steps has integers from .*{value}.* cannot hold: take"):
+        transfer(tree, like, dtypes="target")
+    fitting, _ = transfer({"steps": np.array([1, 100], source)}, like, dtypes="target")
+    np.testing.assert_array_equal(fitting["steps"], np.array([1, 100], target), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_numbers_that_become_infinite_are_named(dtype):
+    tree = {"a": np.array([1.0, np.inf, np.nan], np.float32), "b": np.array([3.4e38], np.float32)}
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, dtype), tree)
+    with pytest.warns(UserWarning, match=r"or NaN in the target's dtype, in b: take a target"):
+        transfer(tree, like, dtypes="target")
+    transfer({"a": tree["a"]}, {"a": like["a"]}, dtypes="target")
