@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ MAX_SUSPECTS = 8
 """Largest number of labels out of range that are tried before the first step."""
 MAX_SCALED_IMAGES = 256
 """Number of images in which the largest pixel is looked for."""
+BYTE_SCALE = "[0, 255]"
+"""The scale of pixels that were not divided."""
 MAX_TEACHER_EXAMPLES = 2048
 """Number of examples for which the logits of a teacher are searched for NaN."""
 
@@ -37,17 +40,41 @@ def check_validation_labels(
                 )
 
 
-def check_input_dtypes(
+def check_tokens(inputs: Any, owner: str) -> None:
+    """Raises `ValueError` if inputs hold negative integers, such as -100 for padding.
+
+    An embedding reads the row of another token for them, without an error. Integers of 8 or 16 bits
+    may be samples of sound, and are passed over.
+
+    Args:
+        inputs: An array or a dict of arrays.
+        owner: What the inputs belong to, for the message.
+    """
+    for name, array in named_arrays({"inputs": inputs}):
+        dtype = _get_dtype(array)
+        if np.ndim(array) < 2 or not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
+            continue
+        smallest = np.asarray(array).min(initial=0)
+        if smallest < 0:
+            raise ValueError(
+                f"{owner}: token ids must be at least 0, got {smallest} in {shorten(name, 40)}: "
+                "pad with 0, or make numbers that are no tokens floating-point"
+            )
+
+
+def check_inputs(
     plan: Sequence[Stage | Pretrained],
     examples: Mapping[str, Any],
     split: str,
     *,
     seed: int | None = None,
 ) -> None:
-    """Raises `ValueError` if a stage trains on floating-point inputs and a split has integers.
+    """Raises `ValueError` if the inputs of a split are of another kind than those of a stage.
 
-    The reverse is refused as well. A model that does not normalise its inputs takes both, but
-    images in [0, 1] and in [0, 255] are not the same to it.
+    Their dtypes must be both floating-point or both integers. A model that does not normalise its
+    inputs takes both, but images in [0, 1] and in [0, 255] are not the same to it. Shapes must
+    agree, but for the length of tokens. Images of another height and width, which convolutions
+    take, are warned of.
 
     Args:
         plan: The stages and pretrained models. It is not known what a pretrained one trained on.
@@ -60,7 +87,9 @@ def check_input_dtypes(
     for stage in plan:
         if isinstance(stage, Pretrained) or (callable(stage.data) and seed is None):
             continue
-        for name, dtype in _model_input_dtypes(stage, seed or 0).items():
+        inputs = _model_inputs(stage, seed or 0)
+        for name, array in inputs.items():
+            dtype = _get_dtype(array)
             other = _get_dtype(others[name]) if name in others else dtype
             if _is_floating(dtype) == _is_floating(other) or bool in (dtype, other):
                 continue
@@ -69,45 +98,103 @@ def check_input_dtypes(
                 f"{' (after augment)' if stage.augment else ''}, but those of the {split} are in "
                 f"{other}, whose scale may be another: prepare both alike, such as images / 255"
             )
+        _check_shapes(stage, inputs, others, split)
         if stage.augment is None:
-            _check_scales(stage, others, split, seed or 0)
+            _check_scales(stage, inputs, others, split)
 
 
-def _check_scales(stage: Stage, others: Mapping[str, Any], split: str, seed: int) -> None:
-    """Raises `ValueError` if one of two sets of images is in [0, 1] and the other in [0, 255]."""
-    for name, array in named_arrays({"inputs": stage.examples(seed)["inputs"]}):
+def _check_shapes(
+    stage: Stage, inputs: Mapping[str, Any], others: Mapping[str, Any], split: str
+) -> None:
+    """Raises `ValueError` if examples of a split have other axes than those of a stage.
+
+    A warning says if images or sequences have another size.
+    """
+    shapes = {
+        name: (np.shape(array)[1:], np.shape(others[name])[1:])
+        for name, array in inputs.items()
+        if name in others
+    }
+    # A mask or a position of each token has the length of the tokens.
+    token_lengths = {
+        (shape[-1], other[-1])
+        for name, (shape, other) in shapes.items()
+        if len(shape) == len(other) in (1, 2) and not _is_floating(_get_dtype(inputs[name]))
+    }
+    for name, (shape, other) in shapes.items():
+        is_same_rank = len(shape) == len(other)
+        different = [
+            axis
+            for axis, lengths in enumerate(zip(shape, other, strict=is_same_rank))
+            if lengths[0] != lengths[1] and lengths not in token_lengths
+        ]
+        if is_same_rank and not different:
+            continue
+        # Convolutions and recurrent networks take any size, but not other channels or features.
+        is_size = len(shape) > 1 and (len(shape) == 3 or _is_floating(_get_dtype(inputs[name])))
+        if is_same_rank and is_size and len(shape) - 1 not in different:
+            # Who augments may train on crops.
+            if stage.augment is None:
+                warnings.warn(
+                    f"stages train on {shorten(name, 40)} of size {shape[:-1]}, but those of the "
+                    f"{split} have {other[:-1]}: is another size meant?",
+                    stacklevel=4,
+                )
+            continue
+        raise ValueError(
+            f"stage {shorten(stage.name, 40)!r} trains on {shorten(name, 40)} of shape "
+            f"{shorten(('N', *shape), 50)}, but those of the {split} have "
+            f"{shorten(('N', *other), 50)}: prepare both alike, with the channels of images last"
+        )
+
+
+def _check_scales(
+    stage: Stage, inputs: Mapping[str, Any], others: Mapping[str, Any], split: str
+) -> None:
+    """Raises `ValueError` if of two sets of images only one is in [0, 255].
+
+    Warns if one is in [0, 1] and the other in [-1, 1].
+    """
+    for name, array in inputs.items():
         if np.ndim(array) != 4 or name not in others or np.ndim(others[name]) != 4:
             continue
         scales = [_find_pixel_scale(images) for images in (array, others[name])]
-        if sorted(scales, key=str) == [1, 255]:
-            raise ValueError(
-                f"stage {shorten(stage.name, 40)!r} trains on images in [0, {scales[0]}], but "
-                f"those of the {split} are in [0, {scales[1]}]: prepare both alike, such as by "
-                "images / 255"
-            )
+        if None in scales or scales[0] == scales[1]:
+            continue
+        difference = (
+            f"images in {scales[0]}, but those of the {split} are in {scales[1]}: prepare both "
+            "alike, such as by images / 255"
+        )
+        if BYTE_SCALE in scales:
+            raise ValueError(f"stage {shorten(stage.name, 40)!r} trains on {difference}")
+        # Bright images alone would look so as well.
+        warnings.warn(f"stages train on {difference}", stacklevel=4)
 
 
-def _find_pixel_scale(images: Any) -> int | None:
-    """Returns 1 or 255, the largest value of a pixel, or `None` if it is another or unknown."""
+def _find_pixel_scale(images: Any) -> str | None:
+    """Returns the scale of pixels, such as `"[0, 1]"`, or `None` if it is another or unknown."""
     if not _is_floating(_get_dtype(images)):
         return None
     # Some images are enough, spread over all of them.
     some = np.asarray(images[:: max(1, len(images) // MAX_SCALED_IMAGES)], np.float32)
     smallest, largest = float(some.min()), float(some.max())
+    # Resizing may give pixels slightly below 0, and standardised ones are beyond -1 and 1.
+    if -1 <= smallest < -0.5 and largest <= 1:
+        return "[-1, 1]"
     if smallest < 0 or largest > 255:
         return None
     # Pictures may be dark, but none of many reaches 1/255 of the scale.
-    return 1 if largest <= 1 else (255 if largest > 32 else None)
+    return "[0, 1]" if largest <= 1 else (BYTE_SCALE if largest > 32 else None)
 
 
-def _model_input_dtypes(stage: Stage, seed: int) -> dict[str, Any]:
-    """Returns the dtypes of the inputs that the model of a stage gets in training, by name."""
+def _model_inputs(stage: Stage, seed: int) -> dict[str, Any]:
+    """Returns the inputs that the model of a stage gets in training, or their shapes, by name."""
     inputs = stage.examples(seed)["inputs"]
     if stage.augment is not None:
         # It may scale the inputs. Nothing is computed.
         shapes = input_shapes(inputs, stage.batch_size)
         inputs = jax.eval_shape(stage.augment, jax.random.key(0), shapes)
-    return {name: _get_dtype(array) for name, array in named_arrays({"inputs": inputs})}
+    return dict(named_arrays({"inputs": inputs}))
 
 
 def has_unknown_labels(model: Model, examples: Mapping[str, Any]) -> bool:

@@ -24,7 +24,8 @@ from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
 from jaxkd.distill._diagnosis import (
-    check_input_dtypes,
+    check_inputs,
+    check_tokens,
     check_validation_labels,
     has_unknown_labels,
 )
@@ -110,9 +111,9 @@ def run_plan(
         TypeError: If the plan, the seeds, the run or the validation split is of another type.
         ValueError: If the plan is inconsistent, `evaluations` is less than 1, `save_every` is
             negative or NaN, seeds are out of range or repeated, the validation split lacks labels,
-            holds text, or has floating-point inputs where a stage has integers, the weights of a
-            pretrained model have other shapes than its model, or `buckets` meet logits of each
-            token that need one length.
+            holds text, or has inputs of another kind than a stage, the weights of a pretrained
+            model have other shapes than its model, a token id is negative, or `buckets` meet
+            logits of each token that need one length.
         RunError: If a loss is not finite, the run holds checkpoints of another training (the
             message names what differs), its folder was deleted, or XLA computes with outdated
             weights (`runs.environment.check_cpu_products`).
@@ -213,10 +214,10 @@ def evaluate_plan(
         as a pretrained one, is measured once.
 
     Raises:
-        ValueError: If the plan has no model of the reference's name, `trained` lacks a model,
-            the test set lacks labels, holds text, or has floating-point inputs where a stage has
-            integers, or `throughput_batch` or `repeats` is no whole number of at least 1. Data that
-            are a function of the seed are not compared.
+        ValueError: If the plan has no model of the reference's name, `trained` lacks a model, the
+            test set lacks labels, holds text or negative token ids, or has inputs of another kind
+            than a stage, or `throughput_batch` or `repeats` is no whole number of at least 1. Data
+            that are a function of the seed are not compared.
     """
     names = [entry.name for entry in plan]
     if reference not in names:
@@ -228,7 +229,8 @@ def evaluate_plan(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
     _check_split(test, "the test set", "inputs and labels")
-    check_input_dtypes(plan, test, "test set")
+    check_inputs(plan, test, "test set")
+    check_tokens(test["inputs"], "the test set")
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}
@@ -309,9 +311,13 @@ def _check_data(
     Raises:
         ValueError: If they do not.
     """
+    for stage in plan:
+        if isinstance(stage, Stage):
+            check_tokens(stage.examples(seed)["inputs"], f"stage {shorten(stage.name, 40)!r}")
     if scores_classes:
         _check_split(validation, "the validation split", "inputs and labels, or a make_score")
-        check_input_dtypes(plan, validation, "validation split", seed=seed)
+        check_inputs(plan, validation, "validation split", seed=seed)
+        check_tokens(validation["inputs"], "the validation split")
         check_validation_labels(plan, validation)
 
     def get_inputs(model: Model) -> Any:

@@ -260,13 +260,31 @@ def make_text_stage(token):
     return make_stage("text", model=model, data=data, batch_size=4), data
 
 
-@pytest.mark.parametrize("token", [-1, -100, 11])
-def test_tokens_outside_of_the_vocabulary_are_refused_before_the_first_step(tmp_path, token):
-    stage, data = make_text_stage(token)
+def test_tokens_outside_of_the_vocabulary_are_refused_before_the_first_step(tmp_path):
+    stage, data = make_text_stage(11)
     validation = {name: array[:2] for name, array in data.items()}
     message = run_error(tmp_path, [stage], validation=validation)
-    low, high = min(token, 3), max(token, 3)
-    assert f"tokens of its inputs, from {low} to {high}, outside of the vocabulary" in message
+    assert "tokens of its inputs, from 3 to 11, outside of the vocabulary" in message
+
+
+def test_negative_tokens_are_refused_in_every_split(tmp_path):
+    """An embedding reads the row of another token for them."""
+    (stage, unsound), (right, sound) = make_text_stage(-1), make_text_stage(3)
+    refused = "token ids must be at least 0, got -1 in inputs: pad with 0"
+    message = run_error(tmp_path, [stage], validation=sound)
+    assert message.startswith(f"stage 'text': {refused}")
+    message = run_error(tmp_path, [right], validation=unsound)
+    assert message.startswith(f"the validation split: {refused}")
+    with pytest.raises(ValueError, match=f"the test set: {refused}"):
+        distill.evaluate_plan([right], {"text": TRAINED}, unsound, reference="text")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [np.full((2, 3), -1.0), np.full((2, 3), -1, np.int16), np.full(2, -1), np.ones((0, 3), int)],
+)
+def test_negative_numbers_that_may_be_no_tokens_are_no_fault(inputs):
+    _diagnosis.check_tokens({"tokens": np.zeros((2, 3), int), "others": inputs}, "the test set")
 
 
 def test_the_last_token_of_the_vocabulary_is_no_fault(tmp_path):
@@ -339,11 +357,11 @@ def test_dtypes_are_those_that_the_model_gets(tmp_path):
     stage = make_stage("first", data=with_bytes(TRAIN), augment=divide)
     message = run_error(tmp_path, [stage], validation=with_bytes(VALIDATION))
     assert "trains on inputs in float32 (after augment), but" in message and "in uint8" in message
-    _diagnosis.check_input_dtypes([stage], VALIDATION, "test set")
+    _diagnosis.check_inputs([stage], VALIDATION, "test set")
     flip = make_stage("flip", data=with_bytes(TRAIN), augment=lambda key, x: x[:, ::-1])
-    _diagnosis.check_input_dtypes([flip], with_bytes(VALIDATION), "test set")
+    _diagnosis.check_inputs([flip], with_bytes(VALIDATION), "test set")
     double = {**TRAIN, "inputs": TRAIN["inputs"].astype(np.float64)}
-    _diagnosis.check_input_dtypes(
+    _diagnosis.check_inputs(
         [make_stage("double", data=double, augment=divide)], VALIDATION, "test set"
     )
 
@@ -359,13 +377,83 @@ def test_images_of_another_scale_are_refused(largest, other):
     stage = make_stage("first", data=make_images(largest))
     message = rf"'first' trains on images in \[0, {largest:.0f}\], but those of the test set are in"
     with pytest.raises(ValueError, match=message):
-        _diagnosis.check_input_dtypes([stage], make_images(other), "test set")
+        _diagnosis.check_inputs([stage], make_images(other), "test set")
 
 
 @pytest.mark.parametrize(("largest", "smallest"), [(1.2, 0.0), (9.0, 0.0), (255.0, -3.0)])
 def test_inputs_that_may_have_one_scale_are_no_fault(largest, smallest):
     stage = make_stage("first", data=make_images(1.0))
-    _diagnosis.check_input_dtypes([stage], make_images(largest, smallest), "test set")
+    _diagnosis.check_inputs([stage], make_images(largest, smallest), "test set")
+
+
+@pytest.mark.parametrize(("smallest", "other"), [(-1.0, 0.0), (0.0, -1.0)])
+def test_images_from_minus_1_to_1_have_a_scale_of_their_own(smallest, other):
+    stage = make_stage("first", data=make_images(1.0, smallest))
+    _diagnosis.check_inputs([stage], make_images(1.0, smallest), "test set")
+    with pytest.warns(
+        UserWarning, match=rf"in \[{smallest:.0f}, 1\], but those of the test set are"
+    ):
+        _diagnosis.check_inputs([stage], make_images(1.0, other), "test set")
+    with pytest.raises(
+        ValueError, match=rf"in \[{smallest:.0f}, 1\], but .* in \[0, 255\]: prepare"
+    ):
+        _diagnosis.check_inputs([stage], make_images(255.0), "test set")
+
+
+def test_images_that_may_be_standardised_or_resized_have_no_scale():
+    for smallest, largest in ((-2.1, 2.6), (-0.02, 1.0), (-1.0, 1.5)):
+        stage = make_stage("first", data=make_images(largest, smallest))
+        _diagnosis.check_inputs([stage], make_images(255.0), "test set")
+
+
+def check_shapes(shape, other, dtype=np.float32, **options):
+    """Compares inputs of a stage with those of a test set. Shapes leave out the examples."""
+    data = {"inputs": np.zeros((4, *shape), dtype), "labels": np.zeros(4, np.int32)}
+    stage = make_stage("first", data=data, **options)
+    _diagnosis.check_inputs([stage], {"inputs": np.zeros((2, *other), dtype)}, "test set")
+
+
+@pytest.mark.parametrize(
+    ("shape", "other", "dtype"),
+    [
+        ((6, 6, 3), (3, 6, 6), np.float32),
+        ((6, 6, 3), (3, 6, 6), np.uint8),
+        ((6, 6, 3), (6, 6, 1), np.float32),
+        ((6, 6), (6, 6, 1), np.float32),
+        ((8, 3), (8, 4), np.float32),
+        ((5,), (6,), np.float32),
+        ((2, 8), (3, 8), np.int32),
+        ((8,), (1, 8), np.int32),
+    ],
+)
+def test_inputs_of_another_shape_are_refused(shape, other, dtype):
+    with pytest.raises(ValueError, match="those of the test set have .* prepare both") as caught:
+        check_shapes(shape, other, dtype)
+    assert f"of shape {('N', *shape)}, but" in str(caught.value)
+    assert f"have {('N', *other)}: prepare" in str(caught.value) and len(str(caught.value)) <= 300
+
+
+def test_sizes_may_differ_but_are_said():
+    for shape, other in (((6, 6, 3), (3, 3, 3)), ((8, 3), (9, 3))):
+        with pytest.warns(UserWarning, match="but those of the test set have .* is another size"):
+            check_shapes(shape, other)
+    with pytest.warns(UserWarning, match=r"of size \(6, 6\), but .* have \(3, 3\)"):
+        check_shapes((6, 6, 1), (3, 3, 1), np.uint8)
+    # An augmentation may cut crops.
+    check_shapes((6, 6, 3), (4, 4, 3), augment=lambda key, x: x)
+
+
+def test_tokens_may_have_any_length_and_so_may_their_masks():
+    check_shapes((8,), (9,), np.int32)
+    check_shapes((2, 8), (2, 9), np.int32)
+    train, test = (
+        {"inputs": {"tokens": np.ones((4, length), np.int32), "mask": np.ones((4, length))}}
+        for length in (8, 9)
+    )
+    _diagnosis.check_inputs([make_stage("first", data=train)], test, "test set")
+    test["inputs"]["mask"] = np.ones((4, 7))
+    with pytest.raises(ValueError, match="inputs/mask of shape"):
+        _diagnosis.check_inputs([make_stage("first", data=train)], test, "test set")
 
 
 @pytest.mark.parametrize(
@@ -380,11 +468,11 @@ def test_inputs_that_may_have_one_scale_are_no_fault(largest, smallest):
 )
 def test_dtypes_of_one_kind_are_no_fault(dtype, other):
     stage = make_stage("first", data={**TRAIN, "inputs": np.ones((45, 5), dtype)})
-    _diagnosis.check_input_dtypes([stage], {"inputs": np.ones((2, 5), other)}, "test set")
+    _diagnosis.check_inputs([stage], {"inputs": np.ones((2, 5), other)}, "test set")
     # Other arrays have dtypes of their own.
     labels = VALIDATION["labels"].astype(np.float32)
-    _diagnosis.check_input_dtypes([make_stage("a")], {**VALIDATION, "labels": labels}, "test set")
-    _diagnosis.check_input_dtypes([make_teacher(1.0)], with_bytes(VALIDATION), "test set")
+    _diagnosis.check_inputs([make_stage("a")], {**VALIDATION, "labels": labels}, "test set")
+    _diagnosis.check_inputs([make_teacher(1.0)], with_bytes(VALIDATION), "test set")
 
 
 def test_each_array_of_a_dict_has_its_dtype():
@@ -393,11 +481,11 @@ def test_each_array_of_a_dict_has_its_dtype():
 
     images, tokens = TRAIN["inputs"], np.ones((45, 2), np.int32)
     stage = make_stage("first", data={**TRAIN, **join(images, tokens)})
-    _diagnosis.check_input_dtypes([stage], join(images, tokens.astype(np.int64)), "test set")
+    _diagnosis.check_inputs([stage], join(images, tokens.astype(np.int64)), "test set")
     with pytest.raises(ValueError, match="inputs/images in float32.* test set are in uint8"):
-        _diagnosis.check_input_dtypes([stage], join(to_uint8(images), tokens), "test set")
+        _diagnosis.check_inputs([stage], join(to_uint8(images), tokens), "test set")
     with pytest.raises(ValueError, match="inputs/tokens in int32.* test set are in float64"):
-        _diagnosis.check_input_dtypes([stage], join(images, tokens / 2), "test set")
+        _diagnosis.check_inputs([stage], join(images, tokens / 2), "test set")
 
 
 def test_a_score_of_the_user_may_prepare_its_inputs(tmp_path):
