@@ -153,8 +153,17 @@ class LengthBuckets:
         return cls(cheapest(len(candidates) - 1, count)[1])
 
     def choose(self, length: int) -> int:
-        """Returns the shortest bucket length that holds a length, or the last one if none does."""
-        return next((bucket for bucket in self.lengths if bucket >= length), self.lengths[-1])
+        """Returns the shortest bucket length that holds a length.
+
+        Raises:
+            ValueError: If none does, so that tokens would be cut off.
+        """
+        if length > self.lengths[-1]:
+            raise ValueError(
+                f"texts have up to {length} tokens, but the last bucket has {self.lengths[-1]}: "
+                "fit the buckets on all splits, padded to one length"
+            )
+        return next(bucket for bucket in self.lengths if bucket >= length)
 
     def batches(
         self, tokens: np.ndarray, batch_size: int
@@ -168,6 +177,9 @@ class LengthBuckets:
         Yields:
             The row indices of a batch, and the batch.
 
+        Raises:
+            ValueError: At the first batch, if an example is longer than the last bucket.
+
         Example:
             >>> import numpy as np
             >>> tokens = np.array([[5, 7, 9, 0], [5, 0, 0, 0], [5, 7, 0, 0]])
@@ -177,6 +189,7 @@ class LengthBuckets:
             [0] (1, 4)
         """
         lengths = token_lengths(tokens)
+        self.choose(lengths.max(initial=0))
         # Stable, so that the batches, and with them the rounding, are the same on every machine.
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(tokens), batch_size):

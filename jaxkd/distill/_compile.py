@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd.data.bucketing import LengthBuckets, check_one_array
+from jaxkd.data.bucketing import LengthBuckets, check_one_array, token_lengths
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
     LoweredStep,
@@ -124,7 +124,7 @@ def check_buckets(
     *,
     scores_classes: bool,
 ) -> None:
-    """Checks that logits which are joined over examples have one shape at every bucket length.
+    """Checks that buckets hold every text, and logits that are joined have one shape in all.
 
     Args:
         plan: The stages and pretrained models.
@@ -134,10 +134,15 @@ def check_buckets(
         scores_classes: Whether the logits of the validation split are joined.
 
     Raises:
-        ValueError: If the inputs are a dict, or there are logits of each token, whose number is the
-            bucket length.
+        ValueError: If the inputs are a dict, a text is longer than the last bucket, or there are
+            logits of each token, whose number is the bucket length.
     """
     check_one_array(validation_inputs)
+    all_inputs = [stage.examples(seed)["inputs"] for stage in plan if isinstance(stage, Stage)]
+    if scores_classes:
+        all_inputs.append(validation_inputs)
+    for tokens in all_inputs:
+        buckets.choose(int(token_lengths(tokens).max(initial=0)))
     entries = {entry.name: entry for entry in plan}
     results: dict[Any, bool] = {}
 

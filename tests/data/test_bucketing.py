@@ -45,7 +45,19 @@ def test_bucket_lengths_hold_everything_and_are_few():
 
 def test_shortest_bucket_that_holds_a_length_is_chosen():
     buckets = LengthBuckets((8, 16, 24))
-    assert [buckets.choose(length) for length in (0, 8, 9, 24, 99)] == [8, 8, 16, 24, 24]
+    assert [buckets.choose(length) for length in (0, 8, 9, 24)] == [8, 8, 16, 24]
+
+
+def test_texts_that_no_bucket_holds_are_not_cut():
+    buckets = LengthBuckets((4, 8))
+    tokens = make_tokens([3, 16, 2], 20)
+    message = "texts have up to 16 tokens, but the last bucket has 8: fit the buckets on all splits"
+    with pytest.raises(ValueError, match=message):
+        next(buckets.batches(tokens, 1))
+    with pytest.raises(ValueError, match=message):
+        buckets.choose(16)
+    # Padding alone may be cut.
+    assert [batch.shape[1] for _, batch in buckets.batches(tokens[::2], 1)] == [4, 4]
 
 
 @pytest.mark.parametrize("lengths", [(), (8, 8), (16, 8), (0, 4), (-8, 8), (8, 24, 16)])

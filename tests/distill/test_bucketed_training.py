@@ -161,3 +161,16 @@ def test_logits_of_tokens_are_refused_before_the_first_step(tmp_path, cached, ma
     with pytest.raises(ValueError, match=message):
         train(tmp_path, [teacher, student], make_score=make_score)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("split", ["data", "validation"])
+def test_texts_that_no_bucket_holds_are_refused_before_the_first_step(tmp_path, split):
+    longer = {**SENTENCES, "inputs": np.pad(SENTENCES["inputs"], ((0, 0), (0, 6)))}
+    longer["inputs"][3, 29] = 5
+    (teacher, *_) = make_plan()
+    options = {"validation": longer} if split == "validation" else {}
+    if split == "data":
+        teacher = dataclasses.replace(teacher, data=longer)
+    with pytest.raises(ValueError, match="up to 30 tokens, but the last bucket has 24: fit the"):
+        train(tmp_path, [teacher], **options)
+    assert not (tmp_path / "checkpoints").exists()
