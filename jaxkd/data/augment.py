@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxkd._images import check_channels_last
+
 
 def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
     """Shifts each image by up to `padding` pixels along each axis and fills the border with zeros.
@@ -24,7 +26,8 @@ def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
         `[B, H, W, C]`, dtype of `images`.
 
     Raises:
-        ValueError: If `images` is not of rank 4 or `padding` is negative.
+        ValueError: If `images` is not of rank 4 or has its channels before its height, or `padding`
+            is negative or more than a side of the images.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -32,9 +35,15 @@ def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
         >>> random_crop(jax.random.key(0), images, padding=1)[..., 0].tolist()
         [[[1, 1, 0], [1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 1, 1], [0, 0, 0]]]
     """
-    _check_rank(images)
+    _check_axes(images)
     if padding < 0:
         raise ValueError(f"padding is {padding}: it cannot be negative")
+    height, width = images.shape[1:3]
+    if padding > min(height, width):
+        raise ValueError(
+            f"padding is {padding}, more than the {height} x {width} pixels of an image, which "
+            "would leave nothing of some: make it smaller"
+        )
     margins = ((padding, padding), (padding, padding), (0, 0))
 
     def crop(subkey: Array, image: Array) -> Array:
@@ -57,7 +66,7 @@ def random_flip(key: Array, images: Array) -> Array:
         `[B, H, W, C]`, dtype of `images`.
 
     Raises:
-        ValueError: If `images` is not of rank 4.
+        ValueError: If `images` is not of rank 4, or has its channels before its height.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,7 +74,7 @@ def random_flip(key: Array, images: Array) -> Array:
         >>> random_flip(jax.random.key(0), images)[:, 0, :, 0].tolist()
         [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
     """
-    _check_rank(images)
+    _check_axes(images)
     is_flipped = jax.vmap(jax.random.bernoulli)(_example_keys(key, images))
     return jnp.where(is_flipped[:, None, None, None], images[:, :, ::-1], images)
 
@@ -82,7 +91,8 @@ def crop_and_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
         `[B, H, W, C]`, dtype of `images`.
 
     Raises:
-        ValueError: If `images` is not of rank 4 or `padding` is negative.
+        ValueError: If `images` is not of rank 4 or has its channels before its height, or `padding`
+            is negative or more than a side of the images.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -100,9 +110,10 @@ def _example_keys(key: Array, images: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(images)))
 
 
-def _check_rank(images: Array) -> None:
+def _check_axes(images: Array) -> None:
     if images.ndim != 4:
         raise ValueError(
             f"images have shape {images.shape}, expected [B, H, W, C]: "
             "add a batch or a channel axis"
         )
+    check_channels_last(images.shape)

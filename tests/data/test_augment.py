@@ -105,6 +105,20 @@ def test_batch_of_wrong_rank(augment, images):
         augment(KEY, images[0])
 
 
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_images_with_channels_first(augment):
+    """Rows of pixels would be taken for columns, and channels for rows."""
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\]: pass images.transpose\(0, 2, 3, 1\)"):
+        augment(KEY, jnp.zeros((2, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("augment", [random_crop, crop_and_flip])
+def test_padding_of_more_than_an_image(augment, images):
+    with pytest.raises(ValueError, match="padding is 7, more than the 8 x 6 pixels of an image"):
+        augment(KEY, images, padding=7)
+    assert augment(KEY, images, padding=6).shape == images.shape
+
+
 @pytest.mark.parametrize("augment", [random_crop, crop_and_flip])
 def test_negative_padding(augment, images):
     with pytest.raises(ValueError, match="padding is -1: it cannot be negative"):
