@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from decimal import Decimal
 
 import numpy as np
@@ -51,11 +51,18 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
     Raises:
         DataError: If the names are not the same, or a name occurs twice. The message says so if two
             names are the same but for their spelling.
+        TypeError: If names are a dict or a set, whose order need not be that of the outputs.
 
     Example:
         >>> match_classes(["cat", "dog", "ant"], ["ant", "cat", "dog"]).tolist()
         [2, 0, 1]
     """
+    for owner, given in (("teacher", teacher_names), ("data", names)):
+        if isinstance(given, (str, Mapping, Set)):
+            raise TypeError(
+                f"the classes of the {owner} are a {type(given).__name__}: give a list of names in "
+                "the order of the outputs"
+            )
     missing = set(names) - set(teacher_names)
     unknown = set(teacher_names) - set(names)
     if respelled := describe_respelling(unknown, missing):

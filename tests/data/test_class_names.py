@@ -74,6 +74,15 @@ def test_different_classes_are_refused_in_a_short_line(teacher_names, names, mes
     assert len(str(error.value)) <= 300
 
 
+@pytest.mark.parametrize("names", [{"cat": 1, "dog": 0}, {"cat", "dog"}, {"cat": 0}.keys(), "cd"])
+def test_classes_without_an_order_of_outputs_are_refused(names):
+    for owner, arguments in (("teacher", (names, ["cat", "dog"])), ("data", (["cat"], names))):
+        with pytest.raises(
+            TypeError, match=f"of the {owner} are a .*: give a list of names in the"
+        ):
+            match_classes(*arguments)
+
+
 CAFE = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
 
 
