@@ -1,12 +1,13 @@
 """Texts as arrays of token ids, padded on the right with 0, by Hugging Face tokenizers."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.data.bucketing import warn_of_padding
 from jaxkd.data.errors import DataError, expand_user_path, import_or_raise, one_line
 from jaxkd.data.text_files import read_utf8
@@ -118,7 +119,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
 
 def encode(
     tokenizer: "Tokenizer",
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     max_length: int,
     truncate: bool = False,
@@ -142,9 +143,10 @@ def encode(
     Raises:
         DataError: If there is no text; a text is empty, too long or contains the padding token;
             `max_length` leaves no room for text; or the tokenizer itself pads or truncates.
-        TypeError: If `texts` is a single string.
+        TypeError: If `texts` is a single string, a dict or a set, or holds anything but strings,
+            such as None, NaN or pairs; the message names its index.
     """
-    _check_texts(texts)
+    texts = _list_texts(texts)
     num_special_tokens = tokenizer.num_special_tokens_to_add(False)
     max_text_tokens = max_length - num_special_tokens
     if max_text_tokens < 1:
@@ -160,7 +162,7 @@ def encode(
     if not texts:
         raise DataError("there are no texts to encode: give at least one")
     # Special tokens come later, so that truncation cuts between them.
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
         # A text of control characters alone is not blank but has no tokens.
         if not text.strip() or not encoding.ids:
@@ -332,8 +334,24 @@ def _padding_token(tokenizer: "Tokenizer") -> str:
     return usual[0] if usual else PADDING
 
 
+def _list_texts(texts: Iterable[str]) -> list[str]:
+    """Returns a list of texts, after a check that all are strings."""
+    _check_texts(texts)
+    listed = list(texts)
+    for index, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"texts must be strings, but that at index {index} is {shorten(repr(text), 60)}: "
+                "leave it out, or choose one field of it"
+            )
+    # NumPy's strings are a class of their own.
+    return list(map(str, listed))
+
+
 def _check_texts(texts: Iterable[str]) -> None:
     if isinstance(texts, str):
         raise TypeError(
             f"texts must be a sequence, got the one text {texts[:20]!r}: put it into a list"
         )
+    if isinstance(texts, (Mapping, Set)):
+        raise TypeError(f"texts must be a sequence, got a {type(texts).__name__}: make it a list")

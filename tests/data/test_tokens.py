@@ -265,6 +265,22 @@ def test_arguments_of_encode(trained):
     ):
         with pytest.raises(TypeError, match="one text 'Zwei .pfel!': put it into a list"):
             function(trained, TEXTS[1], max_length=9)
+        for texts in ({"a": "b"}, {"a"}):
+            with pytest.raises(TypeError, match=r"got a (dict|set): make it a list"):
+                function(trained, texts, max_length=9)
+
+
+def test_texts_of_any_iterable_are_encoded(trained):
+    expected = tokens.encode(trained, TEXTS, max_length=99)
+    for texts in (np.array(TEXTS), np.array(TEXTS, object), iter(TEXTS)):
+        np.testing.assert_array_equal(tokens.encode(trained, texts, max_length=99), expected)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), ("a", "b"), 3, b"a"])
+def test_values_that_are_no_text_are_named(value, trained):
+    with pytest.raises(TypeError) as caught:
+        tokens.encode(trained, ["a", value], max_length=9)
+    assert f"that at index 1 is {value!r}: leave it out" in str(caught.value)
 
 
 def test_decode_stops_at_the_end(trained):
