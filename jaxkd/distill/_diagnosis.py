@@ -301,6 +301,28 @@ def find_cause(
     return ""
 
 
+def explain_nan_logits(examples: Mapping[str, Any], variables: Any) -> str:
+    """Describes why the logits of a model are NaN: its inputs, its weights, or unknown tokens.
+
+    Args:
+        examples: `inputs`, and whatever else the split holds.
+        variables: The variables of the model.
+
+    Returns:
+        A clause that names the cause and the remedy.
+    """
+    if cause := find_cause({"inputs": examples["inputs"]}, {}, {}):
+        return f"{cause}: clean them"
+    if count := count_not_finite(variables):
+        return (
+            f"{count:,} of its weights are NaN or infinite: train it with a smaller learning rate"
+        )
+    if len(find_extreme_tokens(examples["inputs"])):
+        tokens = describe_tokens(examples["inputs"])
+        return f"is one of {tokens}, outside of the vocabulary of its model?"
+    return "inputs and weights are finite: evaluate the model on one batch"
+
+
 def describe_ranges(examples: Mapping[str, Any]) -> str:
     """Describes the scalars of the examples and the range of their inputs, for a closer look.
 

@@ -118,7 +118,8 @@ def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) ->
         The mesh.
 
     Raises:
-        ValueError: If the number of devices is not a multiple of `model`.
+        ValueError: If there is no device, or their number is not a multiple of `model`.
+        TypeError: If `model` is no integer.
 
     Example:
         >>> import jax
@@ -127,6 +128,10 @@ def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) ->
         {'data': 1, 'model': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
+    if not devices:
+        raise ValueError("a mesh needs at least one device: leave devices out to take all")
+    if not isinstance(model, (int, np.integer)) or isinstance(model, bool):
+        raise TypeError(f"model must be an integer, the size of an axis, got {model!r:.40}")
     if model < 1 or len(devices) % model:
         raise ValueError(f"model={model} does not divide the number of devices, {len(devices)}")
     # The axis types are passed because their default changed to Explicit in JAX 0.10.
@@ -399,7 +404,9 @@ class VectorizedPlacement:
     max_students: int
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` without a student."""
+        """Raises `ValueError` without a student, and `TypeError` unless it is an integer."""
+        if not isinstance(self.max_students, (int, np.integer)) or self.max_students is True:
+            raise TypeError(f"max_students must be an integer, got {self.max_students!r:.40}")
         if self.max_students < 1:
             raise ValueError(f"max_students must be at least 1, got {self.max_students}")
 

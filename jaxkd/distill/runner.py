@@ -27,6 +27,7 @@ from jaxkd.distill._diagnosis import (
     check_inputs,
     check_tokens,
     check_validation_labels,
+    explain_nan_logits,
     has_unknown_labels,
 )
 from jaxkd.distill._identity import TrainingDescriber
@@ -108,7 +109,8 @@ def run_plan(
         its own variables.
 
     Raises:
-        TypeError: If the plan, the seeds, the run or the validation split is of another type.
+        TypeError: If the plan, the seeds, the run, the validation split, the placement or the
+            buckets are of another type.
         ValueError: If the plan is inconsistent, `evaluations` is less than 1, `save_every` is
             negative or NaN, seeds are out of range or repeated, the validation split lacks labels,
             holds text, or has inputs of another kind than a stage, the weights of a pretrained
@@ -142,9 +144,11 @@ def run_plan(
     plan = ordered
     # Read several times below, which a generator would not survive.
     seeds = _check_seeds(seeds)
-    placement = placement or single_device()
+    placement = single_device() if placement is None else placement
+    _check_placement(placement)
     # The shapes of a seed's examples are those of every seed.
     first_seed = seeds[0] if seeds else 0
+    _check_buckets_type(buckets)
     _check_data(plan, first_seed, validation, buckets, scores_classes=make_score is None)
     with share_fate(), PlanProgress(plan, seeds, run.folder) as progress:
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
@@ -216,9 +220,11 @@ def evaluate_plan(
     Raises:
         ValueError: If the plan has no model of the reference's name, `trained` lacks a model, the
             test set lacks labels, holds text or negative token ids, or has inputs of another kind
-            than a stage, or `throughput_batch` or `repeats` is no whole number of at least 1. Data
-            that are a function of the seed are not compared.
+            than a stage, logits are NaN, or `throughput_batch` or `repeats` is no whole number of
+            at least 1. Data that are a function of the seed are not compared.
+        TypeError: If the buckets are of another type.
     """
+    _check_buckets_type(buckets)
     names = [entry.name for entry in plan]
     if reference not in names:
         raise ValueError(
@@ -237,6 +243,12 @@ def evaluate_plan(
     for name, seeds in models.items():
         # All logits are kept, since each model is compared with the reference of the same seed.
         logits[name] = [predict_fns[name](model.variables, test["inputs"]) for model in seeds]
+        for model, model_logits in zip(seeds, logits[name], strict=True):
+            if np.isnan(model_logits).any():
+                raise ValueError(
+                    f"the logits of {shorten(name, 40)!r} are NaN for the test set: "
+                    + explain_nan_logits(test, model.variables)
+                )
     rows = []
     # For the doubts of a report, which sees rows alone.
     chance = chance_accuracy(test["labels"])
@@ -272,6 +284,23 @@ def _warn_of_slow_convolutions() -> None:
             f"JAX {jax.__version__} is slow at gradients of convolutions on a CPU: set "
             f"XLA_FLAGS={CONVOLUTION_FLAG} before JAX starts",
             stacklevel=3,
+        )
+
+
+def _check_placement(placement: Any) -> None:
+    # A class has the methods of a placement as well.
+    if isinstance(placement, type) or not hasattr(placement, "make_multi_step"):
+        is_class = isinstance(placement, type)
+        given = f"the class {placement.__name__}" if is_class else shorten(repr(placement), 80)
+        raise TypeError(
+            f"placement must be such as MeshPlacement(make_mesh()) or PmapPlacement(), got {given}"
+        )
+
+
+def _check_buckets_type(buckets: Any) -> None:
+    if buckets is not None and not isinstance(buckets, LengthBuckets):
+        raise TypeError(
+            f"buckets must be such as LengthBuckets((16, 64)), got {shorten(repr(buckets), 80)}"
         )
 
 

@@ -488,6 +488,30 @@ def test_each_array_of_a_dict_has_its_dtype():
         _diagnosis.check_inputs([stage], join(images, tokens / 2), "test set")
 
 
+def evaluation_error(stage, variables, test):
+    trained = {stage.name: [distill.TrainedModel(variables, 0.0, 0.5)]}
+    with pytest.raises(ValueError, match=f"the logits of '{stage.name}' are NaN for") as caught:
+        distill.evaluate_plan([stage], trained, test, reference=stage.name)
+    assert len(str(caught.value)) <= 300 and "diverged" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nan_in_a_test_set_is_told_from_nan_in_the_weights():
+    stage = make_stage("first")
+    variables = TRAINED[0].variables
+    message = evaluation_error(stage, variables, with_input(np.nan, VALIDATION))
+    assert "1 of 20 examples (the first is number 7) of its 'inputs' hold NaN" in message
+    unsound = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+    assert "of its weights are NaN or infinite" in evaluation_error(stage, unsound, VALIDATION)
+
+
+def test_unknown_tokens_of_a_test_set_are_named():
+    stage, data = make_text_stage(11)
+    variables = stage.model.init(jax.random.key(0), data["inputs"])
+    message = evaluation_error(stage, variables, data)
+    assert "the tokens of its inputs, from 3 to 11, outside of the vocabulary" in message
+
+
 def test_a_score_of_the_user_may_prepare_its_inputs(tmp_path):
     def make_score(model):
         return lambda variables, examples: evaluate.Score(0.5, 0.5)

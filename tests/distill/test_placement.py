@@ -288,3 +288,12 @@ def test_pmap_copies_arrays_of_one_shape_with_one_program(monkeypatch):
         assert (np.asarray(copy.addressable_data(0)) == value).all()
     placement_module._make_copy.cache_clear()
     assert len(traces) == 1
+
+
+def test_sizes_of_a_mesh_and_of_a_group_are_checked():
+    with pytest.raises(ValueError, match="at least one device: leave devices out to take all"):
+        distill.make_mesh(devices=[])
+    with pytest.raises(TypeError, match=r"model must be an integer.*got 1\.0"):
+        distill.make_mesh(model=1.0)
+    with pytest.raises(TypeError, match=r"max_students must be an integer, got 2\.5"):
+        distill.VectorizedPlacement(distill.make_mesh(), 2.5)

@@ -337,3 +337,23 @@ def test_a_missing_flag_for_convolutions_is_named(tmp_path, monkeypatch, is_miss
 def test_a_plan_without_convolutions_needs_no_flag(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "lacks_convolution_flag", lambda version: True)
     train(tmp_path, [make_stage("first", steps=1)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placement": distill.PmapPlacement}, "or PmapPlacement.., got the class PmapPlacement"),
+        ({"placement": distill.make_mesh()}, "such as MeshPlacement.make_mesh... .*, got Mesh"),
+        ({"placement": 0}, "got 0"),
+        ({"buckets": (4, 8)}, r"such as LengthBuckets\(\(16, 64\)\), got \(4, 8\)"),
+    ],
+)
+def test_a_placement_or_buckets_of_another_type_are_refused(tmp_path, options, message):
+    with pytest.raises(TypeError, match=message):
+        train(tmp_path, [make_stage("a")], **options)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_evaluation_refuses_buckets_of_another_type(trained_chain):
+    with pytest.raises(TypeError, match="buckets must be such as LengthBuckets"):
+        distill.evaluate_plan([make_stage("a")], {}, VALIDATION, reference="a", buckets=(4, 8))
