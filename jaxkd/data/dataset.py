@@ -1,7 +1,7 @@
 """Images and labels in three splits, with the checks and the cuts that all sources share."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,11 @@ from jaxkd.data.errors import DataError, warn
 # Seeds of the held-out sets. They are part of a dataset: another seed changes every result.
 _VALIDATION_SEED = 0
 _TEST_SEED = 1
+
+MIN_EXAMPLES = 20
+"""Of fewer examples than this it is not said that some are equal."""
+MAX_EQUAL_SHARE = 0.01
+"""Largest share of equal examples of which nothing is said: public datasets have a few."""
 
 
 class Split(NamedTuple):
@@ -67,7 +72,7 @@ def make_dataset(
     Returns:
         The dataset. Equal calls hold out the same images, and each split keeps the source's order.
         Each class keeps a training image. A warning names the classes of which no image is held
-        out.
+        out, or says that test images are training images or that equal images are in two classes.
 
     Raises:
         DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has
@@ -85,6 +90,8 @@ def make_dataset(
         labels = train.labels
         train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
         warn_of_lacking_classes(name, "validation", validation.labels, labels, class_names)
+    train_hashes, test_hashes = _hash_images(train.images), _hash_images(test.images)
+    warn_of_equal_examples(name, "images", train_hashes, train.labels, test_hashes)
     return Dataset(train, validation, test, class_names)
 
 
@@ -187,6 +194,50 @@ def warn_of_lacking_classes(
             f"{name}: {len(lacking):,} of {len(class_names):,} classes are not in the {split} set, "
             f"which was held out from the training set: {shown}"
         )
+
+
+def warn_of_equal_examples(
+    name: str,
+    kind: str,
+    train: Sequence[Hashable],
+    train_labels: np.ndarray,
+    test: Sequence[Hashable],
+) -> None:
+    """Says how many test examples are training examples, and how many equal ones differ in class.
+
+    Nothing is said of fewer than 20 examples, or of at most 1 % of them.
+
+    Args:
+        name: The dataset's name.
+        kind: What the examples are, such as `"texts"`.
+        train: The training examples, or hashes of them.
+        train_labels: Their labels.
+        test: The test examples, or hashes of them.
+    """
+    labels = train_labels.tolist()
+    label_by_example = dict(zip(train, labels, strict=True))
+    num_shared = sum(example in label_by_example for example in test)
+    if num_shared > MAX_EQUAL_SHARE * len(test) and len(test) >= MIN_EXAMPLES:
+        warn(
+            f"{name}: {num_shared:,} of {len(test):,} test {kind} are also training {kind}, so "
+            "that results will be too good: remove them from the training set"
+        )
+    in_two_classes = {
+        example
+        for example, label in zip(train, labels, strict=True)
+        if label_by_example[example] != label
+    }
+    num_unclear = sum(example in in_two_classes for example in train)
+    if num_unclear > MAX_EQUAL_SHARE * len(train) and len(train) >= MIN_EXAMPLES:
+        warn(
+            f"{name}: {num_unclear:,} of {len(train):,} training {kind} are in two classes at "
+            "once: leave them in one"
+        )
+
+
+def _hash_images(images: np.ndarray) -> list[int]:
+    # 64 bits make two equal hashes of different images unlikely, and need no copy of the images.
+    return [hash(image.tobytes()) for image in images]
 
 
 def hold_out_test(train: Split) -> tuple[Split, Split]:

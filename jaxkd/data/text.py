@@ -12,7 +12,7 @@ import numpy as np
 from jaxkd._messages import list_some, shorten
 from jaxkd.data import tables, tfds_prepare, tfds_texts
 from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
-from jaxkd.data.dataset import warn_of_lacking_classes
+from jaxkd.data.dataset import warn_of_equal_examples, warn_of_lacking_classes
 from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
@@ -336,6 +336,7 @@ def _make_text_dataset(
         train, test = _hold_out(name, "test", train, TEST_SEED, class_names)
     if validation is None:
         train, validation = _hold_out(name, "validation", train, VALIDATION_SEED, class_names)
+    warn_of_equal_examples(name, "texts", train.texts, train.labels, test.texts)
     return TextDataset(train, validation, test, tuple(class_names))
 
 

@@ -1,3 +1,5 @@
+import warnings
+
 import chex
 import jax
 import numpy as np
@@ -187,3 +189,39 @@ def test_given_validation_images_leave_the_training_images_whole():
 def test_images_without_labels():
     with pytest.raises(DataError, match="train has 4 images but 3 labels"):
         make(Split(numbered(4).images, numbered(3).labels))
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 2, 100])
+def test_test_images_that_are_training_images_are_counted(num_shared):
+    train, test = numbered(100), numbered(100)
+    pixels = np.arange(100, 200, dtype=np.uint8)
+    pixels[:num_shared] -= 100
+    images = np.broadcast_to(pixels.reshape(-1, 1, 1, 1), test.images.shape)
+    # One example in a hundred is usual.
+    messages = get_warnings(train, Split(images, test.labels), validation=numbered(3))
+    expected = f"set: {num_shared} of 100 test images are also training images"
+    assert [message.startswith(expected) for message in messages] == [True] * (num_shared > 1)
+
+
+def test_equal_images_of_two_classes_are_counted():
+    train = numbered(60)
+    images = train.images.copy()
+    images[1] = images[0]
+    test = Split(np.full((2, 4, 4, 3), 200, np.uint8), np.zeros(2, np.int32))
+    (message,) = get_warnings(Split(images, train.labels), test, validation=numbered(3))
+    assert message.startswith("set: 2 of 60 training images are in two classes at once")
+    labels = np.r_[0, 0, train.labels[2:]].astype(np.int32)
+    assert not get_warnings(Split(images, labels), test, validation=numbered(3))
+
+
+def test_nothing_is_said_of_a_few_equal_images():
+    assert not get_warnings(numbered(30), numbered(19), validation=numbered(3))
+
+
+def get_warnings(train, test, validation):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset.make_dataset("set", train, test, ("a", "b"), validation)
+    messages = [str(warning.message) for warning in caught]
+    assert all(len(message) <= 300 for message in messages)
+    return messages

@@ -40,6 +40,14 @@ def test_classes_are_sorted_by_name_and_a_tenth_is_for_validation(folder):
     assert text.load_texts(folder).train.texts == dataset.train.texts
 
 
+def test_test_texts_that_are_training_texts_are_counted(folder):
+    lines = (folder / "train.tsv").read_text().splitlines()
+    write(folder, "dev.tsv", ["so so\tgood"])
+    write(folder, "test.tsv", [*lines[:5], *(f"film {i}\tbad" for i in range(15))])
+    with pytest.warns(UserWarning, match="5 of 20 test texts are also training texts, so that res"):
+        text.load_texts(folder)
+
+
 def test_rare_classes_keep_a_training_text_and_are_said(folder):
     lines = [f"good film {i}\tgood" for i in range(20)] + ["odd film\todd", "bad film\tbad"]
     lines += [f"dull film {i}\tdull" for i in range(2)]

@@ -75,8 +75,10 @@ def make_photos():
 def make_sentences():
     lines = ["a gripping thriller\t1", "an utter bore\t0", "a joy\t1", "dull and long\t0"]
     Path("reviews").mkdir()
-    for part in ("train", "dev", "test"):
-        Path("reviews", f"{part}.tsv").write_text("\n".join(lines * 8) + "\n")
+    # No text of one split is in another.
+    for part, prefix in (("train", ""), ("dev", "and "), ("test", "and and ")):
+        content = "\n".join(prefix + line for line in lines * 8)
+        Path("reviews", f"{part}.tsv").write_text(content + "\n")
 
 
 def make_translations():
