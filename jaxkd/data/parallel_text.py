@@ -113,8 +113,9 @@ def read_pairs(
         The pairs.
 
     Raises:
-        DataError: If the files differ in length or have the same sentences, or a line is empty or
-            not UTF-8; the message names file and line.
+        DataError: If the files differ in length or have the same sentences, the lines of one hold
+            those of the other behind a tab, or a line is empty or not UTF-8; the message names file
+            and line.
     """
     source_path = expand_user_path(source)
     target_path = expand_user_path(target)
@@ -156,6 +157,14 @@ def make_pair_dataset(
 def _check_translated(
     source_path: Path, target_path: Path, sources: Sequence[str], targets: Sequence[str]
 ) -> None:
+    for path, lines, others in (
+        (source_path, sources, targets),
+        (target_path, targets, sources),
+    ):
+        if sum(map(_has_field, lines, others)) > len(lines) / 2:
+            raise DataError(
+                f"the lines of {path} hold their translation behind a tab: leave one text in each"
+            )
     # A name or a number is its own translation.
     num_equal = sum(map(str.__eq__, sources, targets))
     if num_equal == len(sources) > 1:
@@ -168,6 +177,11 @@ def _check_translated(
             f"{num_equal:,} of {len(sources):,} sentences of {source_path} equal their translation "
             f"in {target_path.name}"
         )
+
+
+def _has_field(line: str, text: str) -> bool:
+    """Returns whether one of the fields of a line, which tabs divide, is a text."""
+    return "\t" in line and text in map(str.strip, line.split("\t"))
 
 
 def _strip_lines(path: Path, lines: Sequence[str]) -> tuple[str, ...]:

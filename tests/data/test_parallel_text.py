@@ -104,6 +104,16 @@ def test_translations_that_are_copies_are_refused_or_said(parallel):
     assert [warning.filename for warning in said] == [__file__]
 
 
+@pytest.mark.parametrize(("language", "other"), [("en", "de"), ("de", "en")])
+def test_lines_that_hold_their_translation_are_refused(parallel, language, other):
+    write(parallel, f"train.{language}", [f"{language} {i}\t{other} {i}" for i in range(40)])
+    with pytest.raises(DataError, match=f"train.{language} hold their translation behind a tab"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    # A tab alone is white space.
+    write(parallel, f"train.{language}", [f"{language} {i}\t." for i in range(40)])
+    assert len(parallel_text.load_pairs(parallel, source="en", target="de").train.sources) == 40
+
+
 def test_a_split_that_is_a_link_to_another_is_refused(parallel):
     for language in ("en", "de"):
         (parallel / f"val.{language}").unlink()
