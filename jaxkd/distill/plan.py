@@ -25,6 +25,9 @@ from jaxkd.models.model import Model
 MAX_NAME = 100
 """Largest number of characters of a stage's name, which is part of paths."""
 
+MAX_REPEATS = 10
+"""Largest number of times that a batch may hold each example."""
+
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays and scalars by name, or a function of the seed that returns them."""
 
@@ -68,7 +71,7 @@ class Stage:
             architecture, for example
             `lambda source, fresh: transfer.transfer(source, fresh, strict=False)[0]`. `None` takes
             them as they are.
-        batch_size: Number of examples in a batch.
+        batch_size: Number of examples in a batch, at most 10 times the examples, or 128.
         augment: `(key, inputs) -> inputs`, run inside the step.
         views: Number of augmented views of each example. The epochs show them in turn, to student
             and teachers, and all stages of a seed share them. `None` draws a new view at every
@@ -119,7 +122,7 @@ class Stage:
             requirement.check(getattr(self, attribute), f"{attribute} of stage {self.name!r}")
         # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
-            self.examples(0)
+            self._check_batch_size(self.examples(0))
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"stage {self.name!r} needs steps and batch_size of at least 1")
         if self.transfer is not None and self.start is None:
@@ -141,6 +144,17 @@ class Stage:
             raise ValueError(
                 f"stage {self.name!r} has cache_top_k={self.cache_top_k}: it needs cache_teachers "
                 "and a number of at least 1"
+            )
+
+    def _check_batch_size(self, examples: Mapping[str, Any]) -> None:
+        """Raises `ValueError` if a batch would hold every example many times."""
+        count = len(jax.tree.leaves(examples["inputs"])[0])
+        # A few examples may fill a batch of the usual size.
+        largest = max(MAX_REPEATS * count, 128)
+        if self.batch_size > largest:
+            raise ValueError(
+                f"stage {shorten(self.name, 40)!r} has batches of {self.batch_size:,}, but only "
+                f"{count:,} examples: choose a batch_size of at most {largest:,}"
             )
 
     @property
