@@ -29,6 +29,9 @@ from jaxkd.data.text_files import (
 
 # Shorter texts, such as "a good film", occur within others by chance.
 _MIN_CONTAINED_LETTERS = 20
+_OTHER_SUFFIXES = (".csv", ".json", ".jsonl")
+_NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]+(e[+-]?[0-9]+)?", re.I)
+_CLASS_SEPARATORS = re.compile(r"\s*[,;|]\s*")
 
 
 class Texts(NamedTuple):
@@ -144,11 +147,16 @@ def read_texts(
 
     Raises:
         DataError: If a line is empty, has no such field or is not UTF-8; the message names the
-            line.
+            line. If all fields are numbers or JSON objects, or the file is a `.csv` or JSON file.
     """
     path = expand_user_path(path)
     if field < 1:
         raise DataError(f"fields are counted from 1, got {field}")
+    if path.name.lower().removesuffix(".gz").endswith(_OTHER_SUFFIXES):
+        raise DataError(
+            f"{path} does not hold one text a line, by its name: write the texts alone into a file "
+            "such as texts.txt"
+        )
     texts = []
     indices = array.array("q")
     for index, line in enumerate(iterate_lines(path, max_unpacked=max_unpacked)):
@@ -165,7 +173,22 @@ def read_texts(
         indices.append(index)
     if not texts:
         raise DataError(f"{path} has no text below its first line")
+    _check_are_texts(path, texts, field)
     return tuple(texts), LineOrigins(path, indices)
+
+
+def _check_are_texts(path: Path, texts: Sequence[str], field: int) -> None:
+    """Raises `DataError` if texts are numbers or JSON objects, as of another field or format."""
+    # A text alone may be a number.
+    if len(texts) > 1 and all(map(_NUMBER.fullmatch, texts)):
+        raise DataError(
+            f"field {field} of {path} holds numbers alone, such as {shorten(texts[0], 20)}: choose "
+            "the field of the texts by field (--unlabelled-field)"
+        )
+    if all(text.startswith("{") and text.endswith("}") for text in texts):
+        raise DataError(
+            f"the lines of {path} are JSON objects: write the texts alone, one a line, into a file"
+        )
 
 
 def without_overlap(texts: Sequence[str], excluded: Iterable[str]) -> np.ndarray:
@@ -306,12 +329,29 @@ def _sort_known_classes(
             f"{path} must have all classes: it lacks {list_some(map(repr, unseen))}, which "
             f"{shorten(next(iter(unseen.values())), 80)} has"
         )
+    _warn_of_lists(path, class_names)
     if len(class_names) < 2:
         raise DataError(
             f"{path} must have all classes, at least two: it has {shorten(class_names[0], 40)!r} "
             "alone"
         )
     return class_names
+
+
+def _warn_of_lists(path: Path, class_names: Sequence[str]) -> None:
+    """Warns of classes such as `2,27` beside `2` and `27`, the labels of texts of several."""
+    known = set(class_names)
+    lists = [
+        name
+        for name in class_names
+        if len(parts := _CLASS_SEPARATORS.split(name)) > 1 and known.issuperset(parts)
+    ]
+    if lists:
+        warn(
+            f"{path}: {len(lists):,} of {len(class_names):,} classes are lists of other classes, "
+            f"such as {shorten(repr(lists[0]), 40)}, and are learnt as classes of their own: give "
+            "each text one class"
+        )
 
 
 def _warn_of_test_set(name: str, *, has_validation: bool) -> None:

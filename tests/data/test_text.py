@@ -40,6 +40,31 @@ def test_classes_are_sorted_by_name_and_a_tenth_is_for_validation(folder):
     assert text.load_texts(folder).train.texts == dataset.train.texts
 
 
+def test_lines_of_other_formats_are_no_texts(tmp_path):
+    write(tmp_path, "texts.txt", ['{"text": "fine"}', '{"text": "poor"}'])
+    with pytest.raises(DataError, match="the lines of .* are JSON objects: write the texts alone"):
+        text.read_texts(tmp_path / "texts.txt")
+    for name in ("texts.csv", "texts.jsonl", "TEXTS.CSV.gz"):
+        write(tmp_path, name, ["so fine", "so poor"])
+        with pytest.raises(DataError, match="does not hold one text a line, by its name: write"):
+            text.read_texts(tmp_path / name)
+    # Some texts may be numbers or in braces.
+    for lines in (["1984"], ["1984", "a film of 1984"], ["{so}", "so"]):
+        write(tmp_path, "texts.txt", lines)
+        assert text.read_texts(tmp_path / "texts.txt")[0] == tuple(lines)
+
+
+def test_classes_that_are_lists_of_others_are_said(folder):
+    lines = [f"film {i}\t{('2', '27', '2,27')[i % 3]}" for i in range(30)]
+    write(folder, "train.tsv", lines)
+    for name in ("dev.tsv", "test.tsv"):
+        write(folder, name, ["so fine\t2", "so poor\t27"])
+    with pytest.warns(UserWarning, match="1 of 3 classes are lists of other classes, such as '2,2"):
+        assert text.load_texts(folder).class_names == ("2", "27", "2,27")
+    write(folder, "train.tsv", [line.replace("2,27", "3,27") for line in lines])
+    assert text.load_texts(folder).class_names == ("2", "27", "3,27")
+
+
 def test_test_texts_that_are_training_texts_are_counted(folder):
     lines = (folder / "train.tsv").read_text().splitlines()
     write(folder, "dev.tsv", ["so so\tgood"])
@@ -196,6 +221,9 @@ def test_texts_without_classes_are_a_field_of_each_line(tmp_path):
     write(tmp_path, "snippets.txt", ["1\t2.5\tvery good", "2\t-1\tnot so good"])
     texts, origins = text.read_texts(tmp_path / "snippets.txt", field=3)
     assert texts == ("very good", "not so good") and origins[1].endswith("snippets.txt, line 2")
+    for field in (1, 2):
+        with pytest.raises(DataError, match=f"field {field} of .* holds numbers alone, such as"):
+            text.read_texts(tmp_path / "snippets.txt", field=field)
     with pytest.raises(DataError, match="line 1 has 3 fields, not 4"):
         text.read_texts(tmp_path / "snippets.txt", field=4)
     with pytest.raises(DataError, match="counted from 1"):
