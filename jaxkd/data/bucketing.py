@@ -106,7 +106,7 @@ class LengthBuckets:
         """Chooses the bucket lengths that need the least padding.
 
         Args:
-            tokens: `[N, ..., S]`, as for `token_lengths`.
+            tokens: `[N, ..., S]`, as for `token_lengths`, of all splits that meet the buckets.
             count: Largest number of buckets. Each is compiled.
             multiple: All lengths but the last are rounded up to a multiple of this.
 
