@@ -143,8 +143,8 @@ def _check_shapes(
             continue
         raise ValueError(
             f"stage {shorten(stage.name, 40)!r} trains on {shorten(name, 40)} of shape "
-            f"{shorten(('N', *shape), 50)}, but those of the {split} have "
-            f"{shorten(('N', *other), 50)}: prepare both alike, with the channels of images last"
+            f"{shorten(('N', *shape), 40)}, but those of the {split} have "
+            f"{shorten(('N', *other), 40)}: prepare both alike, with the channels of images last"
         )
 
 

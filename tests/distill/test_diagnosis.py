@@ -433,6 +433,14 @@ def test_inputs_of_another_shape_are_refused(shape, other, dtype):
     assert f"have {('N', *other)}: prepare" in str(caught.value) and len(str(caught.value)) <= 300
 
 
+def test_inputs_of_long_names_are_refused_in_a_short_line():
+    data = {"inputs": {"x" * 200: np.zeros((4, *[1] * 20))}, "labels": np.zeros(4, np.int32)}
+    stage = make_stage("s" * 100, data=data)
+    with pytest.raises(ValueError, match="prepare both alike, with the channels") as caught:
+        _diagnosis.check_inputs([stage], {"inputs": {"x" * 200: np.zeros((4, 3))}}, "test set")
+    assert len(str(caught.value)) <= 300
+
+
 def test_sizes_may_differ_but_are_said():
     for shape, other in (((6, 6, 3), (3, 3, 3)), ((8, 3), (9, 3))):
         with pytest.warns(UserWarning, match="but those of the test set have .* is another size"):
