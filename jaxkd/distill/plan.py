@@ -28,6 +28,9 @@ MAX_NAME = 100
 MAX_REPEATS = 10
 """Largest number of times that a batch may hold each example."""
 
+SMALL_BATCH = 1024
+"""Size of a batch that any number of examples may fill."""
+
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays and scalars by name, or a function of the seed that returns them."""
 
@@ -71,7 +74,7 @@ class Stage:
             architecture, for example
             `lambda source, fresh: transfer.transfer(source, fresh, strict=False)[0]`. `None` takes
             them as they are.
-        batch_size: Number of examples in a batch, at most 10 times the examples, or 128.
+        batch_size: Number of examples in a batch, at most 10 times the examples, or 1,024.
         augment: `(key, inputs) -> inputs`, run inside the step.
         views: Number of augmented views of each example. The epochs show them in turn, to student
             and teachers, and all stages of a seed share them. `None` draws a new view at every
@@ -150,7 +153,7 @@ class Stage:
         """Raises `ValueError` if a batch would hold every example many times."""
         count = len(jax.tree.leaves(examples["inputs"])[0])
         # A few examples may fill a batch of the usual size.
-        largest = max(MAX_REPEATS * count, 128)
+        largest = max(MAX_REPEATS * count, SMALL_BATCH)
         if self.batch_size > largest:
             raise ValueError(
                 f"stage {shorten(self.name, 40)!r} has batches of {self.batch_size:,}, but only "

@@ -254,12 +254,13 @@ def test_models_without_variables_are_not_taken_for_the_same_network():
 
 
 def test_a_batch_of_every_example_many_times_is_refused():
-    message = "'a' has batches of 451, but only 45 examples: choose a batch_size of at most 450"
+    data = {"inputs": np.zeros((200, 2))}
+    message = "has batches of 2,001, but only 200 examples: choose a batch_size of at most 2,000"
     with pytest.raises(ValueError, match=message):
-        make_stage("a", data={"inputs": np.zeros((45, 2))}, batch_size=451)
-    make_stage("a", data={"inputs": np.zeros((45, 2))}, batch_size=450)
-    with pytest.raises(ValueError, match="only 3 examples: choose a batch_size of at most 128"):
-        make_stage("a", batch_size=129)
-    make_stage("a", batch_size=128)
-    # The examples of each seed are not known yet.
-    make_stage("a", data=lambda seed: {"inputs": np.zeros((3, 2))}, batch_size=129)
+        make_stage("a", data=data, batch_size=2001)
+    make_stage("a", data=data, batch_size=2000)
+    with pytest.raises(ValueError, match="only 3 examples: choose a batch_size of at most 1,024"):
+        make_stage("a", batch_size=1025)
+    make_stage("a", batch_size=1024)
+    # The examples of a function are known when it is called.
+    make_stage("a", data=lambda seed: {"inputs": np.zeros((3, 2))}, batch_size=1025)
