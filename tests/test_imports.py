@@ -24,10 +24,10 @@ ARROWS = {
     "layout": set(),
     "decode": set(),
     "losses": {"_messages", "attention"},
-    "transfer": {"layout"},
-    "models": {"_extras", "_images", "attention", "layout", "transfer"},
+    "transfer": {"_messages", "layout"},
+    "models": {"_extras", "_messages", "_images", "attention", "layout", "transfer"},
     "data": {"_messages", "_extras", "_images"},
-    "evaluate": {"data", "losses", "models"},
+    "evaluate": {"_messages", "data", "losses", "models"},
     "weights": {"_messages", "_extras", "_files", "data", "models", "transfer"},
     "runs": {"_messages", "_extras", "_files", "evaluate", "models"},
     "distill": {

@@ -288,7 +288,7 @@ def test_a_warning_is_one_line(arguments, variables, monkeypatch, capsys):
 @pytest.mark.parametrize(("num_classes", "names"), [(5, ("a", "b", "c", "d", "e")), (3, ())])
 def test_names_of_the_same_classes_are_kept(num_classes, names, arguments, variables):
     os.mkdir("run")
-    save_safetensors("run/student.safetensors", variables, class_names="abcde")
+    save_safetensors("run/student.safetensors", variables, class_names=list("abcde"))
     for source in ("run", "run/student.safetensors"):
         again = [source if argument == "weights" else argument for argument in arguments]
         main([*again, "--partial", f"--num-classes={num_classes}"])
