@@ -260,8 +260,14 @@ def _plot_curve(
     from matplotlib.ticker import MaxNLocator
 
     steps = sorted({metric["step"] for metric in metrics})
+    # A record without the value leaves a gap in the line.
     values_by_step = [
-        [scale * metric[key] for metric in metrics if metric["step"] == step] for step in steps
+        [
+            np.nan if metric.get(key) is None else scale * metric[key]
+            for metric in metrics
+            if metric["step"] == step
+        ]
+        for step in steps
     ]
     mean = np.array([np.mean(values) for values in values_by_step])
     std = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in values_by_step])

@@ -129,3 +129,10 @@ def test_rows_are_sorted_and_coloured_against_the_baseline(tmp_path, make_row, m
     assert axes.get_xlabel().endswith("line: labels")
     figure = draw(monkeypatch, figures.plot_accuracy, rows, tmp_path / "figure.png")
     assert all(line.get_color() == figures.COLOURS[0] for line in figure.axes[0].lines)
+
+
+def test_a_record_without_a_value_leaves_a_gap(metrics, tmp_path):
+    del metrics[0]["validation_accuracy"]
+    metrics[1]["validation_loss"] = None
+    figures.plot_curves(metrics, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
