@@ -83,6 +83,7 @@ def check_inputs(
         seed: A seed whose examples have the dtypes of every seed's. Without one, stages whose data
             are a function are passed over.
     """
+    check_tokens(examples["inputs"], f"the {split}")
     others = dict(named_arrays({"inputs": examples["inputs"]}))
     for stage in plan:
         if isinstance(stage, Pretrained) or (callable(stage.data) and seed is None):

@@ -12,6 +12,7 @@ primary process ends before this module does. A process that ends closes its con
 the primary process tells the others. They print one line and end.
 """
 
+import abc
 import atexit
 import contextlib
 import os
@@ -45,7 +46,7 @@ _DONE, _FAILED = b"d", b"f"
 _OTHER_FAILED, _OTHER_GONE, _LEAVE = b"F", b"G", b"L"
 
 
-class Fate:
+class Fate(abc.ABC):
     """What this process knows of the end of the others."""
 
     def __init__(self) -> None:
@@ -56,11 +57,11 @@ class Fate:
         self._may_leave = threading.Event()
         self._ending = threading.Lock()
 
+    @abc.abstractmethod
     def announce(self, end: bytes) -> None:
         """Tells the primary process that this one has come to its end."""
-        raise NotImplementedError
 
-    def wait_for_goodbye(self) -> None:
+    def wait_for_goodbye(self) -> None:  # noqa: B027  (only the primary process has to)
         """Waits until the others have received all that JAX sends them at the end."""
 
     def tell(self, message: bytes) -> None:

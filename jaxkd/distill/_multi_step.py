@@ -94,4 +94,9 @@ def step_by_step(
 
 def default_steps_per_call(mesh: jax.sharding.Mesh) -> int:
     """Returns 1 on a CPU, where XLA runs convolutions slowly inside a loop, and more elsewhere."""
-    return 1 if mesh.devices.flat[0].platform == "cpu" else STEPS_PER_CALL
+    return 1 if is_on_cpu(mesh) else STEPS_PER_CALL
+
+
+def is_on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether the devices of a mesh are those of CPUs."""
+    return mesh.devices.flat[0].platform == "cpu"

@@ -23,7 +23,7 @@ class SaveClock:
         self.restart()
 
     def restart(self) -> None:
-        """Starts anew after a checkpoint."""
+        """Starts again after a checkpoint."""
         self._started = time.monotonic()
         self._count = 0
         self._next_question = 1

@@ -26,6 +26,7 @@ from jaxkd.distill._multi_step import (
     MultiStep,
     default_steps_per_call,
     for_one_student,
+    is_on_cpu,
     repeat_step,
     step_by_step,
 )
@@ -139,10 +140,6 @@ def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) ->
     return jax.make_mesh(shape, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
 
 
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform
-
-
 def single_device() -> "MeshPlacement":
     """Returns the placement on the first device of this process."""
     return MeshPlacement(make_mesh(devices=jax.local_devices()[:1]))
@@ -187,8 +184,7 @@ class MeshPlacement:
 
     def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
         """Returns the losses of the only student, `[K, 1]`."""
-        del count
-        return np.concatenate(jax.device_get(list(losses)))
+        return _join_losses(losses, count)
 
     def put_array(self, array: Any) -> Array:
         """Copies small arrays `[N, ...]` and scalars to every device, and divides large ones.
@@ -251,7 +247,7 @@ class MeshPlacement:
     def _is_copied(self, array: Any) -> bool:
         limit = self.max_copied_bytes
         if limit is None:
-            limit = 0 if _platform(self.mesh) == "cpu" else MAX_COPIED_BYTES
+            limit = 0 if is_on_cpu(self.mesh) else MAX_COPIED_BYTES
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             array = jax.random.key_data(array)
         # JAX holds float64 in float32, unless x64 is enabled.
@@ -297,8 +293,7 @@ class PmapPlacement:
 
     def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
         """Returns the losses of the only student, `[K, 1]`."""
-        del count
-        return np.concatenate(jax.device_get(list(losses)))
+        return _join_losses(losses, count)
 
     def put_array(self, array: Any) -> Array:
         """Copies examples `[N, ...]` to every device."""
@@ -428,7 +423,7 @@ class VectorizedPlacement:
     def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
         """Returns the losses of the first `count` students, `[K, count]`."""
         if all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in losses):
-            return np.concatenate([array[:, :count] for array in jax.device_get(list(losses))])
+            return _join_losses(losses, count)
         # Joined before they are gathered: a collective operation for each call would be slow.
         own = np.concatenate([_own_part(array)[:, :count] for array in losses])
         return sum_over_processes(own)
@@ -557,6 +552,11 @@ def _trace_without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 def _select(examples: Any, indices: Array) -> Any:
     """Selects the rows of a batch. Scalars are the same for every batch."""
     return jax.tree.map(lambda array: array[indices] if array.ndim else array, examples)
+
+
+def _join_losses(losses: Sequence[Any], count: int) -> np.ndarray:
+    """Joins losses `[K, P]` that this process can read, without those that fill the devices up."""
+    return np.concatenate([array[:, :count] for array in jax.device_get(list(losses))])
 
 
 def _first_copy(tree: Any) -> Any:

@@ -236,7 +236,6 @@ def evaluate_plan(
         )
     _check_split(test, "the test set", "inputs and labels")
     check_inputs(plan, test, "test set")
-    check_tokens(test["inputs"], "the test set")
     predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     logits = {}
@@ -346,7 +345,6 @@ def _check_data(
     if scores_classes:
         _check_split(validation, "the validation split", "inputs and labels, or a make_score")
         check_inputs(plan, validation, "validation split", seed=seed)
-        check_tokens(validation["inputs"], "the validation split")
         check_validation_labels(plan, validation)
 
     def get_inputs(model: Model) -> Any:
@@ -438,20 +436,21 @@ def _describe_weak_teachers(
     plan: Plan, seeds: Sequence[int], trained: Mapping[str, Mapping[int, TrainedModel]]
 ) -> list[str]:
     """Returns a line for each teacher that is no better than a stage without a teacher."""
-
-    def mean_accuracy(name: str) -> float:
-        return float(np.mean([trained[name][seed].validation_accuracy for seed in seeds]))
-
     lines = []
     variables = {name: models[seeds[0]].variables for name, models in trained.items() if seeds}
     for teacher, alone in teacher_baselines(plan, variables) if seeds else ():
-        accuracy, baseline = mean_accuracy(teacher), mean_accuracy(alone)
+        accuracy, baseline = (_mean_accuracy(trained[name], seeds) for name in (teacher, alone))
         if accuracy <= baseline:
             lines.append(
                 f"the teacher {teacher!r} is no better than {alone!r}, which has no teacher: "
                 f"{accuracy:.1%} and {baseline:.1%} on validation; improve the teacher first"
             )
     return lines
+
+
+def _mean_accuracy(models: Mapping[int, TrainedModel], seeds: Sequence[int]) -> float:
+    """Returns the mean accuracy on validation of the models of some seeds."""
+    return float(np.mean([models[seed].validation_accuracy for seed in seeds]))
 
 
 def _describe_teachers_at_chance(
@@ -467,7 +466,7 @@ def _describe_teachers_at_chance(
     )
     lines = []
     for name in teachers if seeds else ():
-        accuracy = float(np.mean([trained[name][seed].validation_accuracy for seed in seeds]))
+        accuracy = _mean_accuracy(trained[name], seeds)
         # NaN for a teacher of other classes, which is not compared.
         if accuracy >= 0 and accuracy_interval(accuracy * count, count)[0] <= chance:
             lines.append(

@@ -120,7 +120,7 @@ def kill_in_second_stage(options: Options, context: Context, folder: Path) -> bo
     was_running = worker.poll() is None
     process.kill_group(worker)
     if not was_running or (folder / "results.json").exists():
-        # So that the next call starts anew.
+        # So that the next call starts from the beginning.
         shutil.rmtree(folder, ignore_errors=True)
         raise RuntimeError("the training ended before it could be killed: see the log")
     return True
