@@ -336,7 +336,10 @@ def test_a_missing_flag_for_convolutions_is_named(tmp_path, monkeypatch, is_miss
 
 def test_a_plan_without_convolutions_needs_no_flag(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "lacks_convolution_flag", lambda version: True)
-    train(tmp_path, [make_stage("first", steps=1)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, [make_stage("first", steps=1)])
+    assert not [warning for warning in caught if CONVOLUTION_FLAG in str(warning.message)]
 
 
 @pytest.mark.parametrize(
