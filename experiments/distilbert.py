@@ -392,6 +392,8 @@ def main(config: Config) -> None:
         ],
         make_remarks=make_remarks,
         unlisted=("student",),
+        tokenizer=data.bert.tokenizer,
+        max_length=min(data.max_length, student.module.positions),
         buckets=data.buckets,
         **texts.TIMING,
     )

@@ -185,6 +185,8 @@ def main(config: Config) -> None:
         comparisons=[
             (name, baseline) for baseline in ("lstm_alone", "teacher") for name in distilled
         ],
+        tokenizer=data.bert.tokenizer,
+        max_length=data.max_length,
         buckets=data.buckets,
         **texts.TIMING,
     )

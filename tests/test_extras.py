@@ -85,7 +85,7 @@ def test_without_flax_the_import_ends_in_the_command_that_installs_it(module):
         (lambda: weights.save_torch("x", {}, ()), "safetensors", "train"),
         (lambda: weights.save_program("x", None, {}, None), "flatbuffers", "train"),
         (lambda: tokens.train_tokenizer([], vocab_size=999), "tokenizers", "text"),
-        (lambda: image_folder._read_image(Path(__file__), 8), "PIL", "experiments"),
+        (lambda: image_folder.read_image(Path(__file__), (8, 8, 3)), "PIL", "experiments"),
     ],
 )
 def test_missing_package_ends_in_the_command_that_installs_it(

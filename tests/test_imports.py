@@ -40,7 +40,17 @@ ARROWS = {
         "models",
         "runs",
     },
-    "cli": {"_cpu_flags", "_extras", "_messages", "models", "runs", "transfer", "weights"},
+    "cli": {
+        "_cpu_flags",
+        "_extras",
+        "_files",
+        "_messages",
+        "data",
+        "models",
+        "runs",
+        "transfer",
+        "weights",
+    },
     "__main__": {"cli"},
 }
 

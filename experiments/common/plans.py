@@ -195,6 +195,8 @@ def save_results(
     reference: str = "teacher",
     unlisted: Sequence[str] = (),
     make_remarks: Callable[[Sequence[runs.ResultRow], Path], Sequence[str]] | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
     **kwargs: Any,
 ) -> RunOutputs:
     """Measures a plan of classifiers; saves results, report, figures and the best student.
@@ -212,6 +214,8 @@ def save_results(
         unlisted: Names that are left out of the tables.
         make_remarks: `(rows, folder) -> paragraphs` in Markdown for the report. It draws the
             figures that they show into the folder.
+        tokenizer: For texts: the tokenizer, which is saved with the student.
+        max_length: For texts: the largest number of tokens that the student takes.
         **kwargs: Further arguments of `distill.evaluate_plan`.
 
     Returns:
@@ -235,8 +239,14 @@ def save_results(
         chance=chance,
     )
     best, seed = find_best(trained, students)
-    export_student(
-        run.folder, plan, best, trained[best][seed], test["inputs"][0], class_names=class_names
+    weights.save_student(
+        run.folder,
+        next(entry.model for entry in plan if entry.name == best),
+        trained[best][seed].variables,
+        test["inputs"][0],
+        class_names=class_names,
+        tokenizer=tokenizer,
+        max_length=max_length,
     )
     report.print_table(rows)
     for name, baseline in comparisons:
@@ -246,28 +256,3 @@ def save_results(
     print(f"Exported the best student by validation accuracy, {best}.")
     print(f"Everything is in {run.folder}: start with report.md")
     return outputs
-
-
-def export_student(
-    folder: Path,
-    plan: Plan,
-    name: str,
-    trained: TrainedModel,
-    example: Any,
-    *,
-    class_names: Sequence[str],
-) -> None:
-    """Saves a student's weights and its program, which run without this project.
-
-    Args:
-        folder: The run's folder.
-        plan: The plan.
-        name: Name of the student's stage.
-        trained: The trained student.
-        example: One input, without the axis of the batch.
-        class_names: Name of each class, by label.
-    """
-    model = next(entry.model for entry in plan if entry.name == name)
-    path = folder / "student.safetensors"
-    weights.save_safetensors(path, trained.variables, class_names=class_names)
-    weights.save_program(folder / "student.jaxexport", model, trained.variables, example)

@@ -91,6 +91,7 @@ class TextData(NamedTuple):
         test: `inputs` and `labels`.
         unlabelled: Further `inputs`, or `None`.
         buckets: The lengths to which batches are cut.
+        max_length: Largest number of tokens of a text.
     """
 
     bert: hub.PretrainedBERT
@@ -100,6 +101,7 @@ class TextData(NamedTuple):
     test: dict[str, np.ndarray]
     unlabelled: np.ndarray | None
     buckets: LengthBuckets
+    max_length: int
 
 
 def load_bert_classifier(name: str, class_names: Sequence[str]) -> hub.PretrainedBERT:
@@ -214,6 +216,7 @@ def encode(
         test,
         encoded[3] if unlabelled else None,
         LengthBuckets.fit(encoded[0], count=NUM_BUCKETS),
+        max_length,
     )
 
 

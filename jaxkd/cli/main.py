@@ -1,20 +1,30 @@
 """The entry point of the `jaxkd` command."""
 
+import functools
+import importlib
+import operator
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Protocol
 
 from jaxkd._cpu_flags import add_flags
 from jaxkd.cli import errors
 
-if TYPE_CHECKING:
-    from jaxkd.cli.convert import ConvertCommand
-    from jaxkd.cli.verify import VerifyCommand
+COMMANDS = ("predict", "convert", "verify")
+"""The subcommands. The module `jaxkd.cli.NAME` has a class `NameCommand` and a DESCRIPTION."""
 
 _DESCRIPTION = """Knowledge distillation for JAX.
 
 Run `python -m jaxkd COMMAND --help` for the options of a command."""
+
+
+class Command(Protocol):
+    """A parsed subcommand."""
+
+    def execute(self) -> None:
+        """Runs it."""
+        ...
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,28 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: Sequence[str]) -> "ConvertCommand | VerifyCommand":
+def _parse(arguments: Sequence[str]) -> "Command":
     # Not at the top of the module, because `main` reports a missing tyro.
     import tyro
 
-    from jaxkd.cli import convert, verify
+    commands = {name: importlib.import_module(f"jaxkd.cli.{name}") for name in COMMANDS}
 
-    def describe(name: str, description: str) -> str:
+    def annotate(name: str, command: type) -> Any:
+        description = commands[name].DESCRIPTION
         # tyro also shows the description in the list of commands, where examples would be clutter.
-        return description if arguments[0] == name else description.partition("\n")[0]
+        if arguments[0] != name:
+            description = description.partition("\n")[0]
+        return Annotated[command, tyro.conf.subcommand(name, description=description)]
 
-    def parse() -> "ConvertCommand | VerifyCommand":
+    annotated = [
+        annotate(name, getattr(module, f"{name.capitalize()}Command"))
+        for name, module in commands.items()
+    ]
+
+    def parse() -> "Command":
         return tyro.cli(
-            Annotated[
-                convert.ConvertCommand,
-                tyro.conf.subcommand(
-                    "convert", description=describe("convert", convert.DESCRIPTION)
-                ),
-            ]
-            | Annotated[
-                verify.VerifyCommand,
-                tyro.conf.subcommand("verify", description=describe("verify", verify.DESCRIPTION)),
-            ],
+            functools.reduce(operator.or_, annotated),
             prog="jaxkd" if Path(sys.argv[0]).stem == "jaxkd" else "python -m jaxkd",
             description=_DESCRIPTION,
             args=arguments,

@@ -48,18 +48,22 @@ class _Listing(NamedTuple):
     passed_over: list[Path]
 
 
-class _Picture(NamedTuple):
+class Picture(NamedTuple):
     """An image as it was read.
 
     Attributes:
-        pixels: uint8 `[image_size, image_size, 3]`.
+        pixels: uint8 `[H, W, C]`.
         is_transparent: Whether parts of it were transparent.
         is_animated: Whether it has further frames, which were not read.
+        is_fitted: Whether it had another size.
+        is_grey: Whether it had colours, of which only the brightness was read.
     """
 
     pixels: np.ndarray
     is_transparent: bool
     is_animated: bool
+    is_fitted: bool
+    is_grey: bool
 
 
 def read_image_folder(
@@ -126,11 +130,25 @@ def fit_image(image: "Image", image_size: int) -> np.ndarray:
         ValueError: If the image has more than 8 bits a channel, as far as Pillow tells before it is
             decoded.
     """
-    return _fit(_to_rgb(image)[0], image_size)
+    return np.asarray(_fit(_to_rgb(image)[0], image_size, image_size))
 
 
-def _fit(image: "Image", image_size: int) -> np.ndarray:
-    return np.asarray(import_or_raise("PIL.ImageOps").fit(image, (image_size, image_size)))
+def find_images(path: Path) -> list[Path]:
+    """Returns the images in a folder and below it, sorted; hidden files are skipped.
+
+    Raises:
+        DataError: If there are none.
+    """
+    return _list_images(path).images
+
+
+def is_image(path: Path) -> bool:
+    """Returns whether a file has the suffix of an image."""
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _fit(image: "Image", width: int, height: int) -> "Image":
+    return import_or_raise("PIL.ImageOps").fit(image, (width, height))
 
 
 def _to_rgb(image: "Image") -> tuple["Image", bool]:
@@ -291,7 +309,7 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
     images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
     num_transparent = num_plain = num_animated = 0
     for i, path in enumerate(paths):
-        picture = _read_image(path, image_size)
+        picture = read_image(path, (image_size, image_size, 3))
         images[i] = picture.pixels
         num_transparent += picture.is_transparent
         num_animated += picture.is_animated
@@ -322,12 +340,21 @@ def _is_hidden(entry: Path) -> bool:
     return entry.name.startswith(".")
 
 
-def _read_image(path: Path, image_size: int) -> _Picture:
-    """Reads and fits an image."""
+def read_image(path: Path, shape: tuple[int, int, int]) -> Picture:
+    """Reads an image, crops its centre to the shape's proportions and scales it.
+
+    Args:
+        path: A file.
+        shape: Height, width and channels: 3 for colours, 1 for grey.
+
+    Raises:
+        DataError: If it is damaged, has more than 8 bits a channel, or is not a regular file.
+    """
     # Reading from a pipe or a device may never end.
     if not path.is_file():
         raise DataError(f"{path} is not a regular file: replace or delete it")
     pillow = import_or_raise("PIL.Image")
+    height, width, channels = shape
     try:
         with warnings.catch_warnings():
             # Pillow warns of damaged EXIF data and of transparent palettes; such images are usable.
@@ -336,9 +363,22 @@ def _read_image(path: Path, image_size: int) -> _Picture:
                 _check_size(image, path)
                 is_animated = image.format in _ANIMATED_FORMATS and image.is_animated
                 rgb, is_transparent = _to_rgb(image)
-                return _Picture(_fit(rgb, image_size), is_transparent, is_animated)
+                fitted = _fit(rgb, width, height)
+                pixels, is_grey = _select_channels(fitted, channels)
+                is_fitted = rgb.size != fitted.size
+                return Picture(pixels, is_transparent, is_animated, is_fitted, is_grey)
     # SyntaxError is what Pillow raises for a broken PNG chunk.
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path} ({one_line(error)}): replace or delete it"
         ) from error
+
+
+def _select_channels(image: "Image", channels: int) -> tuple[np.ndarray, bool]:
+    """Returns the pixels of an RGB image, and whether colours were lost."""
+    pixels = np.asarray(image)
+    if channels == 3:
+        return pixels, False
+    # The brightness of a grey pixel is its value.
+    has_colours = bool((pixels != pixels[..., :1]).any())
+    return np.asarray(image.convert("L"))[..., None], has_colours

@@ -129,7 +129,7 @@ def load_texts(
 
 
 def read_texts(
-    path: str | os.PathLike[str], *, field: int = 1, max_unpacked: int | None = None
+    path: str | os.PathLike[str], *, field: int | None = 1, max_unpacked: int | None = None
 ) -> tuple[tuple[str, ...], Sequence[str]]:
     """Reads texts without classes, one a line.
 
@@ -138,7 +138,8 @@ def read_texts(
 
     Args:
         path: A UTF-8 file, or a `.gz` of one.
-        field: Number of the tab-separated field that holds the text, counted from 1.
+        field: Number of the tab-separated field that holds the text, counted from 1; `None` for
+            the whole line.
         max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 8 MiB or 16
             times its size, whichever is more.
 
@@ -150,7 +151,7 @@ def read_texts(
             line. If all fields are numbers or JSON objects, or the file is a `.csv` or JSON file.
     """
     path = expand_user_path(path)
-    if field < 1:
+    if field is not None and field < 1:
         raise DataError(f"fields are counted from 1, got {field}")
     if path.name.lower().removesuffix(".gz").endswith(_OTHER_SUFFIXES):
         raise DataError(
@@ -161,19 +162,20 @@ def read_texts(
     indices = array.array("q")
     for index, line in enumerate(iterate_lines(path, max_unpacked=max_unpacked)):
         origin = line_origin(path, index)
-        fields = line.split("\t")
-        if len(fields) < field:
+        fields = [line] if field is None else line.split("\t")
+        number = field or 1
+        if len(fields) < number:
             raise DataError(
-                f"{origin} has {len(fields)} fields, not {field}: check which holds the text"
+                f"{origin} has {len(fields)} fields, not {number}: check which holds the text"
             )
-        if index == 0 and tables.is_text_header(fields[field - 1]):
+        if index == 0 and tables.is_text_header(fields[number - 1]):
             warn(f"{origin} is a header and is left out")
             continue
-        texts.append(strip_text(fields[field - 1], origin))
+        texts.append(strip_text(fields[number - 1], origin))
         indices.append(index)
     if not texts:
         raise DataError(f"{path} has no text below its first line")
-    _check_are_texts(path, texts, field)
+    _check_are_texts(path, texts, field or 1)
     return tuple(texts), LineOrigins(path, indices)
 
 

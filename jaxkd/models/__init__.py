@@ -17,6 +17,7 @@ from jaxkd.models.cifar_resnet import (
     resnet110,
 )
 from jaxkd.models.cnn import CNN, max_pool
+from jaxkd.models.description import describe_module, make_module
 from jaxkd.models.efficientnet import (
     EfficientNet,
     EfficientNetLite,
@@ -68,6 +69,7 @@ __all__ = [
     "Transformer",
     "WideResNet",
     "bert_pooling",
+    "describe_module",
     "distilbert_pooling",
     "efficientnet_b0",
     "efficientnet_b1",
@@ -80,6 +82,7 @@ __all__ = [
     "efficientnet_lite0",
     "from_linen",
     "from_nnx",
+    "make_module",
     "max_pool",
     "mean_pooling",
     "mobilenet_v2",

@@ -47,6 +47,20 @@ class Outputs(NamedTuple):
     features: dict[str, Array]
 
 
+class Network(NamedTuple):
+    """What a model was made from, so that a saved student can name its network.
+
+    Attributes:
+        module: The Linen module.
+        mean: Mean of each channel that `with_input_normalization` subtracts, or `None`.
+        std: Standard deviation of each channel, or `None`.
+    """
+
+    module: linen.Module
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 class Model(NamedTuple):
     """A pair of pure functions over variables `{"params": ..., "batch_stats": ...}`, plain dicts.
 
@@ -55,10 +69,12 @@ class Model(NamedTuple):
         apply: `(variables, inputs, *, train, key=None) -> (Outputs, batch_stats)`. Only training
             updates the running statistics; a model without any returns `{}`. `key` is the source of
             randomness for dropout and other stochastic layers.
+        network: What the pair was made from, if that is known. Only saving a student reads it.
     """
 
     init: Callable[..., dict]
     apply: Callable[..., tuple[Outputs, dict]]
+    network: Network | None = None
 
 
 def from_linen(
@@ -171,7 +187,7 @@ def from_linen(
         outputs = outputs._replace(features=sown | dict(outputs.features))
         return outputs, batch_stats
 
-    return Model(init, apply)
+    return Model(init, apply, Network(module))
 
 
 @contextlib.contextmanager
@@ -474,7 +490,16 @@ def with_input_normalization(
     ) -> tuple[Outputs, dict]:
         return model.apply(variables, normalize(inputs), train=train, key=key)
 
-    return Model(lambda key, inputs: model.init(key, normalize(inputs)), apply)
+    network = model.network
+    if network is not None:
+        # A description has one normalisation of uint8 images, and no other.
+        is_known = max_value is None and network.mean is None
+        network = network._replace(mean=_to_tuple(mean), std=_to_tuple(std)) if is_known else None
+    return Model(lambda key, inputs: model.init(key, normalize(inputs)), apply, network)
+
+
+def _to_tuple(values: Array) -> tuple[float, ...]:
+    return tuple(np.atleast_1d(np.asarray(values)).tolist())
 
 
 def _check_statistics(mean: ArrayLike, std: ArrayLike) -> None:
@@ -581,7 +606,7 @@ def with_compute_dtype(model: Model, dtype: DTypeLike) -> Model:
         outputs, batch_stats = model.apply(compute_variables, cast(inputs), train=train, key=key)
         return outputs._replace(logits=outputs.logits.astype(jnp.float32)), batch_stats
 
-    return Model(model.init, apply)
+    return model._replace(apply=apply)
 
 
 def with_class_order(model: Model, order: ArrayLike) -> Model:
@@ -625,6 +650,7 @@ def with_class_order(model: Model, order: ArrayLike) -> Model:
             )
         return outputs._replace(logits=outputs.logits[..., order]), batch_stats
 
+    # The network alone would have its classes in another order.
     return Model(model.init, apply)
 
 
@@ -660,4 +686,4 @@ def with_frozen_batch_stats(model: Model) -> Model:
         del train
         return model.apply(variables, inputs, train=False, key=key)
 
-    return Model(model.init, apply)
+    return model._replace(apply=apply)

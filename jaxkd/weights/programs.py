@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def save_program(
-    path: str | os.PathLike, model: "Model", variables: dict, example: jax.ShapeDtypeStruct
+    path: str | os.PathLike,
+    model: "Model",
+    variables: dict,
+    example: jax.ShapeDtypeStruct,
+    *,
+    max_length: int | None = None,
 ) -> None:
     """Saves a model as one program for CPU, CUDA and TPU and for batches of any size.
 
@@ -37,6 +42,8 @@ def save_program(
         model: The model. Its computation must not branch on the batch size.
         variables: The model's variables.
         example: Shape and dtype of one input, without the batch axis.
+        max_length: For texts `[B, S]`: the program takes any number of tokens up to this one. By
+            default it takes that of the example.
 
     Raises:
         ImportError: If the package flatbuffers is missing.
@@ -59,6 +66,17 @@ def save_program(
     References:
         Exporting and serializing, https://docs.jax.dev/en/latest/export/export.html
     """
+    write_atomically(path, serialize_program(model, variables, example, max_length=max_length))
+
+
+def serialize_program(
+    model: "Model",
+    variables: dict,
+    example: jax.ShapeDtypeStruct,
+    *,
+    max_length: int | None = None,
+) -> bytes:
+    """Returns the bytes of a program, see `save_program`."""
     with add_install_command():
         import flatbuffers  # noqa: F401  (jax.export needs it, and says so less clearly)
 
@@ -68,8 +86,13 @@ def save_program(
     def logits(inputs: Array) -> Array:
         return model.apply(jax.tree.map(jnp.asarray, weights), inputs, train=False)[0].logits
 
-    batch = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *example.shape), example.dtype)
-    write_atomically(path, bytes(_export_without_paths(logits, batch).serialize()))
+    if max_length is None:
+        shape = (*export.symbolic_shape("b"), *example.shape)
+    else:
+        # Models of texts take positions of as many tokens at most.
+        shape = export.symbolic_shape("b, s", constraints=(f"s <= {max_length}",))
+    batch = jax.ShapeDtypeStruct(shape, example.dtype)
+    return bytes(_export_without_paths(logits, batch).serialize())
 
 
 def _export_without_paths(

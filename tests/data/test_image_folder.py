@@ -448,7 +448,7 @@ def test_damage_of_any_kind_is_an_image_or_a_data_error(suffix, tmp_path):
             content[draw.randrange(min(200, len(content)))] = draw.randrange(256)
         path.write_bytes(content)
         try:
-            assert image_folder._read_image(path, 8).pixels.shape == (8, 8, 3)
+            assert image_folder.read_image(path, (8, 8, 3)).pixels.shape == (8, 8, 3)
             outcomes["image"] += 1
         except data.DataError as error:
             assert str(path) in str(error) and "\n" not in str(error)
