@@ -248,11 +248,7 @@ def save_results(
         tokenizer=tokenizer,
         max_length=max_length,
     )
-    report.print_table(rows)
-    for name, baseline in comparisons:
-        print(report.compare_rows(rows, name, baseline))
-    for doubt in report.describe_doubts(rows, teachers=teachers, chance=chance):
-        print(f"Note: {doubt}")
+    report.print_results(rows, comparisons=comparisons, teachers=teachers, chance=chance)
     print(f"Exported the best student by validation accuracy, {best}.")
     print(f"Everything is in {run.folder}: start with report.md")
     return outputs

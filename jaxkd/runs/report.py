@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxkd._files import write_atomically
 from jaxkd._messages import list_some
+from jaxkd.runs._report_record import ReportRecord
 from jaxkd.runs.errors import add_install_command
 from jaxkd.runs.figures import Metric, plot_accuracy, plot_curves, plot_size
 from jaxkd.runs.results import COLUMNS, Column, ResultRow
@@ -86,6 +87,32 @@ def print_table(rows: Sequence[ResultRow], *, console: "Console | None" = None) 
     else:
         table = _console_table(rows, by_priority[:1])
     console.print(table)
+
+
+def print_results(
+    rows: Sequence[ResultRow],
+    *,
+    comparisons: Sequence[tuple[str, str]] = (),
+    teachers: Sequence[tuple[str, str]] | None = None,
+    chance: float | None = None,
+) -> None:
+    """Prints what an experiment prints at its end: table, comparisons and doubts.
+
+    Args:
+        rows: The rows.
+        comparisons: Names of a row and its baseline, for `compare_rows`.
+        teachers: Names of a teacher and of a stage without a teacher, for `describe_doubts`.
+        chance: Accuracy of the best constant prediction, for `describe_doubts`.
+
+    Raises:
+        ValueError: If there is no row, or a comparison names an unknown row.
+        ImportError: If rich is missing.
+    """
+    print_table(rows)
+    for name, baseline in comparisons:
+        print(compare_rows(rows, name, baseline))
+    for doubt in describe_doubts(rows, teachers=teachers, chance=chance):
+        print(f"Note: {doubt}")
 
 
 def compare_rows(rows: Sequence[ResultRow], name: str, baseline: str) -> str:
@@ -184,8 +211,7 @@ def describe_doubts(
         The teacher 'teacher' (31.7%) is no better than 'alone' (75.0%), which has no teacher
     """
     teachers = _find_teachers(rows) if teachers is None else teachers
-    if chance is None:
-        chance = next((row.chance for row in rows if row.chance is not None), None)
+    chance = _find_chance(rows) if chance is None else chance
     by_name = {row.name: row for row in rows if row.accuracy}
     sentences = []
     for teacher, alone in teachers:
@@ -227,6 +253,9 @@ def write_report(
     chance: float | None = None,
 ) -> Path:
     """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
+
+    It also writes `report.json`: title, comparisons, remarks and the like, from which
+    `jaxkd.runs.redraw.redraw_report` writes the same report again.
 
     Args:
         folder: The folder of the report. It is created if absent.
@@ -274,7 +303,9 @@ def write_report(
     doubts = describe_doubts(rows, teachers=teachers, chance=chance)
     doubts += _describe_other_trainings(rows, metrics)
     teachers = _find_teachers(rows) if teachers is None else teachers
+    chance = _find_chance(rows) if chance is None else chance
     baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
+    record = ReportRecord(title, comparisons, remarks, teachers, chance, settings, environment)
     paragraphs = [
         f"# {title}",
         results_table(rows),
@@ -296,6 +327,7 @@ def write_report(
     baseline = baselines.pop() if len(baselines) == 1 else None
     plot_accuracy(rows, folder / "accuracy.png", baseline=baseline)
     plot_size(rows, folder / "size.png")
+    record.write(folder)
     # The text comes last, so that a report never refers to a figure that is missing.
     path = folder / "report.md"
     write_atomically(path, ("\n\n".join(paragraphs) + "\n").encode())
@@ -312,7 +344,7 @@ def report_run(
     teachers: Sequence[tuple[str, str]] | None = None,
     chance: float | None = None,
 ) -> Path:
-    """Writes `results.json`, `report.md` and its figures into a run's folder.
+    """Writes `results.json`, `report.md`, its figures and `report.json` into a run's folder.
 
     Args:
         run: The run, whose metrics, configuration and environment the report shows.
@@ -444,6 +476,10 @@ def _describe_other_trainings(rows: Sequence[ResultRow], metrics: Sequence[Metri
 def _find_teachers(rows: Sequence[ResultRow]) -> list[tuple[str, str]]:
     """Returns the names of each teacher and of the stages that it should be better than."""
     return [(row.name, alone) for row in rows for alone in row.baselines]
+
+
+def _find_chance(rows: Sequence[ResultRow]) -> float | None:
+    return next((row.chance for row in rows if row.chance is not None), None)
 
 
 def _get_interval(row: ResultRow) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 config.json     the configuration, a fingerprint of the data and the environment
 metrics.jsonl   one record per evaluation during training
 results.json    the rows of the table of results
+report.json     title, comparisons and remarks of the report, which has files of its own
 checkpoints/    one folder per seed and stage
 .lock           locked by the process that has the run open, which .lock-holder names
 """

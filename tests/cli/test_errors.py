@@ -58,7 +58,7 @@ def test_long_arguments_are_quoted_in_part(capsys):
         (["verify", "a", "b"], "Unrecognized options: b: see python -m jaxkd --help"),
         (
             ["convrt", "f"],
-            "Unrecognized options: convrt, f; Available subcommands: predict, convert, verify: see "
+            "Unrecognized options: convrt, f; Available subcommands: predict, report, convert, verify: see "
             "python -m jaxkd --help",
         ),
         (

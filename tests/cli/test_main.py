@@ -6,10 +6,14 @@ import sys
 
 import pytest
 
-from jaxkd.cli import convert, verify
+from jaxkd.cli import convert, report, verify
 from jaxkd.cli.main import main
 
-DESCRIPTIONS = {"convert": convert.DESCRIPTION, "verify": verify.DESCRIPTION}
+DESCRIPTIONS = {
+    "convert": convert.DESCRIPTION,
+    "report": report.DESCRIPTION,
+    "verify": verify.DESCRIPTION,
+}
 
 
 def run(*arguments, columns="120"):
@@ -59,15 +63,16 @@ def test_help_of_verify_has_the_options():
     assert "RUN" in text and "--keep FOLDER" in text
 
 
-def test_help_imports_no_heavy_packages():
-    code = """
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_help_imports_no_heavy_packages(name):
+    code = f"""
 import sys
 from jaxkd.cli.main import main
 try:
-    main(["convert", "--help"])
+    main(["{name}", "--help"])
 except SystemExit as stop:
     assert stop.code == 0
-print(*{name.split(".")[0] for name in sys.modules})
+print(*{{name.split(".")[0] for name in sys.modules}})
 """
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -87,6 +92,8 @@ print(*{name.split(".")[0] for name in sys.modules})
             "--num-classes",
         ),
         (["convert", "weights", "--image-shape", "2", "2"], "--image-shape"),
+        (["report"], "RUN"),
+        (["report", "run", "--output"], "--output"),
         (["verify"], "RUN"),
         (["verify", "run", "--keep"], "--keep"),
         (["verify", "run", "--partial"], "--partial"),

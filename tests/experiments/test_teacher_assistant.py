@@ -16,6 +16,7 @@ import pytest
 from experiments import teacher_assistant
 from experiments.common import cli
 from jaxkd import data, evaluate
+from jaxkd.runs import redraw, report
 from jaxkd.runs.results import TIMINGS
 from jaxkd.weights import load_safetensors, read_class_names
 
@@ -86,13 +87,24 @@ def test_run_writes_its_files(finished_run):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trainings = {(record["stage"], record["seed"]) for record in records}
     assert trainings == {(name, seed) for name in NAMES for seed in (0, 1)}
-    report = (folder / "report.md").read_text()
-    assert "student_assisted is" in report and "student_direct is" in report
+    text = (folder / "report.md").read_text()
+    assert "student_assisted is" in text and "student_direct is" in text
     for figure in ("accuracy.png", "curves.png", "size.png"):
-        assert (folder / figure).read_bytes().startswith(b"\x89PNG") and figure in report
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG") and figure in text
     assert (folder / "checkpoints" / "seed1" / "student_direct").is_dir()
     assert "validation after" in process.stdout and "student_direct" in process.stdout
     assert not process.stderr
+
+
+@pytest.mark.thorough
+def test_report_is_drawn_again_byte_for_byte(finished_run, tmp_path):
+    folder, process = finished_run
+    redrawn = redraw.redraw_report(folder, output=tmp_path)
+    assert not redrawn.left_out
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    sentences = [report.compare_rows(redrawn.rows, *names) for names in redrawn.comparisons]
+    assert len(sentences) == 3 and all(sentence in process.stdout for sentence in sentences)
 
 
 @pytest.mark.thorough

@@ -273,6 +273,7 @@ def test_a_report_holds_table_sentences_and_figures(rows, metrics, tmp_path):
     assert sorted(os.listdir(path.parent)) == [
         "accuracy.png",
         "curves.png",
+        "report.json",
         "report.md",
         "size.png",
     ]
