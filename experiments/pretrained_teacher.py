@@ -28,6 +28,7 @@ from pathlib import Path
 
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, models
+from jaxkd.distill.methods import supervised_loss
 
 WEIGHTS = (
     "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -88,12 +89,12 @@ def make_plan(
     )
     student = images.make_cnn((32, 64), 64, dataset, config)
     all_labels = dataset.train.examples
-    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+    labelled_only, partly_labelled = data.few_labels(dataset.train.examples, config.num_labels)
 
     stage = functools.partial(
         images.make_stage, model=student, options=config, steps=images.num_steps(config, dataset)
     )
-    supervised = functools.partial(stage, loss=plans.supervised_loss)
+    supervised = functools.partial(stage, loss=supervised_loss)
     distilled = functools.partial(
         stage,
         loss=plans.make_soft_target_loss(config),
@@ -123,7 +124,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         trained,

@@ -37,6 +37,7 @@ from experiments.common import cli, plans, texts
 from experiments.common.options import make_model, num_steps
 from jaxkd import distill, models
 from jaxkd.data import text
+from jaxkd.distill.methods import supervised_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def make_plan(
     )
     plan = (
         distill.Pretrained("teacher", data.model, teacher.variables),
-        stage("lstm_alone", examples=data.train, loss=plans.supervised_loss),
+        stage("lstm_alone", examples=data.train, loss=supervised_loss),
         distilled("lstm_distilled", examples=data.train),
     )
     if data.unlabelled is None:
@@ -173,7 +174,7 @@ def main(config: Config) -> None:
     )
     students = [entry.name for entry in plan[1:]]
     distilled = students[1:]
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         # The teacher in place of the plan's pretrained one, which has no training time.

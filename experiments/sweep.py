@@ -35,6 +35,7 @@ import numpy as np
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, losses
 from jaxkd.distill import Batch, LossContext, TrainedModel
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.models import Outputs
 from jaxkd.runs import figures, report
 
@@ -104,7 +105,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     teacher = images.make_cnn(*TEACHER, dataset, config)
     student = images.make_cnn(*STUDENT, dataset, config)
     # Cached, so that all students of a seed share one copy of its images.
-    few_images = functools.cache(images.make_few_labels(dataset, config.num_images)[0])
+    few_images = functools.cache(data.few_labels(dataset.train.examples, config.num_images)[0])
     stage = functools.partial(
         images.make_stage, options=config, steps=images.num_steps(config, dataset)
     )
@@ -128,8 +129,8 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         )
 
     return (
-        stage("teacher", teacher, dataset.train.examples, plans.supervised_loss),
-        stage("labels", student, few_images, plans.supervised_loss),
+        stage("teacher", teacher, dataset.train.examples, supervised_loss),
+        stage("labels", student, few_images, supervised_loss),
         *(
             make_student(temperature, alpha)
             for temperature in config.temperatures
@@ -192,7 +193,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         trained,
@@ -204,7 +205,7 @@ def main(config: Config) -> None:
     )
     if not distill.is_primary_process():
         return
-    best, _ = plans.find_best(outputs.trained, students)
+    best, _ = distill.find_best(outputs.trained, students)
     path = outputs.folder / "heatmap.png"
     plot_heatmap(outputs.trained, path, config, best)
     comparison = report.compare_rows(outputs.rows, best, "labels")

@@ -23,6 +23,7 @@ import functools
 
 from experiments.common import cli, images, plans
 from jaxkd import data, distill
+from jaxkd.distill.methods import supervised_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,13 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     student = images.make_cnn((16,), 32, dataset, config)
 
     all_labels = dataset.train.examples
-    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+    labelled_only, partly_labelled = data.few_labels(dataset.train.examples, config.num_labels)
 
     # All networks take the same number of steps, so that none is better for having trained longer.
     stage = functools.partial(
         images.make_stage, options=config, steps=images.num_steps(config, dataset)
     )
-    supervised = functools.partial(stage, loss=plans.supervised_loss)
+    supervised = functools.partial(stage, loss=supervised_loss)
     distilled = functools.partial(
         stage,
         loss=plans.make_soft_target_loss(config),
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         trained,

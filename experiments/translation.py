@@ -315,7 +315,7 @@ def save_results(
     if not distill.is_primary_process():
         return
     folder = run.folder
-    best, seed = plans.find_best(trained, export_candidates(config.students))
+    best, seed = distill.find_best(trained, export_candidates(config.students))
     variables = trained[best][seed].variables
     if best in WITH_ATTENTION:
         model = make_model(make_module(best, config, vocab_size), config)

@@ -20,6 +20,7 @@ import dataclasses
 
 from experiments.common import cli, images, plans
 from jaxkd import data, distill
+from jaxkd.distill.methods import supervised_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         "teacher",
         large,
         examples,
-        plans.supervised_loss,
+        supervised_loss,
         config,
         steps=images.num_steps(config, dataset, epochs=config.teacher_epochs),
         # Not cropped: the dense layer depends on positions, so that shifted images would need many
@@ -63,7 +64,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         "model_a",
         small,
         examples,
-        plans.supervised_loss,
+        supervised_loss,
         config,
         steps=images.num_steps(config, dataset),
     )
@@ -86,7 +87,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         trained,

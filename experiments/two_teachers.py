@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, losses, transfer
 from jaxkd.distill import Batch, LossContext, LossFn
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.models import Outputs
 
 LARGE = ((64, 128), 128)
@@ -125,11 +126,11 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     small = images.make_cnn(*SMALL, dataset, config)
 
     all_labels = dataset.train.examples
-    labelled_only, partly_labelled = images.make_few_labels(dataset, config.num_labels)
+    labelled_only, partly_labelled = data.few_labels(dataset.train.examples, config.num_labels)
     steps = images.num_steps(config, dataset)
 
     supervised = functools.partial(
-        images.make_stage, loss=plans.supervised_loss, options=config, steps=steps
+        images.make_stage, loss=supervised_loss, options=config, steps=steps
     )
     distilled = functools.partial(
         images.make_stage,
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
-    plans.save_results(
+    distill.save_results(
         run,
         plan,
         trained,

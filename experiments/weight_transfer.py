@@ -30,6 +30,7 @@ from experiments.benchmarks import timing
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, transfer
 from jaxkd._messages import list_some
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.runs import ResultRow, figures
 
 FEATURES = (32, 64)
@@ -110,7 +111,7 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
         "source",
         images.make_cnn(FEATURES, HIDDEN, dataset, config),
         dataset.train.examples,
-        plans.supervised_loss,
+        supervised_loss,
         config,
         steps=images.num_steps(config, dataset),
     )
@@ -120,7 +121,7 @@ def train_source(config: Config, dataset: data.Dataset, folder: Path) -> distill
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(options, plan)
     )
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         trained,
@@ -141,12 +142,12 @@ def make_plan(
     network = images.make_cnn(FEATURES, HIDDEN, target, config)
     stages: list[distill.Stage] = []
     for count in (*config.num_labels, len(target.train.labels)):
-        labelled_only, _ = images.make_few_labels(target, count)
+        labelled_only, _ = data.few_labels(target.train.examples, count)
         scratch = images.make_stage(
             f"scratch_{count}",
             network,
             labelled_only,
-            plans.supervised_loss,
+            supervised_loss,
             config,
             steps=images.num_steps(config, target),
         )
@@ -207,7 +208,7 @@ def main(config: Config) -> None:
     trained = distill.run_plan(
         plan, run=run, validation=target.validation.examples, **plans.run_options(options, plan)
     )
-    outputs = plans.save_results(
+    outputs = distill.save_results(
         run,
         plan,
         trained,

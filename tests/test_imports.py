@@ -37,8 +37,10 @@ ARROWS = {
         "_files",
         "data",
         "evaluate",
+        "losses",
         "models",
         "runs",
+        "weights",
     },
     "cli": {
         "_cpu_flags",
@@ -46,6 +48,8 @@ ARROWS = {
         "_files",
         "_messages",
         "data",
+        "distill",
+        "losses",
         "models",
         "runs",
         "transfer",
@@ -58,6 +62,7 @@ ARROWS = {
 DISTILL_ARROWS = {
     "top_k": set(),
     "step": {"top_k"},
+    "methods": {"step"},
     "_multi_step": set(),
     "_relay": set(),
     "_fate": {"_relay"},
@@ -99,6 +104,7 @@ DISTILL_ARROWS = {
         "plan",
         "teacher_cache",
     },
+    "outputs": {"_stage_run", "distributed", "plan", "runner"},
 }
 
 # Heavy packages, and the only parts of the library that may import them.

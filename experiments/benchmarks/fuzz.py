@@ -32,7 +32,7 @@ from typing import IO, Any
 from experiments import USER_XLA_FLAGS
 from experiments.benchmarks.fuzzing import KINDS
 from experiments.common import cli
-from experiments.common.limits import expand
+from jaxkd.cli.limits import expand
 
 MODULE = "experiments.benchmarks.fuzz"
 WORKER = "experiments.benchmarks.fuzzing.worker"

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from experiments.common.checks import check_writable
-from experiments.common.limits import expand
 from jaxkd._files import write_atomically
+from jaxkd.cli.limits import expand
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis

@@ -1,9 +1,6 @@
 """The command line of an experiment: options that check themselves, and errors of one line."""
 
-import ctypes
 import dataclasses
-import io
-import os
 import re
 import shutil
 import sys
@@ -11,11 +8,9 @@ import textwrap
 import types
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import docstring_parser
-import jax
 import tyro
 
 from experiments.common.checks import (
@@ -24,9 +19,10 @@ from experiments.common.checks import (
     require,
     select_names,
 )
-from experiments.common.limits import check_limits
 from jaxkd import distill
 from jaxkd.cli import errors
+from jaxkd.cli.limits import check_limits
+from jaxkd.cli.start import keep_compiled_programs, keep_freed_memory, print_any_text
 from jaxkd.data import DataError
 from jaxkd.distill.distributed import CONNECTION_SECONDS
 from jaxkd.runs import RunError, enable_determinism
@@ -34,11 +30,6 @@ from jaxkd.runs import RunError, enable_determinism
 __all__ = ["OptionError", "check_writable", "require", "run", "select_names"]
 
 Config = TypeVar("Config")
-
-# Options of glibc's mallopt, from malloc.h.
-_TRIM_THRESHOLD = -1
-_MMAP_THRESHOLD = -3
-_ARENA_MAX = -8
 
 
 def run(
@@ -78,15 +69,15 @@ def _run(
     errors.check_arguments(sys.argv[1:])
     options = errors.parse(lambda: tyro.cli(config, prog=_command(), description=description))
     warnings.showwarning = errors.show_warning
-    _print_any_text()
-    _keep_freed_memory()
+    print_any_text()
+    keep_freed_memory()
     print(_describe_start(description, is_default=options == config()), flush=True)
     try:
         with errors.errors_in_one_line(OptionError, DataError, RunError):
             check_limits(options, require)
             if getattr(options, "deterministic", False):
                 enable_determinism()
-            _keep_compiled_programs()
+            keep_compiled_programs()
             _connect_processes(options)
             with distill.share_fate():
                 main(options)
@@ -134,38 +125,6 @@ def _describe_start(description: str | None, *, is_default: bool) -> str:
     duration = " ".join(time[1].split())
     options = "" if is_default else " with its default options"
     return f"{_command()}: takes {duration}{options}"
-
-
-def _print_any_text() -> None:
-    """Lets a terminal or pipe without some character show "?", which must not end a training."""
-    # stderr already shows such a character by its number.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep the memory that a step frees, so that the next step need not fault it in.
-
-    On two cores, BERT's steps take 0.6 to 0.8 of the time. Nothing is changed if the environment
-    sets MALLOC_TRIM_THRESHOLD_.
-    """
-    if not sys.platform.startswith("linux") or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return
-    # Other C libraries have no mallopt.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_MMAP_THRESHOLD, 2**30)
-        mallopt(_ARENA_MAX, 1)
-
-
-def _keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk, in a user cache unless JAX_COMPILATION_CACHE_DIR is set."""
-    settings: Any = jax.config  # older versions do not declare the attribute
-    if settings.jax_compilation_cache_dir is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(caches).expanduser() / "jaxkd" / "compiled"
-        settings.update("jax_compilation_cache_dir", str(folder))
 
 
 def _connect_processes(options: Any) -> None:

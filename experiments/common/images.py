@@ -1,7 +1,7 @@
 """Options, networks, stages and runs of the experiments on images."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,6 @@ from jaxkd import data, distill, models, runs
 from jaxkd.distill import Examples, LossFn
 from jaxkd.transfer import TransferError
 from jaxkd.weights import load_variables, read_class_names
-
-DataFn = Callable[[int], dict[str, Any]]
-"""`seed -> examples`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,39 +194,6 @@ def match_teacher(
         return teacher
     print("the classes of teacher and images are in different orders: they are matched by name")
     return teacher._replace(model=models.with_class_order(teacher.model, order))
-
-
-def make_few_labels(dataset: data.Dataset, count: int) -> tuple[DataFn, DataFn]:
-    """Draws `count` training images that keep their label, balanced over classes, for each seed.
-
-    Args:
-        dataset: The data set.
-        count: Number of labelled images.
-
-    Returns:
-        Two functions of the seed. The first returns the labelled images alone, the second all
-        images, with `labelled` true for those.
-
-    Raises:
-        DataError: If a class has too few images.
-    """
-    images, labels = dataset.train
-    data.balanced_subset(labels, count, jax.random.key(0))  # fails now for an impossible count
-
-    def draw(seed: int) -> Any:
-        key = jax.random.fold_in(jax.random.key(seed), count)
-        return data.balanced_subset(labels, count, key)
-
-    def labelled_only(seed: int) -> dict[str, Any]:
-        indices = draw(seed)
-        return {"inputs": images[indices], "labels": labels[indices]}
-
-    def partly_labelled(seed: int) -> dict[str, Any]:
-        labelled = np.isin(np.arange(len(labels)), draw(seed))
-        # A label that is not kept must not reach the student in any way.
-        return {"inputs": images, "labels": np.where(labelled, labels, 0), "labelled": labelled}
-
-    return labelled_only, partly_labelled
 
 
 def num_steps(options: Options, dataset: data.Dataset, *, epochs: int | None = None) -> int:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.cli import require
-from experiments.common.limits import LARGEST_INTEGER
 from jaxkd import distill, models
+from jaxkd.cli.limits import LARGEST_INTEGER
 
 SMALL_BATCH = 1024
 """Batches up to this size are possible whatever the number of examples."""

@@ -16,6 +16,7 @@ from jaxkd import distill, models, runs, transfer
 from jaxkd._messages import list_some
 from jaxkd.data import DataError, match_classes, text, tokens
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.weights import hub
 
 NUM_BUCKETS = 3
@@ -266,7 +267,7 @@ def train_teacher(run: runs.Run, options: Options, data: TextData) -> distill.Tr
         "teacher",
         data.model,
         data.train,
-        plans.supervised_loss,
+        supervised_loss,
         options,
         steps=steps,
         tx=fine_tuning(options.teacher_learning_rate, steps, frozen_layers=options.frozen_layers),

@@ -10,7 +10,7 @@ from jaxkd.data.dataset import Dataset, Split
 from jaxkd.data.errors import DataError
 from jaxkd.data.sources import load
 from jaxkd.data.statistics import channel_statistics
-from jaxkd.data.subset import balanced_subset
+from jaxkd.data.subset import balanced_subset, few_labels
 
 __all__ = [
     "DataError",
@@ -19,6 +19,7 @@ __all__ = [
     "balanced_subset",
     "channel_statistics",
     "crop_and_flip",
+    "few_labels",
     "load",
     "match_classes",
     "random_crop",

@@ -1,10 +1,16 @@
 """A small labelled subset of a large dataset."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkd.data.errors import DataError
+
+DataFn = Callable[[int], dict[str, Any]]
+"""`seed -> examples`."""
 
 
 def balanced_subset(labels: ArrayLike, count: int, key: jax.Array) -> np.ndarray:
@@ -57,3 +63,45 @@ def _check_labels(labels: np.ndarray) -> None:
     elif is_integer and labels.ndim == 1:
         return
     raise DataError(f"labels must be integers from 0, [N], got {got}: pass one class per example")
+
+
+def few_labels(examples: Mapping[str, np.ndarray], count: int) -> tuple[DataFn, DataFn]:
+    """Keeps the labels of `count` examples, balanced over classes; each seed draws its own.
+
+    Args:
+        examples: `inputs` and `labels`, `[N, ...]` and integers from 0, `[N]`.
+        count: Number of examples that keep their label.
+
+    Returns:
+        Two functions of the seed, as `distill.Stage` takes them for its data. The first returns the
+        labelled examples alone. The second returns all of them, with `labelled` true for those; the
+        labels of the others are 0.
+
+    Raises:
+        DataError: If there are fewer examples.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxkd import data
+        >>> examples = {"inputs": np.zeros((6, 2)), "labels": np.array([0, 0, 0, 1, 1, 1])}
+        >>> labelled_only, partly_labelled = data.few_labels(examples, 2)
+        >>> labelled_only(0)["labels"].tolist(), int(partly_labelled(0)["labelled"].sum())
+        ([0, 1], 2)
+    """
+    inputs, labels = examples["inputs"], examples["labels"]
+    balanced_subset(labels, count, jax.random.key(0))  # fails now for an impossible count
+
+    def draw(seed: int) -> np.ndarray:
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return balanced_subset(labels, count, key)
+
+    def labelled_only(seed: int) -> dict[str, Any]:
+        indices = draw(seed)
+        return {"inputs": inputs[indices], "labels": labels[indices]}
+
+    def partly_labelled(seed: int) -> dict[str, Any]:
+        labelled = np.isin(np.arange(len(labels)), draw(seed))
+        # A label that is not kept must not reach the student in any way.
+        return {"inputs": inputs, "labels": np.where(labelled, labels, 0), "labelled": labelled}
+
+    return labelled_only, partly_labelled

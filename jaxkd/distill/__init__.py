@@ -9,6 +9,7 @@ from jaxkd.distill.distributed import (
     is_primary_process,
     share_fate,
 )
+from jaxkd.distill.outputs import RunOutputs, find_best, save_results
 from jaxkd.distill.placement import (
     MeshPlacement,
     Placement,
@@ -40,6 +41,7 @@ __all__ = [
     "Placement",
     "PmapPlacement",
     "Pretrained",
+    "RunOutputs",
     "Stage",
     "TopK",
     "TrainState",
@@ -49,6 +51,7 @@ __all__ = [
     "count_concurrent_stages",
     "evaluate_plan",
     "expand_top_k",
+    "find_best",
     "group_by_program",
     "init_train_state",
     "initialize_distributed",
@@ -57,6 +60,7 @@ __all__ = [
     "make_train_step",
     "order",
     "run_plan",
+    "save_results",
     "share_fate",
     "single_device",
     "teacher_baselines",

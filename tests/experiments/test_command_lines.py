@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from experiments import compare_teachers, image_folder, sentiment, teacher_assistant, two_cnns
-from experiments.common import cli, limits, plans
+from experiments.common import cli, plans
 from jaxkd import distill, runs
+from jaxkd.cli import limits
+from jaxkd.cli.folders import choose_folder
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
@@ -201,7 +203,7 @@ def test_a_lack_of_memory_ends_in_one_line(monkeypatch, refuse):
 
 def test_text_that_the_terminal_lacks_is_replaced(tmp_path):
     """The table at the end has characters that ASCII lacks, and must not end in an error."""
-    code = "from experiments.common import cli; cli._print_any_text(); print('84.1 ± 0.2 →')"
+    code = "from jaxkd.cli import start; start.print_any_text(); print('84.1 ± 0.2 →')"
     process = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
@@ -216,7 +218,7 @@ def test_text_that_the_terminal_lacks_is_replaced(tmp_path):
 
 
 def choose(config, data="images/flowers"):
-    return plans.choose_folder("two_cnns", config, data)
+    return choose_folder("two_cnns", config, data)
 
 
 def test_folder_is_named_after_what_it_holds():
@@ -259,5 +261,5 @@ def test_folder_of_the_current_directory_is_named_after_it(tmp_path, monkeypatch
 
 def test_tuples_in_the_name():
     config = image_folder.Config(dataset="x", frozen=("stem/{rest...}", "a"))
-    assert "-frozenstem_rest_a-" in plans.choose_folder("image_folder", config, "x").name
-    assert "-layers0_" not in plans.choose_folder("sentiment", sentiment.Config(), "x").name
+    assert "-frozenstem_rest_a-" in choose_folder("image_folder", config, "x").name
+    assert "-layers0_" not in choose_folder("sentiment", sentiment.Config(), "x").name

@@ -16,10 +16,10 @@ from experiments.benchmarks.accelerator.measurement import Context, Measurement
 from experiments.benchmarks.accelerator.process import ProcessError
 from experiments.benchmarks.accelerator.queue import QUEUE
 from experiments.common.checks import OptionError, check_writable, require, select_names
-from experiments.common.limits import expand
 from jaxkd._files import write_atomically
 from jaxkd._messages import shorten
 from jaxkd.cli import errors
+from jaxkd.cli.limits import expand
 
 COMMAND = "python -m experiments.benchmarks.accelerator"
 PROBE_SECONDS = 120.0

@@ -1,6 +1,6 @@
 """Test accuracy of ResNet-20 distilled from ResNet-56 on CIFAR-10 (JPEG), by method.
 
-The recipes of `experiments.common.method_terms` with the weights that RepDistiller and mdistiller
+The recipes of `jaxkd.distill.methods` with the weights that RepDistiller and mdistiller
 use for this pair on CIFAR-100, and RepDistiller's optimizer: SGD with momentum 0.9, learning rate
 0.05 for a batch of 64, divided by 10 at 150/240, 180/240 and 210/240 of the training, weight decay
 5e-4. CRD has the other images of the batch as negatives, not a bank.
@@ -15,7 +15,8 @@ import numpy as np
 from experiments.benchmarks import training_cases
 from experiments.benchmarks.accelerator import cifar, students
 from experiments.benchmarks.accelerator.measurement import Context, Outcome
-from experiments.common.method_terms import (
+from jaxkd import distill, losses, models, runs
+from jaxkd.distill.methods import (
     Method,
     attention_term,
     crd_term,
@@ -25,7 +26,6 @@ from experiments.common.method_terms import (
     make_loss,
     on_logits,
 )
-from jaxkd import distill, losses, models, runs
 
 STAGES = ("stage1", "stage2", "stage3")
 TEMPERATURE = 4.0

@@ -23,7 +23,7 @@ import numpy as np
 from experiments.benchmarks.accelerator.cifar import IMAGES_FILE
 from experiments.benchmarks.accelerator.jpeg_file import JpegSplit, write_jpegs
 from experiments.common import cli
-from experiments.common.limits import expand
+from jaxkd.cli.limits import expand
 from jaxkd.data import DataError, tfds_prepare, tfds_reader
 from jaxkd.data.errors import import_or_raise
 

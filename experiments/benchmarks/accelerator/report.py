@@ -22,8 +22,8 @@ import tyro
 from experiments.benchmarks.accelerator import fused, kd_rows, results, steps, students
 from experiments.benchmarks.accelerator.queue import QUEUE
 from experiments.common import cli
-from experiments.common.limits import expand
 from jaxkd._files import write_atomically
+from jaxkd.cli.limits import expand
 from jaxkd.runs import report as run_report
 
 Results = Mapping[str, Mapping[str, Any]]

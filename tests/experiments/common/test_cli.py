@@ -94,26 +94,3 @@ def test_help_wraps_text_where_the_terminal_ends(run, columns, capsys, monkeypat
     assert "A number" not in explanations
     # The source breaks this line, but a wide terminal has room for it.
     assert "same as the number of pixels" in options or columns < 120
-
-
-def test_keeps_memory_of_a_step_unless_the_user_has_decided(monkeypatch):
-    calls = []
-
-    class Library:
-        def __init__(self, name):
-            pass
-
-        def mallopt(self, option, value):
-            calls.append((option, value))
-
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(cli.ctypes, "CDLL", Library)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    cli._keep_freed_memory()
-    assert calls == []
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
-    cli._keep_freed_memory()
-    assert dict(calls) == {-1: 2**31 - 1, -3: 2**30, -8: 1}
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: object())
-    cli._keep_freed_memory()
-    assert len(calls) == 3

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import images, plans
+from experiments.common import images
 from experiments.common.cli import OptionError
 from experiments.common.images import Options
 from jaxkd import data, distill, layout, models, weights
+from jaxkd.distill.methods import supervised_loss
 from jaxkd.transfer import Rule
 from jaxkd.weights import save_safetensors
 
@@ -25,7 +26,7 @@ def test_stage_has_the_views_of_the_options():
     model = models.from_linen(models.CNN((4,), 4))
     examples = {"inputs": np.zeros((6, 8, 8, 1), np.uint8), "labels": np.arange(6)}
     plain, new_views, fixed_views = (
-        images.make_stage("stage", model, examples, plans.supervised_loss, options, steps=1)
+        images.make_stage("stage", model, examples, supervised_loss, options, steps=1)
         for options in (Options(), Options(augment=True), Options(augment=True, views=3))
     )
     assert (plain.augment, plain.views) == (None, None)

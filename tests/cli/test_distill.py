@@ -1,0 +1,272 @@
+"""Tests of `jaxkd distill`: plans, teachers from files, messages, and a run from start to end."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxkd import data, distill, models, weights
+from jaxkd.cli.distill import DistillCommand, make_plan
+from jaxkd.cli.main import main
+from jaxkd.distill import methods
+
+NAMES = ("dark", "light")
+SMALL = "CNN(features=(4,), hidden=8)"
+
+
+def make_dataset(num_classes=2, size=16, count=40, channels=3):
+    rng = np.random.default_rng(0)
+    labels = (np.arange(count) % num_classes).astype(np.int32)
+    brightness = 60 * labels[:, None, None, None] + 40
+    images = rng.integers(0, 40, (count, size, size, channels)) + brightness
+    split = data.Split(images.astype(np.uint8), labels)
+    names = NAMES if num_classes == 2 else tuple(f"class {i}" for i in range(num_classes))
+    return data.Dataset(split, split, split, names)
+
+
+def plan_of(dataset=None, **options):
+    options = {"data": "x", "student": SMALL, "teacher": SMALL} | options
+    return make_plan(DistillCommand(**options), dataset or make_dataset())
+
+
+def by_name(plan):
+    return {entry.name: entry for entry in plan}
+
+
+def save_torch(path, module, image_shape=(16, 16, 3)):
+    variables = models.from_linen(module).init(jax.random.key(1), np.zeros((1, *image_shape)))
+    weights.save_torch(path, variables, module.torch_rules())
+    return variables
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Returns a folder of photographs of two classes, dark and light."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 6)):
+        for label, name in enumerate(NAMES):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (12, 12, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.thorough
+def test_distil_then_predict(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = [
+        *("distill", "--data", str(photos), "--image-size", "16", "--teacher", SMALL),
+        *("--student", SMALL, "--method", "kd", "hint", "--num-seeds", "2", "--epochs", "8"),
+        *("--batch-size", "8", "--learning-rate", "0.01", "--workdir", str(run)),
+    ]
+    # As outside of the tests: optax's schedules mix floats and integers.
+    with jax.numpy_dtype_promotion("standard"):
+        main(arguments)
+    output = capsys.readouterr().out
+    assert "student_hint" in output and f"jaxkd predict {run} FILES" in output
+    rows = json.loads((run / "results.json").read_text())
+    assert [row["name"] for row in rows] == [
+        "teacher",
+        "student_alone",
+        "student_kd",
+        "student_hint",
+    ]
+    main(["predict", str(run), str(photos / "test" / "light"), "--json"])
+    classes = [row["classes"][0]["class"] for row in json.loads(capsys.readouterr().out)]
+    assert classes == ["light"] * 6
+    # The student of this run teaches the next one.
+    with jax.numpy_dtype_promotion("standard"):
+        main([*arguments[:6], str(run), *arguments[7:-1], str(tmp_path / "second")])
+    assert "student_kd" in capsys.readouterr().out
+
+
+def test_plan_of_several_methods_and_an_assistant():
+    plan = by_name(plan_of(method=("kd", "attention"), assistant=SMALL))
+    assert [*plan] == [
+        *("teacher", "student_alone", "assistant", "student_kd", "student_attention"),
+        *("student_kd_assisted", "student_attention_assisted"),
+    ]
+    assert plan["student_kd"].teachers == ("teacher",) and plan["student_kd"].cache_teachers
+    assert plan["student_kd_assisted"].teachers == ("assistant",)
+    # Its loss compares features, which a cache does not have.
+    assert not plan["student_attention"].cache_teachers
+
+
+def test_few_labels():
+    plan = by_name(plan_of(num_labels=6))
+    assert len(plan["student_alone"].examples(0)["labels"]) == 6
+    assert plan["student_kd"].examples(0)["labelled"].sum() == 6
+    assert len(plan["teacher"].examples(0)["labels"]) == 40
+
+
+def test_networks_that_are_not_named_suit_the_size(capsys):
+    plan = by_name(plan_of(make_dataset(size=28), teacher="auto", student="auto"))
+    output = capsys.readouterr().out
+    assert "the teacher is trained: CNN(features=(64, 128), hidden=128)" in output
+    assert "the student is CNN(features=(16, 32), hidden=32)" in output
+    assert plan["student_kd"].model.network.module.num_classes == 2
+
+
+def test_weights_with_the_same_classes_teach_as_they_are(tmp_path, capsys):
+    module = models.resnet20(num_classes=2)
+    variables = save_torch(tmp_path / "net.safetensors", module)
+    plan = by_name(plan_of(teacher=f"resnet20:{tmp_path / 'net.safetensors'}"))
+    assert isinstance(plan["teacher"], distill.Pretrained)
+    kernel = plan["teacher"].variables["params"]["logits"]["kernel"]
+    np.testing.assert_array_equal(kernel, variables["params"]["logits"]["kernel"])
+    output = capsys.readouterr().out
+    assert "dark is taken for its first one, light for its last one" in output
+    assert "normalised by the statistics of the data" in output
+
+
+def test_weights_with_other_classes_are_fine_tuned(tmp_path, capsys):
+    save_torch(tmp_path / "net.safetensors", models.resnet20(num_classes=10))
+    plan = by_name(plan_of(teacher=f"resnet20:{tmp_path / 'net.safetensors'}"))
+    stage = plan["teacher"]
+    assert isinstance(plan["pretrained"], distill.Pretrained) and stage.start == "pretrained"
+    fresh = stage.model.init(jax.random.key(0), make_dataset().train.images[:1])
+    start = stage.transfer(plan["pretrained"].variables, fresh)
+    assert start["params"]["logits"]["kernel"].shape == (64, 2)
+    assert not np.any(start["params"]["logits"]["kernel"])
+    assert "gets a new last layer and is fine-tuned" in capsys.readouterr().out
+
+
+def test_statistics_of_a_teacher(tmp_path):
+    save_torch(tmp_path / "net.safetensors", models.resnet20(num_classes=2))
+    plan = by_name(
+        plan_of(
+            teacher=f"resnet20:{tmp_path / 'net.safetensors'}",
+            teacher_mean=(0.1, 0.2, 0.3),
+            teacher_std=(0.4, 0.5, 0.6),
+        )
+    )
+    assert plan["teacher"].model.network.mean == pytest.approx((0.1, 0.2, 0.3))
+
+
+def save_run(folder, names=NAMES):
+    network = models.from_linen(models.CNN((4,), 8, num_classes=2))
+    model = models.with_input_normalization(network, [0.5] * 3, [0.25] * 3)
+    images = make_dataset().train.images
+    variables = model.init(jax.random.key(3), images[:1])
+    folder.mkdir()
+    weights.save_student(folder, model, variables, images[0], class_names=names)
+    return model, variables
+
+
+def test_student_of_a_run_teaches_with_its_classes_in_the_order_of_the_data(tmp_path, capsys):
+    model, variables = save_run(tmp_path / "run", names=("light", "dark"))
+    teacher = by_name(plan_of(teacher=str(tmp_path / "run")))["teacher"]
+    images = make_dataset().train.images[:4]
+    logits = teacher.model.apply(teacher.variables, images, train=False)[0].logits
+    expected = model.apply(variables, images, train=False)[0].logits[:, ::-1]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
+    assert "matched by name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student": "resnet21"}, "--student: there is no network 'resnet21'"),
+        ({"student": "CNN(features=(4, 4, 4, 4, 4))"}, "--student .* does not fit images of 16 x"),
+        ({"student": "CNN(num_classes=3)"}, "the data has 2 classes: leave out num_classes"),
+        ({"student": "LSTMClassifier(vocab_size=9)"}, "does not fit images"),
+        ({"teacher": "resnet20:gone.th"}, "there is no file gone.th"),
+        ({"teacher": "gone/resnet20.th"}, "write NETWORK:gone/resnet20.th"),
+        ({"teacher": "nothing:pyproject.toml"}, "there is no network 'nothing'"),
+        ({"method": ("kdd",)}, "--method kdd: there is no method 'kdd': choose from kd"),
+        ({"method": ("dkd",), "num_labels": 4}, "--method dkd reads the label of every image"),
+        ({"num_labels": 400}, "400 labelled images asked for"),
+        ({"teacher": "CNN(features=(4, 8), hidden=8)", "method": ("attention",)}, None),
+        ({"teacher": "resnet20", "method": ("attention",)}, "--method attention"),
+    ],
+)
+def test_bad_options(options, message):
+    if message is None:
+        assert plan_of(**options)
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        plan_of(**options)
+    assert len(str(error.value)) <= 300
+
+
+def test_teacher_without_the_classes_of_the_data(tmp_path):
+    save_run(tmp_path / "run", names=("cat", "dog"))
+    with pytest.raises(ValueError, match="--teacher .*: "):
+        plan_of(teacher=str(tmp_path / "run"))
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    save_torch(tmp_path / "net.safetensors", models.resnet32(num_classes=2))
+    with pytest.raises(ValueError, match="does not fit: .* is missing or left over"):
+        plan_of(teacher=f"resnet20:{tmp_path / 'net.safetensors'}")
+
+
+def test_colour_weights_for_grey_images(tmp_path):
+    save_torch(tmp_path / "net.safetensors", models.resnet20(num_classes=2))
+    with pytest.raises(ValueError, match="grey|conv"):
+        plan_of(make_dataset(channels=1), teacher=f"resnet20:{tmp_path / 'net.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs: must be at least 1"),
+        (["--alpha", "2"], "--alpha: must be from 0 to 1"),
+        (["--temperature", "0"], "--temperature"),
+        (["--method", "kd", "kd"], "--method names one twice"),
+        (["--teacher-mean", "0.5"], "give both, or none"),
+        (["--num-seeds", "100000"], "--num-seeds 100000: must be at most 10,000"),
+        (["--workdir", "/dev/null/x"], "--workdir"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--data", "no such data", *arguments])
+    assert message in str(stop.value.code)
+
+
+def test_unknown_data():
+    with pytest.raises(SystemExit, match="no such folder|no dataset|there is no"):
+        main(["distill", "--data", "nowhere/at/all"])
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_has_a_finite_gradient(name):
+    dataset = make_dataset()
+    networks = [models.from_linen(models.CNN((4,), width, num_classes=2)) for width in (8, 12)]
+    images = dataset.train.images[:8].astype(np.float32) / 255
+    variables = [model.init(jax.random.key(i), images) for i, model in enumerate(networks)]
+    outputs = [
+        model.apply(weights_, images, train=False)[0]
+        for model, weights_ in zip(networks, variables, strict=True)
+    ]
+    method = methods.make_method(name, *outputs, temperature=2.0)
+    params = method.init(jax.random.key(0)) if method.init else None
+    context = distill.LossContext(0, 0.0, jax.random.key(0), params, 0)
+    loss = methods.make_loss(method)
+    batch = {"labels": dataset.train.labels[:8]}
+
+    def value(logits):
+        student = outputs[0]._replace(logits=logits)
+        return loss(student, (outputs[1],), batch, context)
+
+    values = value(outputs[0].logits)
+    assert values.shape == (8,) and np.isfinite(values).all()
+    gradient = jax.grad(lambda logits: value(logits).mean())(outputs[0].logits)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+def test_unlabelled_examples_have_the_term_alone():
+    networks = models.from_linen(models.CNN((4,), 8, num_classes=2))
+    images = make_dataset().train.images[:4].astype(np.float32) / 255
+    outputs = networks.apply(networks.init(jax.random.key(0), images), images, train=False)[0]
+    method = methods.make_method("jsd", outputs, outputs, temperature=2.0)
+    batch = {"labels": np.zeros(4, np.int32), "labelled": np.array([True, False, True, False])}
+    context = distill.LossContext(0, 0.0, jax.random.key(0), None, 0)
+    values = methods.make_loss(method)(outputs, (outputs,), batch, context)
+    # Student and teacher agree, so that the term is 0.
+    assert (np.asarray(values) > 1e-3).tolist() == [True, False, True, False]
