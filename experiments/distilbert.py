@@ -36,6 +36,7 @@ from jax import Array
 from experiments.common import cli, plans, texts
 from experiments.common.options import make_model, num_steps
 from jaxkd import distill, losses, transfer
+from jaxkd.cli.berts import load_classifier, make_transfer
 from jaxkd.data import tokens
 from jaxkd.distill import Batch, LossContext, LossFn
 from jaxkd.distill.methods import supervised_loss
@@ -225,7 +226,7 @@ def cut_from_teacher(config: Config, teacher: Any) -> Student:
         f"{num_layers - 1}",
     )
     rules = transfer.layer_rules("params/block{i}/{rest...}", layers)
-    start = {"start": "teacher", "transfer": texts.make_transfer(rules)}
+    start = {"start": "teacher", "transfer": make_transfer(rules)}
     return Student(teacher.clone(layers=len(layers)), start)
 
 
@@ -242,7 +243,7 @@ def load_student(name: str, config: Config, data: texts.TextData) -> Student:
         DataError: If its tokenizer is not the teacher's.
     """
     teacher = data.bert.module
-    bert = texts.load_bert_classifier(name, data.bert.class_names)
+    bert = load_classifier(name, data.bert.class_names)
     student = bert.module
     tokens.check_same_tokenizer(data.bert.tokenizer, bert.tokenizer)
     longest = data.buckets.lengths[-1]

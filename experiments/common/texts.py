@@ -1,11 +1,9 @@
 """Options, tokens, BERT and its fine-tuning for the experiments on texts."""
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
@@ -13,18 +11,14 @@ from experiments.common import options as common_options
 from experiments.common import plans
 from experiments.common.cli import require
 from jaxkd import distill, models, runs, transfer
-from jaxkd._messages import list_some
-from jaxkd.data import DataError, match_classes, text, tokens
+from jaxkd.cli.berts import load_classifier, lowest_layers
+from jaxkd.data import text, tokens
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill.methods import supervised_loss
 from jaxkd.weights import hub
 
 NUM_BUCKETS = 3
 """Number of lengths to which batches are cut. Each is compiled."""
-WARM_UP = 0.1
-"""Fraction of the steps in which the learning rate rises, as in BERT's fine-tuning."""
-WEIGHT_DECAY = 0.01
-"""Weight decay of AdamW, as in BERT's fine-tuning."""
 
 TIMING: dict[str, Any] = {"throughput_batch": 32, "repeats": 10}
 """How models of texts are timed. They take longer than those of small images."""
@@ -105,51 +99,6 @@ class TextData(NamedTuple):
     max_length: int
 
 
-def load_bert_classifier(name: str, class_names: Sequence[str]) -> hub.PretrainedBERT:
-    """Loads a pretrained BERT that classifies the mean of the tokens' states, to be fine-tuned.
-
-    Args:
-        name: Its folder or package.
-        class_names: The classes of the data, by label.
-
-    Returns:
-        The BERT. Its last layer has the classes of the data in their order. It is random unless the
-        folder has a classifier of as many classes.
-    """
-    with warnings.catch_warnings():
-        # Fine-tuning begins with a random layer.
-        warnings.filterwarnings("ignore", ".*the classifier is drawn at random")
-        bert = hub.load_bert(
-            name, num_classes=len(class_names), key=jax.random.key(0), pooling=models.mean_pooling
-        )
-    if not bert.class_names:
-        return bert._replace(class_names=tuple(class_names))
-    return _order_classifier(name, bert, class_names)
-
-
-def _order_classifier(
-    name: str, bert: hub.PretrainedBERT, class_names: Sequence[str]
-) -> hub.PretrainedBERT:
-    """Brings the outputs of a fine-tuned classifier into the order of the data's classes."""
-    try:
-        order = match_classes(bert.class_names, class_names)
-    except DataError:
-        if distill.is_primary_process():
-            print(
-                f"{name} classifies {list_some(bert.class_names)}: its fine-tuning starts from "
-                f"{bert.class_names[0]} for {class_names[0]}, and so on in this order"
-            )
-        return bert._replace(class_names=tuple(class_names))
-    if (order != np.arange(len(order))).any() and distill.is_primary_process():
-        print(f"the classes of {name} are in another order: they are matched by name")
-    # The last axis of the kernel and of the bias is that of the classes.
-    logits = jax.tree.map(lambda leaf: leaf[..., order], bert.variables["params"]["logits"])
-    params = bert.variables["params"] | {"logits": logits}
-    return bert._replace(
-        variables=bert.variables | {"params": params}, class_names=tuple(class_names)
-    )
-
-
 def load(options: Options) -> text.TextDataset:
     """Loads the texts that the options name."""
     dataset = text.load_texts(
@@ -175,7 +124,7 @@ def encode(
         dataset: The texts, from `load`.
         unlabelled: Further texts, and the origin of each for messages.
     """
-    bert = load_bert_classifier(options.bert, dataset.class_names)
+    bert = load_classifier(options.bert, dataset.class_names)
     num_layers = bert.module.layers
     max_positions = bert.module.positions
     require(
@@ -239,24 +188,8 @@ def fine_tuning(
         frozen_layers: Number of the lowest layers that are not trained, with the embeddings; -1
             trains everything.
     """
-    warm_up_steps = max(1, int(WARM_UP * steps))
-    rise = optax.linear_schedule(0.0, learning_rate, warm_up_steps)
-    fall = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warm_up_steps))
-    schedule = optax.join_schedules((rise, fall), [warm_up_steps])
-    tx = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
-    if frozen_layers < 0:
-        return tx
-    blocks = (f"block{i}/{{rest...}}" for i in range(frozen_layers))
-    return transfer.freeze(tx, "{kind}_embedding{rest...}", "embedding_norm/{rest...}", *blocks)
-
-
-def make_transfer(rules: Sequence[transfer.Rule]) -> Callable[[dict, dict], dict]:
-    """Makes the function that converts the teacher's weights to a student's, by rules."""
-
-    def convert(source: dict, fresh: dict) -> dict:
-        return transfer.transfer(source, fresh, rules=tuple(rules))[0]
-
-    return convert
+    frozen = lowest_layers(frozen_layers) if frozen_layers >= 0 else ()
+    return transfer.fine_tuning_optimizer(learning_rate, steps, frozen=frozen)
 
 
 def train_teacher(run: runs.Run, options: Options, data: TextData) -> distill.TrainedModel:

@@ -80,6 +80,17 @@ def errors_in_one_line(*expected: type[Exception]) -> Generator[None]:
         )
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError` with a message unless a condition on the options holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def option_name(field: str) -> str:
+    """Returns the option of a field, such as `--num-seeds`."""
+    return f"--{field.replace('_', '-')}"
+
+
 def exit_with(error: object) -> None:
     """Ends the process with an error of one line. A command that it ends with is never cut."""
     command = getattr(error, "command", "")

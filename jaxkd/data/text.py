@@ -64,6 +64,22 @@ class TextDataset(NamedTuple):
     class_names: tuple[str, ...]
 
 
+def is_text_source(
+    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
+) -> bool:
+    """Returns whether a name or path stands for texts rather than images.
+
+    Args:
+        name: A folder with tables, or a TensorFlow dataset. One that is not prepared yet is taken
+            for images.
+        data_dir: The folder of TensorFlow datasets, as for `load_texts`.
+    """
+    path = expand_user_path(os.fspath(name))
+    if os.path.isdir(path):
+        return any(_list_tables(path, names) for names in FILE_NAMES.values())
+    return tfds_texts.is_prepared_text(os.fspath(name), tfds_prepare.resolve_data_dir(data_dir))
+
+
 def load_texts(
     name: str | os.PathLike[str],
     data_dir: str | os.PathLike[str] | None = None,
@@ -304,12 +320,16 @@ def _read_tfds(name: str, data_dir: Path) -> TextDataset:
 
 def _find_table(folder: Path, names: Sequence[str]) -> Path | None:
     """Finds the table of a split; a warning says which is read if there are several."""
-    paths = [folder / f"{name}{suffix}" for name in names for suffix in tables.SUFFIXES]
-    found = [path for path in paths if os.path.isfile(path)]
+    found = _list_tables(folder, names)
     if len(found) > 1:
         others = list_some(path.name for path in found[1:])
         warn(f"{found[0]} is read, {others} beside it not")
     return found[0] if found else None
+
+
+def _list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
+    paths = [folder / f"{name}{suffix}" for name in names for suffix in tables.SUFFIXES]
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _sort_known_classes(

@@ -12,6 +12,16 @@ Columns = tuple[tuple[str, ...], np.ndarray, tuple[str, ...]]
 """Texts, labels and origins of a split."""
 
 
+def is_prepared_text(name: str, data_dir: Path) -> bool:
+    """Returns whether a TensorFlow dataset is prepared and has texts and no images."""
+    try:
+        folder = tfds_prepare.find_prepared(name, data_dir)
+        features = (folder / "features.json").read_text(encoding="utf-8") if folder else ""
+    except (DataError, OSError, ValueError):
+        return False
+    return "text_feature.Text" in features and "image_feature" not in features
+
+
 def read_tfds_texts(name: str, data_dir: Path) -> tuple[dict[str, Columns], tuple[str, ...]]:
     """Reads a TensorFlow dataset, and prepares it first if it is missing.
 

@@ -54,6 +54,43 @@ def freeze(tx: optax.GradientTransformation, *patterns: str) -> optax.GradientTr
     return optax.partition({"trained": tx, "frozen": frozen}, label)
 
 
+def fine_tuning_optimizer(
+    learning_rate: float, steps: int, *, frozen: Iterable[str] = (), weight_decay: float = 0.01
+) -> optax.GradientTransformation:
+    """Makes the optimizer with which BERT is fine-tuned.
+
+    AdamW, whose learning rate rises linearly for a tenth of the steps and falls linearly to 0.
+
+    Args:
+        learning_rate: The highest learning rate, such as 5e-5.
+        steps: Number of training steps.
+        frozen: Patterns of the parameters that are not trained, as for `freeze`.
+        weight_decay: Weight decay.
+
+    Returns:
+        The optimizer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxkd.transfer import fine_tuning_optimizer
+        >>> params = {"embedding": jnp.ones(2), "logits": {"kernel": jnp.ones(3)}}
+        >>> tx = fine_tuning_optimizer(5e-5, 100, frozen=["embedding"])
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["embedding"]
+        Array([-0., -0.], dtype=float32)
+
+    References:
+        Devlin et al., BERT, https://arxiv.org/abs/1810.04805
+    """
+    rise_steps = max(1, steps // 10)
+    rise = optax.linear_schedule(0.0, learning_rate, rise_steps)
+    fall = optax.linear_schedule(learning_rate, 0.0, max(1, steps - rise_steps))
+    schedule = optax.join_schedules((rise, fall), [rise_steps])
+    tx = optax.adamw(schedule, weight_decay=weight_decay)
+    patterns = tuple(frozen)
+    return freeze(tx, *patterns) if patterns else tx
+
+
 def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
     """Multiplies updates by factors that depend on the path, for layer-wise learning rates.
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from jaxkd import data, distill, models, weights
-from jaxkd.cli.distill import DistillCommand, make_plan
+from jaxkd.cli.distill import DistillCommand
+from jaxkd.cli.distillation import make_plan
+from jaxkd.cli.image_problem import ImageProblem
 from jaxkd.cli.main import main
 from jaxkd.distill import methods
 
@@ -27,8 +29,10 @@ def make_dataset(num_classes=2, size=16, count=40, channels=3):
 
 
 def plan_of(dataset=None, **options):
-    options = {"data": "x", "student": SMALL, "teacher": SMALL} | options
-    return make_plan(DistillCommand(**options), dataset or make_dataset())
+    options = DistillCommand(**{"data": "x", "student": SMALL, "teacher": SMALL} | options)
+    statistics = (options.teacher_mean, options.teacher_std) if options.teacher_mean else None
+    problem = ImageProblem(dataset or make_dataset(), statistics=statistics)
+    return make_plan(options, problem, problem.make_teacher(options.teacher))
 
 
 def by_name(plan):
@@ -104,11 +108,13 @@ def test_few_labels():
 
 
 def test_networks_that_are_not_named_suit_the_size(capsys):
-    plan = by_name(plan_of(make_dataset(size=28), teacher="auto", student="auto"))
+    problem = ImageProblem(make_dataset(size=28))
+    assert problem.default_student == "CNN(features=(16, 32), hidden=32)"
+    problem.make_teacher("auto")
     output = capsys.readouterr().out
     assert "the teacher is trained: CNN(features=(64, 128), hidden=128)" in output
-    assert "the student is CNN(features=(16, 32), hidden=32)" in output
-    assert plan["student_kd"].model.network.module.num_classes == 2
+    large = ImageProblem(make_dataset(size=96)).default_student
+    assert large == "CNN(features=(16, 32, 64, 64), hidden=32)"
 
 
 def test_weights_with_the_same_classes_teach_as_they_are(tmp_path, capsys):
@@ -125,11 +131,10 @@ def test_weights_with_the_same_classes_teach_as_they_are(tmp_path, capsys):
 
 def test_weights_with_other_classes_are_fine_tuned(tmp_path, capsys):
     save_torch(tmp_path / "net.safetensors", models.resnet20(num_classes=10))
-    plan = by_name(plan_of(teacher=f"resnet20:{tmp_path / 'net.safetensors'}"))
-    stage = plan["teacher"]
-    assert isinstance(plan["pretrained"], distill.Pretrained) and stage.start == "pretrained"
-    fresh = stage.model.init(jax.random.key(0), make_dataset().train.images[:1])
-    start = stage.transfer(plan["pretrained"].variables, fresh)
+    problem = ImageProblem(make_dataset())
+    teacher = problem.make_teacher(f"resnet20:{tmp_path / 'net.safetensors'}")
+    fresh = teacher.model.init(jax.random.key(0), make_dataset().train.images[:1])
+    start = teacher.fine_tuning["transfer"](teacher.variables, fresh)
     assert start["params"]["logits"]["kernel"].shape == (64, 2)
     assert not np.any(start["params"]["logits"]["kernel"])
     assert "gets a new last layer and is fine-tuned" in capsys.readouterr().out
@@ -171,14 +176,14 @@ def test_student_of_a_run_teaches_with_its_classes_in_the_order_of_the_data(tmp_
     ("options", "message"),
     [
         ({"student": "resnet21"}, "--student: there is no network 'resnet21'"),
-        ({"student": "CNN(features=(4, 4, 4, 4, 4))"}, "--student .* does not fit images of 16 x"),
+        ({"student": "CNN(features=(4, 4, 4, 4, 4))"}, "--student .* does not fit inputs of 16 x"),
         ({"student": "CNN(num_classes=3)"}, "the data has 2 classes: leave out num_classes"),
-        ({"student": "LSTMClassifier(vocab_size=9)"}, "does not fit images"),
+        ({"student": "LSTMClassifier(vocab_size=9)"}, "does not fit inputs"),
         ({"teacher": "resnet20:gone.th"}, "there is no file gone.th"),
         ({"teacher": "gone/resnet20.th"}, "write NETWORK:gone/resnet20.th"),
         ({"teacher": "nothing:pyproject.toml"}, "there is no network 'nothing'"),
         ({"method": ("kdd",)}, "--method kdd: there is no method 'kdd': choose from kd"),
-        ({"method": ("dkd",), "num_labels": 4}, "--method dkd reads the label of every image"),
+        ({"method": ("dkd",), "num_labels": 4}, "--method dkd reads every label"),
         ({"num_labels": 400}, "400 labelled images asked for"),
         ({"teacher": "CNN(features=(4, 8), hidden=8)", "method": ("attention",)}, None),
         ({"teacher": "resnet20", "method": ("attention",)}, "--method attention"),

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from experiments import distilbert, sentiment
 from experiments.common import plans, texts
 from jaxkd import losses, runs, transfer
+from jaxkd.cli.berts import load_classifier, make_transfer
 from jaxkd.distill import LossContext, TrainedModel
 from jaxkd.models import BERT, Outputs, from_linen, mean_pooling
 from jaxkd.weights import load_weights, read_class_names, to_torch
@@ -248,7 +249,7 @@ def test_a_fine_tuned_classifier_is_matched_by_name(names, order, message, tmp_p
     config["id2label"] = dict(enumerate(names))
     (folder / "config.json").write_text(json.dumps(config))
     kernel = load_weights(folder / "model.safetensors")["classifier.weight"].T
-    bert = texts.load_bert_classifier(str(folder), ("negative", "positive"))
+    bert = load_classifier(str(folder), ("negative", "positive"))
     np.testing.assert_array_equal(bert.variables["params"]["logits"]["kernel"], kernel[:, order])
     assert bert.class_names == ("negative", "positive")
     output = capsys.readouterr().out
@@ -405,7 +406,7 @@ def test_a_text_that_is_too_long_for_bert_is_named(sentences, bert, tmp_path, re
 
 
 def test_layer_rules_leave_out_the_other_layers():
-    convert = texts.make_transfer(transfer.layer_rules("params/block{i}/{rest...}", (1,)))
+    convert = make_transfer(transfer.layer_rules("params/block{i}/{rest...}", (1,)))
     source = {"params": {"block0": {"w": np.zeros(2)}, "block1": {"w": np.ones(2)}}}
     fresh = {"params": {"block0": {"w": np.zeros(2)}}}
     assert convert(source, fresh)["params"]["block0"]["w"].tolist() == [1, 1]

@@ -1,0 +1,197 @@
+"""Images for `jaxkd distill`: networks that fit, and teachers from files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd import data, models, weights
+from jaxkd._messages import list_some, shorten
+from jaxkd.cli.problem import Defaults, Problem, Student, Teacher
+from jaxkd.transfer import Rule, TransferError, transfer
+from jaxkd.weights.files import RUN_FILE
+from jaxkd.weights.students import CARD_FILE
+
+Statistics = tuple[Any, Any]
+"""Mean and standard deviation of each channel, in units of full brightness."""
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
+_TRAINED_ON_IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+_TEACHER_CHANNELS = (64, 128, 128, 128)
+_STUDENT_CHANNELS = (16, 32, 64, 64)
+
+
+class ImageProblem(Problem):
+    """Classification of images."""
+
+    defaults = Defaults(epochs=10, batch_size=128, learning_rate=1e-3)
+
+    def __init__(
+        self, dataset: data.Dataset, *, augment: bool = False, statistics: Statistics | None = None
+    ) -> None:
+        """Keeps the data.
+
+        Args:
+            dataset: The images.
+            augment: Whether they are cropped and flipped at random.
+            statistics: Those with which the teacher's weights were trained. By default the known
+                ones, or those of the data.
+        """
+        super().__init__(
+            [split.examples for split in dataset[:3]],
+            dataset.class_names,
+            augment=data.crop_and_flip if augment else None,
+        )
+        self._statistics = statistics
+        self.default_student = _describe_cnn(_STUDENT_CHANNELS, 32, self._side)
+
+    def make_student(self, description: str, *, option: str) -> Student:
+        """See `Problem`."""
+        return Student(self._make_network(description, option), {})
+
+    def make_teacher(self, name: str) -> Teacher:
+        """Makes the teacher that `--teacher` names.
+
+        Args:
+            name: `auto`; a description of a network, which is trained; `NETWORK:FILE` with weights;
+                or the folder of a run, whose student teaches.
+        """
+        if name == "auto":
+            name = _describe_cnn(_TEACHER_CHANNELS, 128, self._side)
+            print(f"the teacher is trained: {name}")
+        network, separator, file = name.partition(":")
+        if Path(name).is_dir():
+            return self._load_student(Path(name))
+        if separator and file:
+            return self._load_weights(network, Path(file))
+        if "/" in name or Path(name).exists():
+            raise ValueError(
+                f"--teacher {shorten(name, 80)}: write NETWORK:{shorten(name, 80)} for a file of "
+                "weights, such as resnet20:weights.th, or the folder of a run"
+            )
+        return Teacher(self._make_network(name, "--teacher"))
+
+    @property
+    def _images(self) -> np.ndarray:
+        return self.train["inputs"]
+
+    @property
+    def _side(self) -> int:
+        return self._images.shape[1]
+
+    def _make_network(self, description: str, option: str) -> models.Model:
+        module = self.make_module(description, option=option)
+        statistics = data.channel_statistics(self._images)
+        model = models.with_input_normalization(models.from_linen(module), *statistics)
+        return self.check_model(model, owner=f"{option} {shorten(description, 60)}")
+
+    def _load_student(self, folder: Path) -> Teacher:
+        """Makes a teacher of the student of a run."""
+        option = f"--teacher {shorten(folder, 80)}"
+        if not (folder / CARD_FILE).is_file() or not (folder / RUN_FILE).is_file():
+            raise ValueError(f"{option} has no {CARD_FILE} and {RUN_FILE} of a finished run")
+        card = weights.read_card(folder)
+        if card.network is None or card.inputs != "images":
+            raise ValueError(
+                f"{option}: its student is no network of jaxkd.models that reads images"
+            )
+        model = models.from_linen(models.make_module(card.network))
+        if card.mean is not None and card.std is not None:
+            model = models.with_input_normalization(model, np.array(card.mean), np.array(card.std))
+        teacher = Teacher(model, jax.device_put(weights.load_safetensors(folder)))
+        return self._match_classes(teacher, card.class_names, option)
+
+    def _load_weights(self, network: str, file: Path) -> Teacher:
+        """Makes a teacher of a file of weights, which is fine-tuned if it has other classes."""
+        option = f"--teacher {network}:{shorten(file, 80)}"
+        if not file.exists():
+            raise ValueError(f"{option}: there is no file {shorten(file, 80)}")
+        module = self.make_module(network, option="--teacher")
+        if not hasattr(module, "torch_rules"):
+            raise ValueError(f"{option}: {network} takes no weights of PyTorch")
+        statistics = self._statistics or self._find_statistics(network)
+        model = models.with_input_normalization(models.from_linen(module), *statistics)
+        self.check_model(model, owner=option)
+        fresh = jax.jit(model.init)(jax.random.key(0), self._images[:1])
+        try:
+            variables, report = weights.load_variables(
+                file, fresh, module.torch_rules(), strict=False
+            )
+        except TransferError as error:
+            raise ValueError(
+                f"{option}: {str(error.report).splitlines()[0]}; `jaxkd convert` shows the details"
+            ) from error
+        lacking = [*report.missing, *(mismatch[0] for mismatch in report.mismatched)]
+        others = [path for path in lacking if not path.startswith("params/logits/")]
+        if others or report.unexpected:
+            raise ValueError(
+                f"{option} does not fit: {list_some([*others, *report.unexpected])} is missing or "
+                "left over; `jaxkd convert` shows the details"
+            )
+        if lacking:
+            print(f"{network} knows other classes: it gets a new last layer and is fine-tuned")
+            # A batch is too small to estimate the statistics, so those of the weights are kept.
+            frozen = models.with_frozen_batch_stats(model)
+            return Teacher(frozen, variables, {"transfer": transfer_all_but_head})
+        teacher = Teacher(model, jax.device_put(variables))
+        if names := _read_names(file):
+            return self._match_classes(teacher, names, option)
+        print(
+            f"{file.name} does not name its classes: {self.class_names[0]} is taken for its first "
+            f"one, {self.class_names[-1]} for its last one, and so on in this order"
+        )
+        return teacher
+
+    def _find_statistics(self, network: str) -> Statistics:
+        name = network.partition("(")[0]
+        if self._images.shape[-1] != 3:
+            raise ValueError(f"the images are grey, but the weights of {name} are for colours")
+        if name == "efficientnet_lite0":
+            mean, std = _LITE
+        elif name in _TRAINED_ON_IMAGENET or name.startswith("efficientnet"):
+            mean, std = _IMAGENET
+        else:
+            mean, std = data.channel_statistics(self._images)
+            print(
+                f"the images of {name} are normalised by the statistics of the data: name others "
+                "by --teacher-mean and --teacher-std if its weights were trained with others"
+            )
+        return np.asarray(mean), np.asarray(std)
+
+    def _match_classes(self, teacher: Teacher, names: Sequence[str], option: str) -> Teacher:
+        """Brings a teacher's classes into the order of the data's, by their names."""
+        try:
+            order = data.match_classes(names, self.class_names)
+        except data.DataError as error:
+            raise ValueError(f"{option}: {error}") from error
+        model = teacher.model
+        if (order != np.arange(len(order))).any():
+            print("teacher and images have their classes in other orders: they are matched by name")
+            model = models.with_class_order(model, order)
+        return teacher._replace(model=self.check_model(model, owner=option))
+
+
+def transfer_all_but_head(source: dict, fresh: dict) -> dict:
+    """Returns the weights of another network, with a last layer of zeros."""
+    # A random last layer would need more epochs.
+    head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
+    fresh = {**fresh, "params": {**fresh["params"], "logits": head}}
+    rules = (Rule("params/logits/{rest...}", None),)
+    return transfer(source, fresh, rules=rules, strict=False)[0]
+
+
+def _describe_cnn(channels: Sequence[int], hidden: int, side: int) -> str:
+    """Describes a CNN whose convolutions halve images of a side down to about five pixels."""
+    count = 2 if side < 48 else 3 if side < 80 else 4
+    return f"CNN(features={tuple(channels[:count])}, hidden={hidden})"
+
+
+def _read_names(file: Path) -> Sequence[str]:
+    try:
+        return weights.read_class_names(file)
+    except ValueError:  # a PyTorch file
+        return ()
