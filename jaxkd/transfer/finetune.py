@@ -71,13 +71,12 @@ def fine_tuning_optimizer(
         The optimizer.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from jaxkd.transfer import fine_tuning_optimizer
         >>> params = {"embedding": jnp.ones(2), "logits": {"kernel": jnp.ones(3)}}
         >>> tx = fine_tuning_optimizer(5e-5, 100, frozen=["embedding"])
-        >>> updates, _ = tx.update(params, tx.init(params), params)
-        >>> updates["embedding"]
-        Array([-0., -0.], dtype=float32)
+        >>> {leaf.shape for leaf in jax.tree.leaves(tx.init(params))} == {(), (3,)}
+        True
 
     References:
         Devlin et al., BERT, https://arxiv.org/abs/1810.04805
