@@ -38,6 +38,7 @@ PACKAGES = {
     "rich": Package("experiments", "rich"),
     "tensorflow_datasets": Package("experiments", "tensorflow-datasets"),
     "tyro": Package("experiments", "tyro"),
+    "jax2onnx": Package("onnx", "jax2onnx"),
     "sacrebleu": Package("text", "sacrebleu"),
     "tokenizers": Package("text", "tokenizers"),
     "tensorflow": Package(None, "tensorflow"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxkd import data, models, weights
 from jaxkd._messages import list_some, shorten
+from jaxkd.cli.errors import require
 from jaxkd.cli.problem import Defaults, Problem, Student, Teacher
 from jaxkd.transfer import Rule, TransferError, transfer
 from jaxkd.weights.files import RUN_FILE
@@ -94,15 +95,12 @@ class ImageProblem(Problem):
         option = f"--teacher {shorten(folder, 80)}"
         if not (folder / CARD_FILE).is_file() or not (folder / RUN_FILE).is_file():
             raise ValueError(f"{option} has no {CARD_FILE} and {RUN_FILE} of a finished run")
-        card = weights.read_card(folder)
-        if card.network is None or card.inputs != "images":
-            raise ValueError(
-                f"{option}: its student is no network of jaxkd.models that reads images"
-            )
-        model = models.from_linen(models.make_module(card.network))
-        if card.mean is not None and card.std is not None:
-            model = models.with_input_normalization(model, np.array(card.mean), np.array(card.std))
-        teacher = Teacher(model, jax.device_put(weights.load_safetensors(folder)))
+        try:
+            model, variables, card = weights.load_network(folder)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from error
+        require(card.inputs == "images", f"{option}: its student reads {card.inputs}, not images")
+        teacher = Teacher(model, jax.device_put(variables))
         return self._match_classes(teacher, card.class_names, option)
 
     def _load_weights(self, network: str, file: Path) -> Teacher:

@@ -173,7 +173,9 @@ class BERT(nn.Module):
         positions = self.param("position_embedding", _normal, (self.positions, self.hidden))
         offset = positions[: tokens.shape[1]]
         if self.segments:
-            offset += self.param("segment_embedding", _normal, (self.segments, self.hidden))[:1]
+            segments = self.param("segment_embedding", _normal, (self.segments, self.hidden))
+            # Not in place, which would change variables that are NumPy arrays.
+            offset = offset + segments[:1]
         return x + offset[None]
 
     def _check_tokens(self, tokens: Array) -> None:

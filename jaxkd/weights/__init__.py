@@ -1,5 +1,6 @@
 """Files of weights in and out: PyTorch, safetensors, exported programs and hub folders."""
 
+from jaxkd.weights.onnx_files import save_onnx
 from jaxkd.weights.programs import save_program
 from jaxkd.weights.safetensors_files import (
     load_safetensors,
@@ -8,7 +9,7 @@ from jaxkd.weights.safetensors_files import (
     save_safetensors,
 )
 from jaxkd.weights.student_card import StudentCard
-from jaxkd.weights.students import Student, load_student, read_card, save_student
+from jaxkd.weights.students import Student, load_network, load_student, read_card, save_student
 from jaxkd.weights.torch_files import (
     from_torch,
     load_variables,
@@ -24,6 +25,7 @@ __all__ = [
     "Student",
     "StudentCard",
     "from_torch",
+    "load_network",
     "load_safetensors",
     "load_student",
     "load_variables",
@@ -32,6 +34,7 @@ __all__ = [
     "read_class_names",
     "read_safetensors",
     "read_torch",
+    "save_onnx",
     "save_program",
     "save_safetensors",
     "save_student",

@@ -309,37 +309,55 @@ def _load_program(path: Path) -> Student:
     return Student(card, program.call, tokenizer)
 
 
-def _load_weights(folder: Path) -> Student:
+def load_network(folder: str | os.PathLike) -> tuple["Model", dict, StudentCard]:
+    """Makes the model of a saved student from its description and its weights; needs Flax.
+
+    Args:
+        folder: The folder of a run or of a student.
+
+    Returns:
+        The model with its normalisation, its variables, and the description.
+
+    Raises:
+        ValueError: If the student is no network of `jaxkd.models`, or it is damaged.
+        OSError: If a file does not exist or cannot be read.
+    """
     from jaxkd import models
 
+    folder = Path(folder)
     card = read_card(folder)
     if card.network is None:
         raise ValueError(
-            f"{folder} has the weights of a network that jaxkd cannot make: {PROGRAM_FILE} is "
-            "needed"
+            f"{folder} has the weights of a network that jaxkd cannot make: use its {PROGRAM_FILE}"
         )
     variables = load_safetensors(folder / RUN_FILE)
     model = models.from_linen(models.make_module(card.network))
     if card.mean is not None and card.std is not None:
         model = models.with_input_normalization(model, np.array(card.mean), np.array(card.std))
-    if card.inputs == "texts":
-        tokenizer = _read_tokenizer((folder / TOKENIZER_FILE).read_bytes(), folder)
-    else:
-        tokenizer = None
-
-    def logits_fn(inputs: Any) -> Any:
-        return model.apply(variables, inputs, train=False)[0].logits
-
     inputs = jax.ShapeDtypeStruct((1, *card.shape), card.dtype)
     try:
-        num_classes = jax.eval_shape(logits_fn, inputs).shape[-1]
+        outputs, _ = jax.eval_shape(
+            lambda inputs: model.apply(variables, inputs, train=False), inputs
+        )
     # Flax raises errors of its own for variables that are missing or have another shape.
     except Exception as error:
         raise ValueError(
             f"the weights in {folder} do not fit {shorten(card.network, 60)} "
             f"({first_line(error)}): export the student again"
         ) from error
-    _check_classes(folder, card, num_classes)
+    _check_classes(folder, card, outputs.logits.shape[-1])
+    return model, variables, card
+
+
+def _load_weights(folder: Path) -> Student:
+    model, variables, card = load_network(folder)
+    tokenizer = None
+    if card.inputs == "texts":
+        tokenizer = _read_tokenizer((folder / TOKENIZER_FILE).read_bytes(), folder)
+
+    def logits_fn(inputs: Any) -> Any:
+        return model.apply(variables, inputs, train=False)[0].logits
+
     return Student(card, logits_fn, tokenizer)
 
 

@@ -59,7 +59,7 @@ def test_long_arguments_are_quoted_in_part(capsys):
         (
             ["convrt", "f"],
             "Unrecognized options: convrt, f; Available subcommands: distill, predict, report, "
-            "convert, verify: see python -m jaxkd --help",
+            "export, convert, verify: see python -m jaxkd --help",
         ),
         (
             ["convert", "f", "--model", "vgg8", "-o", "o", "--num-classes", "x"],

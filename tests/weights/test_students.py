@@ -224,7 +224,7 @@ def test_damaged_programs(image_student, tmp_path, change, message):
         (
             '{"version": 1, "inputs": "images", "shape": [9, 8, 1], "dtype": "uint8",'
             ' "class_names": []}',
-            "student.jaxexport is needed",
+            "use its student.jaxexport",
         ),
     ],
 )
