@@ -48,7 +48,7 @@ def read_extras():
 def test_packages_are_those_of_the_extras():
     expected = {
         (extra, distribution)
-        for extra in ("models", "train", "experiments", "text")
+        for extra in ("models", "train", "experiments", "onnx", "text")
         for distribution in read_extras()[extra]
     }
     assert {package for package in _extras.PACKAGES.values() if package.extra} == expected
