@@ -1,10 +1,11 @@
-"""Atomic writes, and the differences between two mappings."""
+"""Atomic writes, deletion, disk use, and the differences between two mappings."""
 
 import contextlib
 import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Container, Generator, Mapping
 from pathlib import Path
 
@@ -52,6 +53,24 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 def is_temporary(name: str) -> bool:
     """Returns whether a killed process may have left a file of this name in `write_atomically`."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", name) is not None
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a folder or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def measure_disk_use(folder: Path) -> int:
+    """Returns the total size in bytes of the files in a folder, without what links lead to."""
+    total = 0
+    for path in folder.rglob("*"):
+        # Another process may delete a file in the meantime.
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_size if path.is_file() else 0
+    return total
 
 
 @contextlib.contextmanager

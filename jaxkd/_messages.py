@@ -56,3 +56,13 @@ def list_some(names: Iterable[object], count: int = 4, limit: int = 40) -> str:
     texts = [shorten(name, limit) for name in names]
     rest = f" and {len(texts) - count:,} more" if len(texts) > count else ""
     return ", ".join(texts[:count]) + rest
+
+
+def format_bytes(count: int) -> str:
+    """Formats a number of bytes in kB, or from 1 MB on in MB.
+
+    Example:
+        >>> format_bytes(670_248), format_bytes(9_600_000)
+        ('670 kB', '9.6 MB')
+    """
+    return f"{count / 1e3:,.0f} kB" if count < 1e6 else f"{count / 1e6:,.1f} MB"

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd._files import describe_differences, write_atomically
+from jaxkd._files import delete, describe_differences, write_atomically
 from jaxkd._messages import first_line, shorten
 from jaxkd.runs.errors import add_install_command
 
@@ -235,7 +234,7 @@ def _save(
 ) -> None:
     # The manifest is the last file to be written and the first to be deleted: while it is there,
     # the folder is complete.
-    _delete(_manifest_path(folder, step))
+    delete(_manifest_path(folder, step))
     _write_arrays(folder / str(step), tree)
     content = {
         "step": step,
@@ -255,7 +254,7 @@ def _write_arrays(path: Path, tree: Any) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         # What an earlier attempt or another process left: orbax would refuse to write over it.
         for leftover in (path, *path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*")):
-            _delete(leftover)
+            delete(leftover)
         try:
             with _silence_orbax(), _make_checkpointer() as checkpointer:
                 checkpointer.save(path, tree)
@@ -287,7 +286,7 @@ def _delete_others(folder: Path, steps: list[int]) -> None:
         step = match[1]
         # Compared as text, because `007` is another name than `7`.
         if step not in map(str, steps) or path.name not in (step, f"{step}.json"):
-            _delete(path)
+            delete(path)
 
 
 def _find_newest_sound(
@@ -385,14 +384,6 @@ def _find_steps(folder: Path) -> list[int]:
     # `007` and digits of other scripts are no names that `save` writes.
     stems = (path.stem for path in folder.glob("*.json"))
     return sorted((int(s) for s in stems if re.fullmatch(r"0|[1-9][0-9]*", s)), reverse=True)
-
-
-def _delete(path: Path) -> None:
-    """Deletes a file, a folder or a link, but never what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _compute_checksums(folder: Path) -> dict[str, str]:

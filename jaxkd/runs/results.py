@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkd import evaluate
-from jaxkd._messages import shorten
+from jaxkd._messages import format_bytes, shorten
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
@@ -54,6 +54,8 @@ class ResultRow:
             is for `report.describe_doubts`, and not in `results.json`.
         baselines: Names of the stages of the same network as a student of this model, which have no
             teacher.
+        measured: Digest of what was measured, and where, by which `distill.evaluate_plan` finds the
+            row again; `None` if it was not given a run. It is in `results.json`.
     """
 
     name: str
@@ -74,6 +76,8 @@ class ResultRow:
     # Derived from labels and plan, so that they are neither stored nor compared.
     chance: float | None = dataclasses.field(default=None, compare=False)
     baselines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    # Not compared, because another machine that gives the same results has another digest.
+    measured: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Raises an error unless the accuracy is a tuple of numbers in [0, 1] or NaN."""
@@ -108,6 +112,8 @@ class ResultRow:
             # For readers of the file. `from_json` computes both again.
             if field.name == "accuracy":
                 row |= {"accuracy_mean": self.accuracy_mean, "accuracy_std": self.accuracy_std}
+        if self.measured is not None:
+            row["measured"] = self.measured
         return row | dict(self.extra)
 
     @classmethod
@@ -123,6 +129,9 @@ class ResultRow:
         for field in _stored_fields()[1:]:
             if field.name in row:
                 values[field.name] = _from_json_value(field.name, row[field.name])
+        if not isinstance(row.get("measured"), (str, type(None))):
+            raise ValueError(f"measured must be text, got {shorten(repr(row['measured']), 80)}")
+        values["measured"] = row.get("measured")
         # Mean and deviation follow from the accuracies.
         known = {*values, "accuracy_mean", "accuracy_std"}
         extra = {name: value for name, value in row.items() if name not in known}
@@ -206,11 +215,7 @@ def _format_interval(row: ResultRow) -> str:
 
 
 def _format_bytes(row: ResultRow) -> str:
-    if row.bytes is None:
-        return ""
-    if row.bytes < 1e6:
-        return f"{row.bytes / 1e3:,.0f} kB"
-    return f"{row.bytes / 1e6:,.1f} MB"
+    return "" if row.bytes is None else format_bytes(row.bytes)
 
 
 COLUMNS = (
@@ -332,8 +337,9 @@ def summarize(
 
 
 def rows_without_timings(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
-    """Returns the JSON values of each row by its name, without the `TIMINGS`."""
+    """Returns the JSON values of each row by its name, without what differs between machines."""
+    ignored = (*TIMINGS, "measured")
     return {
-        row.name: {name: value for name, value in row.to_json().items() if name not in TIMINGS}
+        row.name: {name: value for name, value in row.to_json().items() if name not in ignored}
         for row in rows
     }

@@ -1,10 +1,11 @@
 """The folder of a run: configuration, environment, metrics, results and checkpoints.
 
-config.json     the configuration, a fingerprint of the data and the environment
+config.json     the configuration, a fingerprint of the data, the environment, and earlier ones
 metrics.jsonl   one record per evaluation during training
 results.json    the rows of the table of results
 report.json     title, comparisons and remarks of the report, which has files of its own
-checkpoints/    one folder per seed and stage
+checkpoints/    one folder per seed and stage; those whose names begin with a dot hold trainings of
+                earlier configurations
 .lock           locked by the process that has the run open, which .lock-holder names
 """
 
@@ -30,9 +31,10 @@ from jaxkd._files import (
 )
 from jaxkd._messages import first_line, shorten
 from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, identify_lock, lock_folder
+from jaxkd.runs._records import read_records
 from jaxkd.runs.environment import describe_environment
 from jaxkd.runs.errors import RunError, check_folder_name
-from jaxkd.runs.results import ResultRow, is_finite_number
+from jaxkd.runs.results import ResultRow
 
 DEVICE_OPTIONS = ("parallel", "model_devices", "max_students")
 """Options that divide the work among devices and programs, on which rounding depends."""
@@ -47,8 +49,8 @@ IGNORED_OPTIONS = (
     *DEVICE_OPTIONS,
 )
 """Options that say where and how a run computes, not what. They may change when it continues."""
-
-_CURVES = {"epoch", "loss", "validation_loss", "validation_accuracy"}
+EXPERIMENT = "experiment"
+"""Name in a configuration of the script whose run it is. It never changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,15 @@ class Run:
         folder: The folder.
         config: The configuration, as JSON values.
         data: The fingerprint of the data.
-        environment: What `describe_environment` returned when the run was started.
+        environment: What `describe_environment` returned when the run was started, or when its
+            configuration changed last.
         lock: Keeps other processes out as long as it is alive. `None` without a lock.
         lock_id: Device and inode of the lock's file, by which `check_folder` notices that the
             folder was deleted. `None` for a run that `read_run` opened.
+        grow: Whether trainings of another configuration may be replaced, see `open_run`.
+        history: The earlier configurations, oldest first, each as `config` and `environment`.
+        is_growing: Whether the configuration, or what `run_plan` trained, has changed since
+            `write_results`.
     """
 
     folder: Path
@@ -71,6 +78,9 @@ class Run:
     environment: dict[str, Any]
     lock: object | None = dataclasses.field(default=None, repr=False, compare=False)
     lock_id: tuple[int, int] | None = dataclasses.field(default=None, repr=False, compare=False)
+    grow: bool = dataclasses.field(default=False, compare=False)
+    history: tuple[dict[str, Any], ...] = ()
+    is_growing: bool = dataclasses.field(default=False, compare=False)
 
     def check_folder(self) -> None:
         """Checks that the folder is still the one that `open_run` locked.
@@ -83,6 +93,42 @@ class Run:
                 f"{self.folder} was deleted, or its {LOCK_FILE}, while this run used it: start the "
                 "run again, in another folder if another run has started there"
             )
+
+    def describe_changes(self, config: Mapping[str, Any]) -> str:
+        """Describes the options in which a configuration differs, except for `IGNORED_OPTIONS`.
+
+        Args:
+            config: The other configuration, as JSON values.
+
+        Returns:
+            One line, or an empty string if nothing differs.
+        """
+        return describe_differences(self.config, config, ignore=IGNORED_OPTIONS)
+
+    def write_config(self, *, is_growing: bool) -> None:
+        """Writes `config.json`. Only the primary process writes.
+
+        Args:
+            is_growing: See `Run`.
+
+        Raises:
+            RunError: If the folder was deleted in the meantime.
+            OSError: If the file cannot be written.
+        """
+        if not _is_primary():
+            return
+        self.check_folder()
+        content: dict[str, Any] = {
+            "config": self.config,
+            "data": self.data,
+            "environment": self.environment,
+        }
+        # Left out of a run that has not grown, whose file then never changes.
+        if self.history:
+            content["history"] = list(self.history)
+        if is_growing:
+            content["is_growing"] = True
+        write_atomically(self.folder / "config.json", _encode_json(content))
 
     def checkpoint_folder(self, seed: int, stage: str) -> Path:
         """Returns the folder of a stage's checkpoints for a seed."""
@@ -99,12 +145,7 @@ class Run:
             RunError: If another line is damaged. The message names it.
             OSError: If the file cannot be read.
         """
-        path = self.folder / "metrics.jsonl"
-        # A pipe, which is no regular file, would never end.
-        content = path.read_bytes() if path.is_file() else b""
-        # Each record ends with a line break, so a line without one was cut off.
-        lines = content.split(b"\n")[:-1]
-        return [_parse_record(path, number, line) for number, line in enumerate(lines, 1)]
+        return read_records(self.folder / "metrics.jsonl")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl`. Only the primary process writes.
@@ -167,6 +208,9 @@ class Run:
         self.check_folder()
         content = _encode_json([row.to_json() for row in rows])
         write_atomically(self.folder / "results.json", content)
+        recorded = read_run(self.folder)
+        if recorded.is_growing or recorded.describe_changes(self.config):
+            self.write_config(is_growing=False)
 
     def read_results(self) -> list[ResultRow]:
         """Reads the rows that `write_results` wrote.
@@ -200,6 +244,7 @@ def open_run(
     config: Mapping[str, Any],
     *,
     arrays: Iterable[np.ndarray] | Mapping[str, np.ndarray] = (),
+    grow: bool = False,
 ) -> Run:
     """Starts a run in an empty or absent folder, or continues the run in a folder.
 
@@ -212,10 +257,14 @@ def open_run(
 
     Args:
         folder: The folder of the run.
-        config: JSON values, numbers of NumPy and paths. A run continues only with the same values,
-            `IGNORED_OPTIONS` excepted.
+        config: JSON values, numbers of NumPy and paths. Unless `grow`, a run continues only with
+            the same values, `IGNORED_OPTIONS` excepted.
         arrays: The data: arrays, or a dict of them. A run continues only with data of the same
             fingerprint.
+        grow: Lets the run continue with another configuration, and lets `run_plan` train again the
+            stages that have changed, which it otherwise refuses. Only `run_plan` finds out what
+            has changed, so leave it out for a loop of your own. The value "experiment" of `config`
+            never changes.
 
     Returns:
         The run.
@@ -235,9 +284,9 @@ def open_run(
     if not _is_primary():
         if _has_primary_failed(False):
             raise RunError(f"the primary process cannot use {folder}: its message tells why")
-        return Run(folder, json_config, data, describe_environment())
+        return Run(folder, json_config, data, describe_environment(), grow=grow)
     try:
-        run = _open_as_primary(folder, json_config, data)
+        run = _open_as_primary(folder, json_config, data, grow)
     except BaseException:
         _has_primary_failed(True)
         raise
@@ -245,7 +294,7 @@ def open_run(
     return run
 
 
-def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str) -> Run:
+def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str, grow: bool) -> Run:
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is not a folder: name another folder (--workdir)")
@@ -262,13 +311,19 @@ def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str) -> Ru
     _delete_temporary_files(folder)
     if path.exists():
         before = read_run(folder)
-        _check_continuation(before, json_config, data)
+        _check_continuation(before, json_config, data, grow=grow)
         # The environment remains that of the start, by which a report describes the run. The
         # configuration is the new one, which may differ in the ignored options.
-        return dataclasses.replace(before, config=json_config, lock=lock, lock_id=lock_id)
-    run = Run(folder, json_config, data, describe_environment(), lock, lock_id)
-    content = {"config": run.config, "data": run.data, "environment": run.environment}
-    write_atomically(path, _encode_json(content))
+        run = dataclasses.replace(before, config=json_config, lock=lock, lock_id=lock_id, grow=grow)
+        if not before.describe_changes(json_config):
+            return run
+        earlier = {"config": before.config, "environment": before.environment}
+        history = (*before.history, earlier)
+        return dataclasses.replace(
+            run, environment=describe_environment(), history=history, is_growing=True
+        )
+    run = Run(folder, json_config, data, describe_environment(), lock, lock_id, grow)
+    run.write_config(is_growing=False)
     return run
 
 
@@ -290,8 +345,15 @@ def read_run(folder: str | os.PathLike) -> Run:
         raise RunError(f"{folder} holds no run: there is no config.json in it")
     try:
         content = json.loads(path.read_text())
-        run = Run(Path(folder), content["config"], content["data"], content["environment"])
-        if not isinstance(run.config, dict) or not isinstance(run.environment, dict):
+        run = Run(
+            Path(folder),
+            content["config"],
+            content["data"],
+            content["environment"],
+            history=tuple(content.get("history", ())),
+            is_growing=bool(content.get("is_growing")),
+        )
+        if not all(isinstance(value, dict) for value in _list_settings(run)):
             raise TypeError("config and environment must be objects")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
@@ -299,6 +361,14 @@ def read_run(folder: str | os.PathLike) -> Run:
             "restore it, or name another folder"
         ) from error
     return run
+
+
+def _list_settings(run: Run) -> list[Any]:
+    """Returns the configurations and environments of a run and of its history."""
+    settings = [run.config, run.environment]
+    for earlier in run.history:
+        settings += [earlier["config"], earlier["environment"]]
+    return settings
 
 
 def fingerprint(arrays: Iterable[np.ndarray]) -> str:
@@ -390,37 +460,18 @@ def _open_unlinked(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Returns a record of `metrics.jsonl` after a check of what identifies it and is drawn."""
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("not a record")
-        for name, expected in (("seed", int), ("stage", str), ("step", int)):
-            value = record.get(name)
-            # No bool, which is an int as well, and no number beyond that of a float.
-            if type(value) is not expected or (expected is int and not is_finite_number(value)):
-                kind = "an integer" if expected is int else "a string"
-                raise ValueError(f"{name} must be {kind}, got {shorten(repr(value), 80)}")
-        for name in record.keys() & _CURVES:
-            value = record[name]
-            if value is not None and not is_finite_number(value):
-                raise ValueError(f"{name} must be a finite number, got {shorten(repr(value), 80)}")
-    except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"line {number} of {path} is damaged ({first_line(error)}): restore it, delete that "
-            "line, or name another folder (--workdir)"
-        ) from error
-    return record
-
-
-def _check_continuation(before: Run, config: Mapping[str, Any], data: str) -> None:
+def _check_continuation(before: Run, config: Mapping[str, Any], data: str, *, grow: bool) -> None:
     """Refuses another configuration or other data, and warns of another environment."""
-    differences = describe_differences(before.config, config, ignore=IGNORED_OPTIONS)
+    if grow:
+        experiments = [{EXPERIMENT: values.get(EXPERIMENT)} for values in (before.config, config)]
+        differences, remedy = describe_differences(*experiments), ""
+    else:
+        differences = before.describe_changes(config)
+        remedy = ", or open it with grow=True for run_plan"
     if differences:
         raise RunError(
             f"{before.folder} holds a run with another configuration ({differences}): "
-            "name another folder (--workdir)"
+            f"name another folder (--workdir){remedy}"
         )
     if before.data != data:
         raise RunError(

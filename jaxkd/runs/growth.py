@@ -1,0 +1,108 @@
+"""Growth of a run: other configurations, and the trainings of earlier ones that are set aside.
+
+`checkpoints/seed0/student` and `metrics.jsonl` hold a training of the run's configuration. One of
+an earlier configuration lies in `checkpoints/seed0/.student.0`, a number for each, with its records
+beside its checkpoints. No stage has such a name.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from jaxkd._files import delete, describe_differences, write_atomically
+from jaxkd.runs._records import read_records
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, read_run
+
+UNTRAINED_OPTIONS = (*IGNORED_OPTIONS, "num_seeds")
+"""Options on which no training depends."""
+
+Training = tuple[int, str]
+"""A seed and the name of a stage."""
+
+
+def describe_growth(run: Run) -> str:
+    """Describes the options of an earlier configuration on which trainings may depend.
+
+    Returns:
+        One line, or an empty string if nothing but the `UNTRAINED_OPTIONS` has changed.
+    """
+    for earlier in run.history:
+        if change := describe_differences(earlier["config"], run.config, ignore=UNTRAINED_OPTIONS):
+            return change
+    return ""
+
+
+def record_growth(run: Run, *, trains: bool) -> None:
+    """Writes another configuration into `config.json`, and the earlier one into its history.
+
+    Until `Run.write_results`, `config.json` then says that the run is growing.
+
+    Args:
+        run: The run.
+        trains: Whether anything is trained.
+    """
+    recorded = read_run(run.folder)
+    is_finished = (run.folder / "results.json").exists() and not recorded.is_growing
+    if recorded.describe_changes(run.config) or (trains and is_finished):
+        run.write_config(is_growing=True)
+
+
+def find_trainings(run: Run) -> list[Training]:
+    """Returns the trainings with checkpoints, those that are set aside included."""
+    found = set()
+    for folder in (run.folder / "checkpoints").glob("seed*/*"):
+        seed = folder.parent.name.removeprefix("seed")
+        stage = re.sub(r"^\.(.*)\.[0-9]+$", r"\1", folder.name)
+        if seed.isdecimal() and folder.is_dir():
+            found.add((int(seed), stage))
+    return sorted(found)
+
+
+def set_aside(run: Run, seed: int, stage: str) -> None:
+    """Moves a training's checkpoints and records to those of earlier configurations.
+
+    A process that is killed in between leaves the training where it was, or records that the next
+    start of the stage removes.
+    """
+    run.check_folder()
+    folder = run.checkpoint_folder(seed, stage)
+    records = [r for r in run.metrics() if (r["seed"], r["stage"]) == (seed, stage)]
+    if not records and not folder.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(folder / "metrics.jsonl", text.encode())
+    numbers = [int(path.name.rpartition(".")[2]) for path in find_set_aside(run, seed, stage)]
+    os.rename(folder, folder.with_name(f".{stage}.{max(numbers, default=-1) + 1}"))
+    # Every record, also one of step 0.
+    run.rewind_metrics(seed, stage, -1)
+
+
+def find_set_aside(run: Run, seed: int, stage: str) -> list[Path]:
+    """Returns the folders of earlier configurations of a training, the newest first."""
+    parent = run.checkpoint_folder(seed, stage).parent
+    numbers = {}
+    for path in parent.glob(f".{stage}.*"):
+        number = path.name.removeprefix(f".{stage}.")
+        if number.isdecimal():
+            numbers[path] = int(number)
+    return sorted(numbers, key=lambda path: numbers[path], reverse=True)
+
+
+def take_back(run: Run, seed: int, stage: str, aside: Path) -> None:
+    """Moves a training of an earlier configuration back, and sets aside what is in its place.
+
+    The records come first: a process that is killed in between does so again.
+    """
+    set_aside(run, seed, stage)
+    run.rewind_metrics(seed, stage, -1)
+    for record in read_records(aside / "metrics.jsonl"):
+        run.append_metrics(record)
+    os.rename(aside, run.checkpoint_folder(seed, stage))
+
+
+def delete_set_aside(run: Run, seed: int, stage: str) -> None:
+    """Deletes the earlier configurations of a training."""
+    for folder in find_set_aside(run, seed, stage):
+        delete(folder)
