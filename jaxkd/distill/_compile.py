@@ -13,6 +13,7 @@ from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
     LoweredStep,
     batch_shapes,
+    depends_on_num_steps,
     hash_predict,
     lower_step,
     variables_shape,
@@ -35,7 +36,9 @@ class CompiledStage(NamedTuple):
         score: `variables -> Score` on the validation split.
         fingerprint: JSON values that identify the training, whatever the seed. A checkpoint with
             others is refused.
-        has_convolutions: Whether a step computes convolutions.
+        lowered: Its lowered step.
+        find_program: `steps -> digest`: the digest of the program if the training had as many
+            steps, or `None` if the steps depend on their number otherwise than by the program.
     """
 
     stage: Stage
@@ -43,7 +46,8 @@ class CompiledStage(NamedTuple):
     init: Callable[..., dict]
     score: Callable[[dict], Score]
     fingerprint: dict[str, Any]
-    has_convolutions: bool = False
+    lowered: LoweredStep
+    find_program: Callable[[int], str | None]
 
 
 class _Program(NamedTuple):
@@ -111,7 +115,8 @@ def compile_stages(
                 _describe(stage, weights)
                 | {"program": lowered.digest}
                 | _describe_batches(stage, seed, buckets, hash_teacher),
-                lowered.has_convolutions,
+                lowered,
+                functools.partial(_find_program, stage, entries, seed),
             )
     return [compiled[entry.name] for entry in plan if entry.name in compiled]
 
@@ -292,6 +297,17 @@ def _step_maker(
         num_steps=stage.steps,
         cached_num_classes=cached_num_classes,
     )
+
+
+def _find_program(
+    stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int, steps: int
+) -> str | None:
+    """Returns the digest of a stage's program with another number of steps; see `CompiledStage`."""
+    make_step = _step_maker(stage, entries, seed)
+    if depends_on_num_steps(stage, make_step, entries, seed):
+        return None
+    make_shorter = functools.partial(make_step, num_steps=steps)
+    return lower_step(stage, make_shorter, entries, seed).digest
 
 
 def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:

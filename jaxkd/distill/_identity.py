@@ -1,4 +1,4 @@
-"""Digests of what a training was computed from, by which a checkpoint of another one is refused.
+"""Digests of what a training was computed from, by which a checkpoint of another one is noticed.
 
 A checkpoint holds digests of the examples, of the lowered step, of the initial state and of the
 weights of the teachers. A teacher that was trained otherwise has other weights, so that a change
@@ -8,7 +8,7 @@ reaches every stage that learned from it.
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jaxkd._files import describe_differences
 from jaxkd.runs import DETERMINISM_FLAGS, fingerprint
 from jaxkd.runs.environment import describe_environment, describe_lowering
+from jaxkd.runs.growth import UNTRAINED_OPTIONS
 
 MESSAGES = {
     "data": "its training data changed",
@@ -25,6 +26,7 @@ MESSAGES = {
     "cached_teachers": "the network of a cached teacher changed",
     "initial": "its initial weights or optimizer state changed",
     "hyperparameters": "the numbers in its optimizer's state changed",
+    "configuration": "the configuration changed, on which its calls of the host may depend",
 }
 """Texts of a message on digests that changed. Other values are shown."""
 
@@ -39,18 +41,22 @@ ENVIRONMENTS = {
 class TrainingDescriber:
     """Describes trainings by digests. An array that several of them share is read once."""
 
-    def __init__(self, validation: Mapping[str, Any]) -> None:
-        """Takes the examples on which every training is evaluated."""
+    def __init__(
+        self, validation: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Takes the examples on which every training is evaluated, and the run's configuration."""
         # A reference, because an id is unique only while its object is alive.
         self._digests: dict[int, tuple[weakref.ref, str]] = {}
         lowering, environment = describe_lowering(), describe_environment()
         self._common = {
             "validation": self._hash_tree(validation),
-            "program_environment": _hash_json(lowering),
-            "initial_environment": _hash_json([lowering, _without_commit(environment)])
+            "program_environment": hash_json(lowering),
+            "initial_environment": hash_json([lowering, without_commit(environment)])
             if _repeats_bits(environment)
             else None,
         }
+        options = {n: v for n, v in (config or {}).items() if n not in UNTRAINED_OPTIONS}
+        self._configuration = hash_json(options)
 
     def describe(
         self,
@@ -58,6 +64,8 @@ class TrainingDescriber:
         examples: Mapping[str, Any],
         state: Any,
         weights: Mapping[str, Any],
+        *,
+        is_complete: bool = True,
     ) -> dict[str, Any]:
         """Returns the JSON values that a checkpoint holds to be recognised.
 
@@ -66,6 +74,8 @@ class TrainingDescriber:
             examples: The training examples.
             state: The state before the first step.
             weights: The variables of the stages that it learns or starts from, by name.
+            is_complete: Whether the digest of the program covers all that it computes with.
+                Otherwise the configuration has to tell of a change.
         """
         description = {
             **stage_fingerprint,
@@ -78,6 +88,8 @@ class TrainingDescriber:
                 [leaf for leaf in jax.tree.leaves(state) if not np.ndim(leaf)]
             ),
         }
+        if not is_complete:
+            description["configuration"] = self._configuration
         if weights:
             description["trained"] = {
                 name: self._hash_tree(variables) for name, variables in weights.items()
@@ -86,7 +98,7 @@ class TrainingDescriber:
 
     def _hash_tree(self, tree: Any) -> str:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return _hash_json([[jax.tree_util.keystr(path), self._hash(leaf)] for path, leaf in leaves])
+        return hash_json([[jax.tree_util.keystr(path), self._hash(leaf)] for path, leaf in leaves])
 
     def _hash(self, array: Any) -> str:
         reference, digest = self._digests.get(id(array), (None, ""))
@@ -109,7 +121,7 @@ def fingerprint_tree(tree: Any) -> str:
         # On a device, 64-bit arrays have 32 bits unless x64 is enabled: the training is the same.
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
         digests.append([jax.tree_util.keystr(path), fingerprint([array])])
-    return _hash_json(digests)
+    return hash_json(digests)
 
 
 def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], bool]:
@@ -136,7 +148,9 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[l
         if is_old or name in skipped or before.get(name) == after.get(name):
             continue
         environment = ENVIRONMENTS.get(name)
-        if environment is not None and (
+        if name == "configuration" and name not in before:
+            is_uncertain = True  # as in checkpoints of older versions
+        elif environment is not None and (
             after[environment] is None or before.get(environment) != after[environment]
         ):
             is_uncertain = True
@@ -150,16 +164,41 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[l
     return changes, is_uncertain
 
 
+def is_shorter(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    find_program: Callable[[int], str | None],
+) -> bool:
+    """Returns whether a training took the first steps of another one, which is only longer.
+
+    Args:
+        before: The description in the checkpoint.
+        after: The description of the longer training.
+        find_program: `steps -> digest` of the longer training's program, as if it had as many
+            steps; `None` if its steps depend on their number.
+    """
+    steps = before.get("steps")
+    if not isinstance(steps, int) or not steps < after["steps"]:
+        return False
+    # Everything else has to be equal, under versions and settings that can be compared.
+    longer = {**before, "steps": after["steps"], "program": after["program"]}
+    if "program" not in before or find_changes(longer, after) != ([], False):
+        return False
+    return before["program"] == find_program(steps)
+
+
 def _repeats_bits(environment: Mapping[str, Any]) -> bool:
     """Returns whether another process draws or converts the same initial weights bit for bit."""
     flags = environment["xla_flags"].split()
     return environment["platform"] == "cpu" or all(flag in flags for flag in DETERMINISM_FLAGS)
 
 
-def _without_commit(environment: Mapping[str, Any]) -> dict[str, Any]:
+def without_commit(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an environment without the commit of the source."""
     # A commit changes with every edit, and the digests tell whether that mattered.
     return {name: value for name, value in environment.items() if name != "commit"}
 
 
-def _hash_json(value: Any) -> str:
+def hash_json(value: Any) -> str:
+    """Returns a digest of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

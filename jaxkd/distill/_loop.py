@@ -77,6 +77,8 @@ class TrainingLoop:
             stage_run.progress.validation_accuracy for stage_run in group.stage_runs
         ]
         self._reset_losses([stage_run.progress.losses for stage_run in group.stage_runs])
+        # A shorter training was evaluated at other steps than the one that goes on with it.
+        self._evaluated_step = group.first_step - len(group.stage_runs[0].progress.losses)
 
     def train(
         self,
@@ -322,6 +324,7 @@ class TrainingLoop:
             self._accuracies[i] = record["validation_accuracy"]
             records.append(record)
         self._reset_losses([[] for _ in self.group.stage_runs])
+        self._evaluated_step = step
         return records
 
     def _check_losses(self, stage_run: StageRun, losses: np.ndarray, step: int) -> None:
@@ -389,7 +392,8 @@ class TrainingLoop:
             return
         # A vectorised state has one counter per student; all of them are equal.
         step = int(counter.addressable_data(0).ravel()[0])
-        if step and sum(map(len, self._losses)) == step - self._last_evaluation(step):
+        is_recorded = self._evaluated_step >= self._last_evaluation(step)
+        if step and is_recorded and sum(map(len, self._losses)) == step - self._evaluated_step:
             self._save(step)
 
     def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:

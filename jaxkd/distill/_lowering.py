@@ -21,10 +21,13 @@ class LoweredStep(NamedTuple):
     Attributes:
         digest: Digest of the program.
         has_convolutions: Whether it computes convolutions.
+        is_complete: Whether the digest covers all that the program computes with. That of a
+            program with host callbacks, or with constants that JAX makes arguments, does not.
     """
 
     digest: str
     has_convolutions: bool
+    is_complete: bool
 
 
 def lower_step(
@@ -38,6 +41,42 @@ def lower_step(
     The step is lowered for one device, wherever the stage trains, and without the names of
     functions. Another process with the same versions of JAX and its packages finds the same digest.
     """
+    arguments = _step_arguments(stage, entries, seed)
+    text = _lower(make_step(), *arguments)
+    # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
+    # them shares with no other.
+    is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
+    digest = _hash_text(text if is_complete else text + stage.name)
+    return LoweredStep(digest, "stablehlo.convolution" in text, is_complete)
+
+
+def depends_on_num_steps(
+    stage: Stage,
+    make_step: Callable[..., StepFn],
+    entries: Mapping[str, Stage | Pretrained],
+    seed: int,
+) -> bool:
+    """Returns whether a step reads the number of steps, as a loss does by `LossContext.progress`.
+
+    A schedule that holds a number of its own is not found, but changes the digest of the step.
+    """
+    arguments = _step_arguments(stage, entries, seed)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def count_arguments(take_step: Callable) -> int:
+        # JAX leaves out of a program what it does not compute with.
+        (signature,) = re.findall(
+            r"func\.func public @main\(.*", _lower(take_step, number, *arguments)
+        )
+        return len(re.findall(r"%arg\d+:", signature))
+
+    reading = jax.jit(lambda number, *rest: make_step(num_steps=number)(*rest))
+    ignoring = jax.jit(lambda number, *rest: make_step()(*rest))
+    return count_arguments(reading) > count_arguments(ignoring)
+
+
+def _step_arguments(stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int) -> tuple:
+    """Returns the shapes of a step's arguments."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shapes(stage, seed)
     # Networks are initialised with one example, as `start_or_resume` does.
@@ -64,14 +103,8 @@ def lower_step(
         )
         info = info._replace(teacher_logits=logits)
         teacher_variables = ()
-    step: Any = make_step()
     state = jax.eval_shape(init_state, key, example)
-    text = _lower(step, state, batch, teacher_variables, key, info)
-    # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
-    # them shares with no other.
-    is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
-    digest = _hash_text(text if is_complete else text + stage.name)
-    return LoweredStep(digest, "stablehlo.convolution" in text)
+    return state, batch, teacher_variables, key, info
 
 
 def hash_predict(entry: Stage | Pretrained, example: Any) -> str:

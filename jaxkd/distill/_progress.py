@@ -76,8 +76,8 @@ class PlanProgress:
                 f"{accuracy:.1%} on validation{self._describe_rest()}"
             )
 
-    def end_plan(self, messages: Sequence[str]) -> None:
-        """Prints what the user should know about the trained models."""
+    def report(self, messages: Sequence[str]) -> None:
+        """Prints what the user should know about the run or the trained models."""
         for message in messages:
             self._print(message)
 

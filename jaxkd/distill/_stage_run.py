@@ -1,7 +1,6 @@
 """The training of a stage for one seed: its start or its checkpoint, and its group."""
 
 import functools
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from jax import Array
 from jaxkd._messages import shorten
 from jaxkd.distill._compile import CompiledStage
 from jaxkd.distill._diagnosis import count_not_finite
-from jaxkd.distill._identity import TrainingDescriber, find_changes
+from jaxkd.distill._identity import TrainingDescriber
+from jaxkd.distill._restore import StageProgress, restore_training
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.models.model import Model
-from jaxkd.runs import Run, RunError, checkpoints
+from jaxkd.runs import Run, RunError
 from jaxkd.runs.run import checkpoint_identity
 
 
@@ -38,22 +38,6 @@ class TrainedModel(NamedTuple):
     validation_accuracy: float
 
 
-class StageProgress(NamedTuple):
-    """What a checkpoint holds beside the training state.
-
-    Attributes:
-        step: Number of steps taken.
-        seconds: Training time.
-        losses: The losses since the last evaluation.
-        validation_accuracy: Accuracy of the last evaluation; `None` before the first.
-    """
-
-    step: int
-    seconds: float
-    losses: list[float]
-    validation_accuracy: float | None
-
-
 class StageRun(NamedTuple):
     """The training of a stage for one seed, before its next step.
 
@@ -68,6 +52,7 @@ class StageRun(NamedTuple):
         progress: Steps, time and evaluation so far.
         folder: Folder of the checkpoints.
         fingerprint: JSON values that identify the training. They are saved in its checkpoints.
+        remark: What became of the training of an earlier configuration; empty without one.
     """
 
     compiled: CompiledStage
@@ -80,6 +65,7 @@ class StageRun(NamedTuple):
     progress: StageProgress
     folder: Path
     fingerprint: dict[str, Any]
+    remark: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -122,9 +108,11 @@ class RunGroup:
 
 def group_by_step(stage_runs: Sequence[StageRun]) -> list[RunGroup]:
     """Groups runs by their step. A kill between two saves leaves some runs behind the others."""
-    by_step: dict[int, list[StageRun]] = {}
+    by_step: dict[tuple[int, int], list[StageRun]] = {}
     for stage_run in stage_runs:
-        by_step.setdefault(stage_run.progress.step, []).append(stage_run)
+        progress = stage_run.progress
+        # One that goes on with a shorter training was last evaluated at another step.
+        by_step.setdefault((progress.step, len(progress.losses)), []).append(stage_run)
     # Those furthest behind go first.
     return [RunGroup(by_step[step]) for step in sorted(by_step)]
 
@@ -146,8 +134,8 @@ def start_or_resume(
         describer: Describes the training, so that its checkpoints are known from others.
 
     Raises:
-        RunError: If the checkpoints belong to another training, or cannot be read. All processes
-            raise it.
+        RunError: If the checkpoints belong to another training and the run may not grow, or cannot
+            be read. All processes raise it.
         ValueError: If the stage cannot start from the weights that it names.
     """
     stage = compiled.stage
@@ -170,8 +158,14 @@ def start_or_resume(
     }
     fingerprint = {}
     if is_primary_process():  # which alone reads and writes checkpoints
-        fingerprint = describer.describe(compiled.fingerprint, examples, state, weights)
-    state, progress = _restore(run, seed, stage.name, state, fingerprint)
+        fingerprint = describer.describe(
+            compiled.fingerprint,
+            examples,
+            state,
+            weights,
+            is_complete=compiled.lowered.is_complete,
+        )
+    state, progress, remark = _restore(run, seed, compiled, state, fingerprint)
     teachers = tuple(variables[name] for name in stage.teachers)
     return StageRun(
         compiled,
@@ -184,6 +178,7 @@ def start_or_resume(
         progress,
         folder,
         fingerprint,
+        remark,
     )
 
 
@@ -212,59 +207,39 @@ def _init_state(
 
 
 def _restore(
-    run: Run, seed: int, name: str, state: TrainState, fingerprint: Mapping[str, Any]
-) -> tuple[TrainState, StageProgress]:
-    """Returns the newest checkpoint's state and progress, or the given state at step 0."""
+    run: Run,
+    seed: int,
+    compiled: CompiledStage,
+    state: TrainState,
+    fingerprint: Mapping[str, Any],
+) -> tuple[TrainState, StageProgress, str]:
+    """Returns the newest checkpoint's state and progress, or the given state at step 0.
+
+    The text says what became of the training of an earlier configuration.
+    """
+    stage = compiled.stage
     notes: dict[str, Any] = {"step": 0}
+    remark = ""
     if is_primary_process():
         try:
-            notes, state = _restore_as_primary(run, seed, name, state, fingerprint)
+            notes, state, remark = restore_training(
+                run, seed, stage.name, state, fingerprint, compiled.find_program
+            )
         # Whatever it is, the other processes would wait for this one.
         except (ValueError, OSError, ImportError) as error:
             if jax.process_count() == 1:
                 raise
             notes = {"failure": str(error)}
     # Only the primary process writes checkpoints, and its disk need not be shared.
-    notes, state = broadcast_from_primary(notes, state)
+    (notes, remark), state = broadcast_from_primary((notes, remark), state)
     if "failure" in notes:
         raise RunError(notes["failure"])
     state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
-        return state, StageProgress(0, 0.0, [], None)
+        return state, StageProgress(0, 0.0, [], None), remark
     # The notes also hold the fingerprint, which is not part of the progress.
-    return state, StageProgress(**{field: notes[field] for field in StageProgress._fields})
-
-
-def _restore_as_primary(
-    run: Run, seed: int, name: str, state: TrainState, fingerprint: Mapping[str, Any]
-) -> tuple[dict[str, Any], TrainState]:
-    """Returns the newest checkpoint's notes and state, after a check that it is of this training.
-
-    Raises:
-        RunError: If it is of another training, or the run's records are damaged.
-    """
-    folder = run.checkpoint_folder(seed, name)
-    remedy = "delete that folder to train the stage again, or name another folder for the run"
-    try:
-        restored = checkpoints.restore(folder, state, identity=checkpoint_identity(seed, name))
-    except ValueError as error:
-        raise RunError(f"{error}: {remedy}") from error
-    run.metrics()  # raises an error if they are damaged
-    if restored is None or restored.step == 0:
-        return {"step": 0}, state
-    notes = restored.notes | {"step": restored.step}
-    if {"stage", *StageProgress._fields} - notes.keys() or not isinstance(notes["stage"], dict):
-        raise RunError(f"{folder} holds checkpoints that no plan saved: {remedy}")
-    changes, is_uncertain = find_changes(notes["stage"], fingerprint)
-    if changes:
-        raise RunError(f"{folder} holds another training ({'; '.join(changes)}): {remedy}")
-    if is_uncertain:
-        warnings.warn(
-            "checkpoints were saved in another environment or by an older version, so that a "
-            "change of the data, model, loss or optimizer since then may go unnoticed",
-            stacklevel=2,
-        )
-    return notes, restored.tree
+    progress = StageProgress(**{field: notes[field] for field in StageProgress._fields})
+    return state, progress, remark
 
 
 def check_pretrained(

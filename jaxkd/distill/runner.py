@@ -21,7 +21,6 @@ from jaxkd._cpu_flags import CONVOLUTION_FLAG, lacks_convolution_flag
 from jaxkd._extras import require_installed
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets
-from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import check_buckets, compile_stages
 from jaxkd.distill._diagnosis import (
     check_inputs,
@@ -32,15 +31,11 @@ from jaxkd.distill._diagnosis import (
 )
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
+from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
-from jaxkd.distill._schedule import Round, make_schedule
-from jaxkd.distill._stage_run import (
-    RunGroup,
-    TrainedModel,
-    check_pretrained,
-    group_by_step,
-    start_or_resume,
-)
+from jaxkd.distill._schedule import make_schedule
+from jaxkd.distill._stage_run import TrainedModel, check_pretrained
+from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import Pretrained, Stage, check_numbers, order, teacher_baselines
@@ -57,6 +52,7 @@ from jaxkd.evaluate import (
 from jaxkd.models.model import Model
 from jaxkd.runs import ResultRow, Run, summarize
 from jaxkd.runs.environment import check_cpu_products
+from jaxkd.runs.growth import describe_growth
 
 Plan = Sequence[Stage | Pretrained]
 """Stages and pretrained models, in any order."""
@@ -154,9 +150,9 @@ def run_plan(
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
         stages = compile_stages(plan, first_seed, placement, scores, buckets)
-        if any(stage.has_convolutions for stage in stages):
+        if any(stage.lowered.has_convolutions for stage in stages):
             _warn_of_slow_convolutions()
-        describer = TrainingDescriber(validation)
+        describer = TrainingDescriber(validation, run.config)
         cache = TeacherCache(
             {entry.name: entry.model for entry in plan},
             predict_fns,
@@ -183,12 +179,16 @@ def run_plan(
             save_every=save_every,
             evaluations=evaluations,
         )
+        trainer = Trainer(run, placement, trained, describer, make_loop, progress)
+        num_kept = trainer.keep_finished(stages, seeds)
+        if num_kept and make_score is not None:
+            _warn_of_other_scores(run)
         for round_ in make_schedule(stages, seeds, placement.max_students):
-            _train_round(round_, run, placement, trained, describer, make_loop, progress)
+            trainer.train(round_)
         doubts = _describe_weak_teachers(plan, seeds, trained)
         if make_score is None:
             doubts += _describe_teachers_at_chance(plan, seeds, trained, validation["labels"])
-        progress.end_plan(doubts)
+        progress.report([*doubts, describe_disk_use(run.folder)])
     return {name: [trained[name][seed] for seed in seeds] for name in names}
 
 
@@ -201,6 +201,7 @@ def evaluate_plan(
     buckets: LengthBuckets | None = None,
     throughput_batch: int = 256,
     repeats: int = 50,
+    run: Run | None = None,
 ) -> list[ResultRow]:
     """Measures the models of a plan on a test set.
 
@@ -212,6 +213,8 @@ def evaluate_plan(
         buckets: As for `run_plan`. Latency and FLOPs are those of inputs of full length.
         throughput_batch: Size of the larger batch that is timed.
         repeats: Number of calls that are timed.
+        run: A run whose `results.json` may hold rows already. One of the same weights, predictions,
+            test set, settings, configuration and environment is read instead of measured again.
 
     Returns:
         A row for each stage and model, in the order of the plan. A model that all seeds share, such
@@ -236,8 +239,66 @@ def evaluate_plan(
         )
     _check_split(test, "the test set", "inputs and labels")
     check_inputs(plan, test, "test set")
-    predict_fns = _make_predict_fns(plan, make_predict, buckets)
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
+    settings = [list(buckets.lengths) if buckets else None, throughput_batch, repeats]
+    digests, known = {}, {}
+    if run is not None:
+        digests = digest_measurements(plan, models, test, reference, settings, run)
+        known = find_measured(run, digests)
+    logits = {}
+    if len(known) < len(names):
+        # The reference is compared with each of the others.
+        wanted = [name for name in names if name not in known or name == reference]
+        logits = _predict_all(plan, {name: models[name] for name in wanted}, test, buckets)
+    rows = []
+    # For the doubts of a report, which sees rows alone.
+    chance = chance_accuracy(test["labels"])
+    baselines: dict[str, list[str]] = {name: [] for name in names}
+    variables = {name: seeds[0].variables for name, seeds in models.items()}
+    for teacher, alone in teacher_baselines(plan, variables):
+        baselines[teacher].append(alone)
+    for entry in plan:
+        seeds = models[entry.name]
+        row = known.get(entry.name)
+        if row is None:
+            reference_logits = None
+            if entry.name != reference:
+                reference_logits = _match_seeds(logits[reference], len(seeds))
+            row = summarize(
+                entry.name,
+                entry.model,
+                [model.variables for model in seeds],
+                logits[entry.name],
+                test["inputs"],
+                test["labels"],
+                reference_logits=reference_logits,
+                seconds=[model.seconds for model in seeds],
+                throughput_batch=throughput_batch,
+                repeats=repeats,
+            )
+        rows.append(
+            dataclasses.replace(
+                row,
+                chance=chance,
+                baselines=tuple(baselines[entry.name]),
+                measured=digests.get(entry.name),
+            )
+        )
+    return rows
+
+
+def _predict_all(
+    plan: Plan,
+    models: Mapping[str, Sequence[TrainedModel]],
+    test: Mapping[str, Any],
+    buckets: LengthBuckets | None,
+) -> dict[str, list[np.ndarray]]:
+    """Returns the logits of each seed of some models on the test set.
+
+    Raises:
+        ValueError: If they are NaN.
+    """
+    predict_fns = _make_predict_fns(plan, make_predict, buckets)
     logits = {}
     for name, seeds in models.items():
         # All logits are kept, since each model is compared with the reference of the same seed.
@@ -248,32 +309,18 @@ def evaluate_plan(
                     f"the logits of {shorten(name, 40)!r} are NaN for the test set: "
                     + explain_nan_logits(test, model.variables)
                 )
-    rows = []
-    # For the doubts of a report, which sees rows alone.
-    chance = chance_accuracy(test["labels"])
-    baselines: dict[str, list[str]] = {name: [] for name in names}
-    variables = {name: seeds[0].variables for name, seeds in models.items()}
-    for teacher, alone in teacher_baselines(plan, variables):
-        baselines[teacher].append(alone)
-    for entry in plan:
-        seeds = models[entry.name]
-        reference_logits = None
-        if entry.name != reference:
-            reference_logits = _match_seeds(logits[reference], len(seeds))
-        row = summarize(
-            entry.name,
-            entry.model,
-            [model.variables for model in seeds],
-            logits[entry.name],
-            test["inputs"],
-            test["labels"],
-            reference_logits=reference_logits,
-            seconds=[model.seconds for model in seeds],
-            throughput_batch=throughput_batch,
-            repeats=repeats,
+    return logits
+
+
+def _warn_of_other_scores(run: Run) -> None:
+    """Warns if a function that no digest shows may have changed with the configuration."""
+    growth = describe_growth(run) if run.is_growing else ""
+    if growth:
+        warnings.warn(
+            f"the trainings that are kept keep the scores that make_score gave them ({growth}): if "
+            "it depends on that, name another folder for the run",
+            stacklevel=3,
         )
-        rows.append(dataclasses.replace(row, chance=chance, baselines=tuple(baselines[entry.name])))
-    return rows
 
 
 def _warn_of_slow_convolutions() -> None:
@@ -388,48 +435,6 @@ def _check_cache(cache: TeacherCache, folder: str | os.PathLike | None) -> None:
             "together: each keeps them in memory",
             stacklevel=3,
         )
-
-
-def _train_round(
-    round_: Round,
-    run: Run,
-    placement: Placement,
-    trained: dict[str, dict[int, TrainedModel]],
-    describer: TrainingDescriber,
-    make_loop: Callable[..., TrainingLoop],
-    progress: PlanProgress,
-) -> None:
-    """Trains the groups of a round, one after another, and adds their models to `trained`."""
-    # The arrays of a round are dropped together at its end: the next round has another seed's
-    # examples or another program.
-    arrays = DeviceArrays(placement.put_array)
-    for jobs in round_:
-        stage_runs = [start_or_resume(stage, seed, trained, run, describer) for stage, seed in jobs]
-        # A resumed group may be split, because each student has a checkpoint of its own.
-        for group in group_by_step(stage_runs):
-            progress.start_group(group.label, group.steps, len(group))
-            progress.advance(group.first_step, restored=True)
-            loop = make_loop(group, arrays=arrays)
-            models = loop.train(progress.advance, progress.report_evaluation)
-            for stage_run, model in zip(group.stage_runs, models, strict=True):
-                trained[stage_run.stage.name][stage_run.seed] = model
-            progress.end_group(_describe_results(group, models))
-
-
-def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[str]:
-    """Returns a line for each training of a group."""
-    lines = []
-    for stage_run, model in zip(group.stage_runs, models, strict=True):
-        # Nothing was trained, so that seconds and accuracy are those of an earlier call.
-        if group.first_step == group.steps:
-            lines.append(f"{stage_run.label}: already trained")
-            continue
-        resumed = f", resumed at step {group.first_step}" if group.first_step else ""
-        lines.append(
-            f"{stage_run.label}: {model.validation_accuracy:.1%} on validation after "
-            f"{group.steps} steps and {model.seconds:.1f} s{resumed}"
-        )
-    return lines
 
 
 def _describe_weak_teachers(

@@ -79,9 +79,9 @@ def make_stage(name, width=4, *, dropout=0.0, batch_norm=False, **options):
     return distill.Stage(name, **defaults | options)
 
 
-def train(folder, plan, seeds=(0,), **options):
+def train(folder, plan, seeds=(0,), *, config=None, grow=False, **options):
     """Returns the trained models by name and the run."""
-    run = runs.open_run(folder, {})
+    run = runs.open_run(folder, config or {}, grow=grow)
     options = {"validation": VALIDATION} | options
     return distill.run_plan(plan, seeds, run, **options), run
 

@@ -151,8 +151,9 @@ def test_terminal_gets_the_same_lines_above_the_bars(clock, monkeypatch):
 def test_plan_prints_its_trainings_in_order(capsys, tmp_path):
     plan = [make_stage("first", steps=2), make_stage("second", steps=2)]
     train(tmp_path, plan, (0, 1))
-    lines = read_lines(capsys)
+    *lines, disk_use = read_lines(capsys)
     assert lines[0] == (f"training 2 stages for 2 seeds: 4 trainings, 8 steps, into {tmp_path}")
+    assert re.fullmatch(rf"{tmp_path} uses [\d.]+ kB", disk_use)
     trainings = [(stage.name, seed) for seed in (0, 1) for stage in plan]
     for line, (name, seed) in zip(lines[1:], trainings, strict=True):
         pattern = rf"{name}, seed {seed}: [\d.]+% on validation after 2 steps and [\d.]+ s"
@@ -160,7 +161,8 @@ def test_plan_prints_its_trainings_in_order(capsys, tmp_path):
         assert re.fullmatch(pattern + remaining, line), line
     train(tmp_path, plan, (0, 1))
     already_trained = [f"{name}, seed {seed}: already trained" for name, seed in trainings]
-    assert read_lines(capsys) == [lines[0], *already_trained]
+    summary = "keeps 4 of 4 trainings, goes on with 0, trains 0"
+    assert read_lines(capsys) == [lines[0], *already_trained, summary, disk_use]
 
 
 def test_resumed_training_names_its_first_step(capsys, tmp_path, monkeypatch):
@@ -171,7 +173,8 @@ def test_resumed_training_names_its_first_step(capsys, tmp_path, monkeypatch):
     monkeypatch.undo()
     capsys.readouterr()
     train(tmp_path, plan)
-    _, line = read_lines(capsys)
+    _, summary, line, _ = read_lines(capsys)
+    assert summary == "keeps 0 of 1 trainings, goes on with 1, trains 0"
     assert re.fullmatch(
         r"first, seed 0: [\d.]+% on validation after 3 steps and [\d.]+ s, resumed at step 2", line
     )
@@ -207,7 +210,7 @@ def test_evaluations_on_a_terminal_have_the_bars_alone(clock, monkeypatch):
 def test_a_plan_reports_its_evaluations(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_progress, "SECONDS_BETWEEN_EVALUATIONS", 0)
     train(tmp_path, [make_stage("first", steps=4)], evaluations=2)
-    _, evaluation, end = read_lines(capsys)
+    _, evaluation, end, _ = read_lines(capsys)
     pattern = r"first, seed 0: step 2 of 4, loss [\d.]+, [\d.]+% on validation \(about \d+ s left\)"
     assert re.fullmatch(pattern, evaluation) and "after 4 steps" in end
 

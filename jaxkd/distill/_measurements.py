@@ -1,0 +1,69 @@
+"""Rows of results that were measured before, which are read instead of measured again."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxkd._messages import first_line
+from jaxkd.distill._identity import fingerprint_tree, hash_json, without_commit
+from jaxkd.distill._lowering import hash_predict
+from jaxkd.distill._stage_run import TrainedModel
+from jaxkd.distill.distributed import is_primary_process
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.runs import IGNORED_OPTIONS, ResultRow, Run, RunError
+from jaxkd.runs.environment import describe_environment
+
+
+def digest_measurements(
+    plan: Sequence[Stage | Pretrained],
+    models: Mapping[str, Sequence[TrainedModel]],
+    test: Mapping[str, Any],
+    reference: str,
+    settings: Any,
+    run: Run,
+) -> dict[str, str]:
+    """Returns a digest by name of all that a row of results depends on.
+
+    Args:
+        plan: The stages and pretrained models.
+        models: Their trained models, one per seed or one for all.
+        test: `inputs` and `labels`.
+        reference: Name of the model with which agreement is measured.
+        settings: JSON values that say how it is measured.
+        run: The run, of which the configuration counts for what the other values do not show, such
+            as functions that a model calls on the host.
+    """
+    config = {name: value for name, value in run.config.items() if name not in IGNORED_OPTIONS}
+    # Latencies are those of this machine and these versions.
+    environment = without_commit(describe_environment())
+    data = fingerprint_tree({name: test[name] for name in ("inputs", "labels")})
+    common = [data, settings, config, environment]
+    example = input_shapes(test["inputs"])
+    digests = {
+        entry.name: [
+            hash_predict(entry, example),
+            [fingerprint_tree(model.variables) for model in models[entry.name]],
+        ]
+        for entry in plan
+    }
+    return {
+        name: hash_json([name, digest, name != reference and digests[reference], common])
+        for name, digest in digests.items()
+    }
+
+
+def find_measured(run: Run, digests: Mapping[str, str]) -> dict[str, ResultRow]:
+    """Returns the rows of `results.json` that have these digests, by name.
+
+    Damaged results are measured again, with a warning.
+    """
+    if not is_primary_process():  # which alone writes them
+        return {}
+    try:
+        rows = run.read_results()
+    except FileNotFoundError:
+        return {}
+    except RunError as error:
+        warnings.warn(f"all models are measured again: {first_line(error)}", stacklevel=3)
+        return {}
+    return {row.name: row for row in rows if row.measured and row.measured == digests.get(row.name)}

@@ -1,0 +1,153 @@
+"""The checkpoint from which a training goes on, also in a run whose configuration has changed."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxkd._messages import shorten
+from jaxkd.distill._identity import find_changes, is_shorter
+from jaxkd.distill.step import TrainState
+from jaxkd.runs import Run, RunError, checkpoints
+from jaxkd.runs.growth import describe_growth, find_set_aside, set_aside, take_back
+from jaxkd.runs.run import checkpoint_identity
+
+
+class StageProgress(NamedTuple):
+    """What a checkpoint holds beside the training state.
+
+    Attributes:
+        step: Number of steps taken.
+        seconds: Training time.
+        losses: The losses since the last evaluation.
+        validation_accuracy: Accuracy of the last evaluation; `None` before the first.
+    """
+
+    step: int
+    seconds: float
+    losses: list[float]
+    validation_accuracy: float | None
+
+
+class _Checkpoint(NamedTuple):
+    """The newest sound checkpoint in a folder.
+
+    Attributes:
+        notes: Its notes and its step, which is 0 without a checkpoint.
+        state: Its state.
+        reason: Why it is of another training; empty if it is not.
+        message: The same for an error, with its folder.
+    """
+
+    notes: dict[str, Any]
+    state: TrainState
+    reason: str = ""
+    message: str = ""
+
+
+def restore_training(
+    run: Run,
+    seed: int,
+    stage: str,
+    state: TrainState,
+    fingerprint: Mapping[str, Any],
+    find_program: Callable[[int], str | None],
+) -> tuple[dict[str, Any], TrainState, str]:
+    """Returns the notes and the state of a training's newest checkpoint.
+
+    In a run that may grow, a checkpoint of another training is set aside together with its records,
+    and one of this training that was set aside before is taken back.
+
+    Args:
+        run: The run.
+        seed: The seed.
+        stage: Name of the stage.
+        state: The state before the first step.
+        fingerprint: The description of the training.
+        find_program: See `is_shorter`.
+
+    Returns:
+        Notes with the step, 0 without a checkpoint; the state; and a remark on what became of the
+        training of an earlier configuration, empty without one.
+
+    Raises:
+        RunError: If a checkpoint is of another training and the run may not grow, or the run's
+            records are damaged.
+    """
+    run.metrics()  # raises an error if they are damaged
+    growth = describe_growth(run) if run.grow and run.is_growing else ""
+
+    def read(folder: Path) -> tuple[_Checkpoint, str]:
+        found = _read_checkpoint(folder, seed, stage, state, fingerprint, growth)
+        saved = found.notes.get("stage")
+        if run.grow and found.reason and is_shorter(saved or {}, fingerprint, find_program):
+            remark = f"goes on after step {found.notes['step']:,} of a shorter training"
+            return found._replace(reason=""), remark
+        return found, ""
+
+    found, remark = read(run.checkpoint_folder(seed, stage))
+    if found.reason and not run.grow:
+        raise RunError(
+            f"{found.message}: delete that folder to train the stage again, or name another folder "
+            "for the run"
+        )
+    if found.notes["step"] and not found.reason:
+        return found.notes, found.state, remark
+    reasons = [found.reason]
+    for folder in find_set_aside(run, seed, stage) if run.grow else ():
+        aside, remark = read(folder)
+        if aside.notes["step"] and not aside.reason:
+            take_back(run, seed, stage, folder)
+            return aside.notes, aside.state, remark or "an earlier configuration has trained it"
+        reasons.append(aside.reason)
+    if found.reason:
+        set_aside(run, seed, stage)
+    reason = next(filter(None, reasons), "")
+    remark = f"trains again ({reason}); its earlier training is kept until the end"
+    return {"step": 0}, state, remark if reason else ""
+
+
+def _read_checkpoint(
+    folder: Path,
+    seed: int,
+    stage: str,
+    state: TrainState,
+    fingerprint: Mapping[str, Any],
+    growth: str,
+) -> _Checkpoint:
+    """Reads the newest sound checkpoint, and compares its training with that of a fingerprint.
+
+    Args:
+        folder: The folder.
+        seed: The seed.
+        stage: Name of the stage.
+        state: The state before the first step.
+        fingerprint: The description of the training.
+        growth: How the configuration has changed since the run last finished; empty if it has not.
+    """
+    nothing = {"step": 0}
+    try:
+        restored = checkpoints.restore(folder, state, identity=checkpoint_identity(seed, stage))
+    except ValueError as error:
+        return _Checkpoint(nothing, state, "its arrays changed", str(error))
+    if restored is None or restored.step == 0:
+        return _Checkpoint(nothing, state)
+    notes = restored.notes | {"step": restored.step}
+    if {"stage", *StageProgress._fields} - notes.keys() or not isinstance(notes["stage"], dict):
+        reason = "no plan saved its checkpoints"
+        return _Checkpoint(nothing, state, reason, f"{folder} holds checkpoints that no plan saved")
+    changes, is_uncertain = find_changes(notes["stage"], fingerprint)
+    if is_uncertain and growth:
+        # With an unchanged configuration, the same script is expected. Now it is not.
+        changes.append("another environment trained it, in which programs read otherwise")
+    elif is_uncertain and not changes:
+        warnings.warn(
+            "checkpoints were saved in another environment or by an older version, so that a "
+            "change of the data, model, loss or optimizer since then may go unnoticed",
+            stacklevel=2,
+        )
+    if changes:
+        reason = shorten("; ".join(changes), 150)
+        message = f"{folder} holds another training ({'; '.join(changes)})"
+        return _Checkpoint(notes, restored.tree, reason, message)
+    return _Checkpoint(notes, restored.tree)
