@@ -42,7 +42,8 @@ class Verdict(NamedTuple):
     Attributes:
         differences: One line for each of metrics, checkpoints, results and exported student that
             differ. Empty if the runs are identical.
-        conditions: One line for each of options, data and environment that differ.
+        conditions: One line for each of options, data, environment, and environments before the
+            first run grew that differ, and one on trainings of which few records are compared.
         compared: The numbers of records, checkpoints and rows that were compared.
     """
 
@@ -85,6 +86,11 @@ def verify(
 def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> Verdict:
     """Compares the files of two runs, except for the times in them.
 
+    A run that has grown, see `open_run`, may hold trainings that were evaluated at other steps than
+    its configuration says: one that went on with a shorter training, or is older than another
+    number of evaluations. Of these, the last records alone are compared, and that without the
+    training loss, which is a mean since the evaluation before. The conditions count them.
+
     Args:
         first: The folder of a run.
         second: The folder of the other run.
@@ -98,6 +104,9 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> Verdict
     """
     pair = read_run(first), read_run(second)
     records = [_group_records(run) for run in pair]
+    num_regrouped = 0
+    if any(run.history for run in pair):
+        num_regrouped = _keep_comparable(*records)
     rows = [rows_without_timings(run.read_results()) for run in pair]
     # In the order of the second run's training.
     stages = list(dict.fromkeys((stage, seed) for stage, seed, _ in [*records[1], *records[0]]))
@@ -111,6 +120,11 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> Verdict
         describe_differences(pair[0].config, pair[1].config, ignore=IGNORED_OPTIONS, limit=None),
         describe_differences({"data": pair[0].data}, {"data": pair[1].data}),
         describe_differences(pair[0].environment, pair[1].environment, limit=None),
+        *_describe_earlier_environments(*pair),
+        "trainings that were evaluated at other steps before the run grew, of which the last "
+        f"records are compared: {num_regrouped}"
+        if num_regrouped
+        else "",
     ]
     compared = f"{len(records[1])} records, {len(stages)} checkpoints, {len(rows[1])} rows"
     return Verdict(differences, [line for line in conditions if line], compared)
@@ -166,7 +180,8 @@ def _check_finished(run: Run) -> None:
             f"{run.folder} is not the run of an experiment: repeat it in another folder and call "
             "jaxkd.runs.verify.compare_runs on both"
         )
-    if not (run.folder / "results.json").exists():
+    # The results of a run that is growing are those of an earlier configuration.
+    if run.is_growing or not (run.folder / "results.json").exists():
         raise RunError(
             f"{run.folder} is not finished: run python -m experiments.{experiment} with the same "
             "options, which resumes it"
@@ -231,6 +246,50 @@ def _group_records(run: Run) -> _Records:
         key = record["stage"], record["seed"], record["step"]
         records.setdefault(key, []).append(record)
     return records
+
+
+def _keep_comparable(first: _Records, second: _Records) -> int:
+    """Keeps the last record of trainings that were evaluated at different steps.
+
+    Returns:
+        The number of these trainings.
+    """
+    steps: list[dict[tuple[str, int], set[int]]] = []
+    for records in (first, second):
+        by_training: dict[tuple[str, int], set[int]] = {}
+        for stage, seed, step in records:
+            by_training.setdefault((stage, seed), set()).add(step)
+        steps.append(by_training)
+    # One that a run lacks, or that ended at another step, is a difference.
+    differing = {
+        training
+        for training in steps[0].keys() & steps[1].keys()
+        if steps[0][training] != steps[1][training]
+        and max(steps[0][training]) == max(steps[1][training])
+    }
+    for records, by_training in zip((first, second), steps, strict=True):
+        for stage, seed, step in list(records):
+            if (stage, seed) in differing:
+                last = records.pop((stage, seed, step))
+                if step == max(by_training[stage, seed]):
+                    records[stage, seed, step] = [
+                        {name: value for name, value in record.items() if name != "loss"}
+                        for record in last
+                    ]
+    return len(differing)
+
+
+def _describe_earlier_environments(first: Run, second: Run) -> Iterator[str]:
+    """Yields how the environments differ in which the first run had earlier configurations."""
+    now = first.environment
+    for earlier in first.history:
+        # Those that did not change are described already.
+        if earlier["environment"] != now and (
+            difference := describe_differences(
+                earlier["environment"], second.environment, limit=None
+            )
+        ):
+            yield f"before the run grew: {difference}"
 
 
 def _diff_records(first: _Records, second: _Records) -> Iterator[str]:

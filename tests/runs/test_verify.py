@@ -279,6 +279,31 @@ def test_conditions_do_not_count_as_differences(pair):
     assert environment.count(";") == 1
 
 
+def test_environments_before_a_run_grew_are_conditions(pair):
+    recorded = json.loads((pair[0] / "config.json").read_text())
+    environment = recorded["environment"]
+    earlier = [
+        {"config": recorded["config"], "environment": environment | {"jax": "0.0.1"}},
+        {"config": recorded["config"], "environment": environment},
+    ]
+    (pair[0] / "config.json").write_text(json.dumps(recorded | {"history": earlier}))
+    differences, (line,), _ = verify.compare_runs(*pair)
+    assert not differences and line.startswith("before the run grew: jax was '0.0.1' and is '")
+
+
+def test_a_training_that_ends_elsewhere_differs_although_the_run_has_grown(pair):
+    recorded = json.loads((pair[0] / "config.json").read_text())
+    earlier = {name: recorded[name] for name in ("config", "environment")}
+    (pair[0] / "config.json").write_text(json.dumps(recorded | {"history": [earlier]}))
+    path = pair[1] / "metrics.jsonl"
+    rewrite(path, lambda text: text.replace('"step": 4', '"step": 3'))
+    differences, conditions, _ = verify.compare_runs(*pair)
+    assert not differences and conditions[0].endswith("the last records are compared: 4")
+    rewrite(path, lambda text: text.replace('"step": 8', '"step": 9'))
+    (line,) = verify.compare_runs(*pair).differences
+    assert "step 3: the number of records was 0 and is 1" in line
+
+
 TINY = """
 import json, pathlib, shutil, sys
 template, folder = pathlib.Path("template"), pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
@@ -355,11 +380,14 @@ def test_runs_that_cannot_be_repeated_are_refused(tiny):
     make_run(tiny / "failing", fail=True)
     with pytest.raises(RunError, match=r"the rerun of experiments\.tiny failed with exit status 3"):
         verify.verify("failing", "scratch")
+    message = r"is not finished: run python -m experiments\.tiny with the same options"
+    # Its results are those of before.
+    make_run(tiny / "growing")
+    rewrite(tiny / "growing" / "config.json", lambda text: '{"is_growing": true,' + text[1:])
+    with pytest.raises(RunError, match=f"growing {message}"):
+        verify.verify("growing", "scratch")
     (tiny / "run" / "results.json").unlink()
-    with pytest.raises(
-        RunError,
-        match=r"run is not finished: run python -m experiments\.tiny with the same options",
-    ):
+    with pytest.raises(RunError, match=f"run {message}"):
         verify.verify("run", "scratch")
 
 
