@@ -358,9 +358,14 @@ def translate_sentence(config: Config, sentence: str) -> str:
                 "--workdir"
             )
     # The options of the run, not those of this command, describe the student.
-    saved = runs.read_run(folder).config
+    run = runs.read_run(folder)
+    if run.is_growing:
+        raise OptionError(
+            f"the student in {folder} is older than the options of its run, which is growing: run "
+            "the experiment to its end first"
+        )
     names = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in saved.items() if name in names})
+    config = Config(**{name: value for name, value in run.config.items() if name in names})
     tokenizer = tokens.load_tokenizer(folder / TOKENIZER_FILE)
     student = export_candidates(config.students)[0]
     module = make_module(student, config, tokenizer.get_vocab_size())

@@ -62,7 +62,8 @@ class Options:
     """Seconds between checkpoints. One is also saved at the end of a stage and on Ctrl-C."""
     workdir: str | None = None
     """Directory of the run. By default a directory in runs/ named after data and options. The same
-    command resumes there."""
+    command resumes there. Other options keep the trainings there that they do not change, and
+    replace the others."""
 
     def check(self) -> None:
         """Raises `OptionError` for an invalid value."""

@@ -60,7 +60,7 @@ def transfer_all_but_head(source: dict, fresh: dict) -> dict:
 def open_run(
     experiment: str, options: Options, data_name: str, arrays: Iterable[np.ndarray]
 ) -> runs.Run:
-    """Starts the run of an experiment, or resumes it.
+    """Starts the run of an experiment, resumes it, or lets it grow by other options.
 
     Args:
         experiment: Name of the script.
@@ -72,7 +72,13 @@ def open_run(
     if options.teacher_cache and distill.is_primary_process():
         # Otherwise it would fail after the teacher's training.
         check_writable("--teacher-cache", expand(options.teacher_cache))
-    return runs.open_run(choose_folder(experiment, options, data_name), config, arrays=arrays)
+    return runs.open_run(
+        choose_folder(experiment, options, data_name),
+        config,
+        arrays=arrays,
+        # Other options only meet in a folder that the user names.
+        grow=bool(options.workdir),
+    )
 
 
 def run_options(options: Options, plan: Plan) -> dict[str, Any]:

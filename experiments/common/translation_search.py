@@ -77,7 +77,7 @@ def translate_train_pairs(
 ) -> np.ndarray:
     """Returns the training pairs with a teacher's translations as their targets.
 
-    They are saved in the run's folder and read from there the next time.
+    They are saved in the run's folder and read from there the next time, with the same options.
 
     Args:
         run: The run.
@@ -95,6 +95,8 @@ def translate_train_pairs(
         "weights": runs.fingerprint(jax.tree.leaves(jax.device_get(variables))),
         "sources": runs.fingerprint([data.train]),
         "beams": beams,
+        # The search has further options, with which a run may have grown.
+        "options": {n: value for n, value in run.config.items() if n not in runs.UNTRAINED_OPTIONS},
     }
     saved = checkpoints.load(folder)
     if saved is not None and saved.notes == notes:

@@ -15,9 +15,8 @@ import jax
 import numpy as np
 
 from jaxkd._files import describe_differences
-from jaxkd.runs import DETERMINISM_FLAGS, fingerprint
+from jaxkd.runs import DETERMINISM_FLAGS, UNTRAINED_OPTIONS, fingerprint
 from jaxkd.runs.environment import describe_environment, describe_lowering
-from jaxkd.runs.growth import UNTRAINED_OPTIONS
 
 MESSAGES = {
     "data": "its training data changed",

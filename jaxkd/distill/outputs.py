@@ -61,6 +61,8 @@ def save_results(
 ) -> RunOutputs:
     """Measures a plan of classifiers; saves results, report, figures and the best student.
 
+    Rows of a finished run in which nothing has changed are not measured again.
+
     Args:
         run: The run, from `open_run`.
         plan: The plan.
@@ -82,7 +84,7 @@ def save_results(
         Folder, rows and models.
     """
     listed = [entry for entry in plan if entry.name not in unlisted]
-    rows = evaluate_plan(listed, trained, test, reference=reference, **kwargs)
+    rows = evaluate_plan(listed, trained, test, reference=reference, run=run, **kwargs)
     outputs = RunOutputs(run.folder, rows, trained)
     if not is_primary_process():
         return outputs

@@ -82,6 +82,13 @@ def run_plan(
     All draws of a stage derive from `jax.random.key(seed)` and the stage's name. Stages may be
     added to a plan, and seeds to a run, without changing a bit of the others.
 
+    In a run that `open_run(..., grow=True)` opened, stages may also change: those that did, and
+    what depends on them, are trained again, in place of their earlier trainings, which are kept
+    until then. A stage with more steps goes on where it ended, if its steps do not depend on their
+    number. If the configuration has changed, trainings that the plan lacks are left out of the
+    run's records until a plan has them again. A line before the first step says how many trainings
+    are kept.
+
     Args:
         plan: The stages and pretrained models.
         seeds: The whole plan is trained once for each seed, an integer from 0 to 2**32 - 1.
@@ -113,8 +120,8 @@ def run_plan(
             model have other shapes than its model, a token id is negative, or `buckets` meet
             logits of each token that need one length.
         RunError: If a loss is not finite, the run holds checkpoints of another training (the
-            message names what differs), its folder was deleted, or XLA computes with outdated
-            weights (`runs.environment.check_cpu_products`).
+            message names what differs) and may not grow, its folder was deleted, or XLA computes
+            with outdated weights (`runs.environment.check_cpu_products`).
         OSError: If the run's folder or that of the teachers' logits cannot be written.
         ImportError: If orbax is missing.
     """

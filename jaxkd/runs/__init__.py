@@ -3,7 +3,14 @@
 from jaxkd.runs.environment import DETERMINISM_FLAGS, describe_environment, enable_determinism
 from jaxkd.runs.errors import RunError
 from jaxkd.runs.results import ResultRow, summarize
-from jaxkd.runs.run import IGNORED_OPTIONS, Run, fingerprint, open_run, read_run
+from jaxkd.runs.run import (
+    IGNORED_OPTIONS,
+    UNTRAINED_OPTIONS,
+    Run,
+    fingerprint,
+    open_run,
+    read_run,
+)
 
 __all__ = [
     "DETERMINISM_FLAGS",
@@ -11,6 +18,7 @@ __all__ = [
     "ResultRow",
     "Run",
     "RunError",
+    "UNTRAINED_OPTIONS",
     "describe_environment",
     "enable_determinism",
     "fingerprint",

@@ -12,10 +12,7 @@ from pathlib import Path
 
 from jaxkd._files import delete, describe_differences, write_atomically
 from jaxkd.runs._records import read_records
-from jaxkd.runs.run import IGNORED_OPTIONS, Run, read_run
-
-UNTRAINED_OPTIONS = (*IGNORED_OPTIONS, "num_seeds")
-"""Options on which no training depends."""
+from jaxkd.runs.run import UNTRAINED_OPTIONS, Run, read_run
 
 Training = tuple[int, str]
 """A seed and the name of a stage."""

@@ -49,6 +49,8 @@ IGNORED_OPTIONS = (
     *DEVICE_OPTIONS,
 )
 """Options that say where and how a run computes, not what. They may change when it continues."""
+UNTRAINED_OPTIONS = (*IGNORED_OPTIONS, "num_seeds")
+"""Options on which no training depends."""
 EXPERIMENT = "experiment"
 """Name in a configuration of the script whose run it is. It never changes."""
 

@@ -5,6 +5,7 @@ case the sum of the absolute values of each trained weight, and the accuracies. 
 above 0, the disk of the primary process is full at that step of the last stage.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -71,7 +72,17 @@ def train_one_by_one(folder, **options):
     return train(folder, make_teacher_and_student(), range(3), **options)
 
 
+def train_grown(folder, **options):
+    """Trains two stages of `train_on_mesh`, of which the last one was another training before."""
+    options |= {"placement": distill.MeshPlacement(distill.make_mesh()), "grow": True}
+    teacher, student = make_teacher_and_student()
+    other = dataclasses.replace(student, loss=lambda *args: 2.0 * soft_loss(*args))
+    train(folder, [teacher, other], config={"scale": 2}, **options)
+    return train(folder, [teacher, student], config={"scale": 1}, **options)
+
+
 CASES = {
+    "grown": train_grown,
     "mesh": train_on_mesh,
     "model_axis": train_on_model_axis,
     "vectorized": train_vectorized,

@@ -67,7 +67,7 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    return train(folder, ["mesh", "model_axis", "vectorized"], num_processes=2), folder
+    return train(folder, ["mesh", "model_axis", "vectorized", "grown"], num_processes=2), folder
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,12 @@ def assert_same_records(folder, expected_folder):
             assert record[name] == (pytest.approx(value, rel=1e-5) if is_rounded else value)
 
 
-EXPECTED = {"mesh": "mesh", "model_axis": "mesh", "vectorized": "one_by_one"}
+EXPECTED = {
+    "mesh": "mesh",
+    "model_axis": "mesh",
+    "vectorized": "one_by_one",
+    "grown": "mesh",
+}
 """The case of one process that trains the same."""
 
 
@@ -113,6 +118,7 @@ EXPECTED = {"mesh": "mesh", "model_axis": "mesh", "vectorized": "one_by_one"}
         ("model_axis", "four_processes"),
         ("vectorized", "two_processes"),
         ("vectorized", "four_processes"),
+        ("grown", "two_processes"),
     ],
 )
 def test_processes_train_like_one(one_process, request, case, processes):

@@ -16,7 +16,7 @@ import pytest
 from experiments import teacher_assistant
 from experiments.common import cli
 from jaxkd import data, evaluate
-from jaxkd.runs import redraw, report
+from jaxkd.runs import redraw, report, verify
 from jaxkd.runs.results import TIMINGS
 from jaxkd.weights import load_safetensors, read_class_names
 
@@ -234,6 +234,21 @@ def test_damaged_checkpoint_is_reported_and_trained_again(finished_run, tmp_path
     assert_same_bits(folder, finished_run[0])
 
 
+@pytest.mark.thorough
+def test_other_options_let_a_run_grow(finished_run, tmp_path, execute):
+    options = (*OPTIONS, "--temperature", 2, "--evaluations", 2)
+    shutil.copytree(finished_run[0], tmp_path / "grown")
+    printed = execute("teacher_assistant", *options, "--workdir", tmp_path / "grown").stdout
+    assert "keeps 6 of 12 trainings, goes on with 0, trains 6\n" in printed
+    assert "assistant, seed 0: trains again (its model, loss, optimizer or augment" in printed
+    execute("teacher_assistant", *options, "--workdir", tmp_path / "fresh")
+    verdict = verify.compare_runs(tmp_path / "grown", tmp_path / "fresh")
+    assert verdict.differences == []
+    assert "of which the last records are compared: 6" in verdict.conditions[-1]
+    again = execute("teacher_assistant", *options, "--workdir", tmp_path / "grown").stdout
+    assert "keeps 12 of 12 trainings, goes on with 0, trains 0\n" in again
+
+
 def error_message(monkeypatch, *options):
     """Returns the one line with which the command line refuses options."""
     monkeypatch.setattr(sys, "argv", ["teacher_assistant", *map(str, options)])
@@ -300,11 +315,10 @@ def test_damaged_images_end_in_one_line(image_dir, tmp_path, monkeypatch):
 @pytest.mark.thorough
 def test_other_workdirs_are_refused_and_left_alone(finished_run, image_dir, tmp_path, monkeypatch):
     folder, _ = finished_run
-    options = ("--dataset", image_dir, "--image-size", 16, "--num-labels", 9)
+    options = ("--dataset", image_dir, "--image-size", 20, "--num-labels", 9)
     before = (folder / "results.json").stat().st_mtime_ns
     message = error_message(monkeypatch, *options, "--workdir", folder)
-    assert "another configuration" in message and "--workdir" in message
-    assert "epochs was 3 and is 4" in message
+    assert "a run on other data" in message and "--workdir" in message
     assert (folder / "results.json").stat().st_mtime_ns == before
     letter = tmp_path / "letter.txt"
     letter.write_text("mine")

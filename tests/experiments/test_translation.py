@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from experiments.common.cli import OptionError
 from jaxkd import models, runs
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill import LossContext
-from jaxkd.runs import ResultRow, checkpoints
+from jaxkd.runs import ResultRow, checkpoints, growth
 
 pytestmark = pytest.mark.thorough  # trains networks, in processes of their own
 
@@ -228,6 +229,30 @@ def test_students_score_as_the_options_say(score, expected):
 def test_without_a_finished_run_no_sentence_is_translated(tmp_path):
     with pytest.raises(OptionError, match="run the experiment to its end first"):
         translation.main(translation.Config(workdir=str(tmp_path / "none"), translate="a man"))
+
+
+def test_the_student_of_a_run_that_is_growing_translates_nothing(run, tmp_path):
+    folder = shutil.copytree(run[1], tmp_path / "run")
+    content = json.loads((folder / "config.json").read_text()) | {"is_growing": True}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(OptionError, match="growing: run the experiment to its end first"):
+        translation.main(translation.Config(workdir=str(folder), translate="a man"))
+
+
+def test_other_options_of_the_search_translate_the_training_pairs_again(encoded, tmp_path):
+    _, data = encoded
+    calls = []
+
+    def translate(variables, sources):
+        calls.append(1)
+        return np.zeros_like(sources)
+
+    for length_penalty, seeds in ((0.0, 1), (0.0, 2), (1.0, 2)):
+        config = {"length_penalty": length_penalty, "num_seeds": seeds}
+        run = runs.open_run(tmp_path, config, grow=True)
+        translation_search.translate_train_pairs(run, data, {}, translate, beams=2)
+        growth.record_growth(run, trains=True)
+    assert len(calls) == 2
 
 
 def test_the_teacher_trains_once_and_its_translations_teach_sequence_level(run):
