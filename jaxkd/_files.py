@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Container, Generator, Mapping
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def measure_disk_use(folder: Path) -> int:
     for path in folder.rglob("*"):
         # Another process may delete a file in the meantime.
         with contextlib.suppress(FileNotFoundError):
-            total += path.lstat().st_size if path.is_file() else 0
+            status = path.lstat()
+            total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 

@@ -64,6 +64,9 @@ class Trainer:
     def keep_finished(self, stages: Sequence[CompiledStage], seeds: Sequence[int]) -> int:
         """Adds what the run holds already to the models, and prints what is left to train.
 
+        A stage whose teacher is left to train counts as left, too. It is read in its turn, and kept
+        if the teacher comes out as it was.
+
         Args:
             stages: The stages, each after those it learns from.
             seeds: The seeds.

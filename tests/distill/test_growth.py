@@ -203,6 +203,7 @@ def test_other_data_never_return_a_stale_student(tmp_path, monkeypatch):
         runs.open_run(tmp_path / "arrays", **run, arrays=[np.zeros(2)])
 
 
+@pytest.mark.thorough
 def test_another_architecture_is_set_aside(tmp_path):
     grow(tmp_path / "run", make_plan())
     trained, run = grow(tmp_path / "run", make_plan(model=make_model(5)))
@@ -211,6 +212,7 @@ def test_another_architecture_is_set_aside(tmp_path):
     assert list_names(run) == ["student", "teacher"]
 
 
+@pytest.mark.thorough
 def test_plans_that_share_a_run_grow_together(tmp_path, monkeypatch):
     """A teacher that serves all seeds trains in a plan of its own."""
 
@@ -273,6 +275,7 @@ def test_records_at_other_steps_are_not_compared(tmp_path):
     assert line.startswith("metrics: first at stage student, seed 0, step 9: validation_loss was")
 
 
+@pytest.mark.thorough
 def test_students_of_a_longer_teacher_train_again(tmp_path, monkeypatch):
     grow(tmp_path / "run", make_plan())
     counts = count_steps(monkeypatch)
@@ -307,6 +310,7 @@ def test_a_schedule_over_the_steps_trains_again(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(get_variables(trained), get_variables(expected))
 
 
+@pytest.mark.thorough
 def test_fewer_steps_train_again(tmp_path, monkeypatch):
     grow(tmp_path / "run", make_plan(steps=5))
     counts = count_steps(monkeypatch)
