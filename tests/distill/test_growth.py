@@ -21,6 +21,7 @@ from jaxkd.distill._loop import TrainingLoop
 from jaxkd.runs import growth, verify
 from small_plans import (
     VALIDATION,
+    get_losses,
     get_variables,
     hard_loss,
     kill_at_save,
@@ -329,6 +330,25 @@ def test_more_steps_of_a_training_that_was_stopped(tmp_path, monkeypatch):
     assert counts == {("student", 0): 7}
     expected, _ = grow(tmp_path / "fresh", make_plan(steps=9))
     chex.assert_trees_all_equal(get_variables(trained), get_variables(expected))
+
+
+@pytest.mark.thorough
+def test_a_longer_training_and_a_stopped_one_at_the_same_step(tmp_path, monkeypatch):
+    """They were evaluated at different steps, so that they cannot train in one program."""
+    options = {"measure": False, "evaluations": 2, "config": {"plan": "any"}}
+    grow(tmp_path / "run", [make_stage("longer", steps=4)], **options)
+    kill_at_save(monkeypatch, 4)
+    with pytest.raises(SystemExit):
+        grow(tmp_path / "run", [make_stage("stopped", steps=9)], save_every=0, **options)
+    monkeypatch.undo()
+    plan = [make_stage(name, steps=9) for name in ("longer", "stopped")]
+    trained, run = grow(tmp_path / "run", plan, placement=vectorized_placement(), **options)
+    expected, fresh_run = grow(tmp_path / "fresh", plan, **options)
+    chex.assert_trees_all_close(get_variables(trained), get_variables(expected), rtol=1e-5)
+    losses = [get_losses(run, name) for run in (run, fresh_run) for name in ("longer", "stopped")]
+    # The first evaluation of the longer one was at step 2.
+    assert [len(values) for values in losses] == [4, 2, 2, 2]
+    np.testing.assert_allclose(losses[1], losses[3], rtol=1e-5)
 
 
 # Nothing valid is lost
