@@ -88,7 +88,7 @@ class DistillCommand:
     deterministic: bool = False
     """Makes a GPU compute the same bits at every run, more slowly."""
     workdir: str | None = None
-    """Folder of the run. By default one in runs/distill/ named after data and options."""
+    """Folder of the run; other options keep what they share. By default one in runs/distill/."""
 
     def execute(self) -> None:
         """Trains teacher and students, compares them and saves the best student."""
@@ -113,7 +113,9 @@ class DistillCommand:
         distillation.make_plan(options, problem, teacher)
         config = {"command": "distill"} | dataclasses.asdict(self)
         folder = choose_folder("distill", self, self.data)
-        run = runs.open_run(folder, config, arrays=problem.arrays)
+        # Other options only meet in a folder that the user names.
+        grow = bool(self.workdir)
+        run = runs.open_run(folder, config, arrays=problem.arrays, grow=grow)
         fine_tuned = None
         if teacher.fine_tuning is not None:
             fine_tuned = distillation.fine_tune(options, problem, teacher, run)

@@ -51,8 +51,8 @@ IGNORED_OPTIONS = (
 """Options that say where and how a run computes, not what. They may change when it continues."""
 UNTRAINED_OPTIONS = (*IGNORED_OPTIONS, "num_seeds")
 """Options on which no training depends."""
-EXPERIMENT = "experiment"
-"""Name in a configuration of the script whose run it is. It never changes."""
+FIXED_OPTIONS = ("experiment", "command")
+"""Names in a configuration of the program whose run it is, which never change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +265,8 @@ def open_run(
             fingerprint.
         grow: Lets the run continue with another configuration, and lets `run_plan` train again the
             stages that have changed, which it otherwise refuses. Only `run_plan` finds out what
-            has changed, so leave it out for a loop of your own. The value "experiment" of `config`
-            never changes.
+            has changed, so leave it out for a loop of your own. The values "experiment" and
+            "command" of `config` never change.
 
     Returns:
         The run.
@@ -465,8 +465,10 @@ def _open_unlinked(path: str, flags: int) -> int:
 def _check_continuation(before: Run, config: Mapping[str, Any], data: str, *, grow: bool) -> None:
     """Refuses another configuration or other data, and warns of another environment."""
     if grow:
-        experiments = [{EXPERIMENT: values.get(EXPERIMENT)} for values in (before.config, config)]
-        differences, remedy = describe_differences(*experiments), ""
+        programs = [
+            {name: values.get(name) for name in FIXED_OPTIONS} for values in (before.config, config)
+        ]
+        differences, remedy = describe_differences(*programs), ""
     else:
         differences = before.describe_changes(config)
         remedy = ", or open it with grow=True for run_plan"

@@ -82,6 +82,13 @@ def test_distil_then_predict(photos, tmp_path, capsys):
     main(["predict", str(run), str(photos / "test" / "light"), "--json"])
     classes = [row["classes"][0]["class"] for row in json.loads(capsys.readouterr().out)]
     assert classes == ["light"] * 6
+    # More seeds keep those that are trained.
+    seeds = arguments.index("--num-seeds") + 1
+    with jax.numpy_dtype_promotion("standard"):
+        main([*arguments[:seeds], "3", *arguments[seeds + 1 :]])
+    assert "keeps 8 of 12 trainings, goes on with 0, trains 4\n" in capsys.readouterr().out
+    rows = json.loads((run / "results.json").read_text())
+    assert [len(row["accuracy"]) for row in rows] == [3, 3, 3, 3]
     # The student of this run teaches the next one.
     with jax.numpy_dtype_promotion("standard"):
         main([*arguments[:6], str(run), *arguments[7:-1], str(tmp_path / "second")])

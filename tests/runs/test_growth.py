@@ -57,6 +57,8 @@ def test_another_experiment_and_other_data_are_refused(tmp_path):
     runs.open_run(tmp_path, CONFIG)
     with pytest.raises(runs.RunError, match=r"experiment was 'tiny' and is 'big'\): name another"):
         runs.open_run(tmp_path, CONFIG | {"experiment": "big"}, grow=True)
+    with pytest.raises(runs.RunError, match="command was None and is 'distill'"):
+        runs.open_run(tmp_path, CONFIG | {"command": "distill"}, grow=True)
     with pytest.raises(runs.RunError, match="other data"):
         runs.open_run(tmp_path, CONFIG, arrays=[np.ones(2)], grow=True)
     with pytest.raises(runs.RunError, match=r"alpha was .*, or open it with grow=True for run_pl"):
