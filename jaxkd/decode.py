@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 DecodeStep: TypeAlias = Callable[[Any, Array], tuple[Array, Any]]
@@ -52,8 +53,8 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
         with 0. They mean nothing where logits are NaN; `beam_search` shows that in its scores.
 
     Raises:
-        ValueError: If `max_length` is less than 1, or `start` and `end` are equal, less than 1 or
-            not in the vocabulary.
+        ValueError: If `max_length` is no integer of at least 1, `start` and `end` are equal, less
+            than 1 or not in the vocabulary, or `step` returns logits or a state of other shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,8 +73,7 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
 
     def body_fn(carry: tuple) -> tuple:
         position, tokens, last, unfinished, state = carry
-        logits, state = step(state, last)
-        _check_vocabulary(logits, start, end)
+        logits, state = _take_step(step, state, last, start, end)
         best = _log_probabilities(logits, start).argmax(-1)
         # Finished sentences stay in the batch and produce padding.
         best = jnp.where(unfinished, best, 0).astype(jnp.int32)
@@ -141,8 +141,9 @@ def beam_search(
         The K best sentences.
 
     Raises:
-        ValueError: If `beams` or `max_length` is less than 1, `length_penalty` is negative, or
-            `start` and `end` are equal, less than 1 or not in the vocabulary.
+        ValueError: If `beams` or `max_length` is no integer of at least 1, `length_penalty` is
+            negative, `start` and `end` are equal, less than 1 or not in the vocabulary, or `step`
+            returns logits or a state of other shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -160,8 +161,7 @@ def beam_search(
         Wu et al., Google's Neural Machine Translation System, https://arxiv.org/abs/1609.08144
     """
     _check_options(max_length, start, end)
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
+    _check_count("beams", beams)
     # `not >=` rather than `<`, so that NaN is refused as well.
     if not length_penalty >= 0:
         raise ValueError(f"length_penalty must be at least 0, got {length_penalty}")
@@ -175,8 +175,7 @@ def beam_search(
         return (search.position < max_length) & unfinished.any()
 
     def body_fn(search: _Search) -> _Search:
-        logits, state = step(search.state, search.last.reshape(-1))
-        _check_vocabulary(logits, start, end)
+        logits, state = _take_step(step, search.state, search.last.reshape(-1), start, end)
         vocab_size = logits.shape[-1]
         increments = _log_probabilities(logits, start).reshape(*search.finished.shape, -1)
         # A finished beam has a single continuation: padding, at no cost.
@@ -260,18 +259,52 @@ def _read_batch_size(state: Any) -> int:
     return leading_axes.pop()[0]
 
 
-def _check_vocabulary(logits: Array, start: int, end: int) -> None:
+def _take_step(
+    step: DecodeStep, state: Any, tokens: Array, start: int, end: int
+) -> tuple[Array, Any]:
+    """Reads one more token of each sentence; raises `ValueError` if the results do not fit."""
+    expected = _describe_leaves(state)
+    logits, state = step(state, tokens)
+    shape = getattr(logits, "shape", ())
+    # Logits of one sentence would be broadcast to all.
+    if len(shape) != 2 or shape[0] != tokens.size:
+        raise ValueError(
+            f"step must return (logits [N, V], state), with N = {tokens.size} tokens to read, got "
+            f"logits of the shape {shape}"
+        )
+    actual = _describe_leaves(state)
+    changed = sorted(path for path in {**expected, **actual} if expected.get(path) != actual.get(path))
+    if changed:
+        path = changed[0]
+        raise ValueError(
+            "step must return a state of the structure, shapes and dtypes that it gets, but "
+            f"{f'the leaf {path[:80]}' if path else 'the state'} is {actual.get(path, 'missing')} "
+            f"instead of {expected.get(path, 'missing')}"
+        )
     vocab_size = logits.shape[-1]
     if max(start, end) >= vocab_size:
         raise ValueError(
             f"start and end must be tokens of the model, in [1, {vocab_size}), got {start} and "
             f"{end}: pass those of its tokenizer"
         )
+    return logits, state
+
+
+def _describe_leaves(state: Any) -> dict[str, str]:
+    """Returns shape and dtype of each leaf of a state by path."""
+    return {
+        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r:.80}")
 
 
 def _check_options(max_length: int, start: int, end: int) -> None:
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    _check_count("max_length", max_length)
     if start == end or min(start, end) < 1:
         raise ValueError(
             "start and end must be different tokens of at least 1, since 0 is padding; got "

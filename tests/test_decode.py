@@ -181,8 +181,10 @@ def test_start_and_end_tokens_can_be_chosen():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"beams": 0}, "beams must be at least 1, got 0"),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"beams": 0}, "beams must be an integer of at least 1, got 0"),
+        ({"beams": 2.0}, "beams must be an integer of at least 1, got 2.0"),
+        ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
+        ({"max_length": 4.0}, "max_length must be an integer of at least 1, got 4.0"),
         ({"length_penalty": -1.0}, "length_penalty must be at least 0"),
         ({"start": 3}, "got 3 and 3"),
         ({"end": 0}, "at least 1, since 0 is padding"),
@@ -211,3 +213,40 @@ def test_scores_of_nan_logits_are_nan():
 def test_a_state_without_the_axis_of_sentences_raises():
     with pytest.raises(ValueError, match="sentences as their first axis"):
         greedy(step, {**draw(0), "history": jnp.zeros((), jnp.int32)}, max_length=T)
+
+
+SEARCHES = {"greedy": greedy, "beam_search": functools.partial(beam_search, beams=2)}
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize(
+    "reshape", [lambda z: z[0], lambda z: z[:1], lambda z: z[:, None], lambda z: jnp.tile(z, (2, 1))]
+)
+def test_logits_of_other_sentences_raise(search, reshape):
+    """The logits of one sentence would be those of all."""
+
+    def reshaped_step(state, tokens):
+        logits, state = step(state, tokens)
+        return reshape(logits), state
+
+    with pytest.raises(ValueError, match=r"step must return \(logits \[N, V\], state\), with N = "):
+        search(reshaped_step, draw(0), max_length=T)
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda s: s | {"history": s["history"].astype(jnp.int8)}, r"'history'.* is int8\["),
+        (lambda s: s | {"more": s["history"]}, r"'more'.* is int32\[.*\] instead of missing"),
+        (lambda s: s["history"], "the state is int32"),
+    ],
+)
+def test_a_state_that_changes_its_form_raises(search, change, match):
+    def changing_step(state, tokens):
+        logits, state = step(state, tokens)
+        return logits, change(state)
+
+    with pytest.raises(ValueError, match=match) as error:
+        search(changing_step, draw(0), max_length=T)
+    assert len(str(error.value)) <= 300 and "\n" not in str(error.value)
