@@ -36,6 +36,15 @@ def check_logits(name: str, logits: ArrayLike) -> Array:
     return upcast(name, logits)
 
 
+def check_classes(name: str, shape: Sequence[int], axis: int = -1) -> None:
+    """Raises `ValueError` if logits have one class: its probability is 1, whatever its logit."""
+    check_shape(
+        shape[axis] != 1,
+        f"{name} {tuple(shape)} have one class, whose probability is always 1, so that nothing is "
+        "learnt: for two classes pass jnp.concatenate([0 * z, z], -1) of a sigmoid's logit z",
+    )
+
+
 def check_logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
     """Returns the logits of student and teacher in one dtype; raises if their shapes differ."""
     names = "student_logits", "teacher_logits"
@@ -53,6 +62,7 @@ def check_labels(labels: ArrayLike, logits_shape: Sequence[int]) -> Array:
     """Returns integer labels that match the leading axes of logits, in int32 or wider."""
     labels = jnp.asarray(labels)
     shape = tuple(logits_shape)
+    check_classes("logits", shape)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers, got {labels.dtype}: use labels.astype(int) for classes; for "
@@ -77,6 +87,7 @@ def soften(
     """Returns the softened distributions of student and teacher, and T²."""
     temperature = check_positive("temperature", temperature)
     student, teacher = check_logits_pair(student_logits, teacher_logits)
+    check_classes("student_logits", student.shape, axis)
     student = softmax(student, axis, where, temperature)
     teacher = softmax(teacher, axis, where, temperature)
     return student, teacher, jnp.square(jnp.asarray(temperature, student.log_probabilities.dtype))
@@ -125,6 +136,14 @@ def expectation(probabilities: Array, values: Array, axis: int = -1) -> Array:
 def divergence(p: Softmax, q: Softmax, axis: int = -1) -> Array:
     """Computes KL(p ‖ q)."""
     return expectation(p.probabilities, p.log_probabilities - q.log_probabilities, axis)
+
+
+def scores_divergence(student: Array, teacher: Array, where: ArrayLike | None) -> Array:
+    """Computes KL(softmax(teacher) ‖ softmax(student)) of scores that are no classes.
+
+    Unlike classes, there may be one alone, such as the one token of a text.
+    """
+    return divergence(softmax(teacher, where=where), softmax(student, where=where))
 
 
 def safe_log(x: Array) -> Array:

@@ -22,6 +22,7 @@ from jaxkd.losses._arrays import (
 )
 from jaxkd.losses._softmax import (
     Softmax,
+    check_classes,
     check_logits,
     check_logits_pair,
     divergence,
@@ -60,7 +61,9 @@ def temperature_softmax(logits: ArrayLike, *, temperature: ArrayLike, axis: int 
         Hinton et al., Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531
     """
     temperature = check_positive("temperature", temperature)
-    return softmax(check_logits("logits", logits), axis, temperature=temperature).probabilities
+    logits = check_logits("logits", logits)
+    check_classes("logits", logits.shape, axis)
+    return softmax(logits, axis, temperature=temperature).probabilities
 
 
 def soft_cross_entropy(

@@ -28,7 +28,8 @@ from jaxkd.losses._arrays import (
     upcast_pair,
     zero_masked,
 )
-from jaxkd.losses.logits import kl_divergence, temperature_softmax
+from jaxkd.losses._softmax import scores_divergence
+from jaxkd.losses.logits import temperature_softmax
 
 # A similarity of 0, of opposite directions, would make `probabilistic_transfer_loss` infinite.
 _MIN_SIMILARITY = 1e-7
@@ -199,9 +200,7 @@ def probabilistic_transfer_loss(
     student, teacher, where = _check_features(student_features, teacher_features, where)
     is_neighbour = _pair_mask(where) & ~jnp.eye(len(where), dtype=bool)
     # The softmax of log-similarities is the similarities divided by their sum.
-    return kl_divergence(
-        _log_similarities(student), _log_similarities(teacher), temperature=1.0, where=is_neighbour
-    )
+    return scores_divergence(_log_similarities(student), _log_similarities(teacher), is_neighbour)
 
 
 def correlation_congruence_loss(
@@ -362,8 +361,8 @@ def dist_inter_loss(
 
     The factor T² is that of the authors' code, whose weights refer to it, and of every soft term in
     this package. Unlike a divergence, a correlation keeps its size as T grows, so that the factor
-    strengthens this term. Uniform probabilities, and those of a single class, have no correlation:
-    the value is T² with no gradient.
+    strengthens this term. Uniform probabilities have no correlation: the value is T² with no
+    gradient.
 
     Args:
         student_logits: `[B, C]`, floating-point. A class at −inf has probability 0.

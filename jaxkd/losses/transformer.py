@@ -22,7 +22,7 @@ from jaxkd.losses._arrays import (
     upcast_pair,
     zero_masked,
 )
-from jaxkd.losses.logits import kl_divergence
+from jaxkd.losses._softmax import scores_divergence
 
 
 def hidden_cosine_loss(student_states: ArrayLike, teacher_states: ArrayLike) -> Array:
@@ -236,8 +236,8 @@ def value_relation_loss(
     where = check_mask("token", where, student.shape[:-2])
     student = _relation_scores(zero_masked(where, student))
     teacher = _relation_scores(zero_masked(where, teacher))
-    # `kl_divergence` applies the softmax of R itself, over the keys that count.
-    divergence = kl_divergence(student, teacher, temperature=1.0, where=where[..., None, None, :])
+    # The softmax of R is over the keys that count.
+    divergence = scores_divergence(student, teacher, where[..., None, None, :])
     return _average_queries(divergence, where)
 
 

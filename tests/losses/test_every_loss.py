@@ -345,3 +345,40 @@ def test_losses_on_logits_need_no_options():
     for name in ("soft_cross_entropy", "kl_divergence", "reverse_kl_divergence"):
         loss = getattr(losses, name)
         np.testing.assert_array_equal(loss(*LOGITS), loss(*LOGITS, temperature=2.0))
+
+
+ONE_LOGIT = LOGITS[0][:, :1], LOGITS[1][:, :1]
+OF_CLASSES = {
+    "temperature_softmax": lambda s, t: losses.temperature_softmax(s, temperature=2.0),
+    "soft_cross_entropy": losses.soft_cross_entropy,
+    "kl_divergence": losses.kl_divergence,
+    "reverse_kl_divergence": losses.reverse_kl_divergence,
+    "jensen_shannon_divergence": lambda s, t: losses.jensen_shannon_divergence(s, t, beta=0.3),
+    "dist_inter_loss": losses.dist_inter_loss,
+    "dist_intra_loss": losses.dist_intra_loss,
+    "hard_cross_entropy": lambda s, t: losses.hard_cross_entropy(s, 0 * LABELS),
+    "label_smoothing_loss": lambda s, t: losses.label_smoothing_loss(s, 0 * LABELS),
+    "distillation_loss": lambda s, t: losses.distillation_loss(s, t, 0 * LABELS),
+    "decoupled_loss": lambda s, t: losses.decoupled_loss(s, t, 0 * LABELS, non_target_weight=8.0),
+    "normalized_loss": lambda s, t: losses.normalized_loss(s, t, 0 * LABELS),
+}
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_one_logit_of_a_sigmoid_raises(name):
+    """Its softmax is 1, so that the loss would be 0 and nothing would be learnt."""
+    with pytest.raises(ValueError, match="have one class, .* pass jnp.concatenate") as error:
+        jax.eval_shape(OF_CLASSES[name], *ONE_LOGIT)
+    assert len(str(error.value)) <= 300
+
+
+def test_the_axis_of_classes_decides_how_many_there_are():
+    student, teacher = (logits[:, :, None] for logits in LOGITS)
+    assert losses.kl_divergence(student, teacher, axis=1).shape == (B, 1)
+    assert losses.kl_divergence(*(logits[:1] for logits in LOGITS)).shape == (1,)
+    with pytest.raises(ValueError, match="have one class"):
+        losses.kl_divergence(student, teacher)
+
+
+def test_a_single_logit_may_be_regressed():
+    assert (losses.logit_mse_loss(*ONE_LOGIT) > 0).all()

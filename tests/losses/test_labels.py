@@ -149,7 +149,7 @@ def test_normalized_loss_is_minimal_where_other_classes_equal_the_teachers():
 
 
 @pytest.mark.parametrize("loss", TEACHER_LOSSES)
-@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("classes", [2, 7])
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_logits_stay_finite(loss, classes, scale):
     """The paper's code masks by subtracting 1000, which fails for logits of 1e4."""
