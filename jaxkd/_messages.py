@@ -1,7 +1,8 @@
 """Messages of one line that stay readable, however long what they quote is."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 MAX_LENGTH = 300
 """Number of characters of the longest message."""
@@ -42,6 +43,17 @@ def to_one_line(text: str) -> str:
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's text, or its type if it has none."""
     return shorten((str(error).splitlines() or [""])[0], 150) or type(error).__name__
+
+
+def describe_lacking_params(variables: Any) -> str:
+    """Says that variables lack the level `params`; empty if they have it."""
+    if isinstance(variables, Mapping) and "params" in variables:
+        return ""
+    names = list_some(variables) if isinstance(variables, Mapping) else type(variables).__name__
+    return (
+        "expected variables {'params': ..., 'batch_stats': ...} as model.init returns them, got "
+        f"{names or 'an empty dict'}: pass {{'params': params, 'batch_stats': {{}}}}"
+    )
 
 
 def list_some(names: Iterable[object], count: int = 4, limit: int = 40) -> str:

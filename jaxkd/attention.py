@@ -425,7 +425,7 @@ def align_hidden_states(
 
     Raises:
         ValueError: If the shapes are incompatible.
-        TypeError: If an array is not floating-point.
+        TypeError: If an array is not floating-point, or `score` is no function.
 
     Example:
         The scores are `encoder_states @ decoder_state`; their softmax weights the encoder states:
@@ -449,6 +449,11 @@ def align_hidden_states(
         Luong et al., Effective Approaches to Attention-based Neural Machine Translation,
         https://arxiv.org/abs/1508.04025
     """
+    if not callable(score):
+        raise TypeError(
+            f"score must be a function (states, state) -> scores, got a {type(score).__name__}: "
+            "pass general_score(params) or additive_score(params) for their parameters"
+        )
     dtype = jnp.asarray(encoder_states).dtype
     states, state = _widen_dtypes(
         {"encoder_states": encoder_states, "decoder_state": decoder_state}

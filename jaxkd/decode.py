@@ -273,7 +273,9 @@ def _take_step(
             f"logits of the shape {shape}"
         )
     actual = _describe_leaves(state)
-    changed = sorted(path for path in {**expected, **actual} if expected.get(path) != actual.get(path))
+    changed = sorted(
+        path for path in {**expected, **actual} if expected.get(path) != actual.get(path)
+    )
     if changed:
         path = changed[0]
         raise ValueError(

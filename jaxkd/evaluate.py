@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxkd._messages import list_some
+from jaxkd._messages import describe_lacking_params, list_some
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.losses import hard_cross_entropy
 
@@ -144,7 +144,7 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
     Returns:
         `(variables, examples) -> Score`. The examples are `inputs` `[N, ...]` and `labels` `[N]`.
         Both numbers are NaN if a logit is. It raises `ValueError` if a label is no class of the
-        model, and warns if the logits are probabilities.
+        model, and warns if the logits are probabilities or those of a sigmoid.
     """
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
@@ -187,6 +187,18 @@ def _warn_of_probabilities(logits: ArrayLike) -> None:
             "before its softmax, or their logarithm",
             stacklevel=3,
         )
+    elif _are_sigmoids(logits):
+        warnings.warn(
+            "all logits of a model are between 0 and 1, as a sigmoid gives them: return the logits "
+            "before it, since a softmax of them is nearly uniform",
+            stacklevel=3,
+        )
+
+
+def _are_sigmoids(logits: ArrayLike) -> bool:
+    logits = np.asarray(logits, np.float32)
+    # A network whose last layer is still 0 has equal logits.
+    return bool(logits.min() >= 0 and 0.01 < logits.max() <= 1 and np.ptp(logits) > 0.01)
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -224,7 +236,7 @@ def chance_accuracy(labels: ArrayLike) -> float:
         A fraction in [0, 1].
 
     Raises:
-        ValueError: If there is no label.
+        ValueError: If there is no label, or labels are no integers `[N]`, such as one-hot ones.
 
     Example:
         >>> from jaxkd import evaluate
@@ -234,6 +246,12 @@ def chance_accuracy(labels: ArrayLike) -> float:
     labels = np.asarray(labels)
     if not labels.size:
         raise ValueError("there is no label to count")
+    # The entries of one-hot labels would be counted, most of which are 0.
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be integers [N], got {labels.dtype} {list(labels.shape)}: pass "
+            "labels.argmax(-1) of one-hot labels"
+        )
     _, counts = np.unique(labels, return_counts=True)
     return float(counts.max() / labels.size)
 
@@ -332,10 +350,10 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
 
     Raises:
         ValueError: If the shapes disagree, there is no example or bin, the logits are of one class,
-            or a logit is NaN.
+            a logit is NaN, or the largest of an example is infinite.
 
     Warns:
-        UserWarning: If the logits are probabilities.
+        UserWarning: If the logits are probabilities, or all between 0 and 1.
 
     Example:
         >>> import numpy as np
@@ -346,10 +364,17 @@ def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, *, bins: in
     References:
         Guo et al., On Calibration of Modern Neural Networks, https://arxiv.org/abs/1706.04599
     """
-    if bins < 1:
-        raise ValueError(f"bins must be positive, got {bins}")
+    if not isinstance(bins, (int, np.integer)) or bins < 1:
+        raise ValueError(f"bins must be a positive integer, got {bins!r}")
     logits = _check_logits("logits", logits).astype(np.float64)
     _warn_of_probabilities(logits)
+    largest = logits.max(-1)
+    if not np.isfinite(largest).all():
+        raise ValueError(
+            f"the largest logit of {np.sum(~np.isfinite(largest)):,} of {len(logits):,} examples "
+            "is infinite, which gives no probability: clip the logits, as by np.clip(logits, "
+            "-1e4, 1e4)"
+        )
     correct = logits.argmax(-1) == _check_labels(logits, labels)
     # Relative to the largest logit, whose exponential is 1, so that none overflows.
     confidence = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
@@ -369,6 +394,9 @@ def parameter_count(variables: dict) -> int:
     Returns:
         The number of parameters.
 
+    Raises:
+        ValueError: If the variables lack the level `params`.
+
     Example:
         >>> import numpy as np
         >>> from jaxkd import evaluate
@@ -376,6 +404,8 @@ def parameter_count(variables: dict) -> int:
         >>> evaluate.parameter_count({"params": params, "batch_stats": {"mean": np.zeros(4)}})
         12
     """
+    if problem := describe_lacking_params(variables):
+        raise ValueError(problem)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
@@ -524,7 +554,7 @@ def classification_metrics(
             logit is NaN.
 
     Warns:
-        UserWarning: If the logits are probabilities.
+        UserWarning: If the logits are probabilities, or all between 0 and 1.
 
     Example:
         >>> from jaxkd import evaluate

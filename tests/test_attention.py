@@ -581,3 +581,9 @@ def test_wrong_states_and_scores_raise():
             attention.align_hidden_states(states[..., :4], state[:, :4], score=score)
     with pytest.raises(TypeError, match="decoder_state must be floating-point"):
         attention.align_hidden_states(states, state.astype(jnp.int32))
+
+
+def test_parameters_are_no_score():
+    params = attention.init_general_score(jax.random.key(0), 4, 4)
+    with pytest.raises(TypeError, match=r"got a dict: pass general_score\(params\)"):
+        attention.align_hidden_states(jnp.ones((3, 4)), jnp.ones(4), score=params)

@@ -220,7 +220,8 @@ SEARCHES = {"greedy": greedy, "beam_search": functools.partial(beam_search, beam
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize(
-    "reshape", [lambda z: z[0], lambda z: z[:1], lambda z: z[:, None], lambda z: jnp.tile(z, (2, 1))]
+    "reshape",
+    [lambda z: z[0], lambda z: z[:1], lambda z: z[:, None], lambda z: jnp.tile(z, (2, 1))],
 )
 def test_logits_of_other_sentences_raise(search, reshape):
     """The logits of one sentence would be those of all."""

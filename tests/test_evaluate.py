@@ -163,7 +163,7 @@ def test_calibration_bins_hold_their_right_edge():
 
 def test_calibration_of_certainty_is_finite():
     assert evaluate.expected_calibration_error([[1e4, -np.inf], [-1e4, 0.0]], [0, 1]) == 0
-    with pytest.raises(ValueError, match="bins must be positive"):
+    with pytest.raises(ValueError, match="bins must be a positive integer"):
         evaluate.expected_calibration_error([[1.0, 0.0]], [0], bins=0)
 
 
@@ -262,6 +262,9 @@ def test_chance_is_the_share_of_the_commonest_class():
     assert evaluate.chance_accuracy(np.array([5, 5, 2, 5])) == 0.75
     with pytest.raises(ValueError, match="no label to count"):
         evaluate.chance_accuracy([])
+    for wrong in (np.eye(3, dtype=int), np.array([0.0, 1.0]), np.array(3)):
+        with pytest.raises(ValueError, match=r"labels must be integers \[N\], got .* one-hot"):
+            evaluate.chance_accuracy(wrong)
 
 
 def test_metrics_warn_of_probabilities():
@@ -272,6 +275,36 @@ def test_metrics_warn_of_probabilities():
         with pytest.warns(UserWarning, match="are probabilities, each row sums to 1: return"):
             metric(probabilities, labels)
         metric(np.log(probabilities), labels)
+
+
+def test_metrics_warn_of_the_outputs_of_a_sigmoid():
+    logits = random_logits(4)
+    labels = np.zeros(len(logits), int)
+    outputs = 1 / (1 + np.exp(-logits))
+    score = evaluate.make_classifier_score(lambda variables, inputs: inputs)
+    for metric in (evaluate.expected_calibration_error, evaluate.classification_metrics):
+        with pytest.warns(UserWarning, match="between 0 and 1, as a sigmoid gives them: return"):
+            metric(outputs, labels)
+    with pytest.warns(UserWarning, match="as a sigmoid gives them"):
+        score({}, {"inputs": outputs, "labels": labels})
+    # Neither those of a network that has learnt nothing nor the logits themselves.
+    score({}, {"inputs": np.zeros_like(logits), "labels": labels})
+    score({}, {"inputs": np.full_like(logits, 0.5), "labels": labels})
+    score({}, {"inputs": logits, "labels": labels})
+
+
+@pytest.mark.parametrize("row", [[np.inf, 0.0], [-np.inf, -np.inf], [np.inf, -np.inf]])
+def test_infinite_confidence_raises(row):
+    with pytest.raises(ValueError, match="largest logit of 1 of 2 examples is infinite, .* clip"):
+        evaluate.expected_calibration_error([row, [0.0, 1.0]], [0, 1])
+    # A class that is ruled out has probability 0.
+    assert evaluate.expected_calibration_error([[0.0, -np.inf], [-np.inf, 1.0]], [0, 1]) == 0
+
+
+def test_bins_are_a_positive_integer():
+    for bins in (0, 2.5):
+        with pytest.raises(ValueError, match=f"bins must be a positive integer, got {bins}"):
+            evaluate.expected_calibration_error([[1.0, 0.0]], [0], bins=bins)
 
 
 def test_one_logit_has_no_classes():
@@ -290,3 +323,9 @@ def test_inputs_of_a_dict_have_one_length():
     with pytest.raises(ValueError, match="their lengths differ: a has 6, b has 5"):
         predict({}, inputs)
     assert predict({}, inputs | {"a": inputs["b"]}).shape == (5, 2)
+
+
+@pytest.mark.parametrize("params", [{"dense": {"kernel": np.ones((2, 3))}}, {}, np.ones(3)])
+def test_parameters_without_their_level_raise(params):
+    with pytest.raises(ValueError, match=r"expected variables .*: pass \{'params': params"):
+        evaluate.parameter_count(params)
