@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxkd._messages import shorten
-from jaxkd.transfer.rules import Rule, match_path
+from jaxkd.transfer.rules import Rule, check_rules, match_path
 from jaxkd.transfer.trees import (
     Dtypes,
     Report,
@@ -234,7 +234,7 @@ def deepen(
     identities = {path: _identity(path, leaves, epsilon) for path in leaves if path in new_paths}
     # The identities are the target's own values, which a transfer that is not strict keeps.
     filled = jax.tree.unflatten(jax.tree.structure(target), [*{**leaves, **identities}.values()])
-    values, report = match_leaves(source, filled, tuple(rules), dtypes)
+    values, report = match_leaves(source, filled, check_rules(rules), dtypes)
     if overwritten := sorted(new_paths - {*report.missing}):
         raise ValueError(
             f"the source has values for the new layers, {overwritten}: add rules that rename them"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from jaxkd._messages import shorten
 from jaxkd.layout import Rearrangement
 
 _PLACEHOLDER = re.compile(r"\{([a-zA-Z_]\w*(?:\.\.\.)?)\}", re.ASCII)
@@ -14,7 +15,7 @@ class Rule(NamedTuple):
     """Pattern of paths in the source tree, with the paths that they have in the target tree.
 
     In a pattern, `{name}` stands for one or more characters other than "." and "/", and `{name...}`
-    for any characters, or none. A pattern matches a whole path. Both patterns have the same names,
+    for any characters, or none. A pattern matches a whole path; `*` and `\\` are refused. Both patterns have the same names,
     so that a rule can be inverted.
 
     Attributes:
@@ -76,10 +77,7 @@ def rename(path: str, rules: Iterable[Rule]) -> RenamedPath:
         >>> [rename(path, rules).path for path in ("fc.bias", "bn1.num_batches_tracked", "alpha")]
         ['params/logits/bias', None, 'alpha']
     """
-    rules = tuple(rules)
-    for rule in rules:
-        check_rule(rule)
-    return apply_rules(path, rules)
+    return apply_rules(path, check_rules(rules))
 
 
 def apply_rules(path: str, rules: Iterable[Rule]) -> RenamedPath:
@@ -115,8 +113,7 @@ def rename_back(path: str, rules: Sequence[Rule]) -> RenamedPath:
         >>> rename_back("params/norm/scale", rules).path
         'bn.scale'
     """
-    for rule in rules:
-        check_rule(rule)
+    rules = check_rules(rules)
     for rule in rules:
         values = None if rule.target is None else match_path(rule.target, path)
         if values is not None:
@@ -179,7 +176,22 @@ def layer_rules(pattern: str, layers: Sequence[int]) -> tuple[Rule, ...]:
     return *mapped, Rule(pattern, None)
 
 
-def check_rule(rule: Rule) -> None:
+def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Returns rules as a tuple; raises `TypeError` for anything else, or the errors of a rule."""
+    # A rule is itself a tuple, of its patterns.
+    rules = (rules,) if isinstance(rules, str) else tuple(rules)
+    wrong = [rule for rule in rules if not isinstance(rule, Rule)]
+    if wrong:
+        raise TypeError(
+            f"rules must be a sequence of transfer.Rule, but one is {shorten(repr(wrong[0]), 80)}: "
+            "write [transfer.Rule(source, target)]"
+        )
+    for rule in rules:
+        _check_rule(rule)
+    return rules
+
+
+def _check_rule(rule: Rule) -> None:
     """Raises `ValueError` if a pattern is malformed or the two patterns have different names."""
     names = [
         _compile_pattern(pattern)[1]
@@ -215,6 +227,12 @@ def _compile_pattern(pattern: str) -> tuple[re.Pattern[str], list[str]]:
     if any("{" in literal or "}" in literal for literal in literals):
         raise ValueError(
             f"{pattern!r} is not a pattern: use braces only as {{name}} or {{name...}}"
+        )
+    # A rule that leaves paths out may match none, so that a glob would leave nothing out.
+    if any("*" in literal or "\\" in literal for literal in literals):
+        raise ValueError(
+            f"{pattern!r} is not a pattern but a glob or a regular expression: write {{name}} for "
+            "a part of a path and {name...} for the rest"
         )
     if len({name.removesuffix("...") for name in names}) < len(names):
         raise ValueError(f"{pattern!r} is not a pattern: a name may occur only once")

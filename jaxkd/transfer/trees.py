@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd._messages import list_some
-from jaxkd.transfer.rules import RenamedPath, Rule, apply_rules, check_rule
+from jaxkd.transfer.rules import RenamedPath, Rule, apply_rules, check_rules
 
 Dtypes: TypeAlias = Literal["same", "target", "source"]
 
@@ -146,7 +146,7 @@ def transfer(
         ValueError: If two source paths are renamed to the same path, a pattern is malformed, a
             layout does not fit an array, two leaves of a tree have the same path, a tree contains
             itself, or an integer does not fit the target's dtype.
-        TypeError: If a leaf is not an array of numbers.
+        TypeError: If a leaf is not an array of numbers, or a rule is no `Rule`.
 
     Warns:
         UserWarning: If less than half of the target's numbers come from the source, which only
@@ -173,7 +173,7 @@ def transfer(
         transferred  fc.weight  params/logits/kernel
         left out     steps
     """
-    values, report = match_leaves(source, target, tuple(rules), dtypes)
+    values, report = match_leaves(source, target, check_rules(rules), dtypes)
     target_leaves = leaves_by_path(target)
     check_complete(report, target_leaves, strict=strict)
     warn_of_small_share(values, target_leaves)
@@ -183,12 +183,13 @@ def transfer(
 def match_leaves(
     source: Any, target: Any, rules: Sequence[Rule], dtypes: Dtypes
 ) -> tuple[dict[str, Any], Report]:
-    """Returns the new values of a target by path, and the report of them."""
+    """Returns the new values of a target by path, and the report of them.
+
+    The rules are checked by the caller, once and not for each path: a network may have hundreds of
+    both.
+    """
     if dtypes not in get_args(Dtypes):
         raise ValueError(f"dtypes must be one of {get_args(Dtypes)}, got {dtypes!r}")
-    # Once, and not for each path: a network may have hundreds of both.
-    for rule in rules:
-        check_rule(rule)
     source_leaves = leaves_by_path(source)
     target_leaves = leaves_by_path(target)
     renamed = {source_path: apply_rules(source_path, rules) for source_path in source_leaves}

@@ -1,10 +1,11 @@
 """Tests of renaming by rules, in both directions, and of malformed patterns."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkd import layout
+from jaxkd import layout, transfer, weights
 from jaxkd.transfer import Rule, layer_rules, rename, rename_back
 
 TORCHVISION = (
@@ -114,6 +115,10 @@ def test_renaming_is_inverted(parts, order, dots):
         (Rule("layer{i}.{j}", "stage{i}"), "the same names"),
         (Rule("layer{i...}", "stage{i}"), "the same names"),
         (Rule("layer{i", None), "not a pattern"),
+        # A rule that leaves out may match nothing: a glob would leave nothing out, even if strict.
+        (Rule("params/*/kernel", None), r"'params/\*/kernel' is not a pattern but a glob"),
+        (Rule(r"layer(\d+)", "a"), "a regular expression: write {name}"),
+        (Rule("a", "b*"), "a glob"),
     ],
 )
 def test_malformed_rules_raise(rule, match):
@@ -121,6 +126,22 @@ def test_malformed_rules_raise(rule, match):
         rename("path", [rule])
     with pytest.raises(ValueError, match=match):
         rename_back("layer1", [Rule("layer{i}", "layer{i}"), rule][::-1])
+
+
+@pytest.mark.parametrize("rules", [Rule("a", "b"), [("a", "b")], "a", [None]])
+def test_what_is_no_rule_raises(rules):
+    tree = {"a": np.ones(2)}
+    for call in (
+        lambda: rename("a", rules),
+        lambda: rename_back("a", rules),
+        lambda: transfer.transfer(tree, tree, rules=rules),
+        lambda: weights.from_torch(tree, tree, rules),
+        lambda: weights.to_torch(tree, rules),
+    ):
+        with pytest.raises(
+            TypeError, match=r"sequence of transfer.Rule, .*: write \[transfer.Rule"
+        ):
+            call()
 
 
 def test_every_second_layer():
