@@ -206,7 +206,9 @@ def _check_image_shape(image_shape: Sequence[int]) -> None:
 
 
 def _check_output(output: Path, weights: Path) -> None:
-    """Raises `ValueError` if the output cannot be a new file, or is the input."""
+    """Raises `ValueError` if the output cannot be written, is the input or of another kind."""
+    from jaxkd.weights.torch_files import is_safetensors
+
     if not output.absolute().parent.is_dir():
         raise ValueError(
             f"the folder {output.parent} does not exist: create it or choose another one"
@@ -216,6 +218,12 @@ def _check_output(output: Path, weights: Path) -> None:
         raise ValueError(f"{output} is not a regular file: choose another --output")
     if output.exists() and weights.exists() and output.samefile(weights):
         raise ValueError(f"{output} is the file to convert: choose another --output")
+    # The result of an earlier conversion may be replaced, but no checkpoint of PyTorch.
+    if output.exists() and output.stat().st_size and not is_safetensors(output):
+        raise ValueError(
+            f"{output} is there and is no safetensors file, so that it is not overwritten: choose "
+            "another --output"
+        )
 
 
 def _check_size(variables: Any) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.transfer import Rule, rename, rename_back
+from jaxkd.weights.files import to_text
 
 # Modules that PyTorch puts between others. No network has modules of these names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -87,6 +88,12 @@ def find_counters(
     )
 
 
+def show_entry(name: str) -> str:
+    """Shows how an entry is chosen, in Python and at a command line."""
+    name = to_text(name, length=40)
+    return f"entry={name!r} (--entry {name})"
+
+
 def _find_prefix(weights: Mapping[str, Any], expected: Collection[str]) -> str:
     """Returns the prefix that explains the names, or "" if they have none."""
     hits = _count_hits(weights, expected)
@@ -105,7 +112,7 @@ def _find_prefix(weights: Mapping[str, Any], expected: Collection[str]) -> str:
     if rivals:
         raise ValueError(
             f"the weights fit with each of the prefixes {best!r:.60} and {rivals[0]!r:.60}: choose "
-            f"one, as in entry={best.removesuffix('.')!r:.60}"
+            f"one, as in {show_entry(best.removesuffix('.'))}"
         )
     return best
 
@@ -141,7 +148,7 @@ def _rename_all(weights: Mapping[str, Any], change: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{origins[new_name]!r:.60} and {name!r:.60} both become {new_name!r:.60} without "
                 "the names of wrappers: choose one, as in "
-                f"entry={longer.removesuffix(new_name).rstrip('.')!r:.60}"
+                f"{show_entry(longer.removesuffix(new_name).rstrip('.'))}"
             )
         renamed[new_name] = value
         origins[new_name] = name

@@ -139,7 +139,7 @@ def load_safetensors(path: str | os.PathLike) -> dict:
 
     Raises:
         ValueError: If the file is damaged, is not a safetensors file, or has names that are not
-            those of variables, such as PyTorch's.
+            those of variables, such as PyTorch's, or those of parameters without the level `params`.
         OSError: If the file does not exist or cannot be read.
     """
     path = _find_in_run(path)
@@ -150,6 +150,12 @@ def load_safetensors(path: str | os.PathLike) -> dict:
             f"{path} has no names of variables, such as params/logits/kernel, but "
             f"{to_text(next(iter(leaves)))!r}: load PyTorch's names with "
             "jaxkd.weights.load_variables"
+        )
+    # `params` alone, without its level, would be loaded beside `params` that are empty.
+    if leaves and not any(name.startswith(("params/", "batch_stats/")) for name in leaves):
+        raise ValueError(
+            f"{path} has the name {to_text(next(iter(leaves)))!r}, but none below params/: save "
+            "the variables as model.init returns them, {'params': params, 'batch_stats': ...}"
         )
     try:
         return {"params": {}, "batch_stats": {}} | _nest(leaves)

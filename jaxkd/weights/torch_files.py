@@ -12,6 +12,7 @@ from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd._messages import list_some
 from jaxkd.transfer import Report, Rule, leaves_by_path, rename_back
+from jaxkd.transfer.rules import check_rules
 from jaxkd.transfer.trees import (
     check_complete,
     match_leaves,
@@ -19,7 +20,7 @@ from jaxkd.transfer.trees import (
     warn_of_small_share,
 )
 from jaxkd.weights.files import find_weights_file, is_index, read_index, to_text
-from jaxkd.weights.names import expected_names, find_counters, unwrap_names
+from jaxkd.weights.names import expected_names, find_counters, show_entry, unwrap_names
 from jaxkd.weights.safetensors_files import read_safetensors
 from jaxkd.weights.torch_pickle import SAVE_ADVICE, OpaqueObject, read_torch
 from jaxkd.weights.unfinished import DEQUANTIZE_ADVICE, check_finished, is_quantized_type
@@ -172,7 +173,7 @@ def from_torch(
     # A plain dict, because JAX takes a mapping of an unregistered type for a single leaf.
     weights = dict(state_dict)
     leaves = leaves_by_path(variables)
-    rules, removed, counters = tuple(rules), (), ()
+    rules, removed, counters = check_rules(rules), (), ()
     if _has_own_names(weights, variables):
         rules = ()
     else:
@@ -248,7 +249,7 @@ def to_torch(variables: dict, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
         >>> state_dict["fc.weight"].shape
         (10, 64)
     """
-    rules = tuple(rules)
+    rules = check_rules(rules)
     leaves = leaves_by_path(variables)
     names = {path: rename_back(path, rules) for path in leaves}
     if unnamed := [path for path, (_, rule) in names.items() if rule is None]:
@@ -290,7 +291,7 @@ def _has_own_names(weights: Mapping[str, Any], variables: Mapping[str, Any]) -> 
 
 
 def _read_file(path: Path, entry: str | None) -> dict[str, np.ndarray]:
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return _find_state_dict(path, read_torch(path), entry)
     return _select_names(path, read_safetensors(path), entry)
 
@@ -301,7 +302,7 @@ def _select_names(path: Path, weights: dict[str, np.ndarray], entry: str | None)
     if not isinstance(selected, dict):
         raise ValueError(
             f"{path} is a safetensors file, which has no entries: leave out "
-            f"entry={to_text(entry)!r}, or give what some of its names begin with"
+            f"{show_entry(entry)}, or give what some of its names begin with"
         )
     return selected
 
@@ -321,7 +322,7 @@ def _read_shards(index: Path, entry: str | None) -> dict[str, np.ndarray]:
     return _select_names(index, weights, entry)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """True if the file begins with a JSON header of a length that fits into the file."""
     with open(path, "rb") as file:
         length = file.read(8)
@@ -345,7 +346,7 @@ def _find_state_dict(path: Path, tree: Any, entry: str | None) -> dict[str, np.n
     if len(candidates) > 1:
         raise ValueError(
             f"{path} has weights in the entries {list_some(map(repr, candidates))}: choose one, "
-            f"as in entry={to_text(candidates[0])!r}"
+            f"as in {show_entry(candidates[0])}"
         )
     if not candidates:
         return _check_state_dict(f"{path} has no dict of arrays", tree)
@@ -356,7 +357,7 @@ def _find_state_dict(path: Path, tree: Any, entry: str | None) -> dict[str, np.n
     if num_others > max(4, len(entries[name]) // 2):
         raise ValueError(
             f"{path} has {num_others} arrays, and weights in the entry {to_text(name)!r}: choose "
-            f"those by entry={to_text(name)!r}, or save only the weights"
+            f"those by {show_entry(name)}, or save only the weights"
         )
     return _check_state_dict(f"the entry {to_text(name)!r} of {path}", entries[name])
 
@@ -409,10 +410,9 @@ def _check_state_dict(problem: str, node: Any, prefix: str = "") -> dict[str, np
     if any(map(is_quantized_type, opaque)):
         raise ValueError(f"{problem}: it contains {content}: {DEQUANTIZE_ADVICE}")
     if not _is_mostly_arrays(node):
-        # Of a whole model, only the code of its classes could make the weights.
-        advice = f": {SAVE_ADVICE}" if opaque else ""
+        advice = f": {SAVE_ADVICE}"
         if nested := _find_nested(node):
-            advice = f": choose what is below, as in entry={to_text(prefix + nested)!r}"
+            advice = f": choose what is below, as in {show_entry(prefix + nested)}"
         raise ValueError(f"{problem}: it contains {content}{advice}")
     warnings.warn(f"left out what is no array between the weights: {content}", stacklevel=4)
     return {name: value for name, value in node.items() if isinstance(value, np.ndarray)}

@@ -1,4 +1,7 @@
-"""Weights that need a step before they are those of a network: adapters and quantised numbers."""
+"""Weights that need a step before they are those of a network.
+
+They are adapters, quantised numbers, or parts that PyTorch multiplies.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,12 +26,20 @@ _QUANTIZED_PARTS = {
 # Of the names of classes and dtypes in a PyTorch file.
 _QUANTIZED_TYPES = ("qtensor", "qint", "quint", "float8", "float4", "quantize")
 
+# Last parts of the names of PyTorch's pruning, weight and spectral normalisation.
+_PARAMETRIZED_ENDS = ("weight_orig", "bias_orig", "weight_g")
+_PARAMETRIZED_PARTS = {"parametrizations"}
+
 MERGE_ADVICE = "merge the adapters first (merge_and_unload in PEFT) and save the whole model"
 DEQUANTIZE_ADVICE = "dequantise the weights first, and save them as float32"
+REMOVE_ADVICE = (
+    "remove them first (torch.nn.utils.prune.remove, remove_weight_norm, or "
+    "parametrize.remove_parametrizations) and save again"
+)
 
 
 def check_finished(weights: Mapping[str, Any], target: Mapping[str, Any], report: Report) -> None:
-    """Raises `ValueError` if weights are adapters that are not merged, or quantised.
+    """Raises `ValueError` if weights are adapters that are not merged, quantised, or in parts.
 
     What fits into the network of the rest would be another function than that of the file. Names
     that the network has itself, or that a rule leaves out, do not count.
@@ -60,6 +71,16 @@ def check_finished(weights: Mapping[str, Any], target: Mapping[str, Any], report
         raise ValueError(
             f"the weights are {_dtype(weights[integers[0]]).name} where the network has "
             f"floating-point numbers, {_count(integers)}: {DEQUANTIZE_ADVICE}"
+        )
+    parts = [
+        name
+        for name in report.unexpected
+        if name.endswith(_PARAMETRIZED_ENDS) or {*_parts(name)} & _PARAMETRIZED_PARTS
+    ]
+    if parts and report.missing:
+        raise ValueError(
+            f"weights are in parts, as pruning and weight normalisation leave them, "
+            f"{_count(parts)}: {REMOVE_ADVICE}"
         )
     packed = [name for name in report.unexpected if _parts(name)[-1] in _QUANTIZED_PARTS]
     if packed and report.missing:

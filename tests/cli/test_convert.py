@@ -165,11 +165,12 @@ def test_expected_errors(changes, match, arguments, capsys):
 
 
 def test_damaged_file_keeps_the_old_output(arguments, capsys):
-    Path("weights").write_bytes(Path("weights").read_bytes()[:-1])
-    Path("out").write_text("old")
+    Path("out").write_bytes(Path("weights").read_bytes())
+    old = Path("out").read_bytes()
+    Path("weights").write_bytes(old[:-1])
     with pytest.raises(SystemExit, match="error: weights is not a complete safetensors file"):
         main(arguments)
-    assert Path("out").read_text() == "old"
+    assert Path("out").read_bytes() == old
 
 
 def test_error_names_a_missing_package(arguments, monkeypatch):
@@ -311,6 +312,20 @@ def test_only_regular_files_are_read_and_written(arguments, capsys):
             [path if argument == "out" else argument for argument in arguments], capsys
         )
         assert f"{path} is not a regular file: choose another --output" in error
+
+
+def test_a_file_of_another_kind_is_not_overwritten(arguments, capsys):
+    content = b"PK\x03\x04" + bytes(100)
+    Path("other.pth").write_bytes(content)
+    arguments = [*arguments, "--num-classes", "5"]
+    other = ["other.pth" if argument == "out" else argument for argument in arguments]
+    _, error = run_with_error(other, capsys)
+    assert "other.pth is there and is no safetensors file" in error
+    assert Path("other.pth").read_bytes() == content
+    # The result of an earlier conversion and an empty file are.
+    Path("out").touch()
+    for _ in range(2):
+        main(arguments)
 
 
 def test_the_input_is_not_overwritten(arguments, capsys):

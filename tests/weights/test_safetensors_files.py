@@ -166,6 +166,12 @@ def test_deep_names_are_an_error(tmp_path):
     assert len(str(error.value).replace(str(tmp_path), "")) < 300
 
 
+def test_parameters_without_their_level_are_an_error(variables, tmp_path):
+    save_safetensors(tmp_path / "file", variables["params"])
+    with pytest.raises(ValueError, match="has the name 'conv1/.*none below params/: save"):
+        load_safetensors(tmp_path / "file")
+
+
 def test_names_of_pytorch_are_an_error(tmp_path):
     save_safetensors(tmp_path / "file", {"fc.weight": np.zeros(1)})
     with pytest.raises(ValueError, match="names of variables.*'fc.weight'.*load_variables"):

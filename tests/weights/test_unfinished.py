@@ -53,6 +53,30 @@ CASES = {
         {"fc.qweight": np.ones((1, 8), np.int32), "fc.bias": np.ones(8, np.float32)},
         "are quantised, 1 array such as fc.qweight: dequantise the weights first",
     ),
+    "pruning": (
+        {
+            "fc.weight_orig": np.ones((8, 4), np.float32),
+            "fc.weight_mask": np.ones((8, 4), np.float32),
+            "fc.bias": np.ones(8, np.float32),
+        },
+        "are in parts, .*, 1 array such as fc.weight_orig: remove them first .*prune.remove",
+    ),
+    "weight normalisation": (
+        {
+            "fc.weight_g": np.ones((8, 1), np.float32),
+            "fc.weight_v": np.ones((8, 4), np.float32),
+            "fc.bias": np.ones(8, np.float32),
+        },
+        "are in parts, .*fc.weight_g: remove them first .*remove_weight_norm",
+    ),
+    "parametrizations": (
+        {
+            "fc.parametrizations.weight.original0": np.ones((8, 1), np.float32),
+            "fc.parametrizations.weight.original1": np.ones((8, 4), np.float32),
+            "fc.bias": np.ones(8, np.float32),
+        },
+        "are in parts, .*, 2 arrays such as fc.parametrizations.*remove_parametrizations",
+    ),
 }
 
 
