@@ -16,7 +16,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]{0,300}\.?[0-9]{1,300}\.?(e[+-]?[0-9]{1,2})?",
 
 _MISSING = frozenset((
     "nan", "NaN", "NAN", "-nan", "None", "NA", "<NA>", "#N/A", "N/A", "n/a", "NaT", "null", "NULL",
-    "\\N", "?", "-", "-100",
+    "\\N", "?", "-", "-100", "unsup", "unlabeled", "unlabelled", "Unlabeled", "Unlabelled",
 ))  # fmt: skip
 """What programs write for a missing value. A person may call a class `none` or `NONE`."""
 
@@ -51,7 +51,8 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
     Raises:
         DataError: If the names are not the same, or a name occurs twice. The message says so if two
             names are the same but for their spelling.
-        TypeError: If names are a dict or a set, whose order need not be that of the outputs.
+        TypeError: If names are a dict or a set, whose order need not be that of the outputs, or a
+            name is no string.
 
     Example:
         >>> match_classes(["cat", "dog", "ant"], ["ant", "cat", "dog"]).tolist()
@@ -62,6 +63,11 @@ def match_classes(teacher_names: Sequence[str], names: Sequence[str]) -> np.ndar
             raise TypeError(
                 f"the classes of the {owner} are a {type(given).__name__}: give a list of names in "
                 "the order of the outputs"
+            )
+        if numbers := [name for name in given if not isinstance(name, str)]:
+            raise TypeError(
+                f"the classes of the {owner} must be strings, got "
+                f"{shorten(repr(numbers[0]), 40)}: write str(...) of each"
             )
     missing = set(names) - set(teacher_names)
     unknown = set(teacher_names) - set(names)
@@ -134,6 +140,28 @@ def find_missing_label(class_names: Collection[str]) -> str:
     # A minus beside a plus is a class.
     missing = sorted(_MISSING.intersection(class_names) - ({"-"} if "+" in class_names else set()))
     return missing[0] if missing and len(missing) < len(set(class_names)) else ""
+
+
+def describe_minus_one(class_names: Collection[str]) -> str:
+    """Says that the class -1 may be a missing label; empty if it need not be one.
+
+    TFDS and scikit-learn number examples without a label -1, beside classes from 0. Beside 1 it may
+    be a class of its own, such as the negative one of two or three.
+
+    Example:
+        >>> describe_minus_one(["-1", "0", "1"])
+        ''
+        >>> describe_minus_one(["-1", "0", "1", "2"])
+        "the class '-1' is learnt as one: if it means that a label is missing, remove its examples"
+    """
+    numbers = {int(name) for name in class_names if _INTEGER.fullmatch(name)}
+    if "-1" not in class_names or len(numbers) < len(class_names):
+        return ""
+    if min(numbers) < -1 or max(numbers) < 2:
+        return ""
+    return (
+        "the class '-1' is learnt as one: if it means that a label is missing, remove its examples"
+    )
 
 
 def _without_invisible(name: str) -> str:

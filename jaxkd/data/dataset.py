@@ -1,7 +1,7 @@
 """Images and labels in three splits, with the checks and the cuts that all sources share."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -90,7 +90,14 @@ def make_dataset(
         labels = train.labels
         train, validation = hold_out(train, count, key=fixed_key(_VALIDATION_SEED))
         warn_of_lacking_classes(name, "validation", validation.labels, labels, class_names)
+        given = {"test": test.labels}
+    else:
+        given = {"validation": validation.labels, "test": test.labels}
+    warn_of_missing_classes(name, given, train.labels, class_names)
     train_hashes, test_hashes = _hash_images(train.images), _hash_images(test.images)
+    if "validation" in given:
+        validation_hashes = _hash_images(validation.images)
+        warn_of_shared_validation(name, "images", train_hashes, validation_hashes, test_hashes)
     warn_of_equal_examples(name, "images", train_hashes, train.labels, test_hashes)
     return Dataset(train, validation, test, class_names)
 
@@ -194,6 +201,58 @@ def warn_of_lacking_classes(
             f"{name}: {len(lacking):,} of {len(class_names):,} classes are not in the {split} set, "
             f"which was held out from the training set: {shown}"
         )
+
+
+def warn_of_missing_classes(
+    name: str,
+    labels_by_split: Mapping[str, np.ndarray],
+    train_labels: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """Says which classes of the training examples a given validation or test set has none of.
+
+    One that only the training examples have may be a stray label, and is not measured. Nothing is
+    said of sets of fewer than 20 examples.
+
+    Args:
+        name: The dataset's name.
+        labels_by_split: Labels of the validation and test sets that were not held out.
+        train_labels: Labels of the training examples.
+        class_names: Name of each class, by label.
+    """
+    for split, labels in labels_by_split.items():
+        missing = sorted(set(train_labels.tolist()) - set(labels.tolist()))
+        if missing and len(labels) >= MIN_EXAMPLES:
+            shown = list_some([class_names[label] for label in missing], limit=30)
+            warn(
+                f"{name}: {len(missing):,} of {len(class_names):,} classes are in the training "
+                f"set, but not in the {split} set: {shown}"
+            )
+
+
+def warn_of_shared_validation(
+    name: str,
+    kind: str,
+    train: Sequence[Hashable],
+    validation: Sequence[Hashable],
+    test: Sequence[Hashable],
+) -> None:
+    """Says how many examples of a given validation set are training or test examples.
+
+    The bounds are those of `warn_of_equal_examples`, as for its arguments.
+    """
+    if len(validation) < MIN_EXAMPLES:
+        return
+    for other, examples, result in (
+        ("training", set(train), "so that its accuracy will be too good"),
+        ("test", set(test), "so that the best student is chosen by the test set"),
+    ):
+        num_shared = sum(example in examples for example in validation)
+        if num_shared > MAX_EQUAL_SHARE * len(validation):
+            warn(
+                f"{name}: {num_shared:,} of {len(validation):,} validation {kind} are also "
+                f"{other} {kind}, {result}: remove them from one of the two"
+            )
 
 
 def warn_of_equal_examples(

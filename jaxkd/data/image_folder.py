@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxkd._messages import list_some, shorten, to_one_line
-from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
+from jaxkd.data.class_names import (
+    describe_minus_one,
+    describe_respelling,
+    find_missing_label,
+    sort_classes,
+)
 from jaxkd.data.dataset import Split
 from jaxkd.data.errors import DataError, import_or_raise, one_line, warn
 from jaxkd.data.progress import track
@@ -241,6 +246,8 @@ def _warn_of_names(part: Path, class_names: tuple[str, ...]) -> None:
     # Not an error, unlike for texts: a person names a folder, a program often writes a label.
     if respelled := describe_respelling(class_names, class_names):
         warn(f"{part}: the classes {respelled}: rename one if they are the same class")
+    if doubt := describe_minus_one(class_names):
+        warn(f"{part}: {doubt}")
     if missing := find_missing_label(class_names):
         warn(
             f"{part}: the name of the class folder {missing!r} usually means a missing label: "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxkd._messages import list_some
+from jaxkd.data.dataset import warn_of_equal_examples, warn_of_shared_validation
 from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
@@ -72,7 +73,8 @@ def load_pairs(
 
     Returns:
         The pairs. A warning says which files are read if a split has several pairs or a file is
-        there both packed and unpacked, and how many sentences equal their translation if most do.
+        there both packed and unpacked, that there is no test set, how many pairs two splits share,
+        and how many sentences equal their translation or have tabs if most do.
 
     Raises:
         DataError: If a file is missing or has no partner of the same name, the two files of a split
@@ -93,7 +95,15 @@ def load_pairs(
             raise _missing_pair_error(root, names[0], source, target, root.iterdir())
     check_different(source_path for source_path, _ in files.values())
     splits = {split: read_pairs(*pair, max_unpacked=max_unpacked) for split, pair in files.items()}
-    return make_pair_dataset(splits["train"], splits.get("validation"), splits.get("test"))
+    if "test" not in splits:
+        warn(f"{root}: there is no test set; a tenth of the training pairs is the test set")
+    dataset = make_pair_dataset(splits["train"], splits.get("validation"), splits.get("test"))
+    train, validation, test = ([*zip(*split[:2], strict=True)] for split in dataset)
+    if "validation" in splits:
+        warn_of_shared_validation(str(root), "pairs", train, validation, test)
+    # Pairs have no classes, which cannot differ.
+    warn_of_equal_examples(str(root), "pairs", train, np.zeros(len(train), np.int32), test)
+    return dataset
 
 
 def read_pairs(
@@ -133,6 +143,8 @@ def read_pairs(
     sources = _strip_lines(source_path, source_lines)
     targets = _strip_lines(target_path, target_lines)
     _check_translated(source_path, target_path, sources, targets)
+    for path, lines in ((source_path, sources), (target_path, targets)):
+        _warn_of_columns(path, lines)
     return Pairs(sources, targets, LineOrigins(source_path, range(len(sources))))
 
 
@@ -176,6 +188,16 @@ def _check_translated(
         warn(
             f"{num_equal:,} of {len(sources):,} sentences of {source_path} equal their translation "
             f"in {target_path.name}"
+        )
+
+
+def _warn_of_columns(path: Path, lines: Sequence[str]) -> None:
+    """Warns of lines that tabs divide, such as a number and a sentence."""
+    num_divided = sum("\t" in line for line in lines)
+    if num_divided > len(lines) / 2 and num_divided > 1:
+        warn(
+            f"{num_divided:,} of {len(lines):,} lines of {path} have tabs, and are read as one "
+            "text with all that they divide: leave the sentence alone in each line"
         )
 
 

@@ -312,7 +312,8 @@ def _choose_named(
             label_index = _other_column(header, text_index, TEXT_NAMES)
         elif text_index is None and header == ["0", "1"]:
             text_index, label_index = 0, 1
-    if text_index is None or label_index is None or text_index == label_index:
+    _check_two_columns(path, text_index, label_index)
+    if text_index is None or label_index is None:
         raise DataError(
             f"{path} has the columns {list_some(header)}: choose those of text and class by "
             f"{_OPTIONS}"
@@ -356,12 +357,21 @@ def _choose_unnamed(source: _Source, text: int | None, label: int | None) -> Col
             text_index = 0 if label_index is None else 1 - label_index
         if label_index is None:
             label_index = 1 - text_index
-    if text_index is None or label_index is None or text_index == label_index:
+    _check_two_columns(path, text_index, label_index)
+    if text_index is None or label_index is None:
         raise DataError(
             f"{path} has {count} columns and no header: choose those of text and class by their "
             f"numbers from 1, {_OPTIONS}"
         )
     return Columns(text_index, label_index, count, None)
+
+
+def _check_two_columns(path: Path, text_index: int | None, label_index: int | None) -> None:
+    if text_index is not None and text_index == label_index:
+        raise DataError(
+            f"{path}: text and class would both be column {text_index + 1}: choose two columns by "
+            f"{_OPTIONS}"
+        )
 
 
 def _check_number(path: Path, number: int, count: int) -> int:

@@ -11,8 +11,18 @@ import numpy as np
 
 from jaxkd._messages import list_some, shorten
 from jaxkd.data import tables, tfds_prepare, tfds_texts
-from jaxkd.data.class_names import describe_respelling, find_missing_label, sort_classes
-from jaxkd.data.dataset import warn_of_equal_examples, warn_of_lacking_classes
+from jaxkd.data.class_names import (
+    describe_minus_one,
+    describe_respelling,
+    find_missing_label,
+    sort_classes,
+)
+from jaxkd.data.dataset import (
+    warn_of_equal_examples,
+    warn_of_lacking_classes,
+    warn_of_missing_classes,
+    warn_of_shared_validation,
+)
 from jaxkd.data.errors import DataError, expand_user_path, warn
 from jaxkd.data.text_files import (
     FILE_NAMES,
@@ -20,6 +30,7 @@ from jaxkd.data.text_files import (
     VALIDATION_SEED,
     LineOrigins,
     check_different,
+    check_texts,
     hold_out_tenth,
     iterate_lines,
     line_origin,
@@ -223,12 +234,18 @@ def without_overlap(texts: Sequence[str], excluded: Iterable[str]) -> np.ndarray
     Returns:
         Booleans `[N]`, True for a text without overlap.
 
+    Raises:
+        TypeError: If either is a single text, whose letters would be compared.
+
     Example:
         >>> from jaxkd.data.text import without_overlap
         >>> tested = ["an utter bore", "a most utterly boring film ."]
         >>> without_overlap(["An utter bore!", "Fun!", "A most utterly boring film, alas"], tested)
         array([False,  True, False])
     """
+    check_texts(texts)
+    if isinstance(excluded, str):
+        check_texts(excluded, "excluded")
     excluded_letters = {_letters(text) for text in excluded}
     long_excluded = [
         letters for letters in excluded_letters if len(letters) >= _MIN_CONTAINED_LETTERS
@@ -271,6 +288,8 @@ def _read_folder(
                 "usually means missing: remove these lines, or rename the class if it is one"
             )
     class_names = _sort_known_classes(paths["train"], train, others)
+    if doubt := describe_minus_one(class_names):
+        warn(f"{paths['train']}: {doubt}")
     if "test" not in split_tables:
         _warn_of_test_set(str(folder), has_validation="validation" in split_tables)
     indices = {name: index for index, name in enumerate(class_names)}
@@ -398,6 +417,12 @@ def _make_text_dataset(
         train, test = _hold_out(name, "test", train, TEST_SEED, class_names)
     if validation is None:
         train, validation = _hold_out(name, "validation", train, VALIDATION_SEED, class_names)
+    else:
+        warn_of_shared_validation(name, "texts", train.texts, validation.texts, test.texts)
+    given = [split for split in ("validation", "test") if split in splits]
+    warn_of_missing_classes(
+        name, {split: splits[split].labels for split in given}, train.labels, class_names
+    )
     warn_of_equal_examples(name, "texts", train.texts, train.labels, test.texts)
     return TextDataset(train, validation, test, tuple(class_names))
 

@@ -5,7 +5,7 @@ import gzip
 import itertools
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import overload
 
@@ -29,6 +29,13 @@ VALIDATION_SEED = 0xDA7A
 _MIN_UNPACKED = 2**23
 _MAX_RATIO = 16
 _CHUNK = 2**20
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as text in UTF-8",
+    b"\x1f\x8b": "packed by gzip, but not named so: add .gz to its name, or unpack it",
+    b"PAR1": "a Parquet file: save it as text in UTF-8",
+    b"%PDF": "a PDF file: save it as text in UTF-8",
+}
+"""Other files by their first bytes, and what to do with them."""
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -54,6 +61,9 @@ def read_utf8(path: Path, *, max_unpacked: int | None = None) -> str:
         raise DataError(
             f"cannot read {path} ({one_line(error)}): check the path and the file"
         ) from error
+    for mark, description in _OTHER_FILES.items():
+        if content.startswith(mark):
+            raise DataError(f"{path} is {description}")
     # UTF-16 without a mark at its beginning is valid UTF-8 of every second character null.
     if content.startswith(_UTF16_MARKS) or content.count(0) > len(content) // 4:
         raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
@@ -104,6 +114,16 @@ def check_line_ends(path: Path, text: str) -> None:
     """Raises `DataError` if lines end by the carriage return of old Macs alone."""
     if "\r" in text.removesuffix("\r") and "\n" not in text:
         raise DataError(f"{path} ends its lines by \\r alone: save it with \\n, as Unix does")
+
+
+def check_texts(texts: Iterable[str], name: str = "texts") -> None:
+    """Raises `TypeError` if texts are a single one, or have no order."""
+    if isinstance(texts, str):
+        raise TypeError(
+            f"{name} must be a sequence, got the one text {texts[:20]!r}: put it into a list"
+        )
+    if isinstance(texts, (Mapping, Set)):
+        raise TypeError(f"{name} must be a sequence, got a {type(texts).__name__}: make it a list")
 
 
 def check_different(paths: Iterable[Path]) -> None:

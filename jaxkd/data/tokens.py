@@ -1,7 +1,7 @@
 """Texts as arrays of token ids, padded on the right with 0, by Hugging Face tokenizers."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxkd._messages import shorten
 from jaxkd.data.bucketing import warn_of_padding
 from jaxkd.data.errors import DataError, expand_user_path, import_or_raise, one_line
-from jaxkd.data.text_files import read_utf8
+from jaxkd.data.text_files import check_texts, read_utf8
 from jaxkd.data.wordpiece import load_wordpiece, set_begin_and_end
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
         Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units",
         https://arxiv.org/abs/1508.07909
     """
-    _check_texts(texts)
+    check_texts(texts)
     # The trainer numbers special tokens in this order, so padding gets the id 0.
     special_tokens = [PADDING, UNKNOWN, BEGIN, END]
     min_vocab_size = len(special_tokens) + _NUM_BYTES
@@ -233,6 +233,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
 
     Raises:
         ValueError: If an id is negative or beyond the vocabulary; the message names the example.
+        TypeError: If the ids are no integers.
 
     Example:
         >>> import numpy as np
@@ -243,6 +244,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
         ValueError: example 1 has the token id -100, outside 0..29: ...
     """
     tokens = np.asarray(tokens)
+    if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"token ids must be integers, got {tokens.dtype}: use tokens.astype(int)")
     # The extremes first, because a comparison would make an array of the size of the tokens.
     if not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size):
         warn_of_padding(tokens)
@@ -336,7 +339,7 @@ def _padding_token(tokenizer: "Tokenizer") -> str:
 
 def _list_texts(texts: Iterable[str]) -> list[str]:
     """Returns a list of texts, after a check that all are strings."""
-    _check_texts(texts)
+    check_texts(texts)
     listed = list(texts)
     for index, text in enumerate(listed):
         if not isinstance(text, str):
@@ -346,12 +349,3 @@ def _list_texts(texts: Iterable[str]) -> list[str]:
             )
     # NumPy's strings are a class of their own.
     return list(map(str, listed))
-
-
-def _check_texts(texts: Iterable[str]) -> None:
-    if isinstance(texts, str):
-        raise TypeError(
-            f"texts must be a sequence, got the one text {texts[:20]!r}: put it into a list"
-        )
-    if isinstance(texts, (Mapping, Set)):
-        raise TypeError(f"texts must be a sequence, got a {type(texts).__name__}: make it a list")

@@ -15,8 +15,8 @@ class Rule(NamedTuple):
     """Pattern of paths in the source tree, with the paths that they have in the target tree.
 
     In a pattern, `{name}` stands for one or more characters other than "." and "/", and `{name...}`
-    for any characters, or none. A pattern matches a whole path; `*` and `\\` are refused. Both patterns have the same names,
-    so that a rule can be inverted.
+    for any characters, or none. A pattern matches a whole path; globs and regular expressions are
+    refused. Both patterns have the same names, so that a rule can be inverted.
 
     Attributes:
         source: Pattern of paths in the source.

@@ -139,7 +139,7 @@ def load_safetensors(path: str | os.PathLike) -> dict:
 
     Raises:
         ValueError: If the file is damaged, is not a safetensors file, or has names that are not
-            those of variables, such as PyTorch's, or those of parameters without the level `params`.
+            those of variables, such as PyTorch's, or of parameters without the level `params`.
         OSError: If the file does not exist or cannot be read.
     """
     path = _find_in_run(path)

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from jaxkd.data import DataError, match_classes, sort_classes
-from jaxkd.data.class_names import describe_respelling, find_missing_label
+from jaxkd.data.class_names import (
+    describe_minus_one,
+    describe_respelling,
+    find_missing_label,
+)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +139,34 @@ def test_long_names_are_quoted_in_part():
         (("nan", "?"), ""),
         (("0", "-1"), ""),
         (("0", "-100"), "-100"),
+        (("yes", "unsup"), "unsup"),
+        (("yes", "Unlabelled"), "Unlabelled"),
     ],
 )
 def test_names_of_missing_labels(names, missing):
     assert find_missing_label(names) == missing
+
+
+@pytest.mark.parametrize(
+    ("names", "doubtful"),
+    [
+        (("-1", "0", "1", "2"), True),
+        (("-1", "0", "1"), False),
+        (("-1", "1"), False),
+        (("-1", "0"), False),
+        (("-2", "-1", "0", "1", "2"), False),
+        (("-1", "2", "other"), False),
+        (("0", "2"), False),
+    ],
+)
+def test_minus_one_beside_classes_from_zero_is_said(names, doubtful):
+    assert bool(describe_minus_one(names)) == doubtful
+
+
+def test_classes_that_are_no_names_are_refused():
+    for given in (((0, 1), ("0", "1")), (("0", "1"), (0, 1))):
+        with pytest.raises(TypeError, match="must be strings, got 0: write str"):
+            match_classes(*given)
 
 
 @pytest.mark.parametrize("names", [CAFE, ("Cat", "cat")])

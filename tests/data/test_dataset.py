@@ -203,6 +203,16 @@ def test_test_images_that_are_training_images_are_counted(num_shared):
     assert [message.startswith(expected) for message in messages] == [True] * (num_shared > 1)
 
 
+@pytest.mark.parametrize("copy", ["train", "test"])
+def test_validation_images_of_another_split_are_counted(copy):
+    train, test = numbered(100), numbered(100)
+    pixels = np.arange(100, 200, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    test = Split(np.broadcast_to(pixels, test.images.shape), test.labels)
+    (message,) = get_warnings(train, test, validation={"train": train, "test": test}[copy])
+    name = {"train": "training"}.get(copy, copy)
+    assert f"set: 100 of 100 validation images are also {name} images, so that" in message
+
+
 def test_equal_images_of_two_classes_are_counted():
     train = numbered(60)
     images = train.images.copy()

@@ -36,7 +36,8 @@ def test_pairs_are_translations(parallel):
 def test_missing_validation_and_test_sets_are_held_out(parallel):
     for path in (*parallel.glob("val*"), *parallel.glob("test*")):
         path.unlink()
-    dataset = parallel_text.load_pairs(parallel, source="en", target="de")
+    with pytest.warns(UserWarning, match="there is no test set; a tenth of the training pairs is"):
+        dataset = parallel_text.load_pairs(parallel, source="en", target="de")
     assert [len(split.sources) for split in dataset] == [33, 3, 4]
     assert len({*dataset.train.sources, *dataset.validation.sources, *dataset.test.sources}) == 40
     assert [line.replace("en", "de") for line in dataset.test.sources] == list(dataset.test.targets)
@@ -109,9 +110,33 @@ def test_lines_that_hold_their_translation_are_refused(parallel, language, other
     write(parallel, f"train.{language}", [f"{language} {i}\t{other} {i}" for i in range(40)])
     with pytest.raises(DataError, match=f"train.{language} hold their translation behind a tab"):
         parallel_text.load_pairs(parallel, source="en", target="de")
-    # A tab alone is white space.
+    # A tab alone is white space, which may be meant.
     write(parallel, f"train.{language}", [f"{language} {i}\t." for i in range(40)])
+    with pytest.warns(
+        UserWarning, match=f"40 of 40 lines of .*train.{language} have tabs, and are"
+    ):
+        pairs = parallel_text.load_pairs(parallel, source="en", target="de")
+    assert len(pairs.train.sources) == 40
+    few = [f"{language} {i}" + "\t." * (i < 20) for i in range(40)]
+    write(parallel, f"train.{language}", few)
     assert len(parallel_text.load_pairs(parallel, source="en", target="de").train.sources) == 40
+
+
+def test_pairs_that_two_splits_share_are_counted(parallel):
+    for language in ("en", "de"):
+        lines = (parallel / f"train.{language}").read_text().splitlines()[:25]
+        write(parallel, f"test_2016_flickr.{language}.gz", lines)
+    with pytest.warns(UserWarning, match="25 of 25 test pairs are also training pairs, so that"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    for language in ("en", "de"):
+        lines = [f"{language} test {i}" for i in range(25)]
+        write(parallel, f"test_2016_flickr.{language}.gz", lines)
+        write(parallel, f"val.{language}", lines)
+    with pytest.warns(UserWarning, match="25 of 25 validation pairs are also test pairs, so that"):
+        parallel_text.load_pairs(parallel, source="en", target="de")
+    # A sentence with another translation is another pair.
+    write(parallel, "val.de", [f"de anders {i}" for i in range(25)])
+    parallel_text.load_pairs(parallel, source="en", target="de")
 
 
 def test_a_split_that_is_a_link_to_another_is_refused(parallel):

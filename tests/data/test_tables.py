@@ -48,6 +48,7 @@ def all_rows(dataset):
 
 
 TEST = [("review 30", "bad"), ("review 31", "good")]
+TEST_OF_SIGNS = [("review 90", "-1"), ("review 91", "0"), ("review 92", "1")]
 
 
 # Headers
@@ -162,7 +163,7 @@ def test_ambiguous_header_asks_for_the_columns(load, header, message):
         ({"text_column": "text"}, "has several columns 'text' in line 1"),
         ({"text_column": 4}, "has no column 4: it has 3, counted from 1"),
         ({"text_column": "0"}, "has no column 0"),
-        ({"text_column": 2, "label_column": 2}, "choose those of text and class"),
+        ({"text_column": 2, "label_column": 2}, "text and class would both be column 2: choose"),
     ],
 )
 def test_options_that_no_column_fits(load, options, message):
@@ -325,7 +326,52 @@ def test_a_text_for_each_class_needs_both_columns_named(load):
     files = {"train.tsv": rows, "test.tsv": rows}
     with pytest.raises(DataError, match="each class has only one training example, so none can be"):
         load(files, **options)
-    assert len(load(files | {"dev.tsv": rows}, **options).class_names) == 30
+    dev = [rows[0], *((f"other {text}", label) for text, label in rows[1:])]
+    assert len(load(files | {"dev.tsv": dev}, **options).class_names) == 30
+
+
+def test_one_column_is_not_text_and_class(load):
+    with pytest.raises(DataError, match="text and class would both be column 1: choose two") as e:
+        load({"train.tsv": ROWS, "test.tsv": TEST}, text_column=1, label_column=1)
+    assert "text_column and label_column (--text-column, --label-column)" in str(e.value)
+
+
+def test_a_class_of_unlabelled_texts_is_refused_or_said(load):
+    rows = [(f"review {i}", ("no", "yes", "unsup")[i % 3]) for i in range(30)]
+    with pytest.raises(DataError, match="10 labels are 'unsup', which usually means missing"):
+        load({"train.tsv": rows, "test.tsv": TEST})
+    rows = [(f"review {i}", str(i % 4 - 1)) for i in range(80)]
+    test = [(f"other {i}", str(i % 4 - 1)) for i in range(8)]
+    with pytest.warns(UserWarning, match="train.tsv: the class '-1' is learnt as one: if it means"):
+        assert load({"train.tsv": rows, "test.tsv": test}).class_names == ("-1", "0", "1", "2")
+    # The negative of three.
+    signs = [(text, str(min(int(label), 1))) for text, label in rows]
+    assert load({"train.tsv": signs, "test.tsv": TEST_OF_SIGNS}).class_names == ("-1", "0", "1")
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_classes_that_another_split_lacks_are_said(load, split):
+    rows = [(f"review {i}", CLASSES[i % 2]) for i in range(100, 130)]
+    files = {"train.tsv": [*ROWS, ("odd", "36")], "dev.tsv": rows[:4], "test.tsv": TEST}
+    files |= {f"{split}.tsv": [(f"{split} {i}", CLASSES[i % 2]) for i in range(20)]}
+    name = {"dev": "validation"}.get(split, split)
+    with pytest.warns(
+        UserWarning, match=f"1 of 3 classes are in the training set, but not in the {name} set: 36"
+    ):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    ("dev", "message"),
+    [
+        (ROWS[:25], "25 of 25 validation texts are also training texts, so that its accuracy"),
+        ("test", "30 of 30 validation texts are also test texts, so that the best student is"),
+    ],
+)
+def test_validation_texts_of_another_split_are_counted(load, dev, message):
+    test = [(f"test {i}", CLASSES[i % 2]) for i in range(30)]
+    with pytest.warns(UserWarning, match=message):
+        load({"train.tsv": ROWS, "test.tsv": test, "dev.tsv": test if dev == "test" else dev})
 
 
 @pytest.mark.parametrize(
@@ -541,6 +587,9 @@ def test_header_of_texts_without_classes_is_left_out(tmp_path):
         ("fine\tgood\n".encode("utf-16"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         ("fine\tgood\n".encode("utf-16-le"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         ("fine\tgood\n".encode("utf-32-be"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
+        (b"PK\x03\x04\x14\0\0\0", "test.tsv is a zip archive or a spreadsheet: unpack it"),
+        (gzip.compress(b"fine\tgood\n"), "test.tsv is packed by gzip, but not named so: add .gz"),
+        (b"PAR1\x15\0", "test.tsv is a Parquet file: save it as text"),
         (b"fine\tgood\nan utter b\0re\tbad\n", "test.tsv, line 2 has a null character: remove it"),
         (b"fine\tgood\rpoor\tbad\r", r"test.tsv ends its lines by \\r alone: save it with \\n"),
         (b"caf\xe9\tgood\n", r"test.tsv, line 1 is not UTF-8 \(byte 0xe9,"),

@@ -65,6 +65,13 @@ def test_classes_that_are_lists_of_others_are_said(folder):
     assert text.load_texts(folder).class_names == ("2", "27", "3,27")
 
 
+@pytest.mark.parametrize("arguments", [("a film", ["a film"]), (["a film"], "a film")])
+def test_one_text_has_no_overlap_with_others(arguments):
+    """Its letters would be compared, of which no text consists."""
+    with pytest.raises(TypeError, match="must be a sequence, got the one text 'a film': put it in"):
+        text.without_overlap(*arguments)
+
+
 def test_test_texts_that_are_training_texts_are_counted(folder):
     lines = (folder / "train.tsv").read_text().splitlines()
     write(folder, "dev.tsv", ["so so\tgood"])

@@ -357,3 +357,9 @@ def test_vocabulary_splits_as_tokenizer_json_of_minilm():
     np.testing.assert_array_equal(tokens.encode(from_vocabulary, texts, max_length=64), expected)
     normalizers = [json.loads(it.to_str())["normalizer"] for it in (from_vocabulary, from_json)]
     assert normalizers[0] == normalizers[1]
+
+
+def test_ids_that_are_no_integers_are_refused():
+    with pytest.raises(TypeError, match="token ids must be integers, got float64: use tokens.asty"):
+        tokens.check_ids(np.array([[1.0, 2.0]]), 30)
+    tokens.check_ids(np.zeros((0, 4)), 30)
