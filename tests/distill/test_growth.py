@@ -561,6 +561,6 @@ def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
     assert measured == ["teacher", "student", "alone"]
     (tmp_path / "run" / "results.json").write_text("{")
     measured.clear()
-    with pytest.warns(UserWarning, match=r"all models are measured again: .*results\.json is dam"):
+    with pytest.warns(UserWarning, match="all models are measured again: "):
         measure(tmp_path / "run", plan, repeats=2)
     assert measured == ["teacher", "student", "alone"]
