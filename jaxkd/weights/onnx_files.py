@@ -1,10 +1,12 @@
 """Saving of a model as an ONNX file, which ONNX Runtime and other engines run without JAX."""
 
+import contextlib
 import importlib
 import json
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -72,7 +74,7 @@ def save_onnx(
         shape = export.symbolic_shape("B, S", constraints=(f"S <= {max_length}",))
     batch = jax.ShapeDtypeStruct(shape, example.dtype)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_messages("onnx_ir"):
             # The converter asks for float64, which JAX makes float32.
             warnings.filterwarnings("ignore", "Explicitly requested dtype")
             converted = to_onnx(logits, inputs=[batch], input_names=[INPUT], output_names=[OUTPUT])
@@ -88,6 +90,18 @@ def save_onnx(
         entry = converted.metadata_props.add()
         entry.key, entry.value = "class_names", json.dumps([*class_names])
     write_atomically(path, converted.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _without_messages(logger_name: str) -> Generator[None]:
+    """Silences a logger below errors: the converter's warns of what the runtime infers itself."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_logits(
