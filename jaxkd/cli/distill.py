@@ -69,6 +69,8 @@ class DistillCommand:
     """Side in pixels to which a folder's images are fitted. By default 64."""
     augment: bool = False
     """Crops and flips the images at random."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Mixes the images of a batch, and their labels."""
     teacher_mean: tuple[float, ...] = ()
     """Mean of each channel with which the teacher's weights were trained, from 0 to 1."""
     teacher_std: tuple[float, ...] = ()

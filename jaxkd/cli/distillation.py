@@ -33,10 +33,12 @@ def load_problem(options: "Options") -> Problem:
         return ImageProblem(
             dataset,
             augment=options.augment,
+            mix=None if options.mix == "none" else getattr(data, options.mix),
             statistics=(options.teacher_mean, options.teacher_std) if has_statistics else None,
         )
     for name in ("image_size", "augment", "teacher_mean"):
         require(not getattr(options, name), f"{option_name(name)} is for images, not texts")
+    require(options.mix == "none", "--mix is for images, not texts")
     texts = text.load_texts(
         options.data,
         options.data_dir,
@@ -165,6 +167,11 @@ def _make_loss(
         raise ValueError(
             f"--method {name} reads every label: leave out --num-labels, or choose another method, "
             "such as kd"
+        )
+    if options.mix != "none" and name in methods.LABEL_METHODS:
+        raise ValueError(
+            f"--method {name} reads one label of each image: leave out --mix, or choose another "
+            "method, such as kd"
         )
     outputs = [problem.infer_outputs(model) for model in (student, teacher)]
     try:

@@ -1,6 +1,6 @@
 """Images for `jaxkd distill`: networks that fit, and teachers from files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,26 @@ class ImageProblem(Problem):
     defaults = Defaults(epochs=10, batch_size=128, learning_rate=1e-3)
 
     def __init__(
-        self, dataset: data.Dataset, *, augment: bool = False, statistics: Statistics | None = None
+        self,
+        dataset: data.Dataset,
+        *,
+        augment: bool = False,
+        mix: Callable[..., data.Mixed] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         """Keeps the data.
 
         Args:
             dataset: The images.
             augment: Whether they are cropped and flipped at random.
+            mix: `data.mixup` or `data.cutmix`, or `None`.
             statistics: Those with which the teacher's weights were trained. By default the known
                 ones, or those of the data.
         """
         super().__init__(
             [split.examples for split in dataset[:3]],
             dataset.class_names,
-            augment=data.crop_and_flip if augment else None,
+            augment=_make_augment(augment, mix),
         )
         self._statistics = statistics
         self.default_student = _describe_cnn(_STUDENT_CHANNELS, 32, self._side)
@@ -171,6 +177,17 @@ class ImageProblem(Problem):
             print("teacher and images have their classes in other orders: they are matched by name")
             model = models.with_class_order(model, order)
         return teacher._replace(model=self.check_model(model, owner=option))
+
+
+def _make_augment(crops: bool, mix: Callable[..., data.Mixed] | None) -> Callable[..., Any] | None:
+    if mix is None or not crops:
+        return mix or (data.crop_and_flip if crops else None)
+
+    def augment(key: jax.Array, images: jax.Array) -> data.Mixed:
+        cropped = data.crop_and_flip(jax.random.fold_in(key, 0), images)
+        return mix(jax.random.fold_in(key, 1), cropped)
+
+    return augment
 
 
 def transfer_all_but_head(source: dict, fresh: dict) -> dict:

@@ -8,6 +8,7 @@ from jaxkd.data.augment import crop_and_flip, random_crop, random_flip
 from jaxkd.data.class_names import match_classes, sort_classes
 from jaxkd.data.dataset import Dataset, Split
 from jaxkd.data.errors import DataError
+from jaxkd.data.mixing import Mix, Mixed, cutmix, mix_labels, mixup
 from jaxkd.data.sources import load
 from jaxkd.data.statistics import channel_statistics
 from jaxkd.data.subset import balanced_subset, few_labels
@@ -15,13 +16,18 @@ from jaxkd.data.subset import balanced_subset, few_labels
 __all__ = [
     "DataError",
     "Dataset",
+    "Mix",
+    "Mixed",
     "Split",
     "balanced_subset",
     "channel_statistics",
     "crop_and_flip",
+    "cutmix",
     "few_labels",
     "load",
     "match_classes",
+    "mix_labels",
+    "mixup",
     "random_crop",
     "random_flip",
     "sort_classes",

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-Augment = Callable[[Array, Array], Array]
-"""`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`."""
+from jaxkd.data.mixing import Mixed
+
+Augment = Callable[[Array, Array], Array | Mixed]
+"""`(key, inputs) -> inputs`, such as `jaxkd.data.crop_and_flip`, or `-> Mixed` (`data.mixup`)."""
 
 
 # Compared and hashed by identity: an array, such as the key, has no hash.
@@ -71,7 +73,8 @@ def augment_views(
         `[B, ...]`, the augmented examples.
 
     Raises:
-        ValueError: If there is not one index and one view per example, or the key is an `rbg` key.
+        ValueError: If there is not one index and one view per example, the key is an `rbg` key, or
+            the augmentation mixes examples.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,6 +102,12 @@ def augment_views(
         )
 
     def draw(example: Array, index: Array, view: Array) -> Array:
-        return augment(jax.random.fold_in(jax.random.fold_in(key, view), index), example[None])[0]
+        drawn = augment(jax.random.fold_in(jax.random.fold_in(key, view), index), example[None])
+        if isinstance(drawn, Mixed):
+            raise ValueError(
+                "mixup and cutmix mix the examples of a batch, but views are drawn of one example "
+                "at a time: leave out views, or the mixing"
+            )
+        return drawn[0]
 
     return jax.vmap(draw)(jnp.asarray(inputs), jnp.asarray(indices), jnp.broadcast_to(views, batch))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd._messages import shorten
+from jaxkd.data.mixing import Mixed
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes, named_arrays
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
@@ -195,6 +196,7 @@ def _model_inputs(stage: Stage, seed: int) -> dict[str, Any]:
         # It may scale the inputs. Nothing is computed.
         shapes = input_shapes(inputs, stage.batch_size)
         inputs = jax.eval_shape(stage.augment, jax.random.key(0), shapes)
+        inputs = inputs.inputs if isinstance(inputs, Mixed) else inputs
     return dict(named_arrays({"inputs": inputs}))
 
 

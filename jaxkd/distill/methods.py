@@ -204,8 +204,10 @@ def _same_maps(student: Outputs, teacher: Outputs) -> tuple[str, ...]:
 def supervised_loss(
     student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
 ) -> Any:
-    """Computes the cross-entropy with the labels."""
-    return losses.hard_cross_entropy(student.logits, batch["labels"])
+    """Computes the cross-entropy with the labels, of both parts of mixed examples."""
+    return _over_labels(
+        lambda labels, labelled: losses.hard_cross_entropy(student.logits, labels), batch, context
+    )
 
 
 def make_soft_target_loss(*, temperature: float, alpha: float) -> LossFn:
@@ -222,19 +224,34 @@ def make_soft_target_loss(*, temperature: float, alpha: float) -> LossFn:
         student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
     ) -> Any:
         (teacher,) = teachers
-        # Without a label there is nothing but the teacher to learn from.
-        weight: Any = alpha
-        if "labelled" in batch:
-            weight = jnp.where(batch["labelled"], alpha, 1.0)
-        return losses.distillation_loss(
-            student.logits,
-            teacher.logits,
-            batch["labels"],
-            temperature=temperature,
-            alpha=weight,
-        )
+
+        def loss_of(labels: Any, labelled: Any) -> Any:
+            # Without a label there is nothing but the teacher to learn from.
+            weight = alpha if labelled is None else jnp.where(labelled, alpha, 1.0)
+            return losses.distillation_loss(
+                student.logits, teacher.logits, labels, temperature=temperature, alpha=weight
+            )
+
+        return _over_labels(loss_of, batch, context)
 
     return loss
+
+
+def _over_labels(loss_of: Callable[[Any, Any], Any], batch: Batch, context: LossContext) -> Any:
+    """Averages a loss over the label of each example and that of what was mixed into it.
+
+    Args:
+        loss_of: `(labels, labelled) -> [B]`; `labelled` is `None` if all examples have a label.
+        batch: The batch.
+        context: The context, whose `mix` counts.
+    """
+    labels, labelled = batch["labels"], batch.get("labelled")
+    values = loss_of(labels, labelled)
+    if context.mix is None:
+        return values
+    partner, weight = context.mix
+    other_labelled = None if labelled is None else labelled[partner]
+    return weight * values + (1 - weight) * loss_of(labels[partner], other_labelled)
 
 
 def make_loss(method: Method) -> LossFn:
@@ -247,9 +264,14 @@ def make_loss(method: Method) -> LossFn:
         student: Outputs, teachers: tuple[Outputs, ...], batch: Batch, context: LossContext
     ) -> Any:
         (teacher,) = teachers
-        # Examples without a label are left out.
-        where = batch.get("labelled")
-        hard = losses.hard_cross_entropy(student.logits, batch["labels"], where=where)
+        hard = _over_labels(
+            # Examples without a label are left out.
+            lambda labels, labelled: losses.hard_cross_entropy(
+                student.logits, labels, where=labelled
+            ),
+            batch,
+            context,
+        )
         term = method.term(student, teacher, batch, context.params)
         return losses.weighted_sum([hard, term], weights=(1.0, method.weight))
 

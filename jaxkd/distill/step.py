@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
 from jaxkd.distill.top_k import TopK, expand_top_k
 from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
@@ -50,6 +51,8 @@ class LossContext(NamedTuple):
         key: PRNG key for the loss's own draws in this step.
         params: The loss's own parameters, `None` if it has none.
         view: `[B]`, int32, the view of each example; `None` unless views are fixed.
+        mix: What each example was mixed with, `data.Mix`; `None` unless `augment` mixes them. A
+            loss that reads labels must mix them too, for example with `data.mix_labels`.
     """
 
     step: Array
@@ -57,6 +60,7 @@ class LossContext(NamedTuple):
     key: Array
     params: Any
     view: Array | None
+    mix: Mix | None = None
 
 
 class BatchInfo(NamedTuple):
@@ -166,7 +170,8 @@ def make_train_step(
         tx: The optimizer.
         loss: `(student, teachers, batch, context) -> [B]`. The step minimises the mean.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
-        augment: `(key, inputs) -> inputs`, run inside the step.
+        augment: `(key, inputs) -> inputs`, run inside the step. `data.mixup` and `data.cutmix` mix
+            the examples of the batch, and tell the loss so by `LossContext.mix`.
         views: Number of augmented views of each example, which the epochs show in turn. `None`
             draws a new view at every step. With views, the step needs `index`, `num_examples` and
             `view_key` of a `BatchInfo`.
@@ -227,6 +232,9 @@ def make_train_step(
             inputs = augment_views(augment, info.view_key, inputs, info.index, view)
         elif augment is not None:
             inputs = augment(_fold_in(key, Purpose.AUGMENT, state.step), inputs)
+        mix = None
+        if isinstance(inputs, Mixed):
+            inputs, mix = inputs
         # Augmented before it is divided, so that every number of devices draws the same views.
         share = jax.tree.map(lambda array: _take_share(array, axis_name), inputs)
         # Outside of `mean_loss`, so the teachers are constants for the gradient and their
@@ -239,7 +247,7 @@ def make_train_step(
         if num_steps is not None:
             progress = state.step.astype(jnp.float32) / num_steps
         context = LossContext(
-            state.step, progress, _fold_in(key, Purpose.LOSS, state.step), None, view
+            state.step, progress, _fold_in(key, Purpose.LOSS, state.step), None, view, mix
         )
 
         def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, dict]:
