@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import zlib
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -246,6 +247,27 @@ def _check_makes_nnx(module: Any) -> None:
         )
 
 
+def _check_takes_rngs(module: Any) -> None:
+    """Raises `TypeError` if a function or class cannot be called with `nnx.Rngs` alone."""
+    from flax import nnx
+
+    if isinstance(module, nnx.Module):
+        return
+    is_class = isinstance(module, type)
+    # The metaclass of NNX modules takes any arguments.
+    arguments = (None, None) if is_class else (None,)
+    try:
+        inspect.signature(module.__init__ if is_class else module).bind(*arguments)
+    except ValueError:  # a builtin without a signature
+        pass
+    except TypeError as error:
+        name = getattr(module, "__name__", type(module).__name__)
+        raise TypeError(
+            f"from_nnx calls {name} with nnx.Rngs alone, which it does not take ({error}): pass "
+            f"lambda rngs: {name if is_class else 'Module'}(..., rngs=rngs)"
+        ) from error
+
+
 def _check_outputs(result: Any, name: str) -> Outputs:
     """Returns the outputs of a module; raises `TypeError` if they are of another type."""
     if isinstance(result, Outputs):
@@ -299,8 +321,9 @@ def from_nnx(
             argument than its inputs, or it is not known whether an argument such as `inference` is
             true in training. From `apply`, if the module returns anything but `Outputs` or one
             array.
-        ValueError: From `apply`, if an attribute of the module fixes the other mode, or the call
-            changes variables other than `nnx.BatchStat`, which no model keeps.
+        ValueError: From `apply`, if an attribute of the module fixes the other mode, the call
+            changes variables other than `nnx.BatchStat`, which no model keeps, or it draws numbers
+            or changes statistics in evaluation.
 
     Warns:
         UserWarning: As for `from_linen`.
@@ -317,6 +340,7 @@ def from_nnx(
     from flax import nnx
 
     _check_makes_nnx(module)
+    _check_takes_rngs(module)
 
     def build(key: Array) -> Any:
         return module if isinstance(module, nnx.Module) else module(nnx.Rngs(key))
@@ -355,6 +379,20 @@ def from_nnx(
     def read(built: Any, kind: Any) -> dict:
         return nnx.to_pure_dict(nnx.state(built, kind))
 
+    def check_evaluation(before: tuple, after: tuple, inputs: Inputs) -> None:
+        # Within `nnx.jit` and the like, what stays as it is gets a new object as well.
+        pairs = zip(before, after, strict=True)
+        if all(not jax.tree.leaves(old) or are_same_leaves(old, new) for old, new in pairs):
+            return
+        if not found_changes:
+            found_changes.append(_find_changes(built, mode_arguments(False), inputs))
+        _check_evaluation(name, *found_changes[0])
+
+    found_changes: list[tuple[bool, bool]] = []
+
+    def mode_arguments(train: bool) -> dict[str, Any]:
+        return {name: train == value for name, value in train_values.items()}
+
     def apply(
         variables: dict, inputs: Inputs, *, train: bool, key: Array | None = None
     ) -> tuple[Outputs, dict]:
@@ -374,10 +412,11 @@ def from_nnx(
             _reseed(merged, key)
         before, draws = read(merged, nnx.BatchStat), read(merged, nnx.RngCount)
         others_before = _read_other_variables(merged)
-        mode_arguments = {name: train == value for name, value in train_values.items()}
-        outputs = _check_outputs(merged(inputs, **mode_arguments), name)
+        outputs = _check_outputs(merged(inputs, **mode_arguments(train)), name)
         _check_others_stand(name, others_before, _read_other_variables(merged))
         batch_stats = read(merged, nnx.BatchStat)
+        if not train:
+            check_evaluation((draws, before), (read(merged, nnx.RngCount), batch_stats), inputs)
         if train:
             # A layer that draws counts its draws.
             is_off = has_nnx_dropout(merged) and are_same_leaves(draws, read(merged, nnx.RngCount))
@@ -416,6 +455,44 @@ def _read_other_variables(module: nnx.Module) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(values)
     }
+
+
+def _find_changes(
+    module: nnx.Module, mode_arguments: dict[str, Any], inputs: Inputs
+) -> tuple[bool, bool]:
+    """Returns whether an NNX module draws numbers, and changes its statistics, in evaluation.
+
+    A batch of ones is evaluated, whatever trace is under way.
+    """
+    from flax import nnx
+
+    with jax.ensure_compile_time_eval():
+        copy = nnx.merge(*nnx.split(module), copy=True)
+        copy.eval()
+        kinds = (nnx.RngCount, nnx.BatchStat)
+        before = [nnx.to_pure_dict(nnx.state(copy, kind)) for kind in kinds]
+        copy(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), inputs), **mode_arguments)
+        after = [nnx.to_pure_dict(nnx.state(copy, kind)) for kind in kinds]
+    draws, updates = (
+        not all(map(np.array_equal, jax.tree.leaves(old), jax.tree.leaves(new)))
+        for old, new in zip(before, after, strict=True)
+    )
+    return draws, updates
+
+
+def _check_evaluation(name: str, draws: bool, updates: bool) -> None:
+    """Raises `ValueError` if an NNX module draws numbers or updates statistics in evaluation."""
+    # A value that a layer gets in its call wins over `module.eval()`.
+    if draws:
+        raise ValueError(
+            f"{name} draws random numbers in evaluation, as Dropout does with deterministic=False: "
+            "leave that out of its call, since eval() sets it"
+        )
+    if updates:
+        raise ValueError(
+            f"{name} changes its running statistics in evaluation, as BatchNorm does with "
+            "use_running_average=False: leave that out of its call, since eval() sets it"
+        )
 
 
 def _check_others_stand(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:

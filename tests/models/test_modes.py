@@ -233,3 +233,62 @@ def test_modules_of_another_kind_are_refused_with_the_call_to_write(make, messag
     with pytest.raises(TypeError, match=message) as caught:
         make()
     assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+class NNXDropsAlways(NNXBody):
+    def __call__(self, x):
+        return self.dropout(self.norm(x), deterministic=False)
+
+
+class NNXNormalizesAlways(NNXBody):
+    def __call__(self, x):
+        return self.dropout(self.norm(x, use_running_average=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (NNXDropsAlways, "NNXDropsAlways draws random numbers in evaluation, .*leave that out"),
+        (NNXNormalizesAlways, "NNXNormalizesAlways changes its running statistics in evaluation"),
+    ],
+)
+def test_layers_that_train_in_evaluation_are_refused(make, message):
+    """As of Linen modules. A value in the call wins over `eval()`."""
+    model = from_nnx(lambda rngs: make(rngs))
+    inputs = jnp.ones((5, 4))
+    variables = model.init(jax.random.key(0), inputs)
+    model.apply(variables, inputs, train=True, key=jax.random.key(1))
+    for apply in (model.apply, jax.jit(model.apply, static_argnames="train")):
+        with pytest.raises(ValueError, match=message):
+            apply(variables, inputs, train=False)
+
+
+class NNXKeywordRngs(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+def test_a_class_that_takes_rngs_by_keyword_is_refused_with_the_call_to_write():
+    with pytest.raises(TypeError, match=r"pass lambda rngs: NNXKeywordRngs\(..., rngs=rngs\)$"):
+        from_nnx(NNXKeywordRngs)
+    with pytest.raises(TypeError, match="with nnx.Rngs alone, which it does not take"):
+        from_nnx(lambda: NNXKeywordRngs(rngs=nnx.Rngs(0)))
+    from_nnx(lambda rngs: NNXKeywordRngs(rngs=rngs))
+
+
+def test_a_jitted_layer_that_follows_eval_is_fine():
+    """`nnx.jit` makes new objects of counters and statistics that stay as they are."""
+
+    class Jitted(NNXBody):
+        @nnx.jit
+        def __call__(self, x):
+            return self.dropout(self.norm(x))
+
+    inputs = jnp.ones((5, 4))
+    for model in (from_nnx(lambda rngs: Jitted(rngs)), from_nnx(Jitted(nnx.Rngs(0)))):
+        variables = model.init(jax.random.key(0), inputs)
+        for apply in (model.apply, jax.jit(model.apply, static_argnames="train")):
+            apply(variables, inputs, train=False)
