@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from jaxkd._messages import describe_lacking_params, list_some, shorten
 from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
 from jaxkd.distill.top_k import TopK, expand_top_k
@@ -135,7 +136,12 @@ def init_train_state(
 
     Returns:
         The state at step 0.
+
+    Raises:
+        ValueError: If the variables lack the level `params`.
     """
+    if problem := describe_lacking_params(variables):
+        raise ValueError(problem)
     variables, loss_params = jax.tree.map(
         lambda leaf: jnp.array(leaf, copy=True), (variables, loss_params)
     )
@@ -195,7 +201,8 @@ def make_train_step(
     Raises:
         ValueError: When first called, if the loss does not return one value per example, or the
             number of `teacher_variables` is not the number of teachers.
-        TypeError: When first called, if the loss does not return a floating-point array.
+        TypeError: If `teachers` is a single model. When first called, if the batch is no dict or
+            the loss does not return a floating-point array.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -212,6 +219,9 @@ def make_train_step(
         >>> int(state.step), metrics["loss"].shape
         (1, ())
     """
+    # A model is itself a sequence, of two functions.
+    if isinstance(teachers, Model):
+        raise TypeError("teachers must be a sequence of models, got one: write [teacher]")
     teachers = tuple(teachers)
 
     def step(
@@ -221,6 +231,11 @@ def make_train_step(
         key: Array,
         info: BatchInfo = BatchInfo(),  # noqa: B008  (a NamedTuple is immutable)
     ) -> tuple[TrainState, dict[str, Array]]:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "batch must be a dict {'inputs': ..., ...} that the loss reads by name, got a "
+                f"{type(batch).__name__}"
+            )
         if len(teacher_variables) != len(teachers):
             raise ValueError(
                 f"{len(teachers)} teachers, but variables for {len(teacher_variables)}: "
@@ -292,15 +307,46 @@ def make_train_step(
 
 
 def _call_loss(loss: LossFn, student: Any, teachers: Any, batch: Batch, context: Any) -> Any:
-    """Calls a loss. Errors on a name that the batch lacks, or a teacher, name what there is."""
+    """Calls a loss. Errors on what the batch, a teacher or the context lacks name what there is."""
     try:
         return loss(student, teachers, batch, context)
     except KeyError as error:
         if len(error.args) == 1 and isinstance(error.args[0], str) and error.args[0] not in batch:
             raise KeyError(
-                f"the loss reads {error.args[0]!r}, but its batch holds {', '.join(batch)}"
+                f"the loss reads {error.args[0]!r:.60}, but its batch holds {list_some(batch)}"
+                + _describe_features(student, teachers)
             ) from error
         raise
+    except IndexError as error:
+        if str(error) == "tuple index out of range":
+            raise IndexError(
+                f"the loss reads further teachers than the {len(teachers)} of its stage, or an "
+                "axis that an array lacks: name them in teachers=(...)"
+            ) from error
+        raise
+    except TypeError as error:
+        absent = [name for name, source in _SOURCES.items() if getattr(context, name) is None]
+        if "NoneType" in str(error) and absent:
+            raise TypeError(
+                f"the loss computes with None ({shorten(error, 80)}): context."
+                + ", context.".join(f"{name} needs {_SOURCES[name]}" for name in absent)
+            ) from error
+        raise
+
+
+_SOURCES = {"params": "an init_loss", "view": "views", "progress": "num_steps"}
+"""What fills the fields of a `LossContext` that may be `None`."""
+
+
+def _describe_features(student: Outputs, teachers: Sequence[Outputs]) -> str:
+    """Describes the features of the outputs that a loss gets."""
+    owners = {"the student": student} | {
+        f"teacher {number}": outputs for number, outputs in enumerate(teachers)
+    }
+    return "".join(
+        f"; the features of {owner} are {list_some(sorted(outputs.features)) or 'none'}"
+        for owner, outputs in [*owners.items()][:3]
+    )
 
 
 def _check_loss_values(values: Any, batch_shape: tuple[int, ...]) -> None:

@@ -297,3 +297,64 @@ def test_batch_divided_among_devices_gives_the_step_of_one(num_devices):
     state, metrics = step(state, jax.device_put(make_batch(), divided), teachers, KEY)
     assert len(metrics["loss"].devices()) == num_devices
     chex.assert_trees_all_close((state, metrics), expected, rtol=1e-5, atol=1e-6)
+
+
+def take_step(loss, *, batch=None, teachers=(), features=None, **options):
+    """Takes a step of a linear student."""
+    step = distill.make_train_step(LINEAR, optax.sgd(0.1), loss, teachers=teachers, **options)
+    batch = make_batch() if batch is None else batch
+    variables = LINEAR.init(KEY, make_batch()["inputs"])
+    state = distill.init_train_state(variables, optax.sgd(0.1))
+    return step(state, batch, (variables,) * len(teachers), KEY)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "match"),
+    [
+        (lambda s, t, b, c: soft_loss(s, (t[0],), b, c), IndexError, "than the 0 of its stage"),
+        (
+            lambda s, t, b, c: s.features["stage9"].mean(1),
+            KeyError,
+            "reads 'stage9', but its batch holds inputs, labels; the features of the student are n",
+        ),
+        (
+            lambda s, t, b, c: hard_loss(s, t, b, c) + c.params["w"],
+            TypeError,
+            "context.params needs an init_loss",
+        ),
+        (
+            lambda s, t, b, c: hard_loss(s, t, b, c) * c.view,
+            TypeError,
+            "context.view needs views",
+        ),
+    ],
+)
+def test_what_a_loss_lacks_is_named_with_what_fills_it(loss, error, match):
+    with pytest.raises(error, match=match) as caught:
+        take_step(loss)
+    assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
+
+
+def test_errors_of_the_loss_itself_are_left_alone():
+    def index(student, teachers, batch, context):
+        return [][0]
+
+    def add(student, teachers, batch, context):
+        return student.logits + "a"
+
+    with pytest.raises(IndexError, match="^list index out of range"):
+        take_step(index)
+    with pytest.raises(TypeError) as caught:
+        take_step(add)
+    assert "context" not in str(caught.value)
+
+
+def test_arguments_of_another_kind_are_named():
+    with pytest.raises(TypeError, match=r"teachers must be a sequence of models, .*: write \[te"):
+        distill.make_train_step(LINEAR, optax.sgd(0.1), hard_loss, teachers=LINEAR)
+    batch = tuple(make_batch().values())
+    with pytest.raises(TypeError, match="batch must be a dict .*, got a tuple"):
+        take_step(hard_loss, batch=batch)
+    params = LINEAR.init(KEY, batch[0])["params"]
+    with pytest.raises(ValueError, match="expected variables .* as model.init returns them, got"):
+        distill.init_train_state(params, optax.sgd(0.1))
