@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.data.bucketing import LengthBuckets, check_one_array, token_lengths
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
     LoweredStep,
     batch_shapes,
+    check_augment,
     depends_on_num_steps,
     hash_predict,
     lower_step,
@@ -101,11 +104,21 @@ def compile_stages(
             digests[key] = hash_predict(entries[name], example)
         return digests[key]
 
+    for entry in plan:
+        if isinstance(entry, Stage):
+            check_augment(entry, seed)
     compiled = {}
     for program in _find_programs(plan, seed):
         multi_step = placement.make_multi_step(program.make_step)
         lowered = program.lowered or lower_step(program.stages[0], program.make_step, entries, seed)
         for stage in program.stages:
+            for number in lowered.unused_teachers:
+                warnings.warn(
+                    f"stage {shorten(stage.name, 40)!r} names the teacher "
+                    f"{shorten(stage.teachers[number], 40)!r}, but its loss does not depend on it: "
+                    f"read teachers[{number}] in the loss, or leave the name out",
+                    stacklevel=3,
+                )
             weights = {name: hash_weights(name) for name in stage.needs if name in pretrained}
             compiled[stage.name] = CompiledStage(
                 stage,

@@ -21,6 +21,8 @@ MAX_SUSPECTS = 8
 """Largest number of labels out of range that are tried before the first step."""
 MAX_SCALED_IMAGES = 256
 """Number of images in which the largest pixel is looked for."""
+MAX_RATIO = 100
+"""Largest ratio of the largest numbers of two sets of which nothing is said."""
 BYTE_SCALE = "[0, 255]"
 """The scale of pixels that were not divided."""
 MAX_TEACHER_EXAMPLES = 2048
@@ -158,7 +160,10 @@ def _check_scales(
     Warns if one is in [0, 1] and the other in [-1, 1].
     """
     for name, array in inputs.items():
-        if np.ndim(array) != 4 or name not in others or np.ndim(others[name]) != 4:
+        if name not in others:
+            continue
+        if np.ndim(array) != 4 or np.ndim(others[name]) != 4:
+            _warn_of_magnitudes(name, array, others[name], split)
             continue
         scales = [_find_pixel_scale(images) for images in (array, others[name])]
         if None in scales or scales[0] == scales[1]:
@@ -171,6 +176,27 @@ def _check_scales(
             raise ValueError(f"stage {shorten(stage.name, 40)!r} trains on {difference}")
         # Bright images alone would look so as well.
         warnings.warn(f"stages train on {difference}", stacklevel=4)
+
+
+def _warn_of_magnitudes(name: str, array: Any, other: Any, split: str) -> None:
+    """Warns if numbers that are no images are a hundred times as large in one of two sets."""
+    largest, other_largest = _find_largest(array), _find_largest(other)
+    low, high = sorted((largest, other_largest))
+    # NaN, and arrays of zeros, have no ratio.
+    if 0 < low < high / MAX_RATIO < np.inf:
+        warnings.warn(
+            f"stages train on {shorten(name, 40)} up to {largest:.3g}, but those of the {split} "
+            f"are up to {other_largest:.3g}: is another scale meant?",
+            stacklevel=5,
+        )
+
+
+def _find_largest(array: Any) -> float:
+    """Returns the largest magnitude in some rows of a floating-point array; 0 of another one."""
+    if not np.ndim(array) or not len(array) or not _is_floating(_get_dtype(array)):
+        return 0.0
+    some = np.asarray(array[:: max(1, len(array) // MAX_SCALED_IMAGES)], np.float32)
+    return float(np.abs(some).max(initial=0))
 
 
 def _find_pixel_scale(images: Any) -> str | None:
@@ -197,6 +223,11 @@ def _model_inputs(stage: Stage, seed: int) -> dict[str, Any]:
         shapes = input_shapes(inputs, stage.batch_size)
         inputs = jax.eval_shape(stage.augment, jax.random.key(0), shapes)
         inputs = inputs.inputs if isinstance(inputs, Mixed) else inputs
+        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(inputs)):
+            raise ValueError(
+                f"the augment of stage {shorten(stage.name, 40)!r} returns a key: it is called as "
+                "augment(key, inputs), the key first, and returns the inputs"
+            )
     return dict(named_arrays({"inputs": inputs}))
 
 

@@ -7,6 +7,7 @@ import functools
 import heapq
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -339,8 +340,8 @@ class TrainingLoop:
         if first == 1:
             raise RunError(
                 f"{message}, before any weight has changed, and inputs and teachers are finite ("
-                f"{_diagnosis.describe_ranges(stage_run.examples)}): evaluate the student and the "
-                "terms of its loss on one batch"
+                f"{_diagnosis.describe_ranges(stage_run.examples)}): evaluate the student, whose "
+                "max_value may be that of another scale, and the terms of its loss on one batch"
             )
         raise RunError(
             f"{message}, and training has diverged, since inputs and teachers are sound; try a "
@@ -418,9 +419,26 @@ class TrainingLoop:
                         f"{self._run.folder}/metrics.jsonl has lost the records of "
                         f"{stage_run.label}: delete {stage_run.folder} to train it again"
                     )
+                self._warn_of_standstill(stage_run)
         lost, _ = broadcast_from_primary(lost, ())
         if lost:
             raise RunError(lost)
+
+    def _warn_of_standstill(self, stage_run: StageRun) -> None:
+        """Warns if no evaluation of a training differs from another: no weight has changed."""
+        scores = [
+            (record["validation_loss"], record["validation_accuracy"])
+            for record in self._run.metrics()
+            if (record["seed"], record["stage"]) == (stage_run.seed, stage_run.stage.name)
+        ]
+        # A plan's own score may be a constant, but hardly in both.
+        if len(scores) > 1 and len({*scores}) == 1:
+            warnings.warn(
+                f"{stage_run.label}: all {len(scores)} evaluations have the same loss and "
+                "accuracy, as if nothing was learnt: has the loss a gradient, and the optimizer a "
+                "learning rate and parameters that are not frozen?",
+                stacklevel=2,
+            )
 
     def _get_states(self) -> list[TrainState]:
         return self._placement.get_states(self._state, len(self.group))

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxkd._messages import shorten
 from jaxkd.distill.placement import DATA
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
@@ -23,11 +25,13 @@ class LoweredStep(NamedTuple):
         has_convolutions: Whether it computes convolutions.
         is_complete: Whether the digest covers all that the program computes with. That of a
             program with host callbacks, or with constants that JAX makes arguments, does not.
+        unused_teachers: Positions of the teachers on which the step does not depend.
     """
 
     digest: str
     has_convolutions: bool
     is_complete: bool
+    unused_teachers: tuple[int, ...] = ()
 
 
 def lower_step(
@@ -42,12 +46,20 @@ def lower_step(
     functions. Another process with the same versions of JAX and its packages finds the same digest.
     """
     arguments = _step_arguments(stage, entries, seed)
-    text = _lower(make_step(), *arguments)
+    text, jaxpr = _lower(make_step(), *arguments)
+    used = jax.tree.unflatten(jax.tree.structure(arguments), _find_used_inputs(jaxpr))
+    by_teacher = used[4].teacher_logits if stage.cache_teachers else used[2]
+    unused_teachers = tuple(
+        number
+        for number, uses in enumerate(by_teacher)
+        # Some teachers have no variables.
+        if jax.tree.leaves(uses) and not any(jax.tree.leaves(uses))
+    )
     # Host callbacks, and constants that JAX makes arguments, are not in the text. A stage that has
     # them shares with no other.
     is_complete = not any(marker in text for marker in ("callback", "host_transfer", "jax.const"))
     digest = _hash_text(text if is_complete else text + stage.name)
-    return LoweredStep(digest, "stablehlo.convolution" in text, is_complete)
+    return LoweredStep(digest, "stablehlo.convolution" in text, is_complete, unused_teachers)
 
 
 def depends_on_num_steps(
@@ -66,7 +78,7 @@ def depends_on_num_steps(
     def count_arguments(take_step: Callable) -> int:
         # JAX leaves out of a program what it does not compute with.
         (signature,) = re.findall(
-            r"func\.func public @main\(.*", _lower(take_step, number, *arguments)
+            r"func\.func public @main\(.*", _lower(take_step, number, *arguments)[0]
         )
         return len(re.findall(r"%arg\d+:", signature))
 
@@ -107,12 +119,50 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Stage | Pretrained], see
     return state, batch, teacher_variables, key, info
 
 
+def check_augment(stage: Stage, seed: int) -> None:
+    """Raises `ValueError` if an augmentation draws numbers outside of JAX.
+
+    It is traced once, so that every step would get the same numbers. Two traces differ in them.
+    """
+    if stage.augment is None:
+        return
+    augment, key = stage.augment, jax.eval_shape(lambda: jax.random.key(0))
+    inputs = input_shapes(stage.examples(seed)["inputs"], stage.batch_size)
+    first, second = (
+        # A new function each time, since JAX keeps the trace of one that it knows.
+        _find_constants(jax.make_jaxpr(lambda key, x: augment(key, x))(key, inputs))
+        for _ in range(2)
+    )
+    if first != second:
+        raise ValueError(
+            f"the augment of stage {shorten(stage.name, 40)!r} draws numbers outside of JAX, as by "
+            "numpy.random, which every step would repeat: draw them by jax.random from its key"
+        )
+
+
+def _find_constants(traced: Any) -> list[bytes]:
+    """Returns the constants of a traced function, of those that it calls as well."""
+    constants = list(getattr(traced, "consts", ()))
+    functions = []
+    for equation in getattr(traced, "jaxpr", traced).eqns:
+        constants += [var.val for var in equation.invars if hasattr(var, "val")]
+        functions += [value for value in equation.params.values() if _is_traced(value)]
+    # A key of JAX has a dtype of its own.
+    numbers = [v for v in constants if not jnp.issubdtype(jnp.result_type(v), jax.dtypes.extended)]
+    inner = (found for function in functions for found in _find_constants(function))
+    return [*(np.asarray(number).tobytes() for number in numbers), *inner]
+
+
+def _is_traced(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
 def hash_predict(entry: Stage | Pretrained, example: Any) -> str:
     """Returns a digest of a model's predictions, as they are lowered."""
     predict = jax.jit(
         lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
     )
-    return _hash_text(_lower(predict, variables_shape(entry, example), example))
+    return _hash_text(_lower(predict, variables_shape(entry, example), example)[0])
 
 
 def batch_shapes(stage: Stage, seed: int) -> dict[str, Any]:
@@ -148,14 +198,25 @@ def _cached_logits_shape(
     return jax.eval_shape(predict, variables, inputs)
 
 
-def _lower(function: Any, *arguments: Any) -> str:
-    """Returns the text of a jitted function, lowered for the shapes of its arguments."""
+def _lower(function: Any, *arguments: Any) -> tuple[str, Any]:
+    """Returns the text and the jaxpr of a jitted function, lowered for shapes of its arguments."""
     try:
-        return function.lower(*arguments).as_text()
+        traced = function.trace(*arguments)
     except NameError:
         # A network that names the axis of pmap, such as one with another batch norm.
         mapped = jax.vmap(function, in_axes=None, axis_name=DATA, axis_size=1)
-        return jax.jit(mapped).lower(*arguments).as_text()
+        traced = jax.jit(mapped).trace(*arguments)
+    return traced.lower().as_text(), traced.jaxpr.jaxpr
+
+
+def _find_used_inputs(jaxpr: Any) -> list[bool]:
+    """Returns for each input of a jaxpr whether an output depends on it, or may depend on it."""
+    needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not needed.isdisjoint(equation.outvars):
+            # What a function within does with its inputs is not looked at. A literal has a `val`.
+            needed.update(var for var in equation.invars if not hasattr(var, "val"))
+    return [var in needed for var in jaxpr.invars]
 
 
 def _hash_text(text: str) -> str:

@@ -193,11 +193,16 @@ def _init_state(
 ) -> TrainState:
     stage = compiled.stage
     variables = compiled.init(jax.random.fold_in(key, Purpose.INIT), example)
+    if not jax.tree.leaves(variables["params"]) and stage.init_loss is None:
+        raise ValueError(
+            f"the model of stage {shorten(stage.name, 40)!r} has no parameters to train: make them "
+            "nnx.Param or self.param of a module, or entries of params"
+        )
     # Fresh variables are made in any case, since a transfer fills them and the check needs their
     # shapes.
     if start is not None:
         if stage.transfer is not None:
-            start = stage.transfer(start, variables)
+            start = _transfer(stage, stage.transfer, start, variables)
         _check_start(stage, start, variables)
         variables = start
     loss_params = None
@@ -296,6 +301,27 @@ def _leaves(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path): leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         for path, leaf in leaves
     }
+
+
+def _transfer(
+    stage: Stage, transfer: Callable[[dict, dict], dict], source: dict, fresh: dict
+) -> dict:
+    """Returns what a transfer makes; raises `ValueError` if it is a tuple or took nothing."""
+    result: Any = transfer(source, fresh)
+    owner = f"the transfer of stage {shorten(stage.name, 40)!r}"
+    if isinstance(result, tuple):
+        raise ValueError(
+            f"{owner} returns a tuple, such as (variables, report): return its first entry alone"
+        )
+    leaves, fresh_leaves = _leaves(result), _leaves(fresh)
+    if leaves.keys() == fresh_leaves.keys() and all(
+        np.array_equal(leaf, fresh_leaves[path]) for path, leaf in leaves.items()
+    ):
+        raise ValueError(
+            f"{owner} takes nothing of {stage.start!r:.60}, it returns the fresh weights: name the "
+            "weights to move, as by transfer.transfer(source, fresh, rules=...)"
+        )
+    return result
 
 
 def _check_start(stage: Stage, start: dict, fresh: dict) -> None:

@@ -241,6 +241,22 @@ def check_numbers(data: Mapping[str, Any], owner: str) -> None:
             )
 
 
+def check_integers(data: Mapping[str, Any], owner: str) -> None:
+    """Raises `ValueError` if an array holds integers that do not fit into JAX's 32 bits."""
+    for name, array in named_arrays(data):
+        dtype = getattr(array, "dtype", None)
+        if not isinstance(dtype, np.dtype) or dtype.kind not in "iu" or not np.size(array):
+            continue
+        # JAX would take them modulo 2**32.
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(dtype))
+        smallest, largest = int(np.min(array)), int(np.max(array))
+        if smallest < limits.min or largest > limits.max:
+            raise ValueError(
+                f"{owner} has integers from {smallest} to {largest} as {shorten(name, 40)!r}, of "
+                f"which JAX keeps 32 bits: number them from 0, or set jax_enable_x64"
+            )
+
+
 class _Requirement(NamedTuple):
     """A requirement on the type of an attribute."""
 

@@ -38,7 +38,14 @@ from jaxkd.distill._stage_run import TrainedModel, check_pretrained
 from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
-from jaxkd.distill.plan import Pretrained, Stage, check_numbers, order, teacher_baselines
+from jaxkd.distill.plan import (
+    Pretrained,
+    Stage,
+    check_integers,
+    check_numbers,
+    order,
+    teacher_baselines,
+)
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import (
     PredictFn,
@@ -228,7 +235,8 @@ def evaluate_plan(
         as a pretrained one, is measured once.
 
     Raises:
-        ValueError: If the plan has no model of the reference's name, `trained` lacks a model, the
+        ValueError: If the plan has no model of the reference's name, `trained` lacks a model or
+            holds another number of them for one stage than for another, the
             test set lacks labels, holds text or negative token ids, or has inputs of another kind
             than a stage, logits are NaN, or `throughput_batch` or `repeats` is no whole number of
             at least 1. Data that are a function of the seed are not compared.
@@ -244,7 +252,9 @@ def evaluate_plan(
         raise ValueError(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
+    _check_same_seeds({e.name: len(trained[e.name]) for e in plan if isinstance(e, Stage)})
     _check_split(test, "the test set", "inputs and labels")
+    check_integers(test, "the test set")
     check_inputs(plan, test, "test set")
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     settings = [list(buckets.lengths) if buckets else None, throughput_batch, repeats]
@@ -330,6 +340,16 @@ def _warn_of_other_scores(run: Run) -> None:
         )
 
 
+def _check_same_seeds(counts: Mapping[str, int]) -> None:
+    """Raises `ValueError` if stages were trained for other numbers of seeds, which are paired."""
+    if len({*counts.values()}) > 1:
+        listed = list_some(f"{name} has {count}" for name, count in counts.items())
+        raise ValueError(
+            "the models of a seed are compared, but trained does not hold them for the same seeds, "
+            f"{listed}: pass what run_plan returned"
+        )
+
+
 def _warn_of_slow_convolutions() -> None:
     """Warns if this process lacks the flag under which a CPU computes convolutions fast."""
     if jax.default_backend() == "cpu" and lacks_convolution_flag(jax.__version__):
@@ -395,9 +415,12 @@ def _check_data(
     """
     for stage in plan:
         if isinstance(stage, Stage):
-            check_tokens(stage.examples(seed)["inputs"], f"stage {shorten(stage.name, 40)!r}")
+            owner = f"stage {shorten(stage.name, 40)!r}"
+            check_tokens(stage.examples(seed)["inputs"], owner)
+            check_integers(stage.examples(seed), owner)
     if scores_classes:
         _check_split(validation, "the validation split", "inputs and labels, or a make_score")
+        check_integers(validation, "the validation split")
         check_inputs(plan, validation, "validation split", seed=seed)
         check_validation_labels(plan, validation)
 

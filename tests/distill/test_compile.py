@@ -307,3 +307,22 @@ def test_stages_of_one_plan_train_with_their_own_loss(tmp_path, name):
     _, run = train(tmp_path, plan, placement=PLACEMENTS[name](), evaluations=2)
     for stage, number in numbers.items():
         assert get_losses(run, stage) == [number, number]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teacher_that_the_loss_does_not_read_is_named(tmp_path, cached):
+    teachers = ("first", "second")
+
+    def of_second(student, teachers, batch, context):
+        return soft_loss(student, teachers[1:], batch, context)
+
+    plan = [make_stage("first", steps=1), make_stage("second", steps=1)]
+    student = make_stage(
+        "student", teachers=teachers, loss=of_second, cache_teachers=cached, steps=1
+    )
+    match = "stage 'student' names the teacher 'first', but its loss does not depend on it: read te"
+    with pytest.warns(UserWarning, match=match) as caught:
+        train(tmp_path / "one", [*plan, student])
+    assert len(caught) == 1
+    both = dataclasses.replace(student, loss=soft_loss)
+    train(tmp_path / "both", [*plan, both])

@@ -222,6 +222,7 @@ def test_a_validation_loss_alone_that_is_not_finite_is_no_divergence(tmp_path):
     assert "diverged" not in message
 
 
+@pytest.mark.filterwarnings("ignore:.*is another scale meant")
 def test_a_validation_loss_that_overflows_first_is_a_divergence(tmp_path):
     """Weights and training loss are finite, but huge."""
     validation = {**VALIDATION, "inputs": VALIDATION["inputs"] * np.float32(1e10)}
@@ -527,3 +528,52 @@ def test_a_score_of_the_user_may_prepare_its_inputs(tmp_path):
     options = {"validation": with_bytes(VALIDATION), "make_score": make_score}
     trained, _ = train(tmp_path, [make_stage("first", steps=1)], **options)
     assert trained["first"][0].validation_accuracy == 0.5
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda key, x: x + np.random.default_rng().normal(size=x.shape).astype(np.float32),
+        lambda key, x: x * np.random.default_rng().random(),
+        lambda key, x: jax.jit(lambda x: x * np.random.default_rng().random())(x),
+    ],
+)
+def test_an_augmentation_that_draws_with_numpy_is_refused(tmp_path, augment):
+    message = run_error(tmp_path, [make_stage("first", augment=augment)])
+    assert message.startswith("the augment of stage 'first' draws numbers outside of JAX")
+
+
+def test_augmentations_with_constants_and_keys_are_fine(tmp_path):
+    scale, key = np.full(5, 2.0, np.float32), jax.random.key(3)
+
+    def augment(own, x):
+        return x * scale[None] + jax.random.normal(key, x.shape) + jax.random.normal(own, x.shape)
+
+    train(tmp_path, [make_stage("first", augment=augment, steps=1)])
+
+
+def test_an_augmentation_with_its_arguments_exchanged_is_named(tmp_path):
+    message = run_error(tmp_path, [make_stage("first", augment=lambda x, key: x)])
+    assert "returns a key: it is called as augment(key, inputs)" in message
+
+
+def test_numbers_of_another_scale_are_said(tmp_path):
+    larger = {**VALIDATION, "inputs": VALIDATION["inputs"] * 255}
+    plan = [make_stage("first", steps=1)]
+    match = "train on inputs up to .*, but those of the {} are up to .*: is another scale meant"
+    with pytest.warns(UserWarning, match=match.format("validation split")):
+        train(tmp_path / "larger", plan, validation=larger)
+    trained, _ = train(tmp_path / "same", plan)
+    with pytest.warns(UserWarning, match=match.format("test set")):
+        distill.evaluate_plan(plan, trained, larger, reference="first", repeats=1)
+    ten = {**VALIDATION, "inputs": VALIDATION["inputs"] * 10}
+    distill.evaluate_plan(plan, trained, ten, reference="first", repeats=1)
+
+
+@pytest.mark.parametrize("value", [2**40, -(2**40)])
+def test_integers_beyond_32_bits_are_refused(tmp_path, value):
+    number = np.arange(len(TRAIN["labels"])) + value
+    message = run_error(tmp_path, [make_stage("first", data=TRAIN | {"number": number})])
+    assert "as 'number', of which JAX keeps 32 bits: number them from 0" in message
+    small = TRAIN | {"number": number - value, "labels": TRAIN["labels"].astype(np.int64)}
+    train(tmp_path, [make_stage("first", data=small, steps=1)])

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxkd import distill, losses, runs
+from jaxkd import distill, losses, runs, transfer
 from jaxkd.distill import _loop
 from small_plans import (
     VALIDATION,
     add_noise,
     get_variables,
+    hard_loss,
     make_stage,
     soft_loss,
     train,
@@ -266,3 +267,21 @@ def test_losses_that_move_to_the_host_change_no_record(unbroken, tmp_path, monke
     monkeypatch.setattr(_loop, "LOSSES_ON_DEVICE", 2)
     trained, run = train(tmp_path, make_chain(), **OPTIONS)
     assert_same_training(trained, run, unbroken)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tx": optax.sgd(0.0)},
+        {"tx": transfer.freeze(optax.sgd(0.1), "{rest...}")},
+        {"loss": lambda s, t, b, c: hard_loss(jax.lax.stop_gradient(s), t, b, c)},
+    ],
+    ids=["rate 0", "frozen", "no gradient"],
+)
+def test_a_training_that_learns_nothing_is_said(tmp_path, options):
+    match = "first, seed 0: all 3 evaluations have the same loss and accuracy, as if nothing was"
+    with pytest.warns(UserWarning, match=match):
+        train(tmp_path / "still", [make_stage("first", **options)], evaluations=3)
+    train(tmp_path / "moving", [make_stage("first")], evaluations=3)
+    # Nothing can be said of one evaluation.
+    train(tmp_path / "one", [make_stage("first", **options)], evaluations=1)

@@ -209,6 +209,7 @@ def test_plan_without_seeds_trains_nothing(tmp_path, max_students):
     assert trained == {"first": []} and run.metrics() == []
 
 
+@pytest.mark.filterwarnings("ignore:.*as if nothing was learnt")
 def test_score_function_of_the_user_is_recorded(tmp_path):
     def make_score(model):
         return lambda variables, examples: evaluate.Score(float(len(examples["labels"])), 0.25)
@@ -360,3 +361,11 @@ def test_a_placement_or_buckets_of_another_type_are_refused(tmp_path, options, m
 def test_evaluation_refuses_buckets_of_another_type(trained_chain):
     with pytest.raises(TypeError, match="buckets must be such as LengthBuckets"):
         distill.evaluate_plan([make_stage("a")], {}, VALIDATION, reference="a", buckets=(4, 8))
+
+
+def test_models_of_other_numbers_of_seeds_are_not_compared(tmp_path):
+    plan = [make_stage("first", steps=1), make_stage("second", steps=1)]
+    trained, _ = train(tmp_path, plan, (0, 1))
+    trained["second"] = trained["second"][:1]
+    with pytest.raises(ValueError, match="for the same seeds, first has 2, second has 1: pass"):
+        distill.evaluate_plan(plan, trained, VALIDATION, reference="first", repeats=1)

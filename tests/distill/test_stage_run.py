@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import distill, runs
+from jaxkd import distill, models, runs, transfer
 from jaxkd.distill import _stage_run
 from small_plans import TRAIN, make_model, make_stage, soft_loss, train
 
@@ -141,3 +141,33 @@ def test_stages_of_a_seed_share_one_key_of_views():
     # The teacher cache finds logits in memory by the identity of their key.
     assert _stage_run._view_key(3) is key
     assert (jax.random.key_data(key) != jax.random.key_data(other_key)).any()
+
+
+def test_a_transfer_that_takes_nothing_is_refused(tmp_path):
+    plan = [
+        make_stage("first", steps=1),
+        make_stage("second", start="first", steps=1, transfer=lambda source, fresh: fresh),
+    ]
+    with pytest.raises(ValueError, match="transfer of stage 'second' takes nothing of 'first', it"):
+        train(tmp_path, plan)
+
+
+def test_a_transfer_that_returns_its_report_is_named(tmp_path):
+    plan = [
+        make_stage("first", steps=1),
+        make_stage("second", start="first", steps=1, transfer=transfer.transfer),
+    ]
+    with pytest.raises(ValueError, match="returns a tuple, such as .*: return its first entry"):
+        train(tmp_path, plan)
+
+
+def test_a_model_without_parameters_is_no_student(tmp_path):
+    def apply(variables, inputs, *, train, key=None):
+        return models.Outputs(inputs[:, :3], {}), {}
+
+    fixed = models.Model(lambda key, inputs: {"params": {}, "batch_stats": {}}, apply)
+    with pytest.raises(ValueError, match="model of stage 'first' has no parameters to train: make"):
+        train(tmp_path, [make_stage("first", model=fixed)])
+    # As a teacher it is fine, and so is a loss with parameters of its own.
+    teacher = distill.Pretrained("teacher", fixed, {"params": {}, "batch_stats": {}})
+    train(tmp_path, [teacher, make_stage("second", teachers=("teacher",), loss=soft_loss, steps=1)])
