@@ -58,6 +58,7 @@ from jaxkd.evaluate import (
 )
 from jaxkd.models.model import Model
 from jaxkd.runs import ResultRow, Run, summarize
+from jaxkd.runs._lock import reserve_folder
 from jaxkd.runs.environment import check_cpu_products
 from jaxkd.runs.growth import describe_growth
 
@@ -126,9 +127,10 @@ def run_plan(
             holds text, or has inputs of another kind than a stage, the weights of a pretrained
             model have other shapes than its model, a token id is negative, or `buckets` meet
             logits of each token that need one length.
-        RunError: If a loss is not finite, the run holds checkpoints of another training (the
-            message names what differs) and may not grow, its folder was deleted, or XLA computes
-            with outdated weights (`runs.environment.check_cpu_products`).
+        RunError: If a loss is not finite, another thread trains in the run's folder, the run holds
+            checkpoints of another training (the message names what differs) and may not grow, its
+            folder was deleted, or XLA computes with outdated weights
+            (`runs.environment.check_cpu_products`).
         OSError: If the run's folder or that of the teachers' logits cannot be written.
         ImportError: If orbax is missing.
     """
@@ -160,7 +162,11 @@ def run_plan(
     first_seed = seeds[0] if seeds else 0
     _check_buckets_type(buckets)
     _check_data(plan, first_seed, validation, buckets, scores_classes=make_score is None)
-    with share_fate(), PlanProgress(plan, seeds, run.folder) as progress:
+    with (
+        reserve_folder(run.folder),
+        share_fate(),
+        PlanProgress(plan, seeds, run.folder) as progress,
+    ):
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         scores = _make_scores(plan, predict_fns, validation, make_score)
         stages = compile_stages(plan, first_seed, placement, scores, buckets)
@@ -236,10 +242,10 @@ def evaluate_plan(
 
     Raises:
         ValueError: If the plan has no model of the reference's name, `trained` lacks a model or
-            holds another number of them for one stage than for another, the
-            test set lacks labels, holds text or negative token ids, or has inputs of another kind
-            than a stage, logits are NaN, or `throughput_batch` or `repeats` is no whole number of
-            at least 1. Data that are a function of the seed are not compared.
+            holds another number of them for one stage than for another, the test set lacks labels,
+            holds text or negative token ids, or has inputs of another kind than a stage, logits are
+            NaN, or `throughput_batch` or `repeats` is no whole number of at least 1. Data that are
+            a function of the seed are not compared.
         TypeError: If the buckets are of another type.
     """
     _check_buckets_type(buckets)

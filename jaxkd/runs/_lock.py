@@ -1,11 +1,14 @@
 """The lock that keeps other processes out of a run's folder."""
 
 import atexit
+import contextlib
 import os
 import platform
 import stat
+import threading
 import warnings
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ LOCK_FILE = ".lock"
 # Not in the lock file itself, which Windows lets nobody else read.
 HOLDER_FILE = ".lock-holder"
 """Names the process that has the lock, or had it last."""
+
+_RESERVED: set[Path] = set()
+_RESERVATION = threading.Lock()
+"""Guards the folders that threads of this process have reserved."""
 
 
 def lock_folder(folder: Path) -> object | None:
@@ -76,6 +83,31 @@ def lock_folder(folder: Path) -> object | None:
     _release_at_exit(lock)
     _write_holder(folder)
     return lock
+
+
+@contextlib.contextmanager
+def reserve_folder(folder: Path) -> Generator[None]:
+    """Keeps other threads of this process out of a run's folder, as the lock does processes.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        RunError: If another thread is in a block for this folder.
+    """
+    path = folder.resolve()
+    with _RESERVATION:
+        if path in _RESERVED:
+            raise RunError(
+                f"{folder} is in use by another run_plan of this process: wait until it ends, or "
+                "name another folder"
+            )
+        _RESERVED.add(path)
+    try:
+        yield
+    finally:
+        with _RESERVATION:
+            _RESERVED.discard(path)
 
 
 def identify_lock(folder: Path) -> tuple[int, int] | None:

@@ -39,6 +39,8 @@ RETRY_SECONDS = 1.0
 
 # Orbax's barriers and its logger belong to the process: saves of two threads would wait for each
 # other forever.
+_STEP = r"0|[1-9][0-9]*"
+"""The name of a checkpoint. `007` and digits of other scripts are none that `save` writes."""
 _ORBAX_LOCK = threading.Lock()
 
 
@@ -118,7 +120,8 @@ def restore(
         The checkpoint, its leaves placed as those of `like`, or `None` if there is no sound one.
 
     Raises:
-        ValueError: If the newest sound checkpoint has another structure, shape or dtype.
+        ValueError: If the newest sound checkpoint has another structure, shape or dtype, or the
+            folder is that of one checkpoint or of a run.
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
@@ -157,6 +160,7 @@ def load(
         no sound one.
 
     Raises:
+        ValueError: If the folder is that of one checkpoint or of a run.
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
@@ -292,7 +296,11 @@ def _delete_others(folder: Path, steps: list[int]) -> None:
 def _find_newest_sound(
     folder: Path, identity: Mapping[str, Any] | None
 ) -> tuple[int, dict[str, Any]] | None:
-    """Returns the step and the manifest of the newest sound checkpoint."""
+    """Returns the step and the manifest of the newest sound checkpoint.
+
+    Raises `ValueError` if the folder is a checkpoint itself, or that of a run.
+    """
+    _check_folder(folder)
     for step in _find_steps(folder):
         try:
             return step, _read_sound_manifest(folder, step, identity)
@@ -304,6 +312,20 @@ def _find_newest_sound(
                 stacklevel=3,
             )
     return None
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises `ValueError` if a folder holds no checkpoints, but the one above or below it does."""
+    is_step = re.fullmatch(_STEP, folder.name) is not None
+    if is_step and _manifest_path(folder.parent, int(folder.name)).is_file():
+        raise ValueError(
+            f"{folder} is one checkpoint: name the folder {folder.parent} of the training"
+        )
+    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} is the folder of a run: name that of a training in it, "
+            "run.checkpoint_folder(seed, stage)"
+        )
 
 
 def _read_sound_manifest(
@@ -381,9 +403,8 @@ def _manifest_path(folder: Path, step: int) -> Path:
 
 def _find_steps(folder: Path) -> list[int]:
     """Returns the steps that have a manifest, newest first."""
-    # `007` and digits of other scripts are no names that `save` writes.
     stems = (path.stem for path in folder.glob("*.json"))
-    return sorted((int(s) for s in stems if re.fullmatch(r"0|[1-9][0-9]*", s)), reverse=True)
+    return sorted((int(s) for s in stems if re.fullmatch(_STEP, s)), reverse=True)
 
 
 def _compute_checksums(folder: Path) -> dict[str, str]:

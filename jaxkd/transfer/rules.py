@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxkd._messages import shorten
 from jaxkd.layout import Rearrangement
@@ -179,16 +179,16 @@ def layer_rules(pattern: str, layers: Sequence[int]) -> tuple[Rule, ...]:
 def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Returns rules as a tuple; raises `TypeError` for anything else, or the errors of a rule."""
     # A rule is itself a tuple, of its patterns.
-    rules = (rules,) if isinstance(rules, str) else tuple(rules)
-    wrong = [rule for rule in rules if not isinstance(rule, Rule)]
+    listed: tuple[Any, ...] = tuple(rules)
+    wrong = [rule for rule in listed if not isinstance(rule, Rule)]
     if wrong:
         raise TypeError(
             f"rules must be a sequence of transfer.Rule, but one is {shorten(repr(wrong[0]), 80)}: "
             "write [transfer.Rule(source, target)]"
         )
-    for rule in rules:
+    for rule in listed:
         _check_rule(rule)
-    return rules
+    return listed
 
 
 def _check_rule(rule: Rule) -> None:

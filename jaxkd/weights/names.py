@@ -88,7 +88,7 @@ def find_counters(
     )
 
 
-def show_entry(name: str) -> str:
+def show_entry(name: str | None) -> str:
     """Shows how an entry is chosen, in Python and at a command line."""
     name = to_text(name, length=40)
     return f"entry={name!r} (--entry {name})"

@@ -1,5 +1,6 @@
 """Plans run: what is learnt, what is measured, and what does not depend on the rest of the plan."""
 
+import concurrent.futures
 import dataclasses
 import shutil
 import warnings
@@ -369,3 +370,22 @@ def test_models_of_other_numbers_of_seeds_are_not_compared(tmp_path):
     trained["second"] = trained["second"][:1]
     with pytest.raises(ValueError, match="for the same seeds, first has 2, second has 1: pass"):
         distill.evaluate_plan(plan, trained, VALIDATION, reference="first", repeats=1)
+
+
+def test_two_threads_do_not_train_in_one_folder(tmp_path):
+    """One would rewrite the metrics of the other, and delete its unfinished checkpoints."""
+    messages = []
+
+    def make_score(model):
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            other = executor.submit(train, tmp_path, [make_stage("first", steps=1)])
+            with pytest.raises(
+                runs.RunError, match="in use by another run_plan of this process: w"
+            ):
+                other.result()
+        messages.append("refused")
+        return lambda variables, examples: evaluate.Score(1.0, 0.25)
+
+    for count in (1, 2):  # The folder is free again.
+        train(tmp_path, [make_stage("first", steps=1)], make_score=make_score)
+        assert len(messages) == count

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import distill
+from jaxkd import distill, runs
 from jaxkd._files import write_atomically
 from jaxkd.runs import checkpoints
 
@@ -474,3 +474,18 @@ def test_without_orbax_the_error_names_the_command(tmp_path, monkeypatch, call):
     message = r"^this needs orbax.checkpoint, .*: pip install -e '.*\[train\]'$"
     with pytest.raises(ImportError, match=message):
         getattr(checkpoints, call)(tmp_path, *arguments[call])
+
+
+def test_a_checkpoint_or_a_run_is_no_folder_of_checkpoints(tmp_path):
+    """They would be said to hold no checkpoint, and the training would start anew."""
+    run = runs.open_run(tmp_path / "run", {})
+    folder = run.checkpoint_folder(0, "first")
+    checkpoints.save(folder, 3, make_state(3))
+    for read in (checkpoints.load, lambda path: checkpoints.restore(path, make_state(0))):
+        with pytest.raises(
+            ValueError, match=r"first/3 is one checkpoint: name the folder .*first "
+        ):
+            read(folder / "3")
+        with pytest.raises(ValueError, match=r"is the folder of a run: name that of a training in"):
+            read(run.folder)
+        assert read(folder).step == 3 and read(folder / "4") is None and read(tmp_path) is None
