@@ -11,7 +11,7 @@ from typing import Annotated, Any, Protocol
 from jaxkd._cpu_flags import add_flags
 from jaxkd.cli import errors
 
-COMMANDS = ("distill", "predict", "report", "export", "convert", "verify")
+COMMANDS = ("distill", "predict", "compare", "report", "export", "convert", "verify")
 """The subcommands. The module `jaxkd.cli.NAME` has a class `NameCommand` and a DESCRIPTION."""
 
 _DESCRIPTION = """Knowledge distillation for JAX.

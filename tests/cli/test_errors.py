@@ -58,8 +58,8 @@ def test_long_arguments_are_quoted_in_part(capsys):
         (["verify", "a", "b"], "Unrecognized options: b: see python -m jaxkd --help"),
         (
             ["convrt", "f"],
-            "Unrecognized options: convrt, f; Available subcommands: distill, predict, report, "
-            "export, convert, verify: see python -m jaxkd --help",
+            "Unrecognized options: convrt, f; Available subcommands: distill, predict, compare, "
+            "report, export, convert, verify: see python -m jaxkd --help",
         ),
         (
             ["convert", "f", "--model", "vgg8", "-o", "o", "--num-classes", "x"],

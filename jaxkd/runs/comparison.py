@@ -1,0 +1,341 @@
+"""Comparison of finished runs: results side by side, differences over seeds, options, curves."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxkd._files import write_atomically
+from jaxkd._messages import list_some, shorten
+from jaxkd.runs.errors import RunError
+from jaxkd.runs.figures import Metric, plot_curves
+from jaxkd.runs.report import markdown_table, results_table
+from jaxkd.runs.results import ResultRow
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, read_run
+
+CONFIDENCE = 0.95
+"""Confidence of the intervals of differences."""
+
+
+class Difference(NamedTuple):
+    """The difference in accuracy between two rows, in percentage points.
+
+    Attributes:
+        name: Name of the row to judge.
+        baseline: Name of the row that it is compared with.
+        mean: Mean difference.
+        interval: Student's interval of the mean; `None` with fewer than two seeds.
+        num_seeds: Number of seeds of each side.
+        is_paired: Whether the differences are those of equal seeds on equal data.
+        has_same_data: Whether both runs have the same data.
+    """
+
+    name: str
+    baseline: str
+    mean: float
+    interval: tuple[float, float] | None
+    num_seeds: tuple[int, int]
+    is_paired: bool
+    has_same_data: bool
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether the interval excludes 0, and both runs have the same data."""
+        if self.interval is None or not self.has_same_data:
+            return False
+        return not self.interval[0] <= 0 <= self.interval[1]
+
+    def __str__(self) -> str:
+        """Describes the difference in a sentence or two."""
+        side = {1: "above", 0: "from", -1: "below"}[int(np.sign(round(self.mean, 1)))]
+        text = f"{self.name} is {abs(self.mean):.1f} points {side} {self.baseline}"
+        if self.interval is not None:
+            text += f", 95 % interval {self.interval[0]:+.1f} to {self.interval[1]:+.1f}"
+        text += f" ({self._describe_seeds()})."
+        if not self.has_same_data:
+            return f"{text} The runs have other data: no difference is claimed."
+        if self.interval is None:
+            return f"{text} One seed does not separate such a difference from chance."
+        return text if self.is_claimed else f"{text} The interval has 0: no difference is claimed."
+
+    def _describe_seeds(self) -> str:
+        count, other = self.num_seeds
+        if self.is_paired:
+            return f"{count} seed{'s' if count > 1 else ''}, paired"
+        return f"{count} and {other} seeds, not paired"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        runs: Name of each run, and its folder.
+        rows: The rows of all runs, each named `run/stage`.
+        options: For each option in which the runs differ, its value in each run.
+        differences: The differences between equal stages of the first run and each other one; if
+            one stage of each run was chosen, between these.
+        metrics: The records of all runs, with stages named as the rows.
+        notes: Sentences on what limits the comparison.
+    """
+
+    runs: Mapping[str, Path]
+    rows: Sequence[ResultRow]
+    options: Mapping[str, Sequence[Any]]
+    differences: Sequence[Difference]
+    metrics: Sequence[Metric]
+    notes: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the comparison as JSON values, without the records."""
+        differences = [
+            difference._asdict() | {"is_claimed": difference.is_claimed}
+            for difference in self.differences
+        ]
+        return {
+            "runs": {name: str(folder) for name, folder in self.runs.items()},
+            "rows": [row.to_json() for row in self.rows],
+            "options": {name: list(values) for name, values in self.options.items()},
+            "differences": differences,
+            "notes": list(self.notes),
+        }
+
+
+def compare_runs(folders: Sequence[str | os.PathLike], *, stage: str | None = None) -> Comparison:
+    """Compares the results of finished runs.
+
+    Args:
+        folders: The folders of two runs or more, each with `:stage` behind it to choose a stage.
+        stage: The stage to choose in all runs that choose none. By default all stages.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If there are fewer than two runs, or one is named twice.
+        RunError: If a folder holds no finished run, it lacks the stage, or a file is damaged.
+        OSError: If a file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from jaxkd import runs
+        >>> from jaxkd.runs import comparison
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, accuracy in (("a", (0.80, 0.82, 0.81)), ("b", (0.85, 0.86, 0.86))):
+        ...         run = runs.open_run(Path(folder) / name, {"run": name})
+        ...         run.write_results([runs.ResultRow("student", accuracy=accuracy)])
+        ...         del run
+        ...     found = comparison.compare_runs([Path(folder) / "a", Path(folder) / "b"])
+        >>> found.options
+        {'run': ['a', 'b']}
+        >>> print(str(found.differences[0]).partition(",")[0])
+        b/student is 4.7 points above a/student
+    """
+    chosen = [_choose(folder, stage) for folder in folders]
+    if len(chosen) < 2:
+        raise ValueError("name two runs or more to compare")
+    if len({(run.folder.resolve(), name) for run, name in chosen}) < len(chosen):
+        raise ValueError("a run is named twice: name other runs, or RUN:STAGE of each")
+    labels = _label([run.folder for run, _ in chosen])
+    rows: list[list[tuple[ResultRow, tuple[int, ...]]]] = []
+    metrics: list[Metric] = []
+    for label, (run, name) in zip(labels, chosen, strict=True):
+        records = [record for record in run.metrics() if name in (None, record["stage"])]
+        rows.append(_read_rows(run, name, label, records))
+        metrics += [
+            record | {"stage": f"{label}/{record['stage']}"}
+            for record in records
+            if record.get("validation_accuracy") is not None
+        ]
+    folders_by_label = {label: run.folder for label, (run, _) in zip(labels, chosen, strict=True)}
+    differences = _find_differences([run for run, _ in chosen], rows)
+    notes = _describe_limits([run for run, _ in chosen], labels, differences)
+    options = _find_options([run for run, _ in chosen])
+    listed = [row for run_rows in rows for row, _ in run_rows]
+    return Comparison(folders_by_label, listed, options, differences, metrics, notes)
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """Returns a comparison as Markdown: results, options, differences."""
+    paragraphs = ["# Comparison of runs", results_table(comparison.rows)]
+    if comparison.options:
+        headers = ["option", *comparison.runs]
+        cells = [[name, *map(str, values)] for name, values in comparison.options.items()]
+        paragraphs.append(markdown_table(headers, cells))
+    sentences = [*map(str, comparison.differences), *comparison.notes]
+    paragraphs += ["\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
+    if comparison.metrics:
+        paragraphs.append("![Validation curves](compare_curves.png)")
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> Path:
+    """Writes `compare.md`, `compare.json` and `compare_curves.png`.
+
+    Args:
+        comparison: From `compare_runs`.
+        folder: The folder, which is created if absent.
+
+    Returns:
+        The path of `compare.md`.
+
+    Raises:
+        RunError: If the folder has one of these files.
+        OSError: If a file cannot be written.
+        ImportError: If matplotlib or tabulate is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("compare.md", "compare.json", "compare_curves.png")
+    if existing := [name for name in names if (folder / name).exists()]:
+        raise RunError(f"{folder} has {list_some(existing)}: name another folder")
+    if comparison.metrics:
+        stages = [row.name for row in comparison.rows]
+        plot_curves(comparison.metrics, folder / "compare_curves.png", names=stages)
+    text = json.dumps(comparison.to_json(), indent=2, allow_nan=False, default=str)
+    write_atomically(folder / "compare.json", f"{text}\n".encode())
+    path = folder / "compare.md"
+    write_atomically(path, describe_comparison(comparison).encode())
+    return path
+
+
+def _choose(folder: str | os.PathLike, stage: str | None) -> tuple[Run, str | None]:
+    """Returns a run and the stage that is chosen in it, if any."""
+    name = os.fspath(folder)
+    # A folder may have a colon in its name.
+    head, separator, tail = name.rpartition(":")
+    if separator and head and not Path(name).exists():
+        name, stage = head, tail
+    run = read_run(name)
+    if not (run.folder / "results.json").exists():
+        raise RunError(f"{run.folder} has no results yet: finish the run first")
+    return run, stage
+
+
+def _read_rows(
+    run: Run, stage: str | None, label: str, records: Sequence[Metric]
+) -> list[tuple[ResultRow, tuple[int, ...]]]:
+    """Returns the rows of a run, named after it, and the seeds of each."""
+    rows = [row for row in run.read_results() if row.accuracy]
+    names = [row.name for row in rows]
+    if stage is not None and stage not in names:
+        raise RunError(f"{run.folder} has no stage {shorten(stage, 40)!r}, but {list_some(names)}")
+    found = []
+    for row in rows:
+        if stage in (None, row.name):
+            seeds = sorted({record["seed"] for record in records if record["stage"] == row.name})
+            # A pretrained model has no records.
+            known = tuple(seeds) if len(seeds) == len(row.accuracy) else ()
+            found.append((dataclasses.replace(row, name=f"{label}/{row.name}"), known))
+    return found
+
+
+def _label(folders: Sequence[Path]) -> list[str]:
+    """Names each run after its folder, with as many parents as make it different."""
+    paths = [folder.resolve() for folder in folders]
+    labels: list[str] = []
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-count:]) for path in paths]
+        if len({*labels}) == len({*paths}):
+            break
+    # The same run may be named with several stages.
+    return labels
+
+
+def _find_differences(runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> list[Difference]:
+    """Compares the rows of each run with those of the first one."""
+    first_run, first_rows = runs[0], rows[0]
+    are_chosen = all(len(run_rows) == 1 for run_rows in rows)
+    differences = []
+    for run, run_rows in zip(runs[1:], rows[1:], strict=True):
+        for row, seeds in run_rows:
+            for baseline, baseline_seeds in first_rows:
+                if are_chosen or _stage_of(row) == _stage_of(baseline):
+                    same_data = run.data == first_run.data
+                    differences.append(_compare(row, seeds, baseline, baseline_seeds, same_data))
+    return differences
+
+
+def _stage_of(row: ResultRow) -> str:
+    return row.name.rpartition("/")[2]
+
+
+def _compare(
+    row: ResultRow,
+    seeds: Sequence[int],
+    baseline: ResultRow,
+    baseline_seeds: Sequence[int],
+    same_data: bool,
+) -> Difference:
+    first = dict(zip(baseline_seeds, baseline.accuracy, strict=False))
+    second = dict(zip(seeds, row.accuracy, strict=False))
+    common = sorted(first.keys() & second.keys())
+    if same_data and common:
+        values = [100 * (second[seed] - first[seed]) for seed in common]
+        mean, deviation, count = float(np.mean(values)), _deviation(values), len(values)
+        error, freedom = deviation / math.sqrt(count), count - 1
+        counts, is_paired = (count, count), True
+    else:
+        sides = [100 * np.array(side.accuracy) for side in (row, baseline)]
+        mean = float(sides[0].mean() - sides[1].mean())
+        counts, is_paired = (len(sides[0]), len(sides[1])), False
+        error, freedom = _welch(sides)
+    interval = None
+    if freedom > 0:
+        margin = _t_quantile(freedom) * error
+        interval = (mean - margin, mean + margin)
+    return Difference(row.name, baseline.name, mean, interval, counts, is_paired, same_data)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _welch(sides: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Returns the standard error of a difference of means, and Welch's degrees of freedom."""
+    if min(map(len, sides)) < 2:
+        return 0.0, 0.0
+    parts = [_deviation(side.tolist()) ** 2 / len(side) for side in sides]
+    if sum(parts) == 0:
+        return 0.0, float(sum(map(len, sides)) - 2)
+    weights = [part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True)]
+    return math.sqrt(sum(parts)), sum(parts) ** 2 / sum(weights)
+
+
+def _t_quantile(freedom: float) -> float:
+    # A requirement of JAX.
+    from scipy.stats import t
+
+    # At least 2: no claim is made within twice the standard error.
+    return max(2.0, float(t.ppf(0.5 + CONFIDENCE / 2, freedom)))
+
+
+def _find_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    values = {name: [run.config.get(name) for run in runs] for name in names}
+    return {
+        name: options
+        for name, options in values.items()
+        if name not in IGNORED_OPTIONS and any(option != options[0] for option in options)
+    }
+
+
+def _describe_limits(
+    runs: Sequence[Run], labels: Sequence[str], differences: Sequence[Difference]
+) -> list[str]:
+    notes = []
+    others = [label for run, label in zip(runs, labels, strict=True) if run.data != runs[0].data]
+    if others:
+        notes.append(f"{list_some(others)} and {labels[0]} have other data, test sets included.")
+    if not differences:
+        notes.append("The runs have no stage of the same name: choose one of each by RUN:STAGE.")
+    growing = [label for run, label in zip(runs, labels, strict=True) if run.is_growing]
+    if growing:
+        notes.append(f"{list_some(growing)} is growing: its results are those before.")
+    return notes
