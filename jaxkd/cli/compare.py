@@ -42,7 +42,7 @@ class CompareCommand:
         # Imported here, because the help of a command must not wait for JAX.
         from jaxkd.runs import comparison, report
 
-        found = comparison.compare_runs(self.runs, stage=self.stage)
+        found = comparison.compare_results(self.runs, stage=self.stage)
         path = None if self.output is None else comparison.write_comparison(found, self.output)
         if self.json:
             print(json.dumps(found.to_json(), indent=2, allow_nan=False, default=str))

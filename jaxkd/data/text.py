@@ -3,7 +3,7 @@
 import array
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,13 +81,15 @@ def is_text_source(
     """Returns whether a name or path stands for texts rather than images.
 
     Args:
-        name: A folder with tables, or a TensorFlow dataset. One that is not prepared yet is taken
-            for images.
+        name: A table, a folder with tables, or a TensorFlow dataset. One that is not prepared yet is
+            taken for images.
         data_dir: The folder of TensorFlow datasets, as for `load_texts`.
     """
     path = expand_user_path(os.fspath(name))
     if os.path.isdir(path):
         return any(_list_tables(path, names) for names in FILE_NAMES.values())
+    if _is_table(path):
+        return True
     return tfds_texts.is_prepared_text(os.fspath(name), tfds_prepare.resolve_data_dir(data_dir))
 
 
@@ -107,7 +109,9 @@ def load_texts(
        `val`). A line is a text, a tab and its class, which is a number or a name. A table of other
        columns needs a header, whose usual names, such as `text` and `label`, are recognised, or the
        options below. `.csv` files and `.gz` files of either are read too.
-    2. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
+    2. One such table, `reviews.csv`. A text that occurs again is left out. A tenth of the texts,
+       drawn by a fixed key, is the test set.
+    3. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
        `"glue/sst2"`. If it is not prepared yet and TensorFlow is installed, it is downloaded and
        prepared first.
 
@@ -120,10 +124,10 @@ def load_texts(
         name: Name or path, as above.
         data_dir: The folder of TensorFlow datasets; `None` means `$TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
-        text_column: For a folder: the column of the texts, by its name in the header or by its
+        text_column: For tables: the column of the texts, by its name in the header or by its
             number from 1.
         label_column: The column of the classes.
-        max_unpacked: For a folder: number of bytes to which a `.gz` file may unpack. By default 8
+        max_unpacked: For tables: number of bytes to which a `.gz` file may unpack. By default 8
             MiB or 16 times its size, whichever is more.
 
     Returns:
@@ -143,6 +147,10 @@ def load_texts(
     folder = expand_user_path(name)
     if os.path.isdir(folder):
         return _read_folder(folder, text_column, label_column, max_unpacked)
+    if _is_table(folder):
+        return _read_file(folder, text_column, label_column, max_unpacked)
+    if name.lower().endswith(tables.SUFFIXES):
+        raise DataError(f"there is no file {folder}: check the path")
     if text_column is not None or label_column is not None:
         raise DataError(f"there is no folder {folder}, and only its tables have columns to choose")
     data_dir = tfds_prepare.resolve_data_dir(data_dir)
@@ -281,12 +289,7 @@ def _read_folder(
     others = [table for table in split_tables.values() if table is not train]
     tables.check_first_line(paths["train"], train, others)
     for split, table in split_tables.items():
-        missing = find_missing_label({*train.labels, *table.labels})
-        if missing in table.labels:
-            raise DataError(
-                f"{paths[split]}: {table.labels.count(missing):,} labels are {missing!r}, which "
-                "usually means missing: remove these lines, or rename the class if it is one"
-            )
+        _check_missing_label(paths[split], table, {*train.labels, *table.labels})
     class_names = _sort_known_classes(paths["train"], train, others)
     if doubt := describe_minus_one(class_names):
         warn(f"{paths['train']}: {doubt}")
@@ -298,6 +301,60 @@ def _read_folder(
         labels = np.array([indices[label] for label in table.labels], np.int32)
         splits[split] = Texts(table.texts, labels, table.origins)
     return _make_text_dataset(str(folder), splits, class_names)
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(tables.SUFFIXES) and os.path.isfile(path)
+
+
+def _read_file(
+    path: Path,
+    text_column: str | int | None,
+    label_column: str | int | None,
+    max_unpacked: int | None,
+) -> TextDataset:
+    """Reads one table, from which validation and test set are held out."""
+    table = tables.read_train_table(
+        path, text_column=text_column, label_column=label_column, max_unpacked=max_unpacked
+    )
+    if not table.labels:
+        raise DataError(f"{path} has no classes: name their column by label_column")
+    tables.check_first_line(path, table, [])
+    _check_missing_label(path, table, {*table.labels})
+    class_names = _sort_known_classes(path, table, [])
+    indices = {name: index for index, name in enumerate(class_names)}
+    labels = np.array([indices[label] for label in table.labels], np.int32)
+    texts = _without_repetitions(path, Texts(table.texts, labels, table.origins))
+    warn(f"{path}: a tenth of the texts is held out as the test set, and a tenth for validation")
+    return _make_text_dataset(str(path), {"train": texts}, class_names)
+
+
+def _without_repetitions(path: Path, texts: Texts) -> Texts:
+    """Leaves out texts that occurred before, which could fall into two sets."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts.texts):
+        first.setdefault(text, index)
+    if len(first) == len(texts.texts):
+        return texts
+    num_others = sum(
+        texts.labels[index] != texts.labels[first[text]] for index, text in enumerate(texts.texts)
+    )
+    others = f", {num_others:,} of them with another class" if num_others else ""
+    warn(
+        f"{path}: {len(texts.texts) - len(first):,} texts occur again{others}: the first of each "
+        "is used"
+    )
+    return _select_texts(texts, np.array([*first.values()]))
+
+
+def _check_missing_label(path: Path, table: tables.Table, labels: Collection[str]) -> None:
+    """Raises `DataError` if a table has a class whose name usually means a missing label."""
+    missing = find_missing_label({*labels})
+    if missing in table.labels:
+        raise DataError(
+            f"{path}: {table.labels.count(missing):,} labels are {missing!r}, which usually means "
+            "missing: remove these lines, or rename the class if it is one"
+        )
 
 
 def _read_tables(

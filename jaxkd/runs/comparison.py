@@ -106,7 +106,9 @@ class Comparison:
         }
 
 
-def compare_runs(folders: Sequence[str | os.PathLike], *, stage: str | None = None) -> Comparison:
+def compare_results(
+    folders: Sequence[str | os.PathLike], *, stage: str | None = None
+) -> Comparison:
     """Compares the results of finished runs.
 
     Args:
@@ -131,7 +133,7 @@ def compare_runs(folders: Sequence[str | os.PathLike], *, stage: str | None = No
         ...         run = runs.open_run(Path(folder) / name, {"run": name})
         ...         run.write_results([runs.ResultRow("student", accuracy=accuracy)])
         ...         del run
-        ...     found = comparison.compare_runs([Path(folder) / "a", Path(folder) / "b"])
+        ...     found = comparison.compare_results([Path(folder) / "a", Path(folder) / "b"])
         >>> found.options
         {'run': ['a', 'b']}
         >>> print(str(found.differences[0]).partition(",")[0])
@@ -179,7 +181,7 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> Path:
     """Writes `compare.md`, `compare.json` and `compare_curves.png`.
 
     Args:
-        comparison: From `compare_runs`.
+        comparison: From `compare_results`.
         folder: The folder, which is created if absent.
 
     Returns:

@@ -30,7 +30,7 @@ def make_run(folder, accuracies, *, config=None, seeds=(0, 1, 2), arrays=(), res
 def test_equal_seeds_and_data_are_paired(tmp_path):
     first = make_run(tmp_path / "a", {"student": FIRST}, config={"alpha": 0.5, "same": 1})
     second = make_run(tmp_path / "b", {"student": SECOND}, config={"alpha": 0.9, "same": 1})
-    found = comparison.compare_runs([first, second])
+    found = comparison.compare_results([first, second])
     assert [row.name for row in found.rows] == ["a/student", "b/student"]
     assert found.options == {"alpha": [0.5, 0.9]}
     (difference,) = found.differences
@@ -48,7 +48,7 @@ def test_equal_seeds_and_data_are_paired(tmp_path):
 def test_pairs_are_those_of_the_common_seeds(tmp_path):
     first = make_run(tmp_path / "a", {"student": FIRST})
     second = make_run(tmp_path / "b", {"student": SECOND}, seeds=(1, 2, 3))
-    (difference,) = comparison.compare_runs([first, second]).differences
+    (difference,) = comparison.compare_results([first, second]).differences
     assert difference.is_paired and difference.num_seeds == (2, 2)
     assert difference.mean == pytest.approx(100 * np.mean([0.85 - 0.82, 0.88 - 0.81]))
 
@@ -56,7 +56,7 @@ def test_pairs_are_those_of_the_common_seeds(tmp_path):
 def test_other_seeds_are_not_paired(tmp_path):
     first = make_run(tmp_path / "a", {"student": FIRST})
     second = make_run(tmp_path / "b", {"student": SECOND}, seeds=(7, 8, 9))
-    (difference,) = comparison.compare_runs([first, second]).differences
+    (difference,) = comparison.compare_results([first, second]).differences
     assert not difference.is_paired and difference.mean == pytest.approx(16 / 3)
     # Welch's interval, from scipy.stats.ttest_ind(...).confidence_interval().
     low, high = difference.interval
@@ -66,7 +66,7 @@ def test_other_seeds_are_not_paired(tmp_path):
 def test_nothing_is_claimed_across_other_data(tmp_path):
     first = make_run(tmp_path / "a", {"student": FIRST}, arrays=[np.zeros(3)])
     second = make_run(tmp_path / "b", {"student": SECOND}, arrays=[np.ones(3)])
-    found = comparison.compare_runs([first, second])
+    found = comparison.compare_results([first, second])
     (difference,) = found.differences
     assert not difference.is_paired and not difference.is_claimed
     assert "The runs have other data: no difference is claimed." in str(difference)
@@ -78,7 +78,7 @@ def test_small_differences_are_not_claimed(tmp_path, seeds):
     first = make_run(tmp_path / "a", {"student": FIRST[:seeds]}, seeds=range(seeds))
     values = (0.83, 0.80, 0.82)[:seeds]
     second = make_run(tmp_path / "b", {"student": values}, seeds=range(seeds))
-    (difference,) = comparison.compare_runs([first, second]).differences
+    (difference,) = comparison.compare_results([first, second]).differences
     assert not difference.is_claimed
     expected = "One seed does not separate" if seeds == 1 else "The interval has 0"
     assert expected in str(difference)
@@ -87,18 +87,18 @@ def test_small_differences_are_not_claimed(tmp_path, seeds):
 def test_stages_may_be_chosen(tmp_path):
     stages = {"alone": FIRST, "kd": SECOND}
     first, second = make_run(tmp_path / "a", stages), make_run(tmp_path / "b", stages)
-    found = comparison.compare_runs([first, second], stage="kd")
+    found = comparison.compare_results([first, second], stage="kd")
     assert [row.name for row in found.rows] == ["a/kd", "b/kd"]
     # Stages of other names, also of one run.
-    (difference,) = comparison.compare_runs([f"{first}:alone", f"{first}:kd"]).differences
+    (difference,) = comparison.compare_results([f"{first}:alone", f"{first}:kd"]).differences
     assert difference.is_paired and difference.mean == pytest.approx(16 / 3)
-    assert len(comparison.compare_runs([first, second]).differences) == 2
+    assert len(comparison.compare_results([first, second]).differences) == 2
 
 
 def test_runs_without_common_stages(tmp_path):
     first = make_run(tmp_path / "a", {"one": FIRST, "two": FIRST})
     second = make_run(tmp_path / "b", {"three": FIRST})
-    found = comparison.compare_runs([first, second])
+    found = comparison.compare_results([first, second])
     assert not found.differences
     assert "choose one of each by RUN:STAGE" in found.notes[0]
 
@@ -107,14 +107,14 @@ def test_equal_names_of_folders_get_their_parents(tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
     paths = [make_run(tmp_path / name / "run", {"student": FIRST}) for name in ("x", "y")]
-    found = comparison.compare_runs(paths)
+    found = comparison.compare_results(paths)
     assert list(found.runs) == ["x/run", "y/run"]
 
 
 def test_pretrained_model_without_records(tmp_path):
     first = make_run(tmp_path / "a", {"teacher": (0.9,)}, seeds=())
     second = make_run(tmp_path / "b", {"teacher": (0.9,)}, seeds=())
-    (difference,) = comparison.compare_runs([first, second]).differences
+    (difference,) = comparison.compare_results([first, second]).differences
     assert difference.mean == 0 and difference.interval is None
 
 
@@ -139,13 +139,13 @@ def test_files(tmp_path, capsys):
 def test_bad_runs(tmp_path):
     first = make_run(tmp_path / "a", {"student": FIRST})
     with pytest.raises(ValueError, match="two runs or more"):
-        comparison.compare_runs([first])
+        comparison.compare_results([first])
     with pytest.raises(ValueError, match="named twice"):
-        comparison.compare_runs([first, first])
+        comparison.compare_results([first, first])
     with pytest.raises(RunError, match="has no stage 'kd', but student"):
-        comparison.compare_runs([first, f"{first}:kd"])
+        comparison.compare_results([first, f"{first}:kd"])
     with pytest.raises(RunError, match="holds no run"):
-        comparison.compare_runs([first, tmp_path / "nothing"])
+        comparison.compare_results([first, tmp_path / "nothing"])
     stopped = make_run(tmp_path / "stopped", {"student": FIRST}, results=False)
     with pytest.raises(RunError, match="has no results yet: finish the run first"):
-        comparison.compare_runs([first, stopped])
+        comparison.compare_results([first, stopped])
