@@ -12,7 +12,9 @@ DESCRIPTION = """Distil a teacher into a student on your images or texts.
 
 --data is fashion_mnist_mini, a TFDS name, a folder with train/CLASS/ and test/CLASS/,
 
-or a folder with train.tsv and test.tsv, each line a text, a tab and a class.
+a folder with train.tsv and test.tsv, each line a text, a tab and a class,
+
+or one such table, reviews.csv, of which a test set is held out.
 
 It trains a student on labels alone and one with each --method, and compares them.
 

@@ -81,8 +81,8 @@ def is_text_source(
     """Returns whether a name or path stands for texts rather than images.
 
     Args:
-        name: A table, a folder with tables, or a TensorFlow dataset. One that is not prepared yet is
-            taken for images.
+        name: A table, a folder with tables, or a TensorFlow dataset. One that is not prepared yet
+            is taken for images.
         data_dir: The folder of TensorFlow datasets, as for `load_texts`.
     """
     path = expand_user_path(os.fspath(name))
@@ -347,7 +347,7 @@ def _without_repetitions(path: Path, texts: Texts) -> Texts:
     return _select_texts(texts, np.array([*first.values()]))
 
 
-def _check_missing_label(path: Path, table: tables.Table, labels: Collection[str]) -> None:
+def _check_missing_label(path: Path | None, table: tables.Table, labels: Collection[str]) -> None:
     """Raises `DataError` if a table has a class whose name usually means a missing label."""
     missing = find_missing_label({*labels})
     if missing in table.labels:
