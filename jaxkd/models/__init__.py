@@ -5,6 +5,8 @@ other package of the library imports Flax.
 """
 
 import jaxkd.models._flax  # noqa: F401  (before the networks, which import Flax)
+from jaxkd.models._linen import from_linen
+from jaxkd.models._nnx import from_nnx
 from jaxkd.models.bert import BERT, bert_pooling, distilbert_pooling, mean_pooling
 from jaxkd.models.cifar_resnet import (
     CifarResNet,
@@ -34,21 +36,18 @@ from jaxkd.models.efficientnet import (
 from jaxkd.models.layers import BatchNorm
 from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
-from jaxkd.models.model import (
-    Model,
-    Outputs,
-    from_linen,
-    from_nnx,
-    with_class_order,
-    with_compute_dtype,
-    with_frozen_batch_stats,
-    with_input_normalization,
-)
+from jaxkd.models.model import Model, Network, Outputs
 from jaxkd.models.plain import PlainCNN, plain2, plain4, plain6, plain8, plain10
 from jaxkd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from jaxkd.models.seq2seq import Seq2Seq
 from jaxkd.models.transformer import Transformer
 from jaxkd.models.vgg import VGG, vgg8, vgg13
+from jaxkd.models.wrappers import (
+    with_class_order,
+    with_compute_dtype,
+    with_frozen_batch_stats,
+    with_input_normalization,
+)
 from jaxkd.models.wrn import WideResNet, wrn16_2, wrn40_2
 
 __all__ = [
@@ -62,6 +61,7 @@ __all__ = [
     "LSTMClassifier",
     "MobileNetV2",
     "Model",
+    "Network",
     "Outputs",
     "PlainCNN",
     "ResNet",

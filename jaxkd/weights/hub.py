@@ -16,9 +16,9 @@ from jax import Array
 from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, expand_user_path, one_line
 from jaxkd.data.tokens import load_tokenizer
+from jaxkd.models._linen import from_linen
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
 from jaxkd.models.layers import check_dropout_rate
-from jaxkd.models.model import from_linen
 from jaxkd.transfer import Report, TransferError, leaves_by_path
 from jaxkd.weights.files import find_hub_file, read_json, to_text
 from jaxkd.weights.names import expected_names, unwrap_names

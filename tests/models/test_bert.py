@@ -15,7 +15,7 @@ import pytest
 from jaxkd import transfer
 from jaxkd.models import from_linen
 from jaxkd.models.bert import BERT, canonical_names, distilbert_pooling, mean_pooling
-from jaxkd.models.model import with_compute_dtype
+from jaxkd.models.wrappers import with_compute_dtype
 from jaxkd.weights import from_torch, to_torch
 
 SMALL = BERT(13, hidden=8, layers=2, heads=2, intermediate=12, positions=10, num_classes=3)

@@ -21,7 +21,7 @@ from jaxkd.models import (
     with_compute_dtype,
     with_input_normalization,
 )
-from jaxkd.models.model import with_frozen_batch_stats
+from jaxkd.models.wrappers import with_frozen_batch_stats
 
 
 class Net(nn.Module):
