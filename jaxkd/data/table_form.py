@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxkd.data.errors import DataError, warn
+from jaxkd.data.json_lines import iterate_objects
 from jaxkd.data.text_files import check_line_ends, line_origin, split_lines
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
@@ -26,15 +27,21 @@ class Form(NamedTuple):
     Attributes:
         delimiter: What is between two fields.
         is_quoted: Whether a field may be in quotes, and then have delimiters and line breaks.
+        is_json: Whether each line is a JSON object, whose keys are the header.
     """
 
     delimiter: str
     is_quoted: bool
+    is_json: bool = False
 
 
 def find_form(path: Path, text: str) -> Form:
     """Finds how a table is divided; a warning says what differs from the usual."""
-    if ".csv" in path.suffixes[-2:]:
+    suffix = path.name.lower().removesuffix(".gz")
+    if suffix.endswith(".jsonl"):
+        check_line_ends(path, text)
+        return Form("\t", is_quoted=True, is_json=True)
+    if suffix.endswith(".csv"):
         delimiter = _find_delimiter(path, text)
         if delimiter != ",":
             warn(f"{path}: the columns are read as divided by {delimiter!r}, not by commas")
@@ -114,7 +121,13 @@ def _find_quotes(text: str) -> tuple[int, bool]:
 
 
 def iterate_rows(path: Path, text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
-    """Yields the index of a row's first line, from 0, and the row's fields."""
+    """Yields the index of a row's first line, from 0, and the row's fields.
+
+    The first row of JSON Lines are the keys of the first line, which follows with its values.
+    """
+    if form.is_json:
+        yield from iterate_objects(path, text)
+        return
     if form.is_quoted:
         yield from _read_quoted(path, text, form.delimiter)
         return

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.errors import DataError, warn
+from jaxkd.data.json_lines import Value
 from jaxkd.data.table_form import DELIMITERS, Form, find_form, iterate_rows
 from jaxkd.data.text_files import LineOrigins, line_origin, read_text
 
-SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
+SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 """Suffixes that a table may have."""
 
 TEXT_NAMES = (
@@ -101,7 +102,7 @@ def read_train_table(
     is a text and a class.
 
     Args:
-        path: A `.tsv` or `.csv` file, or a `.gz` of one.
+        path: A `.tsv`, `.csv` or `.jsonl` file, or a `.gz` of one.
         text_column: The column of the texts: its name in the header, or its number from 1.
         label_column: The column of the classes.
         max_unpacked: Number of bytes to which a `.gz` file may unpack.
@@ -125,7 +126,7 @@ def read_train_table(
     if text is None or label is None:
         _check_share(path, table)
     if columns.names and (text is None or label is None or not is_named):
-        _warn_of_header(path, columns)
+        _warn_of_header(source, columns)
     return table
 
 
@@ -152,7 +153,7 @@ def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = Non
         columns = columns._replace(names=None)
     table = _make_table(source, columns)
     if columns.names and not repeats_header:
-        _warn_of_header(path, columns)
+        _warn_of_header(source, columns)
     if set(table.labels) == {"-1"} and "-1" not in train.labels:
         return table._replace(labels=())
     return table
@@ -237,12 +238,13 @@ def is_text_header(field: str) -> bool:
     return _clean(field) in TEXT_NAMES
 
 
-def _warn_of_header(path: Path, columns: Columns) -> None:
+def _warn_of_header(source: _Source, columns: Columns) -> None:
     names = columns.names or ()
     chosen = f"the text is column {shorten(names[columns.text], 40)!r}"
     if columns.label is not None:
         chosen += f", the class {shorten(names[columns.label], 40)!r}"
-    warn(f"{path}: line 1 is a header; {chosen}; {_OPTIONS} choose others")
+    header = "the keys are the header" if source.form.is_json else "line 1 is a header"
+    warn(f"{source.path}: {header}; {chosen}; {_OPTIONS} choose others")
 
 
 def _open(path: Path, max_unpacked: int | None) -> _Source:
@@ -282,6 +284,8 @@ def _clean(field: str) -> str:
 
 def _is_header(source: _Source, classes: Collection[str] = ()) -> bool:
     """True if the first line has both of the usual names, or one and nothing that recurs."""
+    if source.form.is_json:
+        return True
     if not {*TEXT_NAMES}.isdisjoint(source.first) and not {*LABEL_NAMES}.isdisjoint(source.first):
         return True
     # A class may be called "review".
@@ -422,10 +426,12 @@ def _make_table(source: _Source, columns: Columns) -> Table:
             fields = ["\t".join(fields[:-1]), fields[-1]]
             num_joined += 1
         _check_row(source, index, fields, columns)
+        if source.form.is_json:
+            _check_values(line_origin(path, index), fields, columns)
         text = fields[columns.text].strip()
         if not text:
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
-        if columns.names and _repeats(fields, columns):
+        if columns.names and not source.form.is_json and _repeats(fields, columns):
             raise DataError(f"{line_origin(path, index)} repeats the header: remove it")
         texts.append(text)
         if columns.label is not None:
@@ -461,7 +467,7 @@ def _check_quotes(
             f"{source.path}: the classes are in quotes, such as {shorten(min(classes), 40)}, but "
             "other quotes are not doubled: write the table without quotes"
         )
-    if not source.form.is_quoted or columns.label is None:
+    if not source.form.is_quoted or source.form.is_json or columns.label is None:
         return
     for text, index in zip(texts, indices, strict=True):
         lines = text.split("\n")
@@ -484,13 +490,32 @@ def _check_row(source: _Source, index: int, fields: Sequence[str], columns: Colu
         return
     origin = line_origin(source.path, index)
     shown = shorten("\t".join(fields), 40)
-    if columns[:3] == (0, 1, 2):
+    if columns[:3] == (0, 1, 2) and not source.form.is_json:
         separator = DELIMITERS[source.form.delimiter]
         raise DataError(f"{origin} must be a text, a {separator} and a class, got {shown!r}")
     fault = "has no class" if len(fields) == columns.count else f"has {len(fields)} columns"
     raise DataError(
         f"{origin} {fault}, but each line must have {columns.count} columns: correct {shown!r}"
     )
+
+
+def _check_values(origin: str, fields: Sequence[str], columns: Columns) -> None:
+    """Raises if a JSON value of the chosen columns is no string, or no integer as a class."""
+    names = columns.names or ()
+    text = fields[columns.text]
+    if isinstance(text, Value):
+        raise DataError(
+            f"{origin}: {shorten(names[columns.text], 40)!r} is {text.kind}: the text must be a "
+            f"string; choose the column by {_OPTIONS}"
+        )
+    if columns.label is None:
+        return
+    label = fields[columns.label]
+    if isinstance(label, Value) and label.kind != "an integer":
+        raise DataError(
+            f"{origin}: {shorten(names[columns.label], 40)!r} is {label.kind}: a class must be a "
+            "string or an integer; remove the line or correct it"
+        )
 
 
 def _check_joined(path: Path, num_joined: int, num_texts: int) -> None:

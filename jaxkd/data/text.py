@@ -108,7 +108,8 @@ def load_texts(
     1. A folder with `train.tsv`, `test.tsv` and optionally `dev.tsv` (or `validation`, `valid`,
        `val`). A line is a text, a tab and its class, which is a number or a name. A table of other
        columns needs a header, whose usual names, such as `text` and `label`, are recognised, or the
-       options below. `.csv` files and `.gz` files of either are read too.
+       options below. `.csv` and `.jsonl` files, and `.gz` files of each, are read too. A line of
+       `.jsonl` is an object, whose keys are the header; a class is a string or an integer.
     2. One such table, `reviews.csv`. A text that occurs again is left out. A tenth of the texts,
        drawn by a fixed key, is the test set.
     3. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
