@@ -1,6 +1,7 @@
 """Tests of a data set that is one table of texts."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -42,6 +43,18 @@ def test_splits_are_always_the_same(table):
     with pytest.warns(UserWarning):
         first, second = text.load_texts(table), text.load_texts(str(table))
     assert [split.texts for split in first[:3]] == [split.texts for split in second[:3]]
+
+
+def test_objects_a_line(tmp_path):
+    rows = [json.dumps({"text": line, "label": i % 2}) for i, line in enumerate(lines_of())]
+    path = write(tmp_path / "reviews.jsonl", rows)
+    with (
+        pytest.warns(UserWarning, match="the keys are the header; the text is column 'text'"),
+        pytest.warns(UserWarning, match="held out as the test set"),
+    ):
+        dataset = text.load_texts(path)
+    assert dataset.class_names == ("0", "1") and len(dataset.train.texts) == 49
+    assert text.is_text_source(path)
 
 
 def test_columns_are_chosen(tmp_path):
