@@ -197,8 +197,8 @@ def _warn_of_probabilities(logits: ArrayLike) -> None:
 
 def _are_sigmoids(logits: ArrayLike) -> bool:
     logits = np.asarray(logits, np.float32)
-    # A network whose last layer is still 0 has equal logits.
-    return bool(logits.min() >= 0 and 0.01 < logits.max() <= 1 and np.ptp(logits) > 0.01)
+    # The logits of a network that has learnt little are small, and may all be positive.
+    return bool(logits.min() >= 0 and logits.max() <= 1 and np.ptp(logits) > 0.8)
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -12,25 +12,29 @@ DESCRIPTION = """Compare finished runs: results, options, differences over seeds
 
 Each other run is compared with the first one, stage by stage.
 
-Differences are paired where seeds and data are equal; none is claimed if its interval has 0.
+Differences are paired where seeds and data are equal.
+
+None is claimed if the data differ or its 95 % interval has 0.
 
 Examples:
   python -m jaxkd compare runs/a runs/b
-  python -m jaxkd compare runs/a runs/b runs/c --stage student_kd -o runs/compared
-  python -m jaxkd compare runs/a:student_alone runs/b:student_kd --json"""
+  python -m jaxkd compare runs/a runs/b runs/c --stage kd -o runs/compared
+  python -m jaxkd compare runs/a:alone runs/b:kd --json"""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareCommand:
     """Options of `jaxkd compare`."""
 
-    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUNS")]]
+    runs: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    ]
     """Folders of two runs or more, each with :STAGE behind it to choose a stage."""
     stage: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")
     ] = None
     """Stage to compare."""
-    json: bool = False
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object."""
     output: Annotated[
         Path | None, tyro.conf.arg(metavar="FOLDER", aliases=["-o"], help_behavior_hint="")
@@ -49,9 +53,8 @@ class CompareCommand:
             return
         report.print_table(found.rows)
         for name, values in found.options.items():
-            sides = zip(found.runs, values, strict=True) if len(found.runs) == len(values) else ()
-            shown = ", ".join(f"{value} in {run}" for run, value in sides)
-            print(f"{name}: {shown or ', '.join(map(str, values))}")
+            sides = zip(found.runs, values, strict=True)
+            print(f"{name}: {', '.join(f'{value} in {run}' for run, value in sides)}")
         for sentence in (*found.differences, *found.notes):
             print(sentence)
         if path is not None:

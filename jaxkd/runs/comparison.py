@@ -4,22 +4,24 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxkd._files import write_atomically
+from jaxkd._files import describe_differences, write_atomically
 from jaxkd._messages import list_some, shorten
 from jaxkd.runs.errors import RunError
-from jaxkd.runs.figures import Metric, plot_curves
+from jaxkd.runs.figures import COLOURS, Metric, plot_curves
 from jaxkd.runs.report import markdown_table, results_table
 from jaxkd.runs.results import ResultRow
-from jaxkd.runs.run import IGNORED_OPTIONS, Run, read_run
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, fingerprint, read_run
 
 CONFIDENCE = 0.95
-"""Confidence of the intervals of differences."""
+"""Confidence of the intervals of differences, and of those of rows."""
+_NO_DATA = fingerprint(())
 
 
 class Difference(NamedTuple):
@@ -32,7 +34,7 @@ class Difference(NamedTuple):
         interval: Student's interval of the mean; `None` with fewer than two seeds.
         num_seeds: Number of seeds of each side.
         is_paired: Whether the differences are those of equal seeds on equal data.
-        has_same_data: Whether both runs have the same data.
+        has_same_data: Whether both runs have data of one fingerprint, and as many test examples.
     """
 
     name: str
@@ -111,6 +113,12 @@ def compare_results(
 ) -> Comparison:
     """Compares the results of finished runs.
 
+    Differences are paired, seed by seed, if the runs have the same data: `arrays` of one
+    fingerprint in `open_run`, which should have the test set among them, and as many test examples.
+    The seeds are those of `seed` and `num_seeds` in the configuration, or of the records. Records
+    that are not in ascending order, as of a plan with seeds 5 and 3, leave the order of the
+    accuracies open, so that nothing is paired.
+
     Args:
         folders: The folders of two runs or more, each with `:stage` behind it to choose a stage.
         stage: The stage to choose in all runs that choose none. By default all stages.
@@ -120,7 +128,8 @@ def compare_results(
 
     Raises:
         ValueError: If there are fewer than two runs, or one is named twice.
-        RunError: If a folder holds no finished run, it lacks the stage, or a file is damaged.
+        RunError: If a folder holds no finished run, it lacks the stage or accuracies, or a file is
+            damaged.
         OSError: If a file cannot be read.
 
     Example:
@@ -155,11 +164,13 @@ def compare_results(
             for record in records
             if record.get("validation_accuracy") is not None
         ]
-    folders_by_label = {label: run.folder for label, (run, _) in zip(labels, chosen, strict=True)}
+    # A run of which several stages were chosen counts once.
+    runs = {label: run for label, (run, _) in zip(labels, chosen, strict=True)}
+    folders_by_label = {label: run.folder for label, run in runs.items()}
     differences = _find_differences([run for run, _ in chosen], rows)
-    notes = _describe_limits([run for run, _ in chosen], labels, differences)
-    options = _find_options([run for run, _ in chosen])
     listed = [row for run_rows in rows for row, _ in run_rows]
+    notes = _describe_limits(runs, listed, differences)
+    options = _find_options([*runs.values()])
     return Comparison(folders_by_label, listed, options, differences, metrics, notes)
 
 
@@ -198,8 +209,8 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> Path:
     if existing := [name for name in names if (folder / name).exists()]:
         raise RunError(f"{folder} has {list_some(existing)}: name another folder")
     if comparison.metrics:
-        stages = [row.name for row in comparison.rows]
-        plot_curves(comparison.metrics, folder / "compare_curves.png", names=stages)
+        names = _order_curves(comparison)
+        plot_curves(comparison.metrics, folder / "compare_curves.png", names=names)
     text = json.dumps(comparison.to_json(), indent=2, allow_nan=False, default=str)
     write_atomically(folder / "compare.json", f"{text}\n".encode())
     path = folder / "compare.md"
@@ -225,17 +236,32 @@ def _read_rows(
 ) -> list[tuple[ResultRow, tuple[int, ...]]]:
     """Returns the rows of a run, named after it, and the seeds of each."""
     rows = [row for row in run.read_results() if row.accuracy]
+    if not rows:
+        raise RunError(f"{run.folder} has no accuracy to compare: see its report.md")
     names = [row.name for row in rows]
     if stage is not None and stage not in names:
         raise RunError(f"{run.folder} has no stage {shorten(stage, 40)!r}, but {list_some(names)}")
     found = []
     for row in rows:
         if stage in (None, row.name):
-            seeds = sorted({record["seed"] for record in records if record["stage"] == row.name})
-            # A pretrained model has no records.
-            known = tuple(seeds) if len(seeds) == len(row.accuracy) else ()
-            found.append((dataclasses.replace(row, name=f"{label}/{row.name}"), known))
+            seeds = _find_seeds(run, row, records)
+            found.append((dataclasses.replace(row, name=f"{label}/{row.name}"), seeds))
     return found
+
+
+def _find_seeds(run: Run, row: ResultRow, records: Sequence[Metric]) -> tuple[int, ...]:
+    """Returns the seed of each accuracy of a row, or none if the run's files leave that open."""
+    # In the order of the first record of each. A pretrained model has no records.
+    seeds = tuple(dict.fromkeys(rec["seed"] for rec in records if rec["stage"] == row.name))
+    if len(seeds) != len(row.accuracy):
+        return ()
+    # Experiments and `jaxkd distill` train these, in this order.
+    first, count = run.config.get("seed"), run.config.get("num_seeds")
+    if type(first) is int and count == len(seeds) == max(seeds, default=first) - first + 1:
+        return tuple(range(first, first + len(seeds)))
+    # Accuracies have the order of the plan's seeds. That of the records may differ from it, because
+    # a seed that is trained again appends its records.
+    return seeds if list(seeds) == sorted(seeds) else ()
 
 
 def _label(folders: Sequence[Path]) -> list[str]:
@@ -259,7 +285,7 @@ def _find_differences(runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> lis
         for row, seeds in run_rows:
             for baseline, baseline_seeds in first_rows:
                 if are_chosen or _stage_of(row) == _stage_of(baseline):
-                    same_data = run.data == first_run.data
+                    same_data = run.data == first_run.data and _has_one_size([row, baseline])
                     differences.append(_compare(row, seeds, baseline, baseline_seeds, same_data))
     return differences
 
@@ -295,6 +321,26 @@ def _compare(
     return Difference(row.name, baseline.name, mean, interval, counts, is_paired, same_data)
 
 
+def _has_one_size(rows: Iterable[ResultRow]) -> bool:
+    """Returns whether rows have as many test examples, as far as that is known."""
+    return len({_count_test_examples(row) for row in rows} - {None}) <= 1
+
+
+def _count_test_examples(row: ResultRow) -> int | None:
+    """Returns the number n of test examples that a row's interval tells, if there is one.
+
+    The ends of Wilson's interval have the product p² / (1 + z²/n), and so have those of 1 − p.
+    """
+    if row.accuracy_interval is None or row.accuracy_mean is None:
+        return None
+    share, (low, high) = row.accuracy_mean, row.accuracy_interval
+    if share < 0.5:
+        share, low, high = 1 - share, 1 - high, 1 - low
+    ratio = share**2 / (low * high) - 1 if low * high > 0 else 0
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return round(z**2 / ratio) if ratio > 0 else None
+
+
 def _deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
@@ -311,11 +357,11 @@ def _welch(sides: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def _t_quantile(freedom: float) -> float:
-    # A requirement of JAX.
-    from scipy.stats import t
+    # A requirement of JAX. Unlike scipy.stats, it is imported quickly.
+    from scipy.special import stdtrit
 
     # At least 2: no claim is made within twice the standard error.
-    return max(2.0, float(t.ppf(0.5 + CONFIDENCE / 2, freedom)))
+    return max(2.0, float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)))
 
 
 def _find_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -328,16 +374,40 @@ def _find_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
     }
 
 
+def _order_curves(comparison: Comparison) -> list[str]:
+    """Returns the names of curves in an order that gives equal stages of all runs one colour."""
+    stages = [*dict.fromkeys(map(_stage_of, comparison.rows))]
+    # There are three styles of lines, and with one stage the colours tell the runs apart.
+    if not 1 < len(stages) <= len(COLOURS) or len(comparison.runs) > 3:
+        return [row.name for row in comparison.rows]
+    # A name without records takes a colour, so that the next run begins with the first one again.
+    stages += [f"without records {i}" for i in range(len(COLOURS) - len(stages))]
+    return [f"{label}/{stage}" for label in comparison.runs for stage in stages]
+
+
 def _describe_limits(
-    runs: Sequence[Run], labels: Sequence[str], differences: Sequence[Difference]
+    runs: Mapping[str, Run], rows: Sequence[ResultRow], differences: Sequence[Difference]
 ) -> list[str]:
     notes = []
-    others = [label for run, label in zip(runs, labels, strict=True) if run.data != runs[0].data]
-    if others:
-        notes.append(f"{list_some(others)} and {labels[0]} have other data, test sets included.")
+    (first, first_run), *others = runs.items()
+    if names := [label for label, run in others if run.data != first_run.data]:
+        notes.append(f"{list_some(names)} and {first} have other data, test sets included.")
+    if names := [label for label, run in runs.items() if run.data == _NO_DATA]:
+        notes.append(
+            f"{list_some(names)} recorded no data, so that equal data are taken for granted: pass "
+            "arrays to open_run."
+        )
+    if not _has_one_size(rows):
+        counts = sorted({count for row in rows if (count := _count_test_examples(row))})
+        notes.append(f"There are test sets of {' and '.join(f'{n:,}' for n in counts)} examples.")
+    for label, run in others:
+        if changes := describe_differences(first_run.environment, run.environment):
+            notes.append(
+                f"{label} ran in another environment than {first}, so times do not compare "
+                f"({shorten(changes, 150)})."
+            )
     if not differences:
         notes.append("The runs have no stage of the same name: choose one of each by RUN:STAGE.")
-    growing = [label for run, label in zip(runs, labels, strict=True) if run.is_growing]
-    if growing:
-        notes.append(f"{list_some(growing)} is growing: its results are those before.")
+    if names := [label for label, run in runs.items() if run.is_growing]:
+        notes.append(f"{list_some(names)} is growing: its results are those before.")
     return notes

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from jaxkd.cli import convert, report, verify
+from jaxkd.cli import compare, convert, report, verify
 from jaxkd.cli.main import main
 
 DESCRIPTIONS = {
+    "compare": compare.DESCRIPTION,
     "convert": convert.DESCRIPTION,
     "report": report.DESCRIPTION,
     "verify": verify.DESCRIPTION,

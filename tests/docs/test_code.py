@@ -83,9 +83,11 @@ def make_sentences():
 
 def make_translations():
     Path("pairs").mkdir()
-    for language, line in (("en", "A man rides a bike.\n"), ("de", "Ein Mann fährt Rad.\n")):
-        for part in ("train", "val", "test"):
-            Path("pairs", f"{part}.{language}").write_text(line * 20, encoding="utf-8")
+    # No pair of one split is in another.
+    for language, line in (("en", "A man rides {} bikes.\n"), ("de", "Ein Mann fährt {} Rad.\n")):
+        for part, first in (("train", 0), ("val", 20), ("test", 40)):
+            lines = (line.format(number) for number in range(first, first + 20))
+            Path("pairs", f"{part}.{language}").write_text("".join(lines), encoding="utf-8")
 
 
 def make_bert():

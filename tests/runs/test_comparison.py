@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxkd import runs
+from jaxkd import evaluate, runs
 from jaxkd.cli.main import main
 from jaxkd.runs import RunError, comparison
+from jaxkd.runs.figures import COLOURS
 
 FIRST, SECOND = (0.80, 0.82, 0.81), (0.85, 0.88, 0.86)
 
@@ -100,7 +101,7 @@ def test_runs_without_common_stages(tmp_path):
     second = make_run(tmp_path / "b", {"three": FIRST})
     found = comparison.compare_results([first, second])
     assert not found.differences
-    assert "choose one of each by RUN:STAGE" in found.notes[0]
+    assert any("choose one of each by RUN:STAGE" in note for note in found.notes)
 
 
 def test_equal_names_of_folders_get_their_parents(tmp_path):
@@ -149,3 +150,98 @@ def test_bad_runs(tmp_path):
     stopped = make_run(tmp_path / "stopped", {"student": FIRST}, results=False)
     with pytest.raises(RunError, match="has no results yet: finish the run first"):
         comparison.compare_results([first, stopped])
+
+
+def test_seeds_that_are_not_in_order_are_not_paired(tmp_path):
+    data = [np.zeros(3)]
+    # 1 point for each seed, which pairs in ascending order would hide.
+    first = make_run(tmp_path / "a", {"student": (0.90, 0.70)}, seeds=(5, 3), arrays=data)
+    second = make_run(tmp_path / "b", {"student": (0.71, 0.91)}, seeds=(3, 5), arrays=data)
+    (difference,) = comparison.compare_results([first, second]).differences
+    assert not difference.is_paired and "2 and 2 seeds, not paired" in str(difference)
+
+
+def test_seeds_of_the_options_are_paired_whatever_was_trained_last(tmp_path):
+    config = {"seed": 3, "num_seeds": 2}
+    # Seed 3 was trained again, so that its records come last.
+    options = {"config": config, "arrays": [np.zeros(3)]}
+    first = make_run(tmp_path / "a", {"student": (0.70, 0.90)}, seeds=(4, 3), **options)
+    second = make_run(tmp_path / "b", {"student": (0.71, 0.91)}, seeds=(3, 4), **options)
+    (difference,) = comparison.compare_results([first, second]).differences
+    assert difference.is_paired and difference.interval == pytest.approx((1, 1))
+
+
+def make_tested(folder, accuracies, num_examples):
+    """Makes a run that was tested on so many examples."""
+    folder = make_run(folder, {"student": accuracies}, arrays=[np.zeros(3)])
+    correct = float(np.mean(accuracies)) * num_examples
+    interval = evaluate.accuracy_interval(correct, num_examples)
+    row = runs.ResultRow("student", accuracy=accuracies, accuracy_interval=interval)
+    runs.read_run(folder).write_results([row])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "accuracies"),
+    [(1, (1.0,)), (10, (0.0, 0.1)), (200, (0.5, 0.5)), (10_000, (0.99, 1.0)), (99_999, (0.3,))],
+)
+def test_interval_tells_the_number_of_test_examples(num_examples, accuracies):
+    correct = float(np.mean(accuracies)) * num_examples
+    interval = evaluate.accuracy_interval(correct, num_examples)
+    row = runs.ResultRow("student", accuracy=accuracies, accuracy_interval=interval)
+    assert comparison._count_test_examples(row) == num_examples
+
+
+def test_nothing_is_claimed_across_test_sets(tmp_path):
+    first = make_tested(tmp_path / "a", FIRST, 1000)
+    found = comparison.compare_results([first, make_tested(tmp_path / "b", SECOND, 200)])
+    assert not found.differences[0].is_paired and not found.differences[0].is_claimed
+    assert "There are test sets of 200 and 1,000 examples." in found.notes
+    found = comparison.compare_results([first, make_tested(tmp_path / "c", SECOND, 1000)])
+    assert found.differences[0].is_claimed and not found.notes
+
+
+def test_data_that_were_not_recorded_are_said(tmp_path):
+    paths = [make_run(tmp_path / name, {"student": FIRST}) for name in "ab"]
+    (note,) = comparison.compare_results(paths).notes
+    assert note.startswith("a, b recorded no data, so that equal data are taken for granted")
+
+
+def test_another_environment_is_said(tmp_path):
+    paths = [make_run(tmp_path / n, {"student": FIRST}, arrays=[np.zeros(3)]) for n in "ab"]
+    content = json.loads((paths[1] / "config.json").read_text())
+    content["environment"]["jax"] = "0.1"
+    (paths[1] / "config.json").write_text(json.dumps(content))
+    (note,) = comparison.compare_results(paths).notes
+    assert note.startswith("b ran in another environment than a, so times do not compare (jax was")
+
+
+def test_results_without_an_accuracy_are_named(tmp_path):
+    first = make_run(tmp_path / "a", {"student": FIRST})
+    runs.open_run(tmp_path / "b", {}).write_results([runs.ResultRow("bleu", extra={"bleu": [1]})])
+    with pytest.raises(RunError, match="b has no accuracy to compare: see its report.md"):
+        comparison.compare_results([first, tmp_path / "b"])
+
+
+def test_options_of_a_run_that_is_named_twice_have_one_column(tmp_path, capsys):
+    stages = {"alone": FIRST, "kd": SECOND}
+    first = make_run(tmp_path / "a", stages, config={"alpha": 0.5})
+    second = make_run(tmp_path / "b", stages, config={"alpha": 0.9})
+    chosen = [f"{first}:alone", f"{first}:kd", f"{second}:kd"]
+    found = comparison.compare_results(chosen)
+    assert list(found.runs) == ["a", "b"] and found.options == {"alpha": [0.5, 0.9]}
+    main(["compare", *chosen])
+    assert "alpha: 0.5 in a, 0.9 in b\n" in capsys.readouterr().out
+
+
+def test_equal_stages_have_one_colour(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(comparison, "plot_curves", lambda *args, names: calls.append(names))
+    stages = {"alone": FIRST, "kd": SECOND}
+    paths = [make_run(tmp_path / name, stages) for name in "ab"]
+    comparison.write_comparison(comparison.compare_results(paths), tmp_path / "all")
+    comparison.write_comparison(comparison.compare_results(paths, stage="kd"), tmp_path / "kd")
+    places = {name: i % len(COLOURS) for i, name in enumerate(calls[0])}
+    assert places["a/alone"] == places["b/alone"] != places["a/kd"] == places["b/kd"]
+    # Runs, where there is one stage.
+    assert calls[1] == ["a/kd", "b/kd"]
