@@ -257,8 +257,10 @@ def _find_seeds(run: Run, row: ResultRow, records: Sequence[Metric]) -> tuple[in
         return ()
     # Experiments and `jaxkd distill` train these, in this order.
     first, count = run.config.get("seed"), run.config.get("num_seeds")
-    if type(first) is int and count == len(seeds) == max(seeds, default=first) - first + 1:
-        return tuple(range(first, first + len(seeds)))
+    if type(first) is int and count == len(seeds):
+        expected = tuple(range(first, first + len(seeds)))
+        if set(seeds) == set(expected):
+            return expected
     # Accuracies have the order of the plan's seeds. That of the records may differ from it, because
     # a seed that is trained again appends its records.
     return seeds if list(seeds) == sorted(seeds) else ()
@@ -403,7 +405,7 @@ def _describe_limits(
     for label, run in others:
         if changes := describe_differences(first_run.environment, run.environment):
             notes.append(
-                f"{label} ran in another environment than {first}, so times do not compare "
+                f"{label} ran in another environment than {first}, so times may not compare "
                 f"({shorten(changes, 150)})."
             )
     if not differences:

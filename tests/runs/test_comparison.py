@@ -171,6 +171,16 @@ def test_seeds_of_the_options_are_paired_whatever_was_trained_last(tmp_path):
     assert difference.is_paired and difference.interval == pytest.approx((1, 1))
 
 
+def test_seeds_of_the_options_count_only_if_they_were_trained(tmp_path):
+    # As many seeds as the options say and the same last one, but 0 in place of 1.
+    config = {"seed": 1, "num_seeds": 3}
+    first = make_run(tmp_path / "a", {"student": FIRST}, seeds=(0, 2, 3), config=config)
+    second = make_run(tmp_path / "b", {"student": SECOND}, seeds=(1, 2, 3))
+    (difference,) = comparison.compare_results([first, second]).differences
+    assert difference.is_paired and difference.num_seeds == (2, 2)
+    assert difference.mean == pytest.approx(100 * np.mean([0.88 - 0.82, 0.86 - 0.81]))
+
+
 def make_tested(folder, accuracies, num_examples):
     """Makes a run that was tested on so many examples."""
     folder = make_run(folder, {"student": accuracies}, arrays=[np.zeros(3)])
@@ -213,7 +223,7 @@ def test_another_environment_is_said(tmp_path):
     content["environment"]["jax"] = "0.1"
     (paths[1] / "config.json").write_text(json.dumps(content))
     (note,) = comparison.compare_results(paths).notes
-    assert note.startswith("b ran in another environment than a, so times do not compare (jax was")
+    assert note.startswith("b ran in another environment than a, so times may not compare (jax was")
 
 
 def test_results_without_an_accuracy_are_named(tmp_path):
