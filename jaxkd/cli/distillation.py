@@ -1,9 +1,10 @@
 """The plan of `jaxkd distill`: its data, teacher, students and stages, as its options say."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxkd import data, distill, models, runs
+from jaxkd.cli.distill_options import DistillOptions
 from jaxkd.cli.errors import option_name, require
 from jaxkd.cli.image_problem import ImageProblem
 from jaxkd.cli.limits import LARGEST_INTEGER
@@ -12,11 +13,8 @@ from jaxkd.cli.text_problem import TextProblem
 from jaxkd.data import text
 from jaxkd.distill import methods
 
-if TYPE_CHECKING:
-    from jaxkd.cli.distill import DistillCommand as Options
 
-
-def load_problem(options: "Options") -> Problem:
+def load_problem(options: DistillOptions) -> Problem:
     """Loads the data, as images or as texts.
 
     Raises:
@@ -49,7 +47,7 @@ def load_problem(options: "Options") -> Problem:
 
 
 def make_plan(
-    options: "Options", problem: Problem, teacher: Teacher
+    options: DistillOptions, problem: Problem, teacher: Teacher
 ) -> list[distill.Stage | distill.Pretrained]:
     """Makes the plan: teacher, assistant if there is one, and students.
 
@@ -105,7 +103,7 @@ def make_plan(
 
 
 def fine_tune(
-    options: "Options", problem: Problem, teacher: Teacher, run: runs.Run
+    options: DistillOptions, problem: Problem, teacher: Teacher, run: runs.Run
 ) -> distill.TrainedModel:
     """Fine-tunes a pretrained teacher on the data, once for all seeds."""
     more = dict(teacher.fine_tuning or {})
@@ -126,7 +124,7 @@ def fine_tune(
     return trained["teacher"][0]
 
 
-def run_options(options: "Options", problem: Problem) -> dict[str, Any]:
+def run_options(options: DistillOptions, problem: Problem) -> dict[str, Any]:
     """Returns the arguments of `distill.run_plan` that follow from the options."""
     return {
         "validation": problem.validation,
@@ -136,7 +134,7 @@ def run_options(options: "Options", problem: Problem) -> dict[str, Any]:
     }
 
 
-def _stage_maker(options: "Options", problem: Problem) -> Callable[..., Any]:
+def _stage_maker(options: DistillOptions, problem: Problem) -> Callable[..., Any]:
     """Returns a function that makes a stage with the options' optimizer, steps and batches."""
     steps = _count_steps(options, problem)
     learning_rate = options.learning_rate or problem.defaults.learning_rate
@@ -153,7 +151,7 @@ def _stage_maker(options: "Options", problem: Problem) -> Callable[..., Any]:
 
 
 def _make_loss(
-    options: "Options",
+    options: DistillOptions,
     problem: Problem,
     name: str,
     student: models.Model,
@@ -190,7 +188,7 @@ def choose_comparisons(students: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _count_steps(options: "Options", problem: Problem, epochs: int | None = None) -> int:
+def _count_steps(options: DistillOptions, problem: Problem, epochs: int | None = None) -> int:
     """Returns the number of steps of `epochs`, or of the options' epochs."""
     epochs = epochs or options.epochs or problem.defaults.epochs
     batch_size = options.batch_size or problem.defaults.batch_size
