@@ -1,16 +1,13 @@
 """The command line of an experiment: options that check themselves, and errors of one line."""
 
-import dataclasses
 import re
 import shutil
 import sys
 import textwrap
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import docstring_parser
 import tyro
 
 from experiments.common.checks import (
@@ -21,6 +18,7 @@ from experiments.common.checks import (
 )
 from jaxkd import distill
 from jaxkd.cli import errors
+from jaxkd.cli.help import join_help_lines
 from jaxkd.cli.limits import check_limits
 from jaxkd.cli.start import keep_compiled_programs, keep_freed_memory, print_any_text
 from jaxkd.data import DataError
@@ -61,7 +59,7 @@ def _run(
     *,
     resumes: bool,
 ) -> None:
-    _join_help_lines(config)
+    join_help_lines(config)
     if description is not None and {"-h", "--help"} & {*sys.argv[1:]}:
         # tyro would print each paragraph as one long line.
         print(_wrap(description), end="\n\n")
@@ -85,19 +83,6 @@ def _run(
         hint = "; the same command resumes from the newest checkpoint" if resumes else ""
         print(f"\nstopped{hint}", file=sys.stderr)
         sys.exit(130)
-
-
-def _join_help_lines(config: type) -> None:
-    """Makes one line of each option's docstring, which tyro would break where the source does."""
-    helps: dict[str, str] = {}
-    # A class comes after its bases, because its own docstring of an option counts.
-    for base in reversed(config.__mro__[:-1]):
-        for option in docstring_parser.parse_from_object(base).params:
-            helps[option.arg_name] = " ".join((option.description or "").split())
-    for field in dataclasses.fields(config):
-        if field.name in helps:
-            help_text = {"help": helps[field.name]}
-            field.metadata = types.MappingProxyType({**field.metadata, **help_text})
 
 
 def _wrap(description: str) -> str:

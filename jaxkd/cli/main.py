@@ -54,9 +54,12 @@ def _parse(arguments: Sequence[str]) -> "Command":
     # Not at the top of the module, because `main` reports a missing tyro.
     import tyro
 
+    from jaxkd.cli.help import join_help_lines
+
     commands = {name: importlib.import_module(f"jaxkd.cli.{name}") for name in COMMANDS}
 
     def annotate(name: str, command: type) -> Any:
+        join_help_lines(command)
         description = commands[name].DESCRIPTION
         # tyro also shows the description in the list of commands, where examples would be clutter.
         if arguments[0] != name:
