@@ -296,6 +296,8 @@ def test_lone_stage_is_traced_for_its_digest_and_once_more_to_train(tmp_path):
 
 
 @pytest.mark.thorough
+# The losses have no gradient, so that no weight changes.
+@pytest.mark.filterwarnings("ignore:.*as if nothing was learnt")
 @pytest.mark.parametrize("name", ["one device", "vectorized"])
 def test_stages_of_one_plan_train_with_their_own_loss(tmp_path, name):
     def make_loss(number):
