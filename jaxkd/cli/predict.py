@@ -32,13 +32,16 @@ DESCRIPTION = """Predict the classes of images or lines of text with a student.
 
 STUDENT is the folder of a finished run, or a student.jaxexport file.
 
-FILES are images, folders of images, text files (a text a line), .npy arrays, or - for stdin.
+FILES are images, folders of images, text files (a text a line), .npy arrays,
+
+tables of texts (.csv, .tsv, .jsonl), or - for stdin, a text a line.
 
 Files that cannot be read are named, the others are predicted; the status is 1 then.
 
 Examples:
   python -m jaxkd predict runs/mine photo.jpg more_photos/
-  python -m jaxkd predict student.jaxexport reviews.txt --top 2 --csv -o reviews.csv
+  python -m jaxkd predict student.jaxexport reviews.txt --top 2 --csv -o classes.csv
+  python -m jaxkd predict runs/mine reviews.jsonl --text-column body
   echo "a good film" | python -m jaxkd predict runs/mine - --json"""
 
 
@@ -68,10 +71,11 @@ class PredictCommand:
         tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: those of the student)"),
     ] = None
     """Names of the classes, separated by commas, in the order of the labels."""
-    field: Annotated[
-        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the whole line)")
+    text_column: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="COLUMN", help_behavior_hint="(default: a usual name, such as text)"),
     ] = None
-    """Number of the tab-separated field of a line that has the text, from 1."""
+    """Column of a table that has the texts: its name in the header, or its number from 1."""
 
     def execute(self) -> None:
         """Predicts the files and prints or writes a table."""
@@ -112,13 +116,15 @@ class PredictCommand:
 
         arrays = [name for name in self.files if name.lower().endswith(".npy")]
         others = [name for name in self.files if name not in arrays]
+        if self.text_column is not None and (student.card.inputs != "texts" or "-" in others):
+            raise ValueError("--text-column is for files of texts: leave it out")
         yield from _predict_arrays(student, arrays, report)
         if not others:
             return
         if student.card.inputs == "images":
             yield from _predict_images(student, others, report)
         elif student.card.inputs == "texts":
-            yield from _predict_texts(student, others, self.field, report)
+            yield from _predict_texts(student, others, self.text_column, report)
         else:
             raise ValueError(
                 f"{self.student} takes {student.card.dtype} arrays of the shape "
@@ -292,7 +298,7 @@ def _read_images(
 def _predict_texts(
     student: "Student",
     files: Sequence[str],
-    field: int | None,
+    column: str | None,
     report: Callable[[Exception], None],
 ) -> Iterator[Prediction]:
     from jaxkd.data import DataError
@@ -300,7 +306,7 @@ def _predict_texts(
     num_cut = num_texts = 0
     for file in files:
         try:
-            texts, origins = _read_lines(file, field)
+            texts, origins = _read_lines(file, column)
             tokens, num_cut_here = student.encode(texts, name=origins.__getitem__)
         except (DataError, OSError, ValueError) as error:
             report(error)
@@ -316,7 +322,7 @@ def _predict_texts(
         )
 
 
-def _read_lines(file: str, field: int | None) -> tuple[Sequence[str], Sequence[str]]:
+def _read_lines(file: str, column: str | None) -> tuple[Sequence[str], Sequence[str]]:
     """Reads the texts of a file or of standard input, and where each comes from."""
     from jaxkd.data import DataError
     from jaxkd.data.text import read_texts
@@ -325,9 +331,7 @@ def _read_lines(file: str, field: int | None) -> tuple[Sequence[str], Sequence[s
         path = Path(file)
         if path.is_dir():
             raise DataError(f"{path} is a folder, but this student reads texts: name text files")
-        if field is None and path.name.lower().removesuffix(".gz").endswith(".tsv"):
-            raise DataError(f"{path} is a table: choose the field of the texts by --field")
-        return read_texts(path, field=field)
+        return read_texts(path, field=None, column=column)
     texts = [line.strip() for line in sys.stdin]
     if not texts or not all(texts):
         raise DataError("standard input has an empty line: give one text a line")

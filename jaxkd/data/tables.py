@@ -32,6 +32,7 @@ MAX_CLASS_SHARE = 0.5
 named."""
 
 _OPTIONS = "text_column and label_column (--text-column, --label-column)"
+_TEXT_OPTION = "column (--text-column)"
 
 
 class Columns(NamedTuple):
@@ -159,6 +160,38 @@ def read_other_table(path: Path, train: Table, *, max_unpacked: int | None = Non
     return table
 
 
+def read_text_table(
+    path: Path, *, column: str | int | None = None, max_unpacked: int | None = None
+) -> Table:
+    """Reads the texts of a table, and no classes.
+
+    Without an option, the column is the one that `read_train_table` would take, or the only one.
+
+    Args:
+        path: A `.csv` or `.jsonl` file, or one with tabs between the columns, or a `.gz` of one.
+        column: The column of the texts: its name in the header, or its number from 1.
+        max_unpacked: As for `read_train_table`.
+
+    Returns:
+        The table, without labels. A warning says which column of a header was chosen.
+
+    Raises:
+        DataError: If the column is not known, a line has another form, or there is no text.
+    """
+    source = _open(path, max_unpacked)
+    option = _read_option(column)
+    has_header = isinstance(option, str) or _is_header(source)
+    columns = _choose_texts(source, option, has_header=has_header)
+    table = _make_table(source, columns)
+    if has_header and not isinstance(option, str):
+        chosen = shorten(source.first[columns.text], 40)
+        warn(
+            f"{path}: {_describe_header(source)}; the text is column {chosen!r}; {_TEXT_OPTION} "
+            "chooses another"
+        )
+    return table
+
+
 def without_shared_header(path: Path, split_tables: dict[str, Table]) -> dict[str, Table]:
     """Leaves out a first line of unusual names that is a header, since several tables share it.
 
@@ -243,8 +276,11 @@ def _warn_of_header(source: _Source, columns: Columns) -> None:
     chosen = f"the text is column {shorten(names[columns.text], 40)!r}"
     if columns.label is not None:
         chosen += f", the class {shorten(names[columns.label], 40)!r}"
-    header = "the keys are the header" if source.form.is_json else "line 1 is a header"
-    warn(f"{source.path}: {header}; {chosen}; {_OPTIONS} choose others")
+    warn(f"{source.path}: {_describe_header(source)}; {chosen}; {_OPTIONS} choose others")
+
+
+def _describe_header(source: _Source) -> str:
+    return "the keys are the header" if source.form.is_json else "line 1 is a header"
 
 
 def _open(path: Path, max_unpacked: int | None) -> _Source:
@@ -353,7 +389,8 @@ def _find_column(
 
 def _choose_unnamed(source: _Source, text: int | None, label: int | None) -> Columns:
     path = source.path
-    count = _count_columns(source.counts)
+    # A line without a tab is not a table.
+    count = max(2, _count_columns(source.counts))
     text_index = None if text is None else _check_number(path, text, count)
     label_index = None if label is None else _check_number(path, label, count)
     if count == 2:
@@ -385,9 +422,28 @@ def _check_number(path: Path, number: int, count: int) -> int:
 
 
 def _count_columns(counts: Counter[int]) -> int:
-    """Returns the most frequent number of columns; a line without a tab is not a table."""
-    # The smallest, if several are as frequent.
-    return max(2, max(counts, key=lambda count: (counts[count], -count)))
+    """Returns the most frequent number of columns; the smallest, if several are as frequent."""
+    return max(counts, key=lambda count: (counts[count], -count))
+
+
+def _choose_texts(source: _Source, option: str | int | None, *, has_header: bool) -> Columns:
+    """Chooses the column of the texts of a table whose classes are not read."""
+    path, first = source.path, source.first
+    count = len(first) if has_header else _count_columns(source.counts)
+    if option is None and count == 1:
+        index = 0
+    elif has_header:
+        index = _find_column(path, first, option, TEXT_NAMES)
+    else:
+        # Without a header, the option is no name.
+        index = _check_number(path, option, count) if isinstance(option, int) else None
+    if index is None:
+        fault = f"the columns {list_some(first)}" if has_header else f"{count} columns, no header"
+        raise DataError(
+            f"{path} has {fault}: choose that of the texts by {_TEXT_OPTION}, or call it 'text' in "
+            "the header"
+        )
+    return Columns(index, None, count, tuple(first) if has_header else None)
 
 
 def _find_again(path: Path, header: Sequence[str], train: Columns) -> Columns:
@@ -506,7 +562,7 @@ def _check_values(origin: str, fields: Sequence[str], columns: Columns) -> None:
     if isinstance(text, Value):
         raise DataError(
             f"{origin}: {shorten(names[columns.text], 40)!r} is {text.kind}: the text must be a "
-            f"string; choose the column by {_OPTIONS}"
+            f"string; choose the column by {_TEXT_OPTION if columns.label is None else _OPTIONS}"
         )
     if columns.label is None:
         return

@@ -40,7 +40,8 @@ from jaxkd.data.text_files import (
 
 # Shorter texts, such as "a good film", occur within others by chance.
 _MIN_CONTAINED_LETTERS = 20
-_OTHER_SUFFIXES = (".csv", ".json", ".jsonl")
+# Files whose lines cannot be divided at tabs.
+_TABLES = (".csv", ".jsonl")
 _NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]+(e[+-]?[0-9]+)?", re.I)
 _CLASS_SEPARATORS = re.compile(r"\s*[,;|]\s*")
 
@@ -165,17 +166,26 @@ def load_texts(
 
 
 def read_texts(
-    path: str | os.PathLike[str], *, field: int | None = 1, max_unpacked: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    field: int | None = 1,
+    column: str | int | None = None,
+    max_unpacked: int | None = None,
 ) -> tuple[tuple[str, ...], Sequence[str]]:
-    """Reads texts without classes, one a line.
+    """Reads texts without classes, one a line, or a column of a table.
 
-    A first line with one of the usual names of a column, such as `sentence`, is left out, and a
-    warning says so.
+    A `.csv` or `.jsonl` file is a table, and so is a file of which a `column` is chosen, with tabs
+    between its columns. Without a choice, the column has one of the usual names in the header,
+    such as `text`, or is the only one. A warning says which it is.
+
+    In other files, a first line with one of the usual names is left out, and a warning says so.
 
     Args:
         path: A UTF-8 file, or a `.gz` of one.
-        field: Number of the tab-separated field that holds the text, counted from 1; `None` for
-            the whole line.
+        field: Number of the tab-separated field of a line that holds the text, counted from 1;
+            `None` for the whole line, or for the column of the usual name if it is a `.tsv` file.
+        column: The column of a table: its name in the header, or its number from 1. Unlike a
+            field, a column may be in quotes, and all lines have the same number of columns.
         max_unpacked: Number of bytes to which a `.gz` file may unpack. By default 8 MiB or 16
             times its size, whichever is more.
 
@@ -184,16 +194,45 @@ def read_texts(
 
     Raises:
         DataError: If a line is empty, has no such field or is not UTF-8; the message names the
-            line. If all fields are numbers or JSON objects, or the file is a `.csv` or JSON file.
+            line. If all texts are numbers or JSON objects, or the column is not known.
+        ValueError: If both a field and a column are chosen.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jaxkd.data.text import read_texts
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "reviews.csv")
+        ...     with path.open("w") as file:
+        ...         print("stars,review", file=file)
+        ...         print('4,"fine, so fine"', file=file)
+        ...     texts, origins = read_texts(path, column="review")
+        >>> texts
+        ('fine, so fine',)
     """
     path = expand_user_path(path)
     if field is not None and field < 1:
         raise DataError(f"fields are counted from 1, got {field}")
-    if path.name.lower().removesuffix(".gz").endswith(_OTHER_SUFFIXES):
+    if column is not None and field not in (None, 1):
+        raise ValueError(f"field={field} and column={column!r} both choose the texts: give one")
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".json"):
         raise DataError(
-            f"{path} does not hold one text a line, by its name: write the texts alone into a file "
-            "such as texts.txt"
+            f"{path} is JSON by its name: write one object a line into a .jsonl file, as "
+            "`jq -c '.[]'` does"
         )
+    is_table = name.endswith(_TABLES) or (field is None and name.endswith(".tsv"))
+    if column is not None or is_table:
+        # The first field is the default, any other one was chosen.
+        column = field if column is None and field != 1 else column
+        table = tables.read_text_table(path, column=column, max_unpacked=max_unpacked)
+        _check_are_texts(path, table.texts, "the column of the texts", "column (--text-column)")
+        return table.texts, table.origins
+    return _read_lines(path, field, max_unpacked)
+
+
+def _read_lines(
+    path: Path, field: int | None, max_unpacked: int | None
+) -> tuple[tuple[str, ...], Sequence[str]]:
     texts = []
     indices = array.array("q")
     for index, line in enumerate(iterate_lines(path, max_unpacked=max_unpacked)):
@@ -211,22 +250,23 @@ def read_texts(
         indices.append(index)
     if not texts:
         raise DataError(f"{path} has no text below its first line")
-    _check_are_texts(path, texts, field or 1)
+    if field is None:
+        _check_are_texts(path, texts, "each line", "column (--text-column)")
+    else:
+        _check_are_texts(path, texts, f"field {field}", "field (--unlabelled-field)")
     return tuple(texts), LineOrigins(path, indices)
 
 
-def _check_are_texts(path: Path, texts: Sequence[str], field: int) -> None:
-    """Raises `DataError` if texts are numbers or JSON objects, as of another field or format."""
+def _check_are_texts(path: Path, texts: Sequence[str], part: str, option: str) -> None:
+    """Raises `DataError` if texts are numbers or JSON objects, as of another part or format."""
     # A text alone may be a number.
     if len(texts) > 1 and all(map(_NUMBER.fullmatch, texts)):
         raise DataError(
-            f"field {field} of {path} holds numbers alone, such as {shorten(texts[0], 20)}: choose "
-            "the field of the texts by field (--unlabelled-field)"
+            f"{part} of {path} holds numbers alone, such as {shorten(texts[0], 20)}: choose "
+            f"that of the texts by {option}"
         )
     if all(text.startswith("{") and text.endswith("}") for text in texts):
-        raise DataError(
-            f"the lines of {path} are JSON objects: write the texts alone, one a line, into a file"
-        )
+        raise DataError(f"the lines of {path} are JSON objects: give the file the suffix .jsonl")
 
 
 def without_overlap(texts: Sequence[str], excluded: Iterable[str]) -> np.ndarray:

@@ -156,11 +156,38 @@ def test_texts_of_standard_input(text_student, capsys, monkeypatch):
     assert "standard input has an empty line" in fail(capsys, text_student, "-")[1]
 
 
-def test_tables_need_a_field(text_student, tmp_path, capsys):
-    path = tmp_path / "reviews.tsv"
-    path.write_text("a good film\t1\na bad film\t0\n")
-    assert "choose the field of the texts by --field" in fail(capsys, text_student, path)[1]
-    assert "a bad film" in predict(capsys, text_student, path, "--field", "1").out
+@pytest.mark.filterwarnings("always::UserWarning")
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_tables_need_a_column_or_a_usual_name(text_student, tmp_path, capsys, suffix):
+    delimiter = {"tsv": "\t", "csv": ","}.get(suffix)
+    table = tmp_path / f"reviews.{suffix}"
+
+    def write(*names):
+        rows = [("a good film", "1"), ("a bad film", "0")]
+        if delimiter:
+            lines = [delimiter.join(row) for row in ([names] if names else []) + rows]
+        else:
+            lines = [json.dumps(dict(zip(names or ("a", "b"), row, strict=True))) for row in rows]
+        table.write_text("\n".join(lines) + "\n")
+
+    write()
+    assert (
+        "choose that of the texts by column (--text-column)" in fail(capsys, text_student, table)[1]
+    )
+    assert "a bad film" in predict(capsys, text_student, table, "--text-column", "1").out
+    write("kommentar", "stimmung")
+    arguments = (text_student, table, "--text-column", "kommentar", "--json")
+    rows = json.loads(predict(capsys, *arguments).out)
+    assert [row["text"] for row in rows] == ["a good film", "a bad film"]
+    write("sentence", "answer")
+    captured = predict(capsys, text_student, table)
+    assert "the text is column 'sentence'" in captured.err and "a bad film" in captured.out
+
+
+def test_a_column_is_for_files_of_texts(text_student, image_student, tmp_path, capsys):
+    for arguments in ((text_student, "-"), (image_student, save_image(tmp_path / "x.png", 0))):
+        message = fail(capsys, *arguments, "--text-column", "1")[1]
+        assert "--text-column is for files of texts: leave it out" in message
 
 
 def test_empty_text_files_are_named(text_student, tmp_path, capsys):

@@ -42,12 +42,13 @@ def test_classes_are_sorted_by_name_and_a_tenth_is_for_validation(folder):
 
 def test_lines_of_other_formats_are_no_texts(tmp_path):
     write(tmp_path, "texts.txt", ['{"text": "fine"}', '{"text": "poor"}'])
-    with pytest.raises(DataError, match="the lines of .* are JSON objects: write the texts alone"):
+    with pytest.raises(
+        DataError, match="the lines of .* are JSON objects: give the file the suffix"
+    ):
         text.read_texts(tmp_path / "texts.txt")
-    for name in ("texts.csv", "texts.jsonl", "TEXTS.CSV.gz"):
-        write(tmp_path, name, ["so fine", "so poor"])
-        with pytest.raises(DataError, match="does not hold one text a line, by its name: write"):
-            text.read_texts(tmp_path / name)
+    write(tmp_path, "TEXTS.JSON", ["so fine", "so poor"])
+    with pytest.raises(DataError, match="is JSON by its name: write one object a line"):
+        text.read_texts(tmp_path / "TEXTS.JSON")
     # Some texts may be numbers or in braces.
     for lines in (["1984"], ["1984", "a film of 1984"], ["{so}", "so"]):
         write(tmp_path, "texts.txt", lines)
