@@ -1,6 +1,9 @@
 """Files of texts: labelled tables, lines, and pairs of languages, plain and compressed."""
 
+import csv
 import gzip
+import io
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +21,87 @@ CLASSES = (
     *(("0", "1"), ("positive", "negative"), ("1", "01", "001"), ("1", "2", "10"), ("-1", "1")),
     *(("a", "A", "a "), ("²", "①"), ("0.5", "nan"), ("",), ("x",), ("__label__1", "None"), ("-",)),
 )
+SINGLE = ((".tsv", "\t"), (".csv", ","), (".csv", ";"), (".jsonl", ""), (".txt", "\t"))
+COLUMNS = (*("text", "label", "b", "", "\0", "x" * 10_000), *(1, 2, 3, 0, -1, 10**12, "1", "²"))
+ODD_LINES = (
+    *(
+        "[" * 200_000,
+        '{"text":' * 5000,
+        '{"text": "\\ud800", "label": "\\u0000"}',
+        "{}",
+        "[]",
+        "",
+        " ",
+    ),
+    *(
+        '{"text": "a", "text": "b"}',
+        '{"text": "a", "label": ' + "9" * 10_000 + "}",
+        "null",
+        "\ufeff{}",
+    ),
+    *('{"text": NaN, "label": 1e999}', '{"text": {"a": []}, "label": [1]}', '[{"text": "a"}]'),
+)
 ENCODINGS = ("latin-1", "utf-16", "utf-8-sig", "cp1252")
 
 
 def make(rng: random.Random, folder: Path) -> Callable[[], Any]:
-    """Makes a folder of tables and returns a function that reads it."""
-    kind = rng.randrange(4)
+    """Makes a folder of tables or one table, and returns a function that reads it."""
+    kind = rng.randrange(6)
     if kind == 0:
         return _make_pairs(rng, folder)
     if kind == 1:
         path = _write(rng, folder / "lines.txt", _make_lines(rng, rng.choice((1, 30))))
         field = values.mostly(rng, 1, 2, 0, -1, 10**12)
         return lambda: text.read_texts(path, field=field)
+    if kind == 2:
+        return _make_single(rng, folder)
     # A list, because the order of a set differs between processes.
     others = values.mostly(rng, ["test"], *([name] for name in SPLITS))
+    make = _make_objects if kind == 3 else _make_table
+    suffix = ".jsonl" if kind == 3 else ".tsv"
     for split in ["train", *others]:
-        _write(rng, folder / f"{split}.tsv", _make_table(rng))
+        _write(rng, folder / f"{split}{suffix}", make(rng))
     if rng.random() < 0.05:
-        values.replace_by_odd_file(rng, folder / "train.tsv")
+        values.replace_by_odd_file(rng, folder / f"train{suffix}")
     return lambda: text.load_texts(folder)
+
+
+def _make_single(rng: random.Random, folder: Path) -> Callable[[], Any]:
+    """Makes one table, which is read with or without classes."""
+    suffix, delimiter = rng.choice(SINGLE)
+    if suffix == ".jsonl":
+        lines = _make_objects(rng)
+    else:
+        lines = [_join_columns(rng, line.split("\t"), delimiter) for line in _make_table(rng)]
+    path = _write(rng, folder / f"reviews{suffix}", lines)
+    text_column, label_column = (values.mostly(rng, None, *COLUMNS) for _ in range(2))
+    if rng.random() < 0.5:
+        return lambda: text.read_texts(path, field=None, column=text_column)
+    return lambda: text.load_texts(path, text_column=text_column, label_column=label_column)
+
+
+def _join_columns(rng: random.Random, columns: list[str], delimiter: str) -> str:
+    """Joins the columns of a line, mostly in quotes where they need them."""
+    if rng.random() < 0.002:
+        return delimiter.join(columns)
+    line = io.StringIO()
+    csv.writer(line, delimiter=delimiter, lineterminator="").writerow(columns)
+    return line.getvalue()
+
+
+def _make_objects(rng: random.Random) -> list[str]:
+    """Makes JSON Lines, of which some have other values, keys or no JSON."""
+    classes = rng.choice((*CLASSES, (0, 1), (-1, 0, 10**400)))
+    keys = values.mostly(rng, ("text", "label"), ("stars", "body"), ("id", "Text"), ("a", "b", "c"))
+    lines = []
+    for number in range(values.mostly(rng, 20, 0, 1, 2, 500)):
+        cells = (_make_text(rng), classes[number % len(classes)], number)
+        item = dict(zip(keys, cells, strict=False))
+        if rng.random() < 0.002:
+            item = values.change_json(rng, item)
+        line = json.dumps(item, ensure_ascii=rng.random() < 0.5)
+        lines.append(rng.choice(ODD_LINES) if rng.random() < 0.002 else line)
+    return lines
 
 
 def _make_table(rng: random.Random) -> list[str]:
