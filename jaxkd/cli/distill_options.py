@@ -11,9 +11,10 @@ class DistillOptions:
     """Options of `jaxkd distill`."""
 
     data: str
-    """Data set: a name or a folder."""
+    """Data set: a name, a folder, or a table of texts."""
     kind: Literal["auto", "images", "texts"] = "auto"
-    """What the data are. By default texts if the folder has tables, or the TFDS set has texts."""
+    """What the data are. By default texts if they are a table, a folder with tables, or a TFDS set
+    of texts."""
     teacher: str = "auto"
     """A network to train; for images NETWORK:FILE with weights, or the folder of a run; for texts
     the folder or package of a BERT. auto trains a CNN or an LSTM."""

@@ -42,6 +42,8 @@ from jaxkd.data.text_files import (
 _MIN_CONTAINED_LETTERS = 20
 # Files whose lines cannot be divided at tabs.
 _TABLES = (".csv", ".jsonl")
+# One for each of the three sets that one table is divided into.
+_MIN_CLASS_TEXTS = 3
 _NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]+(e[+-]?[0-9]+)?", re.I)
 _CLASS_SEPARATORS = re.compile(r"\s*[,;|]\s*")
 
@@ -112,7 +114,7 @@ def load_texts(
        options below. `.csv` and `.jsonl` files, and `.gz` files of each, are read too. A line of
        `.jsonl` is an object, whose keys are the header; a class is a string or an integer.
     2. One such table, `reviews.csv`. A text that occurs again is left out. A tenth of the texts,
-       drawn by a fixed key, is the test set.
+       drawn by a fixed key, is the test set. Each class needs three texts.
     3. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
        `"glue/sst2"`. If it is not prepared yet and TensorFlow is installed, it is downloaded and
        prepared first.
@@ -153,6 +155,12 @@ def load_texts(
         return _read_file(folder, text_column, label_column, max_unpacked)
     if name.lower().endswith(tables.SUFFIXES):
         raise DataError(f"there is no file {folder}: check the path")
+    # A file without a suffix may be beside a dataset of that name.
+    if folder.suffix and os.path.isfile(folder):
+        raise DataError(
+            f"{folder} is not a table by its name: save it as .csv, .tsv or .jsonl (a JSON list by "
+            "`jq -c '.[]'`)"
+        )
     if text_column is not None or label_column is not None:
         raise DataError(f"there is no folder {folder}, and only its tables have columns to choose")
     data_dir = tfds_prepare.resolve_data_dir(data_dir)
@@ -363,9 +371,12 @@ def _read_file(
     tables.check_first_line(path, table, [])
     _check_missing_label(path, table, {*table.labels})
     class_names = _sort_known_classes(path, table, [])
+    if doubt := describe_minus_one(class_names):
+        warn(f"{path}: {doubt}")
     indices = {name: index for index, name in enumerate(class_names)}
     labels = np.array([indices[label] for label in table.labels], np.int32)
     texts = _without_repetitions(path, Texts(table.texts, labels, table.origins))
+    _check_class_sizes(path, texts.labels, class_names)
     warn(f"{path}: a tenth of the texts is held out as the test set, and a tenth for validation")
     return _make_text_dataset(str(path), {"train": texts}, class_names)
 
@@ -386,6 +397,18 @@ def _without_repetitions(path: Path, texts: Texts) -> Texts:
         "is used"
     )
     return _select_texts(texts, np.array([*first.values()]))
+
+
+def _check_class_sizes(path: Path, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Raises `DataError` if a class has too few texts for three sets."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    small = [class_names[label] for label in np.flatnonzero(counts < _MIN_CLASS_TEXTS).tolist()]
+    if small:
+        raise DataError(
+            f"{path}: {len(small):,} of {len(class_names):,} classes have fewer than "
+            f"{_MIN_CLASS_TEXTS} different texts, such as {shorten(small[0], 40)!r}: add texts, "
+            "leave these classes out, or give a folder with train.tsv and test.tsv"
+        )
 
 
 def _check_missing_label(path: Path | None, table: tables.Table, labels: Collection[str]) -> None:

@@ -90,12 +90,41 @@ def test_what_is_a_table_of_texts(table, tmp_path):
         (["one\t1", "two\t1", "three\t1"], "at least two: it has '1' alone"),
         ([f"{i}x\t{('yes', 'no', 'nan')[i % 3]}" for i in range(9)], "usually means missing"),
         (["a text", "another text"], "column"),
+        (
+            [f"{i}x\t{('yes', 'no', 'rare')[(i > 30) + (i > 38)]}" for i in range(41)],
+            "1 of 3 classes have fewer than 3 different texts, such as 'rare': add texts",
+        ),
     ],
 )
 def test_bad_tables(tmp_path, rows, message):
     with pytest.raises(DataError, match=message) as error:
         text.load_texts(write(tmp_path / "x.tsv", rows))
     assert len(str(error.value)) <= 300
+
+
+def test_class_of_one_repeated_text_is_too_small(tmp_path):
+    rows = [*(f"{i}x\t{i % 2}" for i in range(30)), *["so\t2"] * 9]
+    with (
+        pytest.warns(UserWarning, match="8 texts occur again: the first"),
+        pytest.raises(DataError, match="fewer than 3 different texts, such as '2': add texts"),
+    ):
+        text.load_texts(write(tmp_path / "x.tsv", rows))
+
+
+def test_minus_one_beside_other_integers_is_said(tmp_path):
+    rows = [f"{line}\t{i % 3 - 1}" for i, line in enumerate(lines_of())]
+    with (
+        pytest.warns(UserWarning, match="-1"),
+        pytest.warns(UserWarning, match="held out as the test set"),
+    ):
+        text.load_texts(write(tmp_path / "x.tsv", rows))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.txt", "x.csv.zip"])
+def test_other_files_are_no_tables(tmp_path, name):
+    path = write(tmp_path / name, ["a\t1"])
+    with pytest.raises(DataError, match="not a table by its name: save it as .csv, .tsv or .jsonl"):
+        text.load_texts(path)
 
 
 def test_missing_file(tmp_path):
