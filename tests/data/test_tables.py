@@ -588,7 +588,10 @@ def test_header_of_texts_without_classes_is_left_out(tmp_path):
         ("fine\tgood\n".encode("utf-16-le"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         ("fine\tgood\n".encode("utf-32-be"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         (b"PK\x03\x04\x14\0\0\0", "test.tsv is a zip archive or a spreadsheet: unpack it"),
-        (gzip.compress(b"fine\tgood\n"), "test.tsv is packed by gzip, but not named so: add .gz"),
+        (
+            gzip.compress(b"fine\tgood\n", mtime=0),
+            "test.tsv is packed by gzip, but not named so: add .gz",
+        ),
         (b"PAR1\x15\0", "test.tsv is a Parquet file: save it as text"),
         (b"fine\tgood\nan utter b\0re\tbad\n", "test.tsv, line 2 has a null character: remove it"),
         (b"fine\tgood\rpoor\tbad\r", r"test.tsv ends its lines by \\r alone: save it with \\n"),
