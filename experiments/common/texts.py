@@ -12,7 +12,8 @@ from experiments.common import plans
 from experiments.common.cli import require
 from jaxkd import distill, models, runs, transfer
 from jaxkd.cli.berts import load_classifier, lowest_layers
-from jaxkd.data import text, tokens
+from jaxkd.cli.text_problem import encode_splits
+from jaxkd.data import text
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill.methods import supervised_loss
 from jaxkd.weights import hub
@@ -141,19 +142,9 @@ def encode(
         sources.append((split.texts, split.origins))
     if unlabelled:
         sources.append(unlabelled)
-    encoded = []
-    for texts, origins in sources:
-        encoded.append(
-            tokens.encode(
-                bert.tokenizer,
-                texts,
-                max_length=max_length,
-                truncate=options.max_length is not None,
-                name=origins.__getitem__,
-            )
-        )
-    longest = max(array.shape[1] for array in encoded)
-    encoded = [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in encoded]
+    encoded = encode_splits(
+        bert.tokenizer, sources, max_length=max_length, truncate=options.max_length is not None
+    )
     train, validation, test = (
         {"inputs": array, "labels": split.labels}
         for array, split in zip(encoded, dataset[:3], strict=False)

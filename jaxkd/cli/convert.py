@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxkd.cli.errors import show_warning
+from jaxkd.cli.errors import check_parent, show_warning
 
 if TYPE_CHECKING:
     from jaxkd.transfer import Report
@@ -209,10 +209,7 @@ def _check_output(output: Path, weights: Path) -> None:
     """Raises `ValueError` if the output cannot be written, is the input or of another kind."""
     from jaxkd.weights.torch_files import is_safetensors
 
-    if not output.absolute().parent.is_dir():
-        raise ValueError(
-            f"the folder {output.parent} does not exist: create it or choose another one"
-        )
+    check_parent(output)
     # Before the conversion, although the write would refuse a device such as /dev/null as well.
     if output.exists() and not output.is_file():
         raise ValueError(f"{output} is not a regular file: choose another --output")

@@ -56,7 +56,7 @@ class DistillCommand(DistillOptions):
             print(f"the student is {options.student}")
         teacher = problem.make_teacher(self.teacher)
         # Before the teacher is fine-tuned, so that an unknown network or method is found now.
-        distillation.make_plan(options, problem, teacher)
+        plan = distillation.make_plan(options, problem, teacher)
         config = {"command": "distill"} | dataclasses.asdict(self)
         folder = choose_folder("distill", self, self.data)
         # Other options only meet in a folder that the user names.
@@ -66,7 +66,7 @@ class DistillCommand(DistillOptions):
         if teacher.fine_tuning is not None:
             fine_tuned = distillation.fine_tune(options, problem, teacher, run)
             teacher = teacher._replace(variables=fine_tuned.variables)
-        plan = distillation.make_plan(options, problem, teacher)
+            plan = distillation.make_plan(options, problem, teacher)
         seeds = range(self.seed, self.seed + self.num_seeds)
         trained = distill.run_plan(plan, seeds, run, **distillation.run_options(options, problem))
         if fine_tuned is not None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxkd._extras import describe_missing
@@ -84,6 +85,19 @@ def require(condition: bool, message: str) -> None:
     """Raises `ValueError` with a message unless a condition on the options holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_parent(path: Path) -> None:
+    """Raises `ValueError` unless the folder of a file to write exists."""
+    require(
+        path.absolute().parent.is_dir(),
+        f"the folder {path.parent} does not exist: create it or choose another one",
+    )
+
+
+def check_new(path: Path) -> None:
+    """Raises `ValueError` if a file to write exists."""
+    require(not path.exists(), f"{path} exists: choose another --output, or remove it")
 
 
 def option_name(field: str) -> str:

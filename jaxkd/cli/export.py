@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxkd.cli.errors import check_new, check_parent
+
 SUFFIXES = {
     "onnx": ".onnx",
     "torch": ".torch.safetensors",
@@ -47,12 +49,8 @@ class ExportCommand:
     def execute(self) -> None:
         """Writes the file and says what it needs."""
         output = self.output or Path(f"student{SUFFIXES[self.format]}")
-        if output.exists():
-            raise ValueError(f"{output} exists: choose another --output, or remove it")
-        if not output.absolute().parent.is_dir():
-            raise ValueError(
-                f"the folder {output.parent} does not exist: create it or choose another one"
-            )
+        check_new(output)
+        check_parent(output)
         if self.format in ("jaxexport", "safetensors"):
             self._copy(output)
         else:

@@ -140,7 +140,7 @@ class ImageProblem(Problem):
             print(f"{network} knows other classes: it gets a new last layer and is fine-tuned")
             # A batch is too small to estimate the statistics, so those of the weights are kept.
             frozen = models.with_frozen_batch_stats(model)
-            return Teacher(frozen, variables, {"transfer": transfer_all_but_head})
+            return Teacher(frozen, variables, {"transfer": transfer_with_zero_head})
         teacher = Teacher(model, jax.device_put(variables))
         if names := _read_names(file):
             return self._match_classes(teacher, names, option)
@@ -190,7 +190,7 @@ def _make_augment(crops: bool, mix: Callable[..., data.Mixed] | None) -> Callabl
     return augment
 
 
-def transfer_all_but_head(source: dict, fresh: dict) -> dict:
+def transfer_with_zero_head(source: dict, fresh: dict) -> dict:
     """Returns the weights of another network, with a last layer of zeros."""
     # A random last layer would need more epochs.
     head = jax.tree.map(jnp.zeros_like, fresh["params"]["logits"])

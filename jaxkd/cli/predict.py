@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from jaxkd.cli.errors import exit_with, show_warning
+from jaxkd.cli.errors import check_new, check_parent, exit_with, show_warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,8 +85,10 @@ class PredictCommand:
             raise ValueError("name files or folders to predict, or - for standard input")
         if self.json and self.csv:
             raise ValueError("choose one of --json and --csv")
-        if self.output is not None and self.output.exists():
-            raise ValueError(f"{self.output} exists: choose another --output, or remove it")
+        if self.output is not None:
+            check_new(self.output)
+            # Before the predictions, which may take a while.
+            check_parent(self.output)
         student = load_student(self.student)
         names = _choose_names(student, self.class_names, self.student)
         if not 1 <= self.top <= len(names):

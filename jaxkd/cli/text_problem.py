@@ -1,5 +1,6 @@
 """Texts for `jaxkd distill`: tokens, BERTs and LSTMs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -115,21 +116,38 @@ def _encode(
     tokenizer: Any, dataset: text.TextDataset, max_length: int, *, truncate: bool
 ) -> list[dict[str, np.ndarray]]:
     """Encodes the three splits as tokens of one length."""
-    arrays = [
-        tokens.encode(
-            tokenizer,
-            split.texts,
-            max_length=max_length,
-            truncate=truncate,
-            name=split.origins.__getitem__,
-        )
-        for split in dataset[:3]
-    ]
-    longest = max(array.shape[1] for array in arrays)
+    arrays = encode_splits(
+        tokenizer,
+        [(split.texts, split.origins) for split in dataset[:3]],
+        max_length=max_length,
+        truncate=truncate,
+    )
     return [
-        {
-            "inputs": np.pad(array, ((0, 0), (0, longest - array.shape[1]))),
-            "labels": split.labels,
-        }
+        {"inputs": array, "labels": split.labels}
         for array, split in zip(arrays, dataset[:3], strict=True)
     ]
+
+
+def encode_splits(
+    tokenizer: Any,
+    splits: Sequence[tuple[Sequence[str], Sequence[str]]],
+    *,
+    max_length: int,
+    truncate: bool,
+) -> list[np.ndarray]:
+    """Encodes texts as arrays of one length, int32 `[N, S]`.
+
+    Args:
+        tokenizer: As for `tokens.encode`.
+        splits: The texts of each split, and the origin of each text for messages.
+        max_length: As for `tokens.encode`.
+        truncate: As for `tokens.encode`.
+    """
+    arrays = [
+        tokens.encode(
+            tokenizer, texts, max_length=max_length, truncate=truncate, name=origins.__getitem__
+        )
+        for texts, origins in splits
+    ]
+    longest = max(array.shape[1] for array in arrays)
+    return [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 
 from jaxkd._extras import add_install_command
 from jaxkd._files import write_atomically
 from jaxkd._messages import first_line
+from jaxkd.weights.programs import make_logits_fn
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
@@ -62,22 +62,16 @@ def save_onnx(
         # By name, since a type checker need not have it.
         to_onnx = importlib.import_module("jax2onnx").to_onnx
 
-    weights = jax.tree.map(np.asarray, variables)
-
-    def logits(inputs: Any) -> Any:
-        return model.apply(jax.tree.map(jnp.asarray, weights), inputs, train=False)[0].logits
-
-    if max_length is None:
-        shape = (*export.symbolic_shape("B"), *example.shape)
-    else:
-        # Models of texts take positions of as many tokens at most.
-        shape = export.symbolic_shape("B, S", constraints=(f"S <= {max_length}",))
-    batch = jax.ShapeDtypeStruct(shape, example.dtype)
+    logits_fn, batch = make_logits_fn(
+        model, variables, example, max_length=max_length, axes=("B", "S")
+    )
     try:
         with warnings.catch_warnings(), _without_messages("onnx_ir"):
             # The converter asks for float64, which JAX makes float32.
             warnings.filterwarnings("ignore", "Explicitly requested dtype")
-            converted = to_onnx(logits, inputs=[batch], input_names=[INPUT], output_names=[OUTPUT])
+            converted = to_onnx(
+                logits_fn, inputs=[batch], input_names=[INPUT], output_names=[OUTPUT]
+            )
     # The converter raises errors of many types for what it lacks.
     except Exception as error:
         raise ValueError(
@@ -85,7 +79,7 @@ def save_onnx(
             f"({first_line(error)}); choose another format or network"
         ) from error
     content = converted.SerializeToString(deterministic=True)
-    _check_logits(content, jax.jit(logits), example, max_length)
+    _check_logits(content, jax.jit(logits_fn), example, max_length)
     if class_names:
         entry = converted.metadata_props.add()
         entry.key, entry.value = "class_names", json.dumps([*class_names])

@@ -80,19 +80,44 @@ def serialize_program(
     with add_install_command():
         import flatbuffers  # noqa: F401  (jax.export needs it, and says so less clearly)
 
+    logits_fn, batch = make_logits_fn(model, variables, example, max_length=max_length)
+    return bytes(_export_without_paths(logits_fn, batch).serialize())
+
+
+def make_logits_fn(
+    model: "Model",
+    variables: dict,
+    example: jax.ShapeDtypeStruct,
+    *,
+    max_length: int | None,
+    axes: tuple[str, str] = ("b", "s"),
+) -> tuple[Callable[[Array], Array], jax.ShapeDtypeStruct]:
+    """Makes what is exported: a function with its weights, and the form of its inputs.
+
+    Args:
+        model: See `save_program`.
+        variables: See `save_program`.
+        example: See `save_program`.
+        max_length: See `save_program`.
+        axes: Names of the axes of any size: that of the batch and that of the tokens.
+
+    Returns:
+        `inputs -> logits` in prediction mode, and a batch of inputs of any size.
+    """
     # Constants that are sharded over N devices would make a program that runs only on N devices.
     weights = jax.tree.map(np.asarray, variables)
 
     def logits(inputs: Array) -> Array:
         return model.apply(jax.tree.map(jnp.asarray, weights), inputs, train=False)[0].logits
 
+    batch_axis, token_axis = axes
     if max_length is None:
-        shape = (*export.symbolic_shape("b"), *example.shape)
+        shape = (*export.symbolic_shape(batch_axis), *example.shape)
     else:
         # Models of texts take positions of as many tokens at most.
-        shape = export.symbolic_shape("b, s", constraints=(f"s <= {max_length}",))
-    batch = jax.ShapeDtypeStruct(shape, example.dtype)
-    return bytes(_export_without_paths(logits, batch).serialize())
+        constraint = f"{token_axis} <= {max_length}"
+        shape = export.symbolic_shape(f"{batch_axis}, {token_axis}", constraints=(constraint,))
+    return logits, jax.ShapeDtypeStruct(shape, example.dtype)
 
 
 def _export_without_paths(

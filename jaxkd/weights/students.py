@@ -202,7 +202,9 @@ class Student:
             raise ValueError(f"this student reads {self.card.inputs}, not texts")
         (max_length,) = self.card.shape
         ids = tokens.encode(self._tokenizer, texts, max_length=max_length, truncate=True, name=name)
-        lengths = [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        # Only a text that fills its row may have been cut.
+        full = [text for text, row in zip(texts, ids, strict=True) if row[max_length - 1 :].any()]
+        lengths = [len(encoding.ids) for encoding in self._tokenizer.encode_batch(full)]
         length = min(-(-ids.shape[1] // _LENGTH_STEP) * _LENGTH_STEP, max_length)
         padded = np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
         return padded, sum(count > max_length for count in lengths)
