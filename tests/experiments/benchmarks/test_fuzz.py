@@ -145,10 +145,6 @@ def raise_error(error):
     raise error
 
 
-def allocate():
-    np.ones(500 * 2**20, np.uint8).sum()
-
-
 def try_call(call, folder, may_change=lambda path: False):
     return worker.try_call(call, folder, may_change)["outcome"]
 
@@ -167,11 +163,34 @@ def try_call(call, folder, may_change=lambda path: False):
         (lambda: int("²"), "unexplained"),
         (lambda: json.loads("{"), "unexplained"),
         (lambda: raise_error(MemoryError()), "memory"),
-        (allocate, "memory"),
     ],
 )
 def test_outcome_of_a_call(call, expected, tmp_path):
     assert try_call(call, tmp_path) == expected
+
+
+# In a process of its own, as the worker is: one that has run many tests frees memory meanwhile.
+ALLOCATE = """
+import pathlib, sys
+import numpy as np
+from experiments.benchmarks.fuzzing import worker
+def allocate():
+    np.ones(500 * 2**20, np.uint8).sum()
+print(worker.try_call(allocate, pathlib.Path(sys.argv[1]), lambda path: False)["outcome"])
+"""
+
+
+@pytest.mark.thorough  # starts a process that imports the library
+def test_memory_beyond_the_limit_is_a_fault(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", ALLOCATE, str(tmp_path)],
+        cwd=fuzz.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert process.stdout.split() == ["memory"]
 
 
 def test_a_changed_file_is_a_fault(tmp_path):
@@ -206,7 +225,7 @@ def test_memory_is_that_of_the_call_alone(tmp_path):
     assert try_call(lambda: kept.sum(), tmp_path) == "accepted"
     (tmp_path / "input").write_bytes(bytes(100 * 2**20))
     # Four times the input are 400 MB.
-    assert try_call(allocate, tmp_path) == "accepted"
+    assert try_call(lambda: np.ones(500 * 2**20, np.uint8).sum(), tmp_path) == "accepted"
 
 
 # Inputs
