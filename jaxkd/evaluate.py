@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PredictFn = Callable[[dict, Any], np.ndarray]
 """`(variables, inputs [N, ...]) -> logits [N, ..., C]`, float32."""
 
-ScoreFn = Callable[[dict, Mapping[str, Any]], "Score"]
-"""`(variables, examples) -> Score`."""
+ScoreFn = Callable[[dict, Mapping[str, Any]], "Score | Mapping[str, float]"]
+"""`(variables, examples) -> Score`, or any numbers by name, such as `{"rmse": 0.4}`."""
 
 
 class Score(NamedTuple):
@@ -135,7 +135,7 @@ def make_predict(
     return predict
 
 
-def make_classifier_score(predict: PredictFn) -> ScoreFn:
+def make_classifier_score(predict: PredictFn) -> Callable[[dict, Mapping[str, Any]], Score]:
     """Makes a function that scores a classifier.
 
     Args:
@@ -148,16 +148,39 @@ def make_classifier_score(predict: PredictFn) -> ScoreFn:
     """
 
     def score(variables: dict, examples: Mapping[str, Any]) -> Score:
-        logits = predict(variables, examples["inputs"])
-        _check_labels(logits, examples["labels"])
-        # A diverged student is reported by the training loop, with its stage and step.
-        if np.isnan(logits).any():
-            return Score(float("nan"), float("nan"))
-        _warn_of_probabilities(logits)
-        loss = hard_cross_entropy(logits, examples["labels"])
-        return Score(float(np.mean(loss)), accuracy(logits, examples["labels"]))
+        return score_logits(predict(variables, examples["inputs"]), examples["labels"])
 
     return score
+
+
+def score_logits(logits: np.ndarray, labels: ArrayLike) -> Score:
+    """Scores the predictions of a classifier.
+
+    Args:
+        logits: `[N, C]`, float32.
+        labels: `[N]`, integers in [0, C).
+
+    Returns:
+        The score. Both numbers are NaN if a logit is.
+
+    Raises:
+        ValueError: If a label is no class of the model.
+
+    Warns:
+        UserWarning: If the logits are probabilities or those of a sigmoid.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxkd import evaluate
+        >>> evaluate.score_logits(np.array([[2.0, 1.0], [0.0, 3.0]]), [0, 0]).accuracy
+        0.5
+    """
+    _check_labels(logits, labels)
+    # A diverged student is reported by the training loop, with its stage and step.
+    if np.isnan(logits).any():
+        return Score(float("nan"), float("nan"))
+    _warn_of_probabilities(logits)
+    return Score(float(np.mean(hard_cross_entropy(logits, labels))), accuracy(logits, labels))
 
 
 def are_probabilities(logits: ArrayLike) -> bool:

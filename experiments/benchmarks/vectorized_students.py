@@ -43,7 +43,7 @@ def students_call(network: Network, students: int, batch_size: int) -> Callable[
         # The step donates the states, so each call must continue from those returned before.
         nonlocal states
         states, values = multi_step(states, examples, indices, teachers, keys)
-        return values
+        return values["loss"]
 
     return call
 

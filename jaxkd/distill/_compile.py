@@ -25,7 +25,6 @@ from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import Placement
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.distill.step import StepFn, make_train_step
-from jaxkd.evaluate import Score
 from jaxkd.runs import fingerprint
 
 
@@ -36,7 +35,6 @@ class CompiledStage(NamedTuple):
         stage: The stage.
         multi_step: Takes steps. Stages with the same program have the identical function.
         init: `(key, inputs) -> variables`.
-        score: `variables -> Score` on the validation split.
         fingerprint: JSON values that identify the training, whatever the seed. A checkpoint with
             others is refused.
         lowered: Its lowered step.
@@ -47,7 +45,6 @@ class CompiledStage(NamedTuple):
     stage: Stage
     multi_step: MultiStep
     init: Callable[..., dict]
-    score: Callable[[dict], Score]
     fingerprint: dict[str, Any]
     lowered: LoweredStep
     find_program: Callable[[int], str | None]
@@ -71,7 +68,6 @@ def compile_stages(
     plan: Sequence[Stage | Pretrained],
     seed: int,
     placement: Placement,
-    scores: Mapping[str, Callable[[dict], Score]],
     buckets: LengthBuckets | None = None,
 ) -> list[CompiledStage]:
     """Makes the compiled functions of all stages of a plan.
@@ -83,7 +79,6 @@ def compile_stages(
         plan: The stages and pretrained models, sorted.
         seed: A seed whose examples have the shapes of every seed's.
         placement: Where the stages train.
-        scores: `variables -> Score` on the validation split, by name.
         buckets: The lengths to which batches of tokens are cut.
 
     Returns:
@@ -124,7 +119,6 @@ def compile_stages(
                 stage,
                 multi_step,
                 inits[stage.model],
-                scores[stage.name],
                 _describe(stage, weights)
                 | {"program": lowered.digest}
                 | _describe_batches(stage, seed, buckets, hash_teacher),

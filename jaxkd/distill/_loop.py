@@ -19,7 +19,13 @@ from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill import _diagnosis
 from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
 from jaxkd.distill._save_clock import SaveClock
-from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel
+from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel, make_trained
+from jaxkd.distill._validation import (
+    Evaluation,
+    Validator,
+    check_evaluation,
+    describe_scores,
+)
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
 from jaxkd.distill.plan import named_arrays
@@ -28,10 +34,8 @@ from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import describe_labels
 from jaxkd.runs import Run, RunError, checkpoints
 
-LOSSES_ON_DEVICE = 1024
-"""Number of calls after which their losses are moved to the host."""
-HUGE_GROWTH, HUGE_LOSS = 1e6, 1e12
-"""Growth since the last evaluation, and size, of a training loss that are a divergence."""
+METRICS_ON_DEVICE = 1024
+"""Number of calls after which their metrics are moved to the host."""
 
 
 class TrainingLoop:
@@ -46,7 +50,7 @@ class TrainingLoop:
         arrays: DeviceArrays,
         teacher_cache: TeacherCache,
         buckets: LengthBuckets | None,
-        validation: Mapping[str, Any],
+        validator: Validator,
         save_every: float,
         evaluations: int,
     ) -> None:
@@ -59,7 +63,7 @@ class TrainingLoop:
             arrays: The arrays that are on the devices already.
             teacher_cache: The cached logits of teachers.
             buckets: The lengths to which batches of tokens are cut.
-            validation: The validation split, in which the cause of a NaN is looked for.
+            validator: Evaluates the students.
             save_every: Seconds between two checkpoints.
             evaluations: Number of evaluations over the whole training.
         """
@@ -69,29 +73,27 @@ class TrainingLoop:
         self._arrays = arrays
         self._teacher_cache = teacher_cache
         self._buckets = buckets
-        self._validation = validation
+        self._validator = validator
         self._save_every = save_every
         # There is at most one evaluation after a step.
         self._evaluations = min(evaluations, group.steps)
         self._seconds = [stage_run.progress.seconds for stage_run in group.stage_runs]
-        self._accuracies: list[Any] = [
-            stage_run.progress.validation_accuracy for stage_run in group.stage_runs
-        ]
-        self._reset_losses([stage_run.progress.losses for stage_run in group.stage_runs])
+        self._scores: list[Any] = [stage_run.progress.scores for stage_run in group.stage_runs]
+        self._reset_metrics([stage_run.progress.metrics for stage_run in group.stage_runs])
         # A shorter training was evaluated at other steps than the one that goes on with it.
-        self._evaluated_step = group.first_step - len(group.stage_runs[0].progress.losses)
+        self._evaluated_step = group.first_step - group.stage_runs[0].progress.num_losses
 
     def train(
         self,
         on_advance: Callable[[int], None],
-        on_evaluate: Callable[[int, float, float], None] | None = None,
+        on_evaluate: Callable[[int, float, str], None] | None = None,
     ) -> list[TrainedModel]:
         """Takes all remaining steps, with evaluations and checkpoints.
 
         Args:
             on_advance: Called with the number of steps taken since its last call.
             on_evaluate: Called after an evaluation with the step, and with the mean over the
-                students of the training loss since the last evaluation and of the accuracy.
+                students of the training loss since the last evaluation and of the scores, as text.
 
         Returns:
             The trained model of each run of the group.
@@ -119,7 +121,7 @@ class TrainingLoop:
                     # dropped and written again, while a missing one would be lost.
                     records = self._evaluate(next_step)
                     if on_evaluate is not None:
-                        on_evaluate(next_step, *_average(records))
+                        on_evaluate(next_step, *self._average(records))
                 if next_step == group.steps or clock.is_due():
                     self._save(next_step)
                     clock.restart()
@@ -277,10 +279,10 @@ class TrainingLoop:
                 jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), stage_run.state)
                 for stage_run in group.stage_runs
             ]
-            _, loss = group.multi_step(
+            _, metrics = group.multi_step(
                 self._placement.put_states(states), examples, indices, self._teachers, self._keys
             )
-            losses.append(self._placement.get_losses([loss], len(group))[0, i])
+            losses.append(self._placement.get_metrics([metrics], len(group))["loss"][0, i])
         return float(np.mean(losses))
 
     def _find_cause(self, stage_run: StageRun) -> str:
@@ -299,34 +301,48 @@ class TrainingLoop:
         batches = map(self._selector.select, steps)
         for length, selected in itertools.groupby(batches, key=lambda batch: batch[0]):
             indices = np.stack([rows for _, rows in selected])
-            self._state, losses = self.group.multi_step(
+            self._state, metrics = self.group.multi_step(
                 self._state, self._put_examples(length), indices, self._teachers, self._keys
             )
-            self._losses.append(losses)
-            self._new_losses += 1
-            if self._new_losses == LOSSES_ON_DEVICE:
+            self._metrics.append(metrics)
+            self._num_new += 1
+            if self._num_new == METRICS_ON_DEVICE:
                 # An array on a device takes far more memory than the numbers in it.
-                self._losses[-self._new_losses :] = [
-                    self._placement.get_losses(self._losses[-self._new_losses :], len(self.group))
+                self._metrics[-self._num_new :] = [
+                    self._placement.get_metrics(self._metrics[-self._num_new :], len(self.group))
                 ]
-                self._new_losses = 0
+                self._num_new = 0
 
     def _evaluate(self, step: int) -> list[dict[str, Any]]:
         """Scores every student on the validation split, and records and returns the results."""
-        losses = self._get_losses()
+        metrics = self._get_metrics()
         records = []
         for i, state in enumerate(self._get_states()):
             stage_run = self.group.stage_runs[i]
             # Records are appended in the order of the group, so that an unbroken run repeats the
             # file.
-            self._check_losses(stage_run, losses[i], step)
-            record = _evaluate(stage_run, state, step, losses[i], self._validation)
+            self._check_losses(stage_run, metrics[i]["loss"], step)
+            evaluation = self._evaluate_student(stage_run, state, step, metrics[i]["loss"])
+            record = _make_record(stage_run, step, metrics[i], evaluation)
             self._run.append_metrics(record)
-            self._accuracies[i] = record["validation_accuracy"]
+            self._scores[i] = evaluation.scores
             records.append(record)
-        self._reset_losses([[] for _ in self.group.stage_runs])
+        self._reset_metrics([{} for _ in self.group.stage_runs])
         self._evaluated_step = step
         return records
+
+    def _evaluate_student(
+        self, stage_run: StageRun, state: TrainState, step: int, losses: np.ndarray
+    ) -> Evaluation:
+        """Evaluates a student. Raises `RunError` if a score is not finite."""
+        stage = stage_run.stage
+        variables = jax.tree.map(jnp.asarray, state.variables)
+        teachers = dict(zip(stage.teachers, stage_run.teachers, strict=True))
+        evaluation = self._validator.evaluate(stage.name, variables, teachers)
+        check_evaluation(
+            evaluation, stage_run.label, step, variables, losses, self._validator.examples
+        )
+        return evaluation
 
     def _check_losses(self, stage_run: StageRun, losses: np.ndarray, step: int) -> None:
         """Raises `RunError` with the first loss that is not finite, and its cause."""
@@ -352,7 +368,7 @@ class TrainingLoop:
         """Saves a checkpoint of each student, as if it trained alone."""
         # The losses since the last evaluation are saved, so that the next record of a resumed run
         # equals that of an unbroken run.
-        losses = self._get_losses()
+        metrics = self._get_metrics()
         # Students of one program train at once, and each is charged an equal share of the time.
         share = (time.monotonic() - self._started) / len(self.group)
         # Orbax could write the parts of several processes at once, but only into a folder that all
@@ -364,9 +380,9 @@ class TrainingLoop:
                 self._run.check_folder()
                 notes = {
                     "seconds": self._seconds[i],
-                    "losses": losses[i].tolist(),
+                    "metrics": {name: values.tolist() for name, values in metrics[i].items()},
                     "stage": stage_run.fingerprint,
-                    "validation_accuracy": self._accuracies[i],
+                    "scores": self._scores[i],
                 }
                 try:
                     checkpoints.save(
@@ -394,7 +410,8 @@ class TrainingLoop:
         # A vectorised state has one counter per student; all of them are equal.
         step = int(counter.addressable_data(0).ravel()[0])
         is_recorded = self._evaluated_step >= self._last_evaluation(step)
-        if step and is_recorded and sum(map(len, self._losses)) == step - self._evaluated_step:
+        num_steps = sum(len(metrics["loss"]) for metrics in self._metrics)
+        if step and is_recorded and num_steps == step - self._evaluated_step:
             self._save(step)
 
     def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:
@@ -405,7 +422,7 @@ class TrainingLoop:
             # Students of a vectorised group come as NumPy arrays. Those who learn from them expect
             # JAX's.
             variables = jax.tree.map(jnp.asarray, state.variables)
-            models.append(TrainedModel(variables, self._seconds[i], self._accuracies[i]))
+            models.append(make_trained(variables, self._seconds[i], self._scores[i]))
         return models
 
     def _check_records(self) -> None:
@@ -427,7 +444,7 @@ class TrainingLoop:
     def _warn_of_standstill(self, stage_run: StageRun) -> None:
         """Warns if no evaluation of a training differs from another: no weight has changed."""
         scores = [
-            (record["validation_loss"], record["validation_accuracy"])
+            tuple(value for name, value in record.items() if name.startswith("validation_"))
             for record in self._run.metrics()
             if (record["seed"], record["stage"]) == (stage_run.seed, stage_run.stage.name)
         ]
@@ -443,25 +460,34 @@ class TrainingLoop:
     def _get_states(self) -> list[TrainState]:
         return self._placement.get_states(self._state, len(self.group))
 
-    def _get_losses(self) -> np.ndarray:
-        """Returns the losses of each student since the last evaluation, `[P, K]`."""
-        losses = self._placement.get_losses(self._losses, len(self.group))
-        return np.ascontiguousarray(losses.T)
+    def _get_metrics(self) -> list[dict[str, np.ndarray]]:
+        """Returns the metrics of each student since the last evaluation, `[K]`."""
+        students = range(len(self.group))
+        if not self._metrics:
+            return [{"loss": np.zeros(0, np.float32)} for _ in students]
+        metrics = self._placement.get_metrics(self._metrics, len(self.group))
+        return [
+            {name: np.ascontiguousarray(values[:, i]) for name, values in metrics.items()}
+            for i in students
+        ]
 
-    def _reset_losses(self, losses: Sequence[Sequence[float]]) -> None:
-        """Starts with these losses of each student."""
+    def _reset_metrics(self, metrics: Sequence[Mapping[str, Sequence[float]]]) -> None:
+        """Starts with these metrics of each student, which may be empty."""
         # Transposed to `[K, P]`, the layout in which steps return theirs.
-        self._losses: list[Any] = [np.array(losses, np.float32).T]
-        self._new_losses = 0
+        joined = {
+            name: np.array([student[name] for student in metrics], np.float32).T
+            for name in metrics[0]
+        }
+        self._metrics: list[Any] = [joined] if joined else []
+        self._num_new = 0
 
-
-def _average(records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Returns the mean training loss and validation accuracy of a group."""
-    loss, accuracy = (
-        float(np.mean([record[name] for record in records]))
-        for name in ("loss", "validation_accuracy")
-    )
-    return loss, accuracy
+    def _average(self, records: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+        """Returns the mean training loss of a group, and its mean scores as text."""
+        scores = {
+            name: float(np.mean([scores[name] for scores in self._scores]))
+            for name in self._scores[0]
+        }
+        return float(np.mean([record["loss"] for record in records])), describe_scores(scores)
 
 
 @functools.cache
@@ -470,50 +496,21 @@ def _make_index(count: int) -> tuple[np.ndarray, np.int32]:
     return np.arange(count, dtype=np.int32), np.int32(count)
 
 
-def _evaluate(
-    stage_run: StageRun,
-    state: TrainState,
-    step: int,
-    losses: np.ndarray,
-    validation: Mapping[str, Any],
+def _make_record(
+    stage_run: StageRun, step: int, metrics: Mapping[str, np.ndarray], evaluation: Evaluation
 ) -> dict[str, Any]:
-    """Returns the record of an evaluation. Raises `RunError` if its loss is not finite."""
-    loss = float(np.mean(losses))
-    score = stage_run.compiled.score(jax.tree.map(jnp.asarray, state.variables))
-    if not np.isfinite(score.loss):
-        cause = _find_validation_cause(state.variables, losses, validation)
-        raise RunError(
-            f"{stage_run.label}: the validation loss is {score.loss} after step {step}, {cause}"
-        )
-    return {
+    """Returns the record of an evaluation, for `metrics.jsonl`."""
+    means = {name: float(np.mean(values)) for name, values in metrics.items()}
+    record: dict[str, Any] = {
         "seed": stage_run.seed,
         "stage": stage_run.stage.name,
         "step": step,
         "epoch": step * stage_run.stage.batch_size / count_examples(stage_run.examples["inputs"]),
-        "loss": loss,
-        "validation_loss": score.loss,
-        "validation_accuracy": score.accuracy,
+        "loss": means.pop("loss"),
     }
-
-
-def _find_validation_cause(
-    variables: Any, losses: np.ndarray, validation: Mapping[str, Any]
-) -> str:
-    """Describes why a validation loss is not finite, although the training losses are."""
-    remedy = "training has diverged; try a smaller learning rate"
-    if count := _diagnosis.count_not_finite(variables):
-        return f"since {count:,} weights are NaN or infinite, and {remedy}"
-    loss = float(np.mean(losses))
-    if cause := _diagnosis.find_cause(validation, {}, {}):
-        return f"since in the validation split {cause}"
-    if abs(loss) > min(HUGE_GROWTH * abs(float(losses[0])), HUGE_LOSS):
-        return f"the training loss is {loss:.3g}, and {remedy}"
-    message = f"while the training loss ({loss:.3g}) and all weights are finite"
-    inputs = validation.get("inputs")
-    if len(_diagnosis.find_extreme_tokens(inputs)):
-        tokens = _diagnosis.describe_tokens(inputs)
-        return f"{message}: in the validation split, look for unknown ones among {tokens}"
-    return (
-        f"{message}, and so is the validation split: {remedy}, or find out why the model gives NaN "
-        "with train=False"
-    )
+    record |= {f"validation_{name}": value for name, value in evaluation.scores.items()}
+    if means:
+        record["terms"] = means
+    if evaluation.teachers:
+        record["teachers"] = evaluation.teachers
+    return record

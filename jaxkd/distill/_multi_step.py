@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,29 +16,32 @@ MAX_STEPS_IN_FLIGHT = 8
 """Largest number of steps queued on several devices. On CPUs, JAX up to 0.11.2 deadlocks from
 about 32 on."""
 
-MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Array]]
-"""`(states, examples, indices [K, P, B], teachers, keys) -> (states, losses [K, P])`.
+Metrics = Mapping[str, Any]
+"""The `loss` and its terms by name, `[K, P]` for K steps of P students."""
+
+MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Metrics]]
+"""`(states, examples, indices [K, P, B], teachers, keys) -> (states, metrics [K, P])`.
 
 Takes K steps of P students. `indices` select the examples of each step's batch. A placement that
-fills its devices up adds columns of losses at the end; `Placement.get_losses` drops them.
+fills its devices up adds columns of metrics at the end; `Placement.get_metrics` drops them.
 """
 
 
-def for_one_student(repeat: Callable[..., tuple[Any, Array]]) -> MultiStep:
-    """Adds the axis of students to a function `indices [K, B] -> losses [K]`."""
+def for_one_student(repeat: Callable[..., tuple[Any, Metrics]]) -> MultiStep:
+    """Adds the axis of students to a function `indices [K, B] -> metrics [K]`."""
 
     def multi_step(
         states: Any, examples: Any, indices: np.ndarray, teachers: Any, keys: Any
-    ) -> tuple[Any, Array]:
-        states, losses = repeat(states, examples, indices[:, 0], teachers, keys)
-        return states, losses[:, None]
+    ) -> tuple[Any, Metrics]:
+        states, metrics = repeat(states, examples, indices[:, 0], teachers, keys)
+        return states, {name: values[:, None] for name, values in metrics.items()}
 
     return multi_step
 
 
 def repeat_step(
-    take_step: Callable[..., tuple[Any, Array]], num_devices: int, steps_per_call: int
-) -> Callable[..., tuple[Any, Array]]:
+    take_step: Callable[..., tuple[Any, Metrics]], num_devices: int, steps_per_call: int
+) -> Callable[..., tuple[Any, Metrics]]:
     """Compiles a step and repeats it: in one loop on an accelerator, one by one on a CPU."""
     if steps_per_call == 1:
         return step_by_step(jax.jit(take_step, donate_argnums=0), num_devices)
@@ -47,47 +50,49 @@ def repeat_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def loop(
         state: Any, examples: Any, indices: Array, count: Array, teachers: Any, key: Array
-    ) -> tuple[Any, Array]:
-        def body(i: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
-            state, losses = carry
-            state, loss = take_step(state, examples, indices[i], teachers, key)
-            return state, losses.at[i].set(loss)
+    ) -> tuple[Any, Metrics]:
+        def body(i: Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
+            state, metrics = carry
+            state, new = take_step(state, examples, indices[i], teachers, key)
+            return state, jax.tree.map(lambda all, value: all.at[i].set(value), metrics, new)
 
-        losses = jnp.zeros(indices.shape[:-1], jnp.float32)
-        return lax.fori_loop(0, count, body, (state, losses))
+        # Traced for the names of the terms.
+        _, shapes = jax.eval_shape(take_step, state, examples, indices[0], teachers, key)
+        zeros = {name: jnp.zeros(indices.shape[:-1], jnp.float32) for name in shapes}
+        return lax.fori_loop(0, count, body, (state, zeros))
 
     def repeat(
         state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
-    ) -> tuple[Any, Array]:
+    ) -> tuple[Any, Metrics]:
         count = len(indices)
         # The loop has one shape of indices, so that it compiles once. Steps beyond `count` do not
         # run.
         padding = -count % STEPS_PER_CALL
         zeros = np.zeros((padding, *indices.shape[1:]), indices.dtype)
         padded = np.concatenate([indices, zeros])
-        state, losses = loop(state, examples, padded, np.int32(count), teachers, key)
-        return state, losses[:count]
+        state, metrics = loop(state, examples, padded, np.int32(count), teachers, key)
+        return state, {name: values[:count] for name, values in metrics.items()}
 
     return repeat
 
 
 def step_by_step(
-    take_step: Callable[..., tuple[Any, Array]], num_devices: int
-) -> Callable[..., tuple[Any, Array]]:
+    take_step: Callable[..., tuple[Any, Metrics]], num_devices: int
+) -> Callable[..., tuple[Any, Metrics]]:
     # Counted over all calls: a call may take only one step.
     num_steps = itertools.count(1)
 
     def repeat(
         state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
-    ) -> tuple[Any, Array]:
-        losses = []
+    ) -> tuple[Any, Metrics]:
+        metrics = []
         for batch_indices in indices:
-            state, loss = take_step(state, examples, batch_indices, teachers, key)
-            losses.append(loss)
+            state, step_metrics = take_step(state, examples, batch_indices, teachers, key)
+            metrics.append(step_metrics)
             # A single device cannot wait for another one, so that its queue may grow.
             if num_devices > 1 and next(num_steps) % MAX_STEPS_IN_FLIGHT == 0:
-                jax.block_until_ready(loss)
-        return state, jnp.stack(losses)
+                jax.block_until_ready(step_metrics)
+        return state, {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
 
     return repeat
 

@@ -66,14 +66,14 @@ class PlanProgress:
             self._bars.advance(self._group, steps)
             self._bars.advance(self._whole, self._num_students * steps)
 
-    def report_evaluation(self, step: int, loss: float, accuracy: float) -> None:
+    def report_evaluation(self, step: int, loss: float, scores: str) -> None:
         """Prints a line after an evaluation, where no bar shows how far the group has come."""
         is_recent = time.monotonic() - self._printed_at < SECONDS_BETWEEN_EVALUATIONS
         # The line at the end of the group follows the last evaluation.
         if self._bars is None and not is_recent and step < self._steps:
             self._print(
                 f"{self._label}: step {step:,} of {self._steps:,}, loss {loss:.3g}, "
-                f"{accuracy:.1%} on validation{self._describe_rest()}"
+                f"{scores}{self._describe_rest()}"
             )
 
     def report(self, messages: Sequence[str]) -> None:

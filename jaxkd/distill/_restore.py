@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxkd._messages import shorten
@@ -19,14 +20,19 @@ class StageProgress(NamedTuple):
     Attributes:
         step: Number of steps taken.
         seconds: Training time.
-        losses: The losses since the last evaluation.
-        validation_accuracy: Accuracy of the last evaluation; `None` before the first.
+        metrics: The losses, and their terms, of the steps since the last evaluation, by name.
+        scores: The scores of the last evaluation by name; `None` before the first.
     """
 
-    step: int
-    seconds: float
-    losses: list[float]
-    validation_accuracy: float | None
+    step: int = 0
+    seconds: float = 0.0
+    metrics: Mapping[str, list[float]] = MappingProxyType({})
+    scores: dict[str, float] | None = None
+
+    @property
+    def num_losses(self) -> int:
+        """Number of steps since the last evaluation."""
+        return len(self.metrics.get("loss", ()))
 
 
 class _Checkpoint(NamedTuple):
@@ -132,7 +138,7 @@ def _read_checkpoint(
         return _Checkpoint(nothing, state, "its arrays changed", str(error))
     if restored is None or restored.step == 0:
         return _Checkpoint(nothing, state)
-    notes = restored.notes | {"step": restored.step}
+    notes = _update_notes(restored.notes) | {"step": restored.step}
     if {"stage", *StageProgress._fields} - notes.keys() or not isinstance(notes["stage"], dict):
         reason = "no plan saved its checkpoints"
         return _Checkpoint(nothing, state, reason, f"{folder} holds checkpoints that no plan saved")
@@ -151,3 +157,16 @@ def _read_checkpoint(
         message = f"{folder} holds another training ({'; '.join(changes)})"
         return _Checkpoint(notes, restored.tree, reason, message)
     return _Checkpoint(notes, restored.tree)
+
+
+def _update_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the notes of a checkpoint of version 0.1, which knew no terms and scores, as today's.
+
+    Others are returned as they are.
+    """
+    updated = dict(notes)
+    if {"losses", "validation_accuracy"} <= notes.keys():
+        accuracy = updated.pop("validation_accuracy")
+        updated["metrics"] = {"loss": updated.pop("losses")}
+        updated["scores"] = None if accuracy is None else {"accuracy": accuracy}
+    return updated

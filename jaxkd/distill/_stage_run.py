@@ -4,6 +4,7 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +31,20 @@ class TrainedModel(NamedTuple):
     Attributes:
         variables: The final parameters and running statistics.
         seconds: Training time over all restarts. Students that train together share their time.
-        validation_accuracy: Accuracy on the validation split at the end, in [0, 1].
+        validation_accuracy: Accuracy on the validation split at the end, in [0, 1]; NaN where it
+            was not measured.
+        scores: All numbers that were measured on the validation split at the end, by name.
     """
 
     variables: dict
     seconds: float
     validation_accuracy: float
+    scores: Mapping[str, float] = MappingProxyType({})
+
+
+def make_trained(variables: dict, seconds: float, scores: Mapping[str, float]) -> TrainedModel:
+    """Returns a trained model with these scores."""
+    return TrainedModel(variables, seconds, scores.get("accuracy", float("nan")), scores)
 
 
 class StageRun(NamedTuple):
@@ -112,7 +121,7 @@ def group_by_step(stage_runs: Sequence[StageRun]) -> list[RunGroup]:
     for stage_run in stage_runs:
         progress = stage_run.progress
         # One that goes on with a shorter training was last evaluated at another step.
-        by_step.setdefault((progress.step, len(progress.losses)), []).append(stage_run)
+        by_step.setdefault((progress.step, progress.num_losses), []).append(stage_run)
     # Those furthest behind go first.
     return [RunGroup(by_step[step]) for step in sorted(by_step)]
 
@@ -241,7 +250,7 @@ def _restore(
         raise RunError(notes["failure"])
     state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
-        return state, StageProgress(0, 0.0, [], None), remark
+        return state, StageProgress(), remark
     # The notes also hold the fingerprint, which is not part of the progress.
     progress = StageProgress(**{field: notes[field] for field in StageProgress._fields})
     return state, progress, remark

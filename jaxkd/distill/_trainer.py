@@ -18,6 +18,7 @@ from jaxkd.distill._stage_run import (
     group_by_step,
     start_or_resume,
 )
+from jaxkd.distill._validation import describe_scores
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
 from jaxkd.runs import Run
@@ -170,7 +171,7 @@ def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[s
             continue
         resumed = f", resumed at step {group.first_step}" if group.first_step else ""
         lines.append(
-            f"{stage_run.label}: {model.validation_accuracy:.1%} on validation after "
+            f"{stage_run.label}: {describe_scores(model.scores)} after "
             f"{group.steps} steps and {model.seconds:.1f} s{resumed}"
         )
     return lines

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._multi_step import (
+    Metrics,
     MultiStep,
     default_steps_per_call,
     for_one_student,
@@ -75,8 +76,8 @@ class Placement(Protocol):
         """
         ...
 
-    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
-        """Joins the losses `[K, P]` of several calls of a `MultiStep`, on the host.
+    def get_metrics(self, metrics: Sequence[Metrics], count: int) -> dict[str, np.ndarray]:
+        """Joins the metrics `[K, P]` of several calls of a `MultiStep`, at least one, on the host.
 
         Columns after the first `count` students are left out. The processes call it together.
         """
@@ -182,9 +183,9 @@ class MeshPlacement:
         del count
         return [_first_copy(states)]
 
-    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
-        """Returns the losses of the only student, `[K, 1]`."""
-        return _join_losses(losses, count)
+    def get_metrics(self, metrics: Sequence[Metrics], count: int) -> dict[str, np.ndarray]:
+        """Returns the metrics of the only student, `[K, 1]`."""
+        return _join_metrics(metrics, count)
 
     def put_array(self, array: Any) -> Array:
         """Copies small arrays `[N, ...]` and scalars to every device, and divides large ones.
@@ -227,14 +228,14 @@ class MeshPlacement:
 
         def take_step(
             state: Any, examples: Any, indices: Array, teachers: Any, key: Array
-        ) -> tuple[Any, Array]:
+        ) -> tuple[Any, Metrics]:
             # Without the constraint, XLA may gather the whole batch on every device and compute it
             # many times.
             batch, info = jax.tree.map(divide, _select(examples, indices))
             state, metrics = step(state, batch, teachers, key, info)
             # The state returns as it came, whole on every device, so that its buffers can be
             # donated to the next step.
-            return lax.with_sharding_constraint(state, self._sharding()), metrics["loss"]
+            return lax.with_sharding_constraint(state, self._sharding()), metrics
 
         return for_one_student(repeat_step(take_step, self.mesh.size, self.steps_per_call))
 
@@ -291,9 +292,9 @@ class PmapPlacement:
         del count
         return [_first_copy(states)]
 
-    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
-        """Returns the losses of the only student, `[K, 1]`."""
-        return _join_losses(losses, count)
+    def get_metrics(self, metrics: Sequence[Metrics], count: int) -> dict[str, np.ndarray]:
+        """Returns the metrics of the only student, `[K, 1]`."""
+        return _join_metrics(metrics, count)
 
     def put_array(self, array: Any) -> Array:
         """Copies examples `[N, ...]` to every device."""
@@ -328,12 +329,12 @@ class PmapPlacement:
 
         def take_share_of_step(
             state: Any, examples: Any, indices: Array, teachers: Any, key: Array
-        ) -> tuple[Any, Array]:
+        ) -> tuple[Any, Metrics]:
             # Losses that compare examples, and the augmentation, need the whole batch.
             all_indices = lax.all_gather(indices, DATA, tiled=True)
             batch, info = _select(examples, all_indices)
             state, metrics = step(state, batch, teachers, key, info)
-            return state, metrics["loss"]
+            return state, metrics
 
         # Summed gradients make the new state equal on all devices. Without an output axis it comes
         # back in the form in which it is passed in.
@@ -343,7 +344,7 @@ class PmapPlacement:
 
         def take_step(
             state: Any, examples: Any, indices: np.ndarray, teachers: Any, key: Array
-        ) -> tuple[Any, Array]:
+        ) -> tuple[Any, Metrics]:
             count = jax.device_count()
             if len(indices) % count:
                 raise ValueError(
@@ -420,13 +421,18 @@ class VectorizedPlacement:
         states = gather_from_processes(states)
         return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(count)]
 
-    def get_losses(self, losses: Sequence[Any], count: int) -> np.ndarray:
-        """Returns the losses of the first `count` students, `[K, count]`."""
-        if all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in losses):
-            return _join_losses(losses, count)
+    def get_metrics(self, metrics: Sequence[Metrics], count: int) -> dict[str, np.ndarray]:
+        """Returns the metrics of the first `count` students, `[K, count]`."""
+        arrays = jax.tree.leaves(metrics)
+        if all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays):
+            return _join_metrics(metrics, count)
         # Joined before they are gathered: a collective operation for each call would be slow.
-        own = np.concatenate([_own_part(array)[:, :count] for array in losses])
-        return sum_over_processes(own)
+        return {
+            name: sum_over_processes(
+                np.concatenate([_own_part(call[name])[:, :count] for call in metrics])
+            )
+            for name in sorted(metrics[0])
+        }
 
     def put_array(self, array: Any) -> Array:
         """Puts an array onto the default device."""
@@ -450,10 +456,10 @@ class VectorizedPlacement:
 
         def take_step(
             state: Any, examples: Any, indices: Array, teachers: Any, key: Array
-        ) -> tuple[Any, Array]:
+        ) -> tuple[Any, Metrics]:
             batch, info = _select(_get_own(examples), indices)
             state, metrics = step(state, batch, _get_own(teachers), key, info)
-            return state, metrics["loss"]
+            return state, metrics
 
         # The distinct arrays are not mapped, so `jax.vmap` makes no copy of them for each student.
         # A student picks its own by its position.
@@ -474,7 +480,7 @@ class VectorizedPlacement:
 
         def multi_step(
             states: Any, examples: Any, indices: np.ndarray, teachers: Any, keys: Any
-        ) -> tuple[Any, Array]:
+        ) -> tuple[Any, Metrics]:
             indices = indices[:, self._fill(indices.shape[1])]
             return repeat(states, examples, indices, teachers, keys)
 
@@ -554,9 +560,12 @@ def _select(examples: Any, indices: Array) -> Any:
     return jax.tree.map(lambda array: array[indices] if array.ndim else array, examples)
 
 
-def _join_losses(losses: Sequence[Any], count: int) -> np.ndarray:
-    """Joins losses `[K, P]` that this process can read, without those that fill the devices up."""
-    return np.concatenate([array[:, :count] for array in jax.device_get(list(losses))])
+def _join_metrics(metrics: Sequence[Metrics], count: int) -> dict[str, np.ndarray]:
+    """Joins metrics `[K, P]` that this process can read, without those that fill the devices up."""
+    on_host = jax.device_get(list(metrics))
+    return {
+        name: np.concatenate([call[name][:, :count] for call in on_host]) for name in on_host[0]
+    }
 
 
 def _first_copy(tree: Any) -> Any:

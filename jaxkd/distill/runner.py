@@ -34,8 +34,9 @@ from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._schedule import make_schedule
-from jaxkd.distill._stage_run import TrainedModel, check_pretrained
+from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
 from jaxkd.distill._trainer import Trainer, describe_disk_use
+from jaxkd.distill._validation import MakeScore, Validator
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import (
@@ -49,11 +50,8 @@ from jaxkd.distill.plan import (
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import (
     PredictFn,
-    Score,
-    ScoreFn,
     accuracy_interval,
     chance_accuracy,
-    make_classifier_score,
     make_predict,
 )
 from jaxkd.models.model import Model
@@ -67,9 +65,6 @@ Plan = Sequence[Stage | Pretrained]
 
 MAX_SEEDS = 10_000
 """Largest number of seeds. More are taken for a mistake: they would be years of training."""
-
-MakeScore = Callable[[Model], ScoreFn]
-"""`model -> ((variables, examples) -> Score)`."""
 
 
 def run_plan(
@@ -112,8 +107,9 @@ def run_plan(
             folder of this run.
         buckets: For tokens `[N, ..., S]`, padded with 0 on the right: examples of similar length
             make a batch, cut to one of these lengths. Each length is compiled.
-        make_score: `model -> ((variables, validation) -> Score)`, for models that do not predict
-            one class per example.
+        make_score: `model -> ((variables, validation) -> scores)`, for models that do not predict
+            one class per example. The scores are a `Score` or a dict of numbers, such as
+            `{"rmse": 0.4}`, and are recorded by name.
 
     Returns:
         The trained models by name, in the order of the plan, one per seed. A pretrained model has
@@ -168,8 +164,8 @@ def run_plan(
         PlanProgress(plan, seeds, run.folder) as progress,
     ):
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
-        scores = _make_scores(plan, predict_fns, validation, make_score)
-        stages = compile_stages(plan, first_seed, placement, scores, buckets)
+        validator = Validator(plan, predict_fns, validation, make_score)
+        stages = compile_stages(plan, first_seed, placement, buckets)
         if any(stage.lowered.has_convolutions for stage in stages):
             _warn_of_slow_convolutions()
         describer = TrainingDescriber(validation, run.config)
@@ -184,7 +180,7 @@ def run_plan(
         trained = _collect_pretrained(
             plan,
             seeds,
-            scores,
+            validator,
             is_scored=lambda model: (
                 make_score is not None or not has_unknown_labels(model, validation)
             ),
@@ -195,7 +191,7 @@ def run_plan(
             placement=placement,
             teacher_cache=cache,
             buckets=buckets,
-            validation=validation,
+            validator=validator,
             save_every=save_every,
             evaluations=evaluations,
         )
@@ -521,7 +517,7 @@ def _describe_teachers_at_chance(
 def _collect_pretrained(
     plan: Plan,
     seeds: Sequence[int],
-    scores: Mapping[str, Callable[[dict], Score]],
+    validator: Validator,
     is_scored: Callable[[Model], bool],
 ) -> dict[str, dict[int, TrainedModel]]:
     """Returns the models by name and seed, with the pretrained ones filled in.
@@ -532,11 +528,9 @@ def _collect_pretrained(
     for entry in plan:
         if isinstance(entry, Pretrained):
             variables = dict(entry.variables)
-            accuracy = float("nan")
-            if is_scored(entry.model):
-                accuracy = scores[entry.name](variables).accuracy
+            scores = validator.score(entry.name, variables) if is_scored(entry.model) else {}
             # One object for all seeds, by which `evaluate_plan` sees that they share it.
-            trained[entry.name] = dict.fromkeys(seeds, TrainedModel(variables, 0.0, accuracy))
+            trained[entry.name] = dict.fromkeys(seeds, make_trained(variables, 0.0, scores))
     return trained
 
 
@@ -548,22 +542,6 @@ def _make_predict_fns(
     # identity of its two functions.
     make_once = functools.cache(functools.partial(make, buckets=buckets))
     return {entry.name: make_once(entry.model) for entry in plan}
-
-
-def _make_scores(
-    plan: Plan,
-    predict_fns: Mapping[str, PredictFn],
-    validation: Mapping[str, Any],
-    make_score: MakeScore | None,
-) -> dict[str, Callable[[dict], Score]]:
-    """Makes a function that scores on the validation split, by name."""
-
-    @functools.cache
-    def make_once(model: Model, predict: PredictFn) -> Callable[[dict], Score]:
-        score = make_classifier_score(predict) if make_score is None else make_score(model)
-        return lambda variables: score(variables, validation)
-
-    return {entry.name: make_once(entry.model, predict_fns[entry.name]) for entry in plan}
 
 
 def _unique(seeds: Sequence[TrainedModel]) -> Sequence[TrainedModel]:

@@ -22,10 +22,12 @@ Batch = Mapping[str, Any]
 """The user's arrays of a step: `inputs` [B, ...], an array or a dict of arrays, and what the loss
 reads, such as `labels` [B]."""
 
-LossFn = Callable[..., Array]
+LossFn = Callable[..., Any]
 """`(student, teachers, batch, context) -> [B]`, one value per example.
 
 `student` is an `Outputs`, `teachers` a tuple of them, `batch` a `Batch`, `context` a `LossContext`.
+The loss may also return `(values [B], {"kd": [B], "ce": [B], ...})`: only the values are minimised,
+and the mean of each named term is recorded.
 """
 
 
@@ -174,7 +176,8 @@ def make_train_step(
     Args:
         model: The student.
         tx: The optimizer.
-        loss: `(student, teachers, batch, context) -> [B]`. The step minimises the mean.
+        loss: `(student, teachers, batch, context) -> [B]`, or these values and a dict of terms to
+            record, see `LossFn`. The step minimises the mean of the values.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
         augment: `(key, inputs) -> inputs`, run inside the step. `data.mixup` and `data.cutmix` mix
             the examples of the batch, and tell the loss so by `LossContext.mix`.
@@ -196,13 +199,14 @@ def make_train_step(
         `step(state, batch, teacher_variables, key, info=BatchInfo()) -> (state, metrics)`.
         `teacher_variables` has one entry per teacher. `key` is the key of the whole training: each
         step folds its number in, so a resumed training draws the same bits. `metrics` holds `loss`,
-        the mean over the batch. The old state is donated and must not be used afterwards.
+        the mean over the batch, and that of each term. The old state is donated and must not be
+        used afterwards.
 
     Raises:
-        ValueError: When first called, if the loss does not return one value per example, or the
-            number of `teacher_variables` is not the number of teachers.
-        TypeError: If `teachers` is a single model. When first called, if the batch is no dict or
-            the loss does not return a floating-point array.
+        ValueError: When first called, if the loss or a term does not have one value per example, or
+            the number of `teacher_variables` is not the number of teachers.
+        TypeError: If `teachers` is a single model. When first called, if the batch is no dict, the
+            loss does not return a floating-point array, or its terms are no dict of arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -265,7 +269,7 @@ def make_train_step(
             state.step, progress, _fold_in(key, Purpose.LOSS, state.step), None, view, mix
         )
 
-        def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, dict]:
+        def mean_loss(params: Any, *loss_params: Any) -> tuple[Array, tuple[dict, dict]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             model_key = _fold_in(key, Purpose.MODEL, state.step)
             with cross_replica_batch_stats(axis_name):
@@ -279,20 +283,26 @@ def make_train_step(
             counts = cached_num_classes or [student.logits.shape[-1]] * len(info.teacher_logits)
             outputs = live_outputs + _get_cached_outputs(info, view, counts)
             own_params = loss_params[0] if loss_params else None
-            values = _call_loss(loss, student, outputs, batch, context._replace(params=own_params))
-            _check_loss_values(values, jax.tree.leaves(inputs)[0].shape[:1])
+            values, terms = _split_terms(
+                _call_loss(loss, student, outputs, batch, context._replace(params=own_params)),
+                jax.tree.leaves(inputs)[0].shape[:1],
+            )
+
             # Each device has the values of all examples. It differentiates its own share, so that
             # the sum over devices counts none twice.
-            return _take_share(values, axis_name).sum() / len(values), batch_stats
+            def mean(values: Array) -> Array:
+                return _take_share(values, axis_name).sum() / len(values)
+
+            return mean(values), (batch_stats, {name: mean(term) for name, term in terms.items()})
 
         trained = (state.params,) if state.loss is None else (state.params, state.loss.params)
         value_and_grad = jax.value_and_grad(
             mean_loss, argnums=tuple(range(len(trained))), has_aux=True
         )
-        (value, batch_stats), gradients = value_and_grad(*trained)
+        (value, (batch_stats, terms)), gradients = value_and_grad(*trained)
         if axis_name is not None:
             # Each device has the sum over its share, divided by the size of the whole batch.
-            value, gradients = lax.psum((value, gradients), axis_name)
+            value, terms, gradients = lax.psum((value, terms, gradients), axis_name)
         params, opt_state = _update(tx, gradients[0], state.opt_state, state.params)
         loss_state = None
         if state.loss is not None:
@@ -300,7 +310,7 @@ def make_train_step(
                 *_update(loss_tx or tx, gradients[1], state.loss.opt_state, state.loss.params)
             )
         state = TrainState(params, batch_stats, opt_state, state.step + 1, loss_state)
-        return state, {"loss": value}
+        return state, {"loss": value} | terms
 
     # With a donated state, old and new state need not be in memory at the same time.
     return jax.jit(step, donate_argnums=0)
@@ -349,21 +359,40 @@ def _describe_features(student: Outputs, teachers: Sequence[Outputs]) -> str:
     )
 
 
-def _check_loss_values(values: Any, batch_shape: tuple[int, ...]) -> None:
-    """Raises an error if a loss does not return one floating-point value per example."""
+def _split_terms(result: Any, batch_shape: tuple[int, ...]) -> tuple[Array, dict[str, Array]]:
+    """Returns what a loss returned as its values and its terms, after a check of both."""
+    values, terms = result, {}
+    if isinstance(result, tuple):
+        if len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(
+                "the loss must return values [B], or (values, {'kd': [B], ...}), got a tuple of "
+                f"{list_some([type(item).__name__ for item in result]) or 'nothing'}"
+            )
+        values, terms = result
+    _check_loss_values(values, batch_shape, "the loss")
+    for name, term in terms.items():
+        if not isinstance(name, str) or not name or name == "loss":
+            raise ValueError(
+                f"a term of the loss must have a name other than 'loss', got {name!r:.60}"
+            )
+        _check_loss_values(term, batch_shape, f"the term {name!r:.60} of the loss")
+    return values, dict(terms)
+
+
+def _check_loss_values(values: Any, batch_shape: tuple[int, ...], owner: str) -> None:
+    """Raises an error unless there is one floating-point value per example."""
     if not hasattr(values, "shape"):
         raise TypeError(
-            f"the loss must return an array {batch_shape}, got a {type(values).__name__}: "
+            f"{owner} must be an array {batch_shape}, got a {type(values).__name__}: "
             "is a return missing?"
         )
     if values.shape != batch_shape:
         raise ValueError(
-            f"the loss must return one value per example {batch_shape}, got the shape "
-            f"{values.shape}"
+            f"{owner} must have one value per example {batch_shape}, got the shape {values.shape}"
         )
     # Its gradient would be 0, and the student would not learn.
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise TypeError(f"the loss must return floating-point values, got {values.dtype}")
+        raise TypeError(f"{owner} must have floating-point values, got {values.dtype}")
 
 
 def _get_view(info: BatchInfo, step: Array, count: int) -> Array:

@@ -45,7 +45,8 @@ def plot_curves(
     """Draws validation loss and accuracy against the step: the mean over seeds ± its deviation.
 
     The loss is the cross-entropy with the labels for every stage, whatever loss it is trained with,
-    so that stages can be compared.
+    so that stages can be compared. Where `make_score` returned other numbers, the first two of them
+    are drawn instead, in the order of the records.
 
     Args:
         metrics: The records of any stages and seeds.
@@ -68,19 +69,24 @@ def plot_curves(
     if not metrics:
         raise ValueError("there are no metrics to draw")
     stages = dict.fromkeys([*names, *(metric["stage"] for metric in metrics)])
+    keys = _find_curves(metrics)
     with new_figure(path, 9, 3.8) as figure:
-        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        all_axes = figure.subplots(1, 2)
         handles, labels = [], []
         for index, stage in enumerate(stages):
             # A stage without records keeps its colour, so that both figures agree.
             stage_metrics = [metric for metric in metrics if metric["stage"] == stage]
             if stage_metrics:
-                line = _plot_curve(loss_axes, stage_metrics, "validation_loss", 1, index)
-                _plot_curve(accuracy_axes, stage_metrics, "validation_accuracy", 100, index)
+                for axes, key in zip(all_axes, keys, strict=False):
+                    scale = 100 if key == "validation_accuracy" else 1
+                    line = _plot_curve(axes, stage_metrics, key, scale, index)
                 handles.append(line)
                 labels.append(plain_text(stage))
-        loss_axes.set(title="Validation loss (cross-entropy)", xlabel="step")
-        accuracy_axes.set(title="Validation accuracy (%)", xlabel="step")
+        for axes, key in zip(all_axes, keys, strict=False):
+            title = _TITLES.get(key, plain_text(key.replace("_", " ").capitalize()))
+            axes.set(title=title, xlabel="step")
+        for axes in all_axes[len(keys) :]:
+            axes.set_visible(False)
         # By hand: matplotlib leaves out names that begin with an underscore.
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
@@ -251,6 +257,21 @@ def _accuracy_points(rows: Sequence[ResultRow]) -> list[tuple[float, float]]:
             raise ValueError(f"the row {row.name} has no accuracy to draw")
         points.append((100 * row.accuracy_mean, 100 * (row.accuracy_std or 0)))
     return points
+
+
+_TITLES = {
+    "validation_loss": "Validation loss (cross-entropy)",
+    "validation_accuracy": "Validation accuracy (%)",
+}
+
+
+def _find_curves(metrics: Sequence[Metric]) -> list[str]:
+    """Returns the keys of at most two numbers that the records have."""
+    found = dict.fromkeys(key for metric in metrics for key in metric)
+    scores = [key for key in found if key.startswith("validation_")]
+    # In this order for every run that has them.
+    usual = [key for key in _TITLES if key in scores]
+    return [*usual, *(key for key in scores if key not in usual)][:2] or ["loss"]
 
 
 def _plot_curve(

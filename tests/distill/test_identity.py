@@ -340,4 +340,4 @@ def test_buckets_are_part_of_the_training():
 
 
 def _compile_with(stage, buckets):
-    return compile_stages([stage], 0, single_device(), {"first": None}, buckets)
+    return compile_stages([stage], 0, single_device(), buckets)

@@ -263,8 +263,8 @@ def test_billions_of_steps_and_evaluations_take_neither_time_nor_memory():
         tracemalloc.stop()
 
 
-def test_losses_that_move_to_the_host_change_no_record(unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(_loop, "LOSSES_ON_DEVICE", 2)
+def test_metrics_that_move_to_the_host_change_no_record(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(_loop, "METRICS_ON_DEVICE", 2)
     trained, run = train(tmp_path, make_chain(), **OPTIONS)
     assert_same_training(trained, run, unbroken)
 

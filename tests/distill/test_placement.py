@@ -64,7 +64,7 @@ def take_steps(placement, batch_size, steps, tx):
         distill.make_train_step, model, tx, whole_batch_loss, teachers=[model], augment=add_noise
     )
     indices = np.random.default_rng(1).integers(0, NUM_EXAMPLES, (steps, 1, batch_size))
-    states, values = placement.make_multi_step(make_step)(
+    states, metrics = placement.make_multi_step(make_step)(
         placement.put_states([distill.init_train_state(student, tx)]),
         placement.put_examples([(make_examples(), distill.BatchInfo())]),
         indices,
@@ -72,7 +72,7 @@ def take_steps(placement, batch_size, steps, tx):
         placement.put_keys([jax.random.key(0)]),
     )
     (state,) = placement.get_states(states, 1)
-    return values[:, 0], state
+    return metrics["loss"][:, 0], state
 
 
 def train(placement, batch_size, steps=5):
@@ -226,8 +226,8 @@ def test_loop_on_the_device_compiles_once_for_all_numbers_of_steps(monkeypatch):
     examples = placement.put_examples([(make_examples(), distill.BatchInfo())])
     for steps in (3, 1, 2):
         indices = np.zeros((steps, 1, 8), int)
-        state, values = multi_step(state, examples, indices, (), jax.random.key(0))
-        assert values.shape == (steps, 1)
+        state, metrics = multi_step(state, examples, indices, (), jax.random.key(0))
+        assert metrics["loss"].shape == (steps, 1)
     assert int(state.step) == 6
 
 

@@ -186,7 +186,7 @@ def test_evaluations_in_a_pipe_print_a_line_now_and_then(capsys, clock):
         for step in range(100, 1001, 100):
             clock[0] += 6
             progress.advance(100)
-            progress.report_evaluation(step, 1 / step, step / 2000)
+            progress.report_evaluation(step, 1 / step, f"{step / 2000:.1%} on validation")
         lines = read_lines(capsys)[1:]
     # The line that follows the last step comes from the end of the group.
     assert len(lines) == 4
@@ -203,7 +203,7 @@ def test_evaluations_on_a_terminal_have_the_bars_alone(clock, monkeypatch):
         progress.start_group("first, seed 0", 10, 1)
         clock[0] += 60
         progress.advance(5)
-        progress.report_evaluation(5, 0.5, 0.5)
+        progress.report_evaluation(5, 0.5, "50.0% on validation")
     assert "on validation" not in terminal.getvalue()
 
 

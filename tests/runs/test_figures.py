@@ -96,6 +96,26 @@ def draw(monkeypatch, plot, *args, **keywords):
     return drawn[-1]
 
 
+@pytest.mark.parametrize(
+    ("scores", "titles"),
+    [
+        (
+            {"validation_accuracy": 0.5, "validation_loss": 1.0, "validation_rmse": 0.3},
+            ["Validation loss (cross-entropy)", "Validation accuracy (%)"],
+        ),
+        ({"validation_rmse": 0.3, "validation_bias": 0.1}, ["Validation rmse", "Validation bias"]),
+        ({"validation_loss": 1.0}, ["Validation loss (cross-entropy)"]),
+        ({}, ["Loss"]),
+    ],
+)
+def test_curves_draw_the_scores_that_there_are(scores, titles, tmp_path, monkeypatch):
+    metrics = [{"seed": 0, "stage": "a", "step": s, "loss": 1.0} | scores for s in (1, 2)]
+    figure = draw(monkeypatch, figures.plot_curves, metrics, tmp_path / "curves.png")
+    visible = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in visible] == titles
+    assert all(np.isfinite(axes.lines[0].get_ydata()).all() for axes in visible)
+
+
 @pytest.mark.parametrize("name", ["$", "$$", "a$b$c", r"$\frac$", "_hidden"])
 def test_any_name_is_drawn_as_it_is(name, metrics, tmp_path, make_row, monkeypatch):
     path = tmp_path / "figure.png"

@@ -1,0 +1,180 @@
+"""Tests of what is recorded at an evaluation: terms of the loss, teachers, and own scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd import distill, evaluate, losses, runs
+from small_plans import (
+    PLACEMENTS,
+    VALIDATION,
+    get_losses,
+    make_model,
+    make_stage,
+    train,
+    train_with_kill,
+)
+
+
+def two_terms(student, teachers, batch, context):
+    ce = losses.hard_cross_entropy(student.logits, batch["labels"])
+    kd = losses.kl_divergence(student.logits, teachers[0].logits, temperature=2.0)
+    return 0.3 * ce + 0.7 * kd, {"ce": ce, "kd": kd}
+
+
+def make_plan(**options):
+    return [
+        make_stage("teacher", width=6),
+        make_stage("student", loss=two_terms, teachers=("teacher",), **options),
+    ]
+
+
+def get_records(run, stage="student"):
+    return [record for record in run.metrics() if record["stage"] == stage]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("unbroken"), make_plan(), evaluations=3)
+
+
+# Terms of the loss
+
+
+def test_terms_add_up_to_the_loss(unbroken):
+    records = get_records(unbroken[1])
+    assert len(records) == 3
+    for record in records:
+        total = 0.3 * record["terms"]["ce"] + 0.7 * record["terms"]["kd"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+    assert all("terms" not in record for record in get_records(unbroken[1], "teacher"))
+
+
+def test_terms_do_not_move_a_bit_of_the_student(unbroken, tmp_path):
+    plain = make_plan()
+    plain[1] = make_stage(
+        "student", loss=lambda *inputs: two_terms(*inputs)[0], teachers=("teacher",)
+    )
+    trained, run = train(tmp_path, plain, evaluations=3)
+    assert get_losses(run, "student") == get_losses(unbroken[1], "student")
+    for ours, theirs in zip(
+        jax.tree.leaves(trained["student"][0].variables),
+        jax.tree.leaves(unbroken[0]["student"][0].variables),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_resumed_training_repeats_the_records(monkeypatch, tmp_path, cached):
+    plan = make_plan(cache_teachers=cached)
+    _, run = train(tmp_path / "unbroken", plan, evaluations=3)
+    _, resumed, _ = train_with_kill(monkeypatch, tmp_path / "killed", lambda: plan, 17)
+    _, resumed_by_three, _ = train_with_kill(
+        monkeypatch, tmp_path / "killed_by_three", lambda: plan, 17, evaluations=3
+    )
+    assert get_records(resumed_by_three) == get_records(run)
+    assert len(get_records(resumed)) == 10
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_terms_on_every_placement(unbroken, tmp_path, placement):
+    plan = make_plan(batch_size=16)
+    _, run = train(tmp_path, plan, placement=PLACEMENTS[placement](), evaluations=3)
+    for ours, expected in zip(get_records(run), get_records(unbroken[1]), strict=True):
+        assert ours["terms"] == pytest.approx(expected["terms"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "match"),
+    [
+        (lambda v: (v, {"kd": v.mean()}), ValueError, "the term 'kd' of the loss must have one"),
+        (lambda v: (v, {"loss": v}), ValueError, "a name other than 'loss', got 'loss'"),
+        (lambda v: (v, {3: v}), ValueError, "a name other than 'loss', got 3"),
+        (lambda v: (v, v), TypeError, r"values \[B\], or \(values, {'kd'"),
+        (lambda v: (v, {"n": v.astype(int)}), TypeError, "'n' of the loss must have floating"),
+        (lambda v: (v, {"n": 1.0}), TypeError, "the term 'n' of the loss must be an array"),
+    ],
+)
+def test_unsound_terms(tmp_path, result, error, match):
+    def loss(student, teachers, batch, context):
+        return result(losses.hard_cross_entropy(student.logits, batch["labels"]))
+
+    with pytest.raises(error, match=match):
+        train(tmp_path, [make_stage("first", loss=loss)])
+
+
+# Distance from the teachers
+
+
+def test_evaluations_compare_the_student_with_its_teacher(unbroken):
+    trained, run = unbroken
+    predict = evaluate.make_predict(make_model())
+    student = predict(trained["student"][0].variables, VALIDATION["inputs"])
+    predict = evaluate.make_predict(make_model(6))
+    teacher = predict(trained["teacher"][0].variables, VALIDATION["inputs"])
+    student, teacher = (np.float64(logits) for logits in (student, teacher))
+    log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (student, teacher))
+    expected = {
+        "kl": pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4),
+        "agreement": (student.argmax(-1) == teacher.argmax(-1)).mean(),
+    }
+    assert get_records(run)[-1]["teachers"] == {"teacher": expected}
+    assert "teachers" not in get_records(run, "teacher")[-1]
+
+
+# Scores of one's own
+
+
+def make_regression_score(model):
+    def score(variables, examples):
+        logits = model.apply(variables, jnp.asarray(examples["inputs"]), train=False)[0].logits
+        error = np.asarray(logits)[:, 0] - examples["inputs"][:, 0]
+        return {"rmse": np.sqrt(np.mean(error**2)), "bias": error.mean()}
+
+    return score
+
+
+def test_own_scores_are_recorded_by_name(tmp_path, capsys):
+    trained, run = train(
+        tmp_path, [make_stage("first")], make_score=make_regression_score, evaluations=2
+    )
+    record = get_records(run, "first")[-1]
+    assert {"validation_rmse", "validation_bias"} < record.keys()
+    assert "validation_accuracy" not in record
+    model = trained["first"][0]
+    assert model.scores == {"rmse": record["validation_rmse"], "bias": record["validation_bias"]}
+    assert np.isnan(model.validation_accuracy)
+    assert f"rmse {model.scores['rmse']:.4g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "match"),
+    [
+        (0.5, TypeError, "a score must return a Score or a dict such as"),
+        ({}, TypeError, "a score must return a Score or a dict such as"),
+        ({"rmse": np.zeros(3)}, TypeError, "numbers by name, got array"),
+        ({"rmse": float("nan"), "loss": 1.0}, runs.RunError, "rmse is nan after step 12, although"),
+    ],
+)
+def test_unsound_own_scores(tmp_path, score, error, match):
+    with pytest.raises(error, match=match):
+        train(tmp_path, [make_stage("first")], make_score=lambda _: lambda *_: score, evaluations=1)
+
+
+def test_an_error_in_make_score_comes_before_the_training(tmp_path):
+    def make_score(model):
+        raise LookupError("no such metric")
+
+    with pytest.raises(LookupError, match="no such metric"):
+        train(tmp_path, [make_stage("first", steps=10**6)], make_score=make_score)
+
+
+def test_a_stage_may_have_scores_where_a_pretrained_has_others(tmp_path):
+    model = make_model(6)
+    variables = model.init(jax.random.key(0), VALIDATION["inputs"][:1])
+    plan = [distill.Pretrained("teacher", model, variables), make_plan()[1]]
+    _, run = train(tmp_path, plan, evaluations=1)
+    assert get_records(run)[0]["teachers"]["teacher"]["kl"] > 0
