@@ -18,8 +18,16 @@ from jaxkd.distill.placement import (
     make_mesh,
     single_device,
 )
-from jaxkd.distill.plan import Examples, Pretrained, Stage, order, teacher_baselines
+from jaxkd.distill.plan import (
+    AVERAGE,
+    Examples,
+    Pretrained,
+    Stage,
+    order,
+    teacher_baselines,
+)
 from jaxkd.distill.runner import evaluate_plan, run_plan
+from jaxkd.distill.selection import Best
 from jaxkd.distill.step import (
     Batch,
     BatchInfo,
@@ -32,8 +40,10 @@ from jaxkd.distill.step import (
 from jaxkd.distill.top_k import TopK, expand_top_k, top_k
 
 __all__ = [
+    "AVERAGE",
     "Batch",
     "BatchInfo",
+    "Best",
     "Examples",
     "LossContext",
     "LossFn",

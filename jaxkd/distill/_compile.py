@@ -23,7 +23,7 @@ from jaxkd.distill._lowering import (
 )
 from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import Placement
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
 from jaxkd.distill.step import StepFn, make_train_step
 from jaxkd.runs import fingerprint
 
@@ -69,6 +69,8 @@ def compile_stages(
     seed: int,
     placement: Placement,
     buckets: LengthBuckets | None = None,
+    *,
+    evaluations: int = 1,
 ) -> list[CompiledStage]:
     """Makes the compiled functions of all stages of a plan.
 
@@ -80,6 +82,7 @@ def compile_stages(
         seed: A seed whose examples have the shapes of every seed's.
         placement: Where the stages train.
         buckets: The lengths to which batches of tokens are cut.
+        evaluations: Number of evaluations of each stage.
 
     Returns:
         The stages in the order of the plan.
@@ -121,6 +124,7 @@ def compile_stages(
                 inits[stage.model],
                 _describe(stage, weights)
                 | {"program": lowered.digest}
+                | _describe_best(stage, evaluations)
                 | _describe_batches(stage, seed, buckets, hash_teacher),
                 lowered,
                 functools.partial(_find_program, stage, entries, seed),
@@ -174,6 +178,7 @@ def check_buckets(
         if not isinstance(entry, Stage) or not entry.cache_teachers:
             continue
         inputs = entry.examples(seed)["inputs"]
+        # Their own average cannot be cached.
         for name in entry.teachers:
             if has_logits_of_tokens(entries[name], inputs):
                 raise ValueError(
@@ -257,6 +262,7 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
         stage.views,
         stage.augment is None,
         stage.init_loss is None,
+        stage.ema_decay,
     )
 
 
@@ -277,8 +283,8 @@ def _merge_equal(
 def _is_same_step(stage: Stage, other: Stage) -> bool:
     """Returns whether two stages differ only in what is not part of their step."""
     # Data act through their shapes, which the candidate key compares; `start` and `transfer` act
-    # before the first step.
-    ignored = {"name", "data", "start", "transfer"}
+    # before the first step, `best` after an evaluation.
+    ignored = {"name", "data", "start", "transfer", "best"}
     names = {field.name for field in dataclasses.fields(Stage)} - ignored
     return all(getattr(stage, name) == getattr(other, name) for name in names)
 
@@ -286,7 +292,7 @@ def _is_same_step(stage: Stage, other: Stage) -> bool:
 def _step_maker(
     stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int
 ) -> Callable[..., StepFn]:
-    models = [entries[name].model for name in stage.teachers]
+    models = [stage.model if name == AVERAGE else entries[name].model for name in stage.teachers]
     cached_num_classes = None
     if stage.cache_top_k is not None:
         inputs = stage.examples(seed)["inputs"]
@@ -303,6 +309,7 @@ def _step_maker(
         loss_tx=stage.loss_tx,
         num_steps=stage.steps,
         cached_num_classes=cached_num_classes,
+        ema_decay=stage.ema_decay,
     )
 
 
@@ -333,7 +340,7 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
         "cache_teachers": stage.cache_teachers,
     }
     # Left out where they are `None`, so that these options do not refuse older checkpoints.
-    for name in ("views", "cache_top_k"):
+    for name in ("views", "cache_top_k", "ema_decay"):
         value = getattr(stage, name)
         if value is not None:
             description[name] = value
@@ -341,6 +348,17 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
         # Weights that a user exchanges under the same name would otherwise go unnoticed.
         description["pretrained"] = dict(pretrained)
     return description
+
+
+def _describe_best(stage: Stage, evaluations: int) -> dict[str, Any]:
+    """Returns what decides which weights a stage returns, in JSON."""
+    if stage.best is None:
+        return {}
+    order = {True: "largest ", False: "smallest ", None: ""}[stage.best.largest]
+    patience = "" if stage.best.patience is None else f", patience {stage.best.patience}"
+    # Others would be evaluated if the training were longer, so that it cannot go on.
+    when = f"{min(evaluations, stage.steps)} evaluations in {stage.steps} steps"
+    return {"best": f"{order}{stage.best.score} of {when}{patience}"}
 
 
 def _describe_batches(

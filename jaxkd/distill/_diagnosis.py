@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes, named_arrays
+from jaxkd.distill._requirements import named_arrays
+from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
 

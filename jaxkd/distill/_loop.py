@@ -18,8 +18,16 @@ import numpy as np
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill import _diagnosis
 from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
+from jaxkd.distill._best import BestSoFar
+from jaxkd.distill._requirements import named_arrays
 from jaxkd.distill._save_clock import SaveClock
-from jaxkd.distill._stage_run import RunGroup, StageRun, TrainedModel, make_trained
+from jaxkd.distill._stage_run import (
+    RunGroup,
+    StageRun,
+    TrainedModel,
+    make_trained,
+    pack_arrays,
+)
 from jaxkd.distill._validation import (
     Evaluation,
     Validator,
@@ -28,7 +36,6 @@ from jaxkd.distill._validation import (
 )
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
 from jaxkd.distill.placement import Placement
-from jaxkd.distill.plan import named_arrays
 from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import describe_labels
@@ -39,7 +46,12 @@ METRICS_ON_DEVICE = 1024
 
 
 class TrainingLoop:
-    """Trains a group from its current step to the end."""
+    """Trains a group from its current step to the end.
+
+    Attributes:
+        group: The runs that train together.
+        ends: The last step of each of them; some may end early.
+    """
 
     def __init__(
         self,
@@ -79,9 +91,18 @@ class TrainingLoop:
         self._evaluations = min(evaluations, group.steps)
         self._seconds = [stage_run.progress.seconds for stage_run in group.stage_runs]
         self._scores: list[Any] = [stage_run.progress.scores for stage_run in group.stage_runs]
+        self._bests = [BestSoFar(stage_run) for stage_run in group.stage_runs]
+        self.ends = [
+            group.first_step if group.is_finished else group.steps for _ in group.stage_runs
+        ]
         self._reset_metrics([stage_run.progress.metrics for stage_run in group.stage_runs])
         # A shorter training was evaluated at other steps than the one that goes on with it.
         self._evaluated_step = group.first_step - group.stage_runs[0].progress.num_losses
+
+    @property
+    def last_step(self) -> int:
+        """The last step that any student takes."""
+        return max(self.ends)
 
     def train(
         self,
@@ -101,16 +122,18 @@ class TrainingLoop:
         Raises:
             RunError: If a loss is not finite, the loss reads a label that is no class of the
                 student, or the records of a finished training are lost.
+            ValueError: If the scores lack the one by which a stage names its best.
         """
         group = self.group
         for stage_run in group.stage_runs:
             # Records after the checkpoint belong to steps that are taken again.
             self._run.rewind_metrics(stage_run.seed, stage_run.stage.name, group.first_step)
-        if group.first_step == group.steps:
+        if group.is_finished:
             return self._collect([stage_run.state for stage_run in group.stage_runs])
         self._put_on_devices()
         if not group.first_step:
             self._try_suspects()
+            self._check_bests()
         clock = SaveClock(self._save_every)
         try:
             for step, next_step in itertools.pairwise(self._stops()):
@@ -122,9 +145,12 @@ class TrainingLoop:
                     records = self._evaluate(next_step)
                     if on_evaluate is not None:
                         on_evaluate(next_step, *self._average(records))
-                if next_step == group.steps or clock.is_due():
+                # Students that ended early have this step's checkpoint as their last one.
+                if next_step in self.ends or clock.is_due():
                     self._save(next_step)
                     clock.restart()
+                if next_step == self.last_step:
+                    break
         except KeyboardInterrupt:
             self._save_if_consistent()
             raise
@@ -199,7 +225,7 @@ class TrainingLoop:
             info = BatchInfo(index, num_examples, stage_run.view_key)
         if stage.cache_teachers:
             logits = []
-            for name, variables in zip(stage.teachers, stage_run.teachers, strict=True):
+            for name, variables in stage_run.other_teachers.items():
                 logits.append(
                     self._teacher_cache.get(
                         name,
@@ -287,9 +313,8 @@ class TrainingLoop:
 
     def _find_cause(self, stage_run: StageRun) -> str:
         """Describes why a loss is not finite; an empty string if labels and teachers are sound."""
-        stage, inputs = stage_run.stage, stage_run.examples["inputs"]
+        inputs, teachers = stage_run.examples["inputs"], stage_run.other_teachers
         some_inputs = jax.tree.map(lambda array: array[: _diagnosis.MAX_TEACHER_EXAMPLES], inputs)
-        teachers = dict(zip(stage.teachers, stage_run.teachers, strict=True))
         logits = {
             name: self._teacher_cache.predict(name, variables, some_inputs)
             for name, variables in teachers.items()
@@ -313,32 +338,51 @@ class TrainingLoop:
                 ]
                 self._num_new = 0
 
+    def _check_bests(self) -> None:
+        """Raises `ValueError` if a stage names a score that there is not, before the first step."""
+        for stage_run, best in zip(self.group.stage_runs, self._bests, strict=True):
+            if stage_run.stage.best is not None:
+                variables = stage_run.state.average_variables
+                best.check(self._validator.score(stage_run.stage.name, variables))
+
     def _evaluate(self, step: int) -> list[dict[str, Any]]:
         """Scores every student on the validation split, and records and returns the results."""
         metrics = self._get_metrics()
         records = []
         for i, state in enumerate(self._get_states()):
             stage_run = self.group.stage_runs[i]
+            if self._bests[i].is_stopped:
+                continue
             # Records are appended in the order of the group, so that an unbroken run repeats the
             # file.
             self._check_losses(stage_run, metrics[i]["loss"], step)
-            evaluation = self._evaluate_student(stage_run, state, step, metrics[i]["loss"])
+            variables = jax.tree.map(jnp.asarray, state.average_variables)
+            evaluation = self._evaluate_student(stage_run, variables, step, metrics[i]["loss"])
             record = _make_record(stage_run, step, metrics[i], evaluation)
             self._run.append_metrics(record)
             self._scores[i] = evaluation.scores
             records.append(record)
+            self._update_best(i, step, variables)
         self._reset_metrics([{} for _ in self.group.stage_runs])
         self._evaluated_step = step
         return records
 
+    def _update_best(self, i: int, step: int, variables: Any) -> None:
+        """Notes whether the last evaluation of a student is its best, and ends its training."""
+        best, scores = self._bests[i], self._scores[i]
+        # Processes that decided otherwise would wait for each other.
+        is_better, _ = broadcast_from_primary(best.is_better(scores), ())
+        best.update(step, scores, variables, better=is_better)
+        if best.is_stopped:
+            self.ends[i] = step
+
     def _evaluate_student(
-        self, stage_run: StageRun, state: TrainState, step: int, losses: np.ndarray
+        self, stage_run: StageRun, variables: Any, step: int, losses: np.ndarray
     ) -> Evaluation:
         """Evaluates a student. Raises `RunError` if a score is not finite."""
-        stage = stage_run.stage
-        variables = jax.tree.map(jnp.asarray, state.variables)
-        teachers = dict(zip(stage.teachers, stage_run.teachers, strict=True))
-        evaluation = self._validator.evaluate(stage.name, variables, teachers)
+        evaluation = self._validator.evaluate(
+            stage_run.stage.name, variables, stage_run.other_teachers
+        )
         check_evaluation(
             evaluation, stage_run.label, step, variables, losses, self._validator.examples
         )
@@ -375,6 +419,8 @@ class TrainingLoop:
         # of them see. Only the primary process need see that of a run, so it gets the states.
         states = self._get_states()
         for i, stage_run in enumerate(self.group.stage_runs):
+            if self.ends[i] < step:
+                continue
             self._seconds[i] = stage_run.progress.seconds + share
             if is_primary_process():
                 self._run.check_folder()
@@ -384,12 +430,13 @@ class TrainingLoop:
                     "stage": stage_run.fingerprint,
                     "scores": self._scores[i],
                 }
+                arrays = pack_arrays(states[i], self._bests[i].variables)
                 try:
                     checkpoints.save(
                         stage_run.folder,
                         step,
-                        jax.device_get(states[i]),
-                        notes=notes,
+                        jax.device_get(arrays),
+                        notes=notes | self._bests[i].to_notes(),
                         identity=stage_run.identity,
                     )
                 finally:
@@ -419,10 +466,14 @@ class TrainingLoop:
         self._check_records()
         models = []
         for i, state in enumerate(states):
+            best, step, scores = self._bests[i], self.ends[i], self._scores[i]
+            variables: Any = state.average_variables
+            if best.scores is not None:
+                variables, step, scores = best.variables, best.step, best.scores
             # Students of a vectorised group come as NumPy arrays. Those who learn from them expect
             # JAX's.
-            variables = jax.tree.map(jnp.asarray, state.variables)
-            models.append(make_trained(variables, self._seconds[i], self._scores[i]))
+            variables = jax.tree.map(jnp.asarray, variables)
+            models.append(make_trained(variables, self._seconds[i], scores, step))
         return models
 
     def _check_records(self) -> None:
@@ -430,8 +481,8 @@ class TrainingLoop:
         lost = ""
         if is_primary_process():
             recorded = {(r["seed"], r["stage"], r["step"]) for r in self._run.metrics()}
-            for stage_run in self.group.stage_runs:
-                if (stage_run.seed, stage_run.stage.name, self.group.steps) not in recorded:
+            for stage_run, end in zip(self.group.stage_runs, self.ends, strict=True):
+                if (stage_run.seed, stage_run.stage.name, end) not in recorded:
                     lost = (
                         f"{self._run.folder}/metrics.jsonl has lost the records of "
                         f"{stage_run.label}: delete {stage_run.folder} to train it again"

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.distill.placement import DATA
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
 from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
 from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
@@ -99,10 +99,18 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Stage | Pretrained], see
 
     def init_state(key: Any, inputs: Any) -> Any:
         variables = stage.model.init(key, inputs)
-        return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+        return init_train_state(
+            variables,
+            stage.tx,
+            loss_params=loss_params,
+            loss_tx=stage.loss_tx,
+            has_average=stage.ema_decay is not None,
+        )
 
-    teachers = [entries[name] for name in stage.teachers]
-    teacher_variables = tuple(variables_shape(teacher, example) for teacher in teachers)
+    teachers = [None if name == AVERAGE else entries[name] for name in stage.teachers]
+    teacher_variables = tuple(
+        None if teacher is None else variables_shape(teacher, example) for teacher in teachers
+    )
     info = BatchInfo()
     if stage.views is not None:
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -112,6 +120,7 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Stage | Pretrained], see
         logits = tuple(
             _cached_logits_shape(stage, teacher.model, variables, batch["inputs"])
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
+            if teacher is not None  # as `Stage` checks
         )
         info = info._replace(teacher_logits=logits)
         teacher_variables = ()

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from jaxkd._messages import shorten
 from jaxkd.distill._identity import find_changes, is_shorter
-from jaxkd.distill.step import TrainState
 from jaxkd.runs import Run, RunError, checkpoints
 from jaxkd.runs.growth import describe_growth, find_set_aside, set_aside, take_back
 from jaxkd.runs.run import checkpoint_identity
@@ -22,12 +21,20 @@ class StageProgress(NamedTuple):
         seconds: Training time.
         metrics: The losses, and their terms, of the steps since the last evaluation, by name.
         scores: The scores of the last evaluation by name; `None` before the first.
+        best_step: Step of the best evaluation, for a stage that returns its weights.
+        best_scores: Its scores; `None` before the first evaluation.
+        num_worse: Number of evaluations since then.
+        is_stopped: Whether the training has ended early.
     """
 
     step: int = 0
     seconds: float = 0.0
     metrics: Mapping[str, list[float]] = MappingProxyType({})
     scores: dict[str, float] | None = None
+    best_step: int = 0
+    best_scores: dict[str, float] | None = None
+    num_worse: int = 0
+    is_stopped: bool = False
 
     @property
     def num_losses(self) -> int:
@@ -40,13 +47,13 @@ class _Checkpoint(NamedTuple):
 
     Attributes:
         notes: Its notes and its step, which is 0 without a checkpoint.
-        state: Its state.
+        arrays: Its arrays.
         reason: Why it is of another training; empty if it is not.
         message: The same for an error, with its folder.
     """
 
     notes: dict[str, Any]
-    state: TrainState
+    arrays: Any
     reason: str = ""
     message: str = ""
 
@@ -55,11 +62,11 @@ def restore_training(
     run: Run,
     seed: int,
     stage: str,
-    state: TrainState,
+    arrays: Any,
     fingerprint: Mapping[str, Any],
     find_program: Callable[[int], str | None],
-) -> tuple[dict[str, Any], TrainState, str]:
-    """Returns the notes and the state of a training's newest checkpoint.
+) -> tuple[dict[str, Any], Any, str]:
+    """Returns the notes and the arrays of a training's newest checkpoint.
 
     In a run that may grow, a checkpoint of another training is set aside together with its records,
     and one of this training that was set aside before is taken back.
@@ -68,12 +75,12 @@ def restore_training(
         run: The run.
         seed: The seed.
         stage: Name of the stage.
-        state: The state before the first step.
+        arrays: The arrays of a checkpoint before the first step.
         fingerprint: The description of the training.
         find_program: See `is_shorter`.
 
     Returns:
-        Notes with the step, 0 without a checkpoint; the state; and a remark on what became of the
+        Notes with the step, 0 without a checkpoint; the arrays; and a remark on what became of the
         training of an earlier configuration, empty without one.
 
     Raises:
@@ -84,7 +91,7 @@ def restore_training(
     growth = describe_growth(run) if run.grow and run.is_growing else ""
 
     def read(folder: Path) -> tuple[_Checkpoint, str]:
-        found = _read_checkpoint(folder, seed, stage, state, fingerprint, growth)
+        found = _read_checkpoint(folder, seed, stage, arrays, fingerprint, growth)
         saved = found.notes.get("stage")
         if run.grow and found.reason and is_shorter(saved or {}, fingerprint, find_program):
             remark = f"goes on after step {found.notes['step']:,} of a shorter training"
@@ -98,26 +105,26 @@ def restore_training(
             "for the run"
         )
     if found.notes["step"] and not found.reason:
-        return found.notes, found.state, remark
+        return found.notes, found.arrays, remark
     reasons = [found.reason]
     for folder in find_set_aside(run, seed, stage) if run.grow else ():
         aside, remark = read(folder)
         if aside.notes["step"] and not aside.reason:
             take_back(run, seed, stage, folder)
-            return aside.notes, aside.state, remark or "an earlier configuration has trained it"
+            return aside.notes, aside.arrays, remark or "an earlier configuration has trained it"
         reasons.append(aside.reason)
     if found.reason:
         set_aside(run, seed, stage)
     reason = next(filter(None, reasons), "")
     remark = f"trains again ({reason}); its earlier training is kept until the end"
-    return {"step": 0}, state, remark if reason else ""
+    return {"step": 0}, arrays, remark if reason else ""
 
 
 def _read_checkpoint(
     folder: Path,
     seed: int,
     stage: str,
-    state: TrainState,
+    arrays: Any,
     fingerprint: Mapping[str, Any],
     growth: str,
 ) -> _Checkpoint:
@@ -127,21 +134,23 @@ def _read_checkpoint(
         folder: The folder.
         seed: The seed.
         stage: Name of the stage.
-        state: The state before the first step.
+        arrays: The arrays of a checkpoint before the first step.
         fingerprint: The description of the training.
         growth: How the configuration has changed since the run last finished; empty if it has not.
     """
     nothing = {"step": 0}
     try:
-        restored = checkpoints.restore(folder, state, identity=checkpoint_identity(seed, stage))
+        restored = checkpoints.restore(folder, arrays, identity=checkpoint_identity(seed, stage))
     except ValueError as error:
-        return _Checkpoint(nothing, state, "its arrays changed", str(error))
+        return _Checkpoint(nothing, arrays, "its arrays changed", str(error))
     if restored is None or restored.step == 0:
-        return _Checkpoint(nothing, state)
+        return _Checkpoint(nothing, arrays)
     notes = _update_notes(restored.notes) | {"step": restored.step}
-    if {"stage", *StageProgress._fields} - notes.keys() or not isinstance(notes["stage"], dict):
+    needed = {"stage", "seconds", "metrics", "scores"}
+    if needed - notes.keys() or not isinstance(notes["stage"], dict):
         reason = "no plan saved its checkpoints"
-        return _Checkpoint(nothing, state, reason, f"{folder} holds checkpoints that no plan saved")
+        message = f"{folder} holds checkpoints that no plan saved"
+        return _Checkpoint(nothing, arrays, reason, message)
     changes, is_uncertain = find_changes(notes["stage"], fingerprint)
     if is_uncertain and growth:
         # With an unchanged configuration, the same script is expected. Now it is not.

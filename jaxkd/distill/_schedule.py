@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxkd.distill._compile import CompiledStage, group_by_program
-from jaxkd.distill.plan import Pretrained, Stage, named_arrays, order
+from jaxkd.distill._requirements import named_arrays
+from jaxkd.distill.plan import Pretrained, Stage, order
 
 Job = tuple[CompiledStage, int]
 """A stage and a seed."""

@@ -18,7 +18,7 @@ from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._restore import StageProgress, restore_training
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.models.model import Model
 from jaxkd.runs import Run, RunError
@@ -33,18 +33,22 @@ class TrainedModel(NamedTuple):
         seconds: Training time over all restarts. Students that train together share their time.
         validation_accuracy: Accuracy on the validation split at the end, in [0, 1]; NaN where it
             was not measured.
-        scores: All numbers that were measured on the validation split at the end, by name.
+        scores: All numbers that were measured on the validation split, by name.
+        step: The step whose weights these are: the last one, or that of the best evaluation.
     """
 
     variables: dict
     seconds: float
     validation_accuracy: float
     scores: Mapping[str, float] = MappingProxyType({})
+    step: int = 0
 
 
-def make_trained(variables: dict, seconds: float, scores: Mapping[str, float]) -> TrainedModel:
+def make_trained(
+    variables: dict, seconds: float, scores: Mapping[str, float], step: int = 0
+) -> TrainedModel:
     """Returns a trained model with these scores."""
-    return TrainedModel(variables, seconds, scores.get("accuracy", float("nan")), scores)
+    return TrainedModel(variables, seconds, scores.get("accuracy", float("nan")), scores, step)
 
 
 class StageRun(NamedTuple):
@@ -56,8 +60,9 @@ class StageRun(NamedTuple):
         key: The PRNG key of the training.
         view_key: The PRNG key of the views, which all stages of the seed share.
         examples: The examples.
-        teachers: The variables of each teacher.
+        teachers: The variables of each teacher; `None` for the student's own average.
         state: The training state.
+        best: The variables of the best evaluation, for a stage that returns them.
         progress: Steps, time and evaluation so far.
         folder: Folder of the checkpoints.
         fingerprint: JSON values that identify the training. They are saved in its checkpoints.
@@ -69,8 +74,9 @@ class StageRun(NamedTuple):
     key: Array
     view_key: Array
     examples: Mapping[str, Any]
-    teachers: tuple[dict, ...]
+    teachers: tuple[dict | None, ...]
     state: TrainState
+    best: dict | None
     progress: StageProgress
     folder: Path
     fingerprint: dict[str, Any]
@@ -85,6 +91,17 @@ class StageRun(NamedTuple):
     def stage(self) -> Stage:
         """The stage."""
         return self.compiled.stage
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step is left to take."""
+        return self.progress.is_stopped or self.progress.step == self.stage.steps
+
+    @property
+    def other_teachers(self) -> dict[str, dict]:
+        """The variables of the teachers by name, without the student's own average."""
+        pairs = zip(self.stage.teachers, self.teachers, strict=True)
+        return {name: variables for name, variables in pairs if variables is not None}
 
     @property
     def label(self) -> str:
@@ -103,6 +120,7 @@ class RunGroup:
         self.batch_size = first.stage.batch_size
         self.multi_step = first.compiled.multi_step
         self.first_step = first.progress.step
+        self.is_finished = first.is_finished
 
     def __len__(self) -> int:
         """Returns the number of students."""
@@ -117,11 +135,12 @@ class RunGroup:
 
 def group_by_step(stage_runs: Sequence[StageRun]) -> list[RunGroup]:
     """Groups runs by their step. A kill between two saves leaves some runs behind the others."""
-    by_step: dict[tuple[int, int], list[StageRun]] = {}
+    by_step: dict[tuple[int, int, bool], list[StageRun]] = {}
     for stage_run in stage_runs:
         progress = stage_run.progress
         # One that goes on with a shorter training was last evaluated at another step.
-        by_step.setdefault((progress.step, progress.num_losses), []).append(stage_run)
+        key = progress.step, progress.num_losses, stage_run.is_finished
+        by_step.setdefault(key, []).append(stage_run)
     # Those furthest behind go first.
     return [RunGroup(by_step[step]) for step in sorted(by_step)]
 
@@ -174,8 +193,8 @@ def start_or_resume(
             weights,
             is_complete=compiled.lowered.is_complete,
         )
-    state, progress, remark = _restore(run, seed, compiled, state, fingerprint)
-    teachers = tuple(variables[name] for name in stage.teachers)
+    state, best, progress, remark = _restore(run, seed, compiled, state, fingerprint)
+    teachers = tuple(None if name == AVERAGE else variables[name] for name in stage.teachers)
     return StageRun(
         compiled,
         seed,
@@ -184,6 +203,7 @@ def start_or_resume(
         examples,
         teachers,
         state,
+        best,
         progress,
         folder,
         fingerprint,
@@ -217,7 +237,13 @@ def _init_state(
     loss_params = None
     if stage.init_loss is not None:
         loss_params = stage.init_loss(jax.random.fold_in(key, Purpose.LOSS_INIT))
-    return init_train_state(variables, stage.tx, loss_params=loss_params, loss_tx=stage.loss_tx)
+    return init_train_state(
+        variables,
+        stage.tx,
+        loss_params=loss_params,
+        loss_tx=stage.loss_tx,
+        has_average=stage.ema_decay is not None,
+    )
 
 
 def _restore(
@@ -226,18 +252,19 @@ def _restore(
     compiled: CompiledStage,
     state: TrainState,
     fingerprint: Mapping[str, Any],
-) -> tuple[TrainState, StageProgress, str]:
-    """Returns the newest checkpoint's state and progress, or the given state at step 0.
+) -> tuple[TrainState, dict | None, StageProgress, str]:
+    """Returns the newest checkpoint's state, best variables and progress, or those at step 0.
 
     The text says what became of the training of an earlier configuration.
     """
     stage = compiled.stage
     notes: dict[str, Any] = {"step": 0}
     remark = ""
+    arrays = pack_arrays(state, state.average_variables if stage.best else None)
     if is_primary_process():
         try:
-            notes, state, remark = restore_training(
-                run, seed, stage.name, state, fingerprint, compiled.find_program
+            notes, arrays, remark = restore_training(
+                run, seed, stage.name, arrays, fingerprint, compiled.find_program
             )
         # Whatever it is, the other processes would wait for this one.
         except (ValueError, OSError, ImportError) as error:
@@ -245,15 +272,22 @@ def _restore(
                 raise
             notes = {"failure": str(error)}
     # Only the primary process writes checkpoints, and its disk need not be shared.
-    (notes, remark), state = broadcast_from_primary((notes, remark), state)
+    (notes, remark), arrays = broadcast_from_primary((notes, remark), arrays)
     if "failure" in notes:
         raise RunError(notes["failure"])
+    state, best = (arrays["state"], arrays["best"]) if stage.best else (arrays, None)
     state = jax.tree.map(jnp.asarray, state)
     if not notes["step"]:
-        return state, StageProgress(), remark
+        return state, best, StageProgress(), remark
     # The notes also hold the fingerprint, which is not part of the progress.
-    progress = StageProgress(**{field: notes[field] for field in StageProgress._fields})
-    return state, progress, remark
+    known = {field: notes[field] for field in StageProgress._fields if field in notes}
+    return state, best, StageProgress(**known), remark
+
+
+def pack_arrays(state: TrainState, best: Any) -> Any:
+    """Returns the arrays of a checkpoint: the state, and the best variables if there are any."""
+    # A state alone, as versions before `Stage.best` saved it.
+    return state if best is None else {"state": state, "best": best}
 
 
 def check_pretrained(

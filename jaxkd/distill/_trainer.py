@@ -82,11 +82,10 @@ class Trainer:
             if (seed, stage.stage.name) not in held or not self._has_teachers(stage, seed):
                 continue
             stage_run = self._start(stage, seed)
-            step = stage_run.progress.step
-            if step == stage.stage.steps:
+            if stage_run.is_finished:
                 self._train_group(RunGroup([stage_run]), DeviceArrays(self._placement.put_array))
                 num_kept += 1
-            elif step:
+            elif stage_run.progress.step:
                 num_resumed += 1
         if self._run.grow and is_primary_process():
             record_growth(self._run, trains=num_kept < len(jobs))
@@ -151,9 +150,11 @@ class Trainer:
         models = loop.train(self._progress.advance, self._progress.report_evaluation)
         for stage_run, model in zip(group.stage_runs, models, strict=True):
             self._trained[stage_run.stage.name][stage_run.seed] = model
-            if group.first_step < group.steps and is_primary_process():
+            if not group.is_finished and is_primary_process():
                 delete_set_aside(self._run, stage_run.seed, stage_run.stage.name)
-        self._progress.end_group(_describe_results(group, models))
+        # Those that an early end has spared. They took no time.
+        self._progress.advance(group.steps - loop.last_step, restored=True)
+        self._progress.end_group(_describe_results(group, models, loop.ends))
 
 
 def describe_disk_use(folder: Path) -> str:
@@ -161,17 +162,21 @@ def describe_disk_use(folder: Path) -> str:
     return f"{folder} uses {format_bytes(measure_disk_use(folder))}"
 
 
-def _describe_results(group: RunGroup, models: Sequence[TrainedModel]) -> list[str]:
-    """Returns a line for each training of a group."""
+def _describe_results(
+    group: RunGroup, models: Sequence[TrainedModel], ends: Sequence[int]
+) -> list[str]:
+    """Returns a line for each training of a group, of which the last steps are given."""
     lines = []
-    for stage_run, model in zip(group.stage_runs, models, strict=True):
+    for stage_run, model, end in zip(group.stage_runs, models, ends, strict=True):
         # Nothing was trained, so that seconds and accuracy are those of an earlier call.
-        if group.first_step == group.steps:
+        if group.is_finished:
             lines.append(f"{stage_run.label}: already trained")
             continue
         resumed = f", resumed at step {group.first_step}" if group.first_step else ""
+        early = " (ended early)" if end < group.steps else ""
+        best = f", the best of {end}{early}," if stage_run.stage.best else ""
         lines.append(
-            f"{stage_run.label}: {describe_scores(model.scores)} after "
-            f"{group.steps} steps and {model.seconds:.1f} s{resumed}"
+            f"{stage_run.label}: {describe_scores(model.scores)} after {model.step} steps{best} "
+            f"and {model.seconds:.1f} s{resumed}"
         )
     return lines

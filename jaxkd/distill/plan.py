@@ -5,9 +5,8 @@ after a weight transfer are all plans.
 """
 
 import graphlib
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +18,14 @@ from jax import Array
 
 from jaxkd._messages import shorten
 from jaxkd.data.views import Augment
+from jaxkd.distill._requirements import (
+    MODEL,
+    REQUIREMENTS,
+    check_numbers,
+    describe_value,
+    named_arrays,
+)
+from jaxkd.distill.selection import Best
 from jaxkd.distill.step import LossFn
 from jaxkd.models.model import Model
 
@@ -30,6 +37,9 @@ MAX_REPEATS = 10
 
 SMALL_BATCH = 1024
 """Size of a batch that any number of examples may fill."""
+
+AVERAGE = "@average"
+"""Among the teachers of a stage: the moving average of its own student. No stage has this name."""
 
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays and scalars by name, or a function of the seed that returns them."""
@@ -67,7 +77,8 @@ class Stage:
         tx: The optimizer.
         steps: Number of training steps.
         teachers: Names of the stages or pretrained models that teach, in the order in which the
-            loss gets their outputs.
+            loss gets their outputs. `AVERAGE` is the student's own average, as it was before the
+            step.
         start: Name of the stage or pretrained model whose weights this stage starts from; `None`
             for random weights.
         transfer: `(source, fresh) -> variables`. Converts the weights of `start` to this stage's
@@ -87,6 +98,11 @@ class Stage:
         init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector.
             They are trained with the student and are in `LossContext.params`.
         loss_tx: The optimizer of these parameters; `None` for `tx` with a state of its own.
+        ema_decay: Largest weight of the old average when a step updates the exponential moving
+            average of the student's weights, such as 0.999. The average is what is evaluated and
+            returned. `None` keeps none.
+        best: Returns the weights of the best evaluation, and may end the training early. `None`
+            returns the last weights.
     """
 
     name: str
@@ -105,6 +121,8 @@ class Stage:
     cache_top_k: int | None = None
     init_loss: Callable[[Array], Any] | None = None
     loss_tx: optax.GradientTransformation | None = None
+    ema_decay: float | None = None
+    best: Best | None = None
 
     def __post_init__(self) -> None:
         """Raises `TypeError` or `ValueError` if attributes are unfit or contradict each other."""
@@ -121,7 +139,7 @@ class Stage:
                 f"a stage's name is also a folder's name: use at most {MAX_NAME} characters, not "
                 f"the {len(self.name):,} of {shorten(self.name, 40)!r}"
             )
-        for attribute, requirement in _REQUIREMENTS.items():
+        for attribute, requirement in REQUIREMENTS.items():
             requirement.check(getattr(self, attribute), f"{attribute} of stage {self.name!r}")
         # The data of a function are checked when it is called: they may differ from seed to seed.
         if not callable(self.data):
@@ -149,6 +167,23 @@ class Stage:
                 "and a number of at least 1"
             )
 
+        self._check_average()
+        if self.best is not None:
+            self.best.check(f"stage {self.name!r}")
+
+    def _check_average(self) -> None:
+        """Raises `ValueError` unless the decay is a fraction, and there if the average teaches."""
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"stage {self.name!r} has ema_decay={self.ema_decay}: it must be between 0 and 1, "
+                "such as 0.999"
+            )
+        if AVERAGE in self.teachers and (self.ema_decay is None or self.cache_teachers):
+            raise ValueError(
+                f"stage {self.name!r} learns from its own average: it needs an ema_decay, such as "
+                "0.999, and its teachers cannot be cached"
+            )
+
     def _check_batch_size(self, examples: Mapping[str, Any]) -> None:
         """Raises `ValueError` if a batch would hold every example many times."""
         count = len(jax.tree.leaves(examples["inputs"])[0])
@@ -163,7 +198,8 @@ class Stage:
     @property
     def needs(self) -> tuple[str, ...]:
         """The names that must come before this stage: its teachers and its start."""
-        return self.teachers if self.start is None else (*self.teachers, self.start)
+        others = tuple(name for name in self.teachers if name != AVERAGE)
+        return others if self.start is None else (*others, self.start)
 
     def examples(self, seed: int) -> Mapping[str, Any]:
         """Returns the examples of a seed.
@@ -177,7 +213,7 @@ class Stage:
         if not isinstance(data, Mapping):
             raise TypeError(
                 f"the data of stage {self.name!r} must return a dict of arrays, got "
-                f"{_describe(data)}"
+                f"{describe_value(data)}"
             )
         for name, array in data.items():
             # Nested lists would be taken for many arrays.
@@ -202,15 +238,6 @@ class Stage:
         return data
 
 
-def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterates over arrays by name; those of a dict within have names such as `inputs/tokens`."""
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from named_arrays(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
     """Returns the shapes and dtypes of a batch of inputs `[N, ...]`, an array or a dict of them."""
     return jax.tree.map(
@@ -220,116 +247,6 @@ def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
         ),
         inputs,
     )
-
-
-def check_numbers(data: Mapping[str, Any], owner: str) -> None:
-    """Raises `ValueError` if an array or scalar holds text or other objects instead of numbers."""
-    for name, array in named_arrays(data):
-        is_number = isinstance(array, (bool, int, float, complex, str, bytes))
-        if not is_number and not hasattr(array, "dtype"):
-            raise ValueError(
-                f"{owner} has a {type(array).__name__} as {name!r}: make it an array with "
-                "np.asarray"
-            )
-        # JAX's own dtypes are numbers, but not all of them are NumPy's. That of keys is neither.
-        dtype = np.asarray(array).dtype if isinstance(array, (str, bytes)) else None
-        dtype = getattr(array, "dtype", dtype)
-        if isinstance(dtype, np.dtype) and dtype.kind in "OSUMm":
-            raise ValueError(
-                f"{owner} has values of dtype {dtype} as {name!r}, but JAX needs numbers: number "
-                "classes from 0, and leave out names and dates"
-            )
-
-
-def check_integers(data: Mapping[str, Any], owner: str) -> None:
-    """Raises `ValueError` if an array holds integers that do not fit into JAX's 32 bits."""
-    for name, array in named_arrays(data):
-        dtype = getattr(array, "dtype", None)
-        if not isinstance(dtype, np.dtype) or dtype.kind not in "iu" or not np.size(array):
-            continue
-        # JAX would take them modulo 2**32.
-        limits = np.iinfo(jax.dtypes.canonicalize_dtype(dtype))
-        smallest, largest = int(np.min(array)), int(np.max(array))
-        if smallest < limits.min or largest > limits.max:
-            raise ValueError(
-                f"{owner} has integers from {smallest} to {largest} as {shorten(name, 40)!r}, of "
-                f"which JAX keeps 32 bits: number them from 0, or set jax_enable_x64"
-            )
-
-
-class _Requirement(NamedTuple):
-    """A requirement on the type of an attribute."""
-
-    is_met: Callable[[Any], bool]
-    text: str
-    is_optional: bool = False
-
-    def check(self, value: Any, owner: str) -> None:
-        """Raises `TypeError` if a value does not meet it."""
-        if not (self.is_met(value) or (self.is_optional and value is None)):
-            raise TypeError(f"{owner} must be {self.text}, got {_describe(value)}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_optimizer(tx: Any) -> bool:
-    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
-
-
-def _is_names(value: Any) -> bool:
-    # A string is a sequence of names, too: of its letters.
-    return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
-
-
-def _takes_four(loss: Any) -> bool:
-    """Returns whether a function may be called with four positional arguments."""
-    try:
-        inspect.signature(loss).bind(None, None, None, None)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature
-        pass
-    return True
-
-
-def _describe(value: Any) -> str:
-    # A split of a dataset, unlike a stage.
-    if isinstance(getattr(type(value), "examples", None), property):
-        return f"a {type(value).__name__}: pass its .examples"
-    # The text of an array or of a network may fill pages, and costs time.
-    is_short = value is None or isinstance(value, (bool, int, float, str, tuple, list))
-    return shorten(repr(value), 80) if is_short else f"a {type(value).__name__}"
-
-
-_MODEL = _Requirement(
-    lambda value: isinstance(value, Model),
-    "a models.Model, as models.from_linen or models.from_nnx makes",
-)
-_REQUIREMENTS = {
-    "model": _MODEL,
-    "data": _Requirement(
-        lambda value: callable(value) or isinstance(value, Mapping),
-        "a dict of arrays such as {'inputs': images, 'labels': labels}, or a function of the seed",
-    ),
-    "loss": _Requirement(
-        lambda value: callable(value) and _takes_four(value),
-        "a function (student, teachers, batch, context) -> [B]",
-    ),
-    "tx": _Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)"),
-    "steps": _Requirement(_is_integer, "an integer"),
-    "teachers": _Requirement(_is_names, "a tuple of names such as ('teacher',)"),
-    "start": _Requirement(lambda value: isinstance(value, str), "a name", is_optional=True),
-    "transfer": _Requirement(callable, "a function (source, fresh) -> variables", is_optional=True),
-    "batch_size": _Requirement(_is_integer, "an integer"),
-    "augment": _Requirement(callable, "a function (key, inputs) -> inputs", is_optional=True),
-    "views": _Requirement(_is_integer, "an integer", is_optional=True),
-    "cache_top_k": _Requirement(_is_integer, "an integer", is_optional=True),
-    "init_loss": _Requirement(callable, "a function key -> loss_params", is_optional=True),
-    "loss_tx": _Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)", True),
-}
-"""The requirements on the attributes of a stage, by name."""
 
 
 def teacher_baselines(
@@ -354,6 +271,7 @@ def teacher_baselines(
         (teacher, alone.name)
         for student in stages
         for teacher in student.teachers
+        if teacher != AVERAGE
         for alone in stages
         if not alone.needs and alone.name != teacher and _is_same_network(alone, student, variables)
     ]
@@ -392,14 +310,16 @@ def check_entries(plan: Sequence[Stage | Pretrained]) -> None:
     A pretrained model is a plain tuple, whose attributes are checked here.
     """
     if not isinstance(plan, (list, tuple)) or isinstance(plan, Pretrained):
-        raise TypeError(f"a plan must be a list of stages, got {_describe(plan)}: write [stage]")
+        raise TypeError(
+            f"a plan must be a list of stages, got {describe_value(plan)}: write [stage]"
+        )
     for entry in plan:
         if not isinstance(entry, (Stage, Pretrained)):
             raise TypeError(
-                f"a plan holds Stage and Pretrained, but also {_describe(entry)}: remove it"
+                f"a plan holds Stage and Pretrained, but also {describe_value(entry)}: remove it"
             )
         if isinstance(entry, Pretrained):
-            _MODEL.check(entry.model, f"model of the pretrained {shorten(repr(entry.name), 80)}")
+            MODEL.check(entry.model, f"model of the pretrained {shorten(repr(entry.name), 80)}")
 
 
 def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:

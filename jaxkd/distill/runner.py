@@ -33,20 +33,14 @@ from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
+from jaxkd.distill._requirements import check_integers, check_numbers
 from jaxkd.distill._schedule import make_schedule
 from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
 from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill._validation import MakeScore, Validator
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
-from jaxkd.distill.plan import (
-    Pretrained,
-    Stage,
-    check_integers,
-    check_numbers,
-    order,
-    teacher_baselines,
-)
+from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import (
     PredictFn,
@@ -165,7 +159,7 @@ def run_plan(
     ):
         predict_fns = _make_predict_fns(plan, placement.make_predict, buckets)
         validator = Validator(plan, predict_fns, validation, make_score)
-        stages = compile_stages(plan, first_seed, placement, buckets)
+        stages = compile_stages(plan, first_seed, placement, buckets, evaluations=evaluations)
         if any(stage.lowered.has_convolutions for stage in stages):
             _warn_of_slow_convolutions()
         describer = TrainingDescriber(validation, run.config)
@@ -499,7 +493,11 @@ def _describe_teachers_at_chance(
     """Returns a line for each teacher that is no better than a constant prediction."""
     chance, count = chance_accuracy(labels), np.size(labels)
     teachers = dict.fromkeys(
-        name for stage in plan if isinstance(stage, Stage) for name in stage.teachers
+        name
+        for stage in plan
+        if isinstance(stage, Stage)
+        for name in stage.teachers
+        if name != AVERAGE
     )
     lines = []
     for name in teachers if seeds else ():

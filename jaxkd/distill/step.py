@@ -12,6 +12,7 @@ from jax import Array, lax
 from jaxkd._messages import describe_lacking_params, list_some, shorten
 from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
+from jaxkd.distill.selection import as_weights, start_average, update_average
 from jaxkd.distill.top_k import TopK, expand_top_k
 from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
 
@@ -105,6 +106,7 @@ class TrainState(NamedTuple):
         step: Number of steps taken so far, int32 scalar.
         loss: The state of the loss, if it has parameters of its own. It is not part of the trained
             student.
+        average: The exponential moving average of `params` and `batch_stats`, if one is kept.
     """
 
     params: Any
@@ -112,11 +114,17 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: Array
     loss: LossState | None = None
+    average: Any = None
 
     @property
     def variables(self) -> dict:
         """The student's variables, as `Model.apply` takes them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def average_variables(self) -> dict:
+        """The average in the dtypes of the variables; the variables themselves without one."""
+        return self.variables if self.average is None else as_weights(self.average, self.variables)
 
 
 def init_train_state(
@@ -125,6 +133,7 @@ def init_train_state(
     *,
     loss_params: Any = None,
     loss_tx: optax.GradientTransformation | None = None,
+    has_average: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -135,6 +144,8 @@ def init_train_state(
         loss_params: Parameters of the loss, copied as well. `None` for a loss without any.
         loss_tx: Their optimizer. By default `tx`, with a state of its own. Pass another one if `tx`
             depends on the student's tree, as an optimizer that freezes some weights does.
+        has_average: Whether the state has an average of the weights, for a step with an
+            `ema_decay`.
 
     Returns:
         The state at step 0.
@@ -152,7 +163,9 @@ def init_train_state(
     if loss_params is not None:
         loss = LossState(loss_params, (loss_tx or tx).init(loss_params))
     step = jnp.zeros((), jnp.int32)
-    return TrainState(params, variables.get("batch_stats", {}), tx.init(params), step, loss)
+    average = start_average(variables) if has_average else None
+    batch_stats = variables.get("batch_stats", {})
+    return TrainState(params, batch_stats, tx.init(params), step, loss, average)
 
 
 def make_train_step(
@@ -166,6 +179,7 @@ def make_train_step(
     loss_tx: optax.GradientTransformation | None = None,
     num_steps: int | None = None,
     cached_num_classes: Sequence[int] | None = None,
+    ema_decay: float | None = None,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Makes the compiled training step of a student.
@@ -189,6 +203,9 @@ def make_train_step(
         num_steps: Number of steps of the whole training, for `LossContext.progress`.
         cached_num_classes: Number of classes of each teacher whose logits are cached as `TopK`. By
             default that of the student.
+        ema_decay: Largest weight of the old average when a step updates the exponential moving
+            average of the student's weights, in (0, 1). The state needs an average
+            (`init_train_state(has_average=True)`). `None` keeps none.
         axis_name: Name of the mapped axis if the step runs under `jax.pmap` or `jax.shard_map`.
             Every device gets the whole batch and augments it, runs the networks on its share, and
             the loss gets the outputs of all devices. The result is that of one device, except for
@@ -197,7 +214,8 @@ def make_train_step(
 
     Returns:
         `step(state, batch, teacher_variables, key, info=BatchInfo()) -> (state, metrics)`.
-        `teacher_variables` has one entry per teacher. `key` is the key of the whole training: each
+        `teacher_variables` has one entry per teacher; `None` lets the student's average teach,
+        as it was before the step. `key` is the key of the whole training: each
         step folds its number in, so a resumed training draws the same bits. `metrics` holds `loss`,
         the mean over the batch, and that of each term. The old state is donated and must not be
         used afterwards.
@@ -245,6 +263,11 @@ def make_train_step(
                 f"{len(teachers)} teachers, but variables for {len(teacher_variables)}: "
                 "pass one entry each"
             )
+        if (ema_decay is None) != (state.average is None):
+            raise ValueError(
+                "a step with an ema_decay needs init_train_state(has_average=True), and one "
+                f"without needs none: got ema_decay={ema_decay}"
+            )
         view = None if views is None else _get_view(info, state.step, views)
         inputs = batch["inputs"]
         if augment is not None and view is not None:
@@ -259,7 +282,12 @@ def make_train_step(
         # Outside of `mean_loss`, so the teachers are constants for the gradient and their
         # activations are not kept for it.
         live_outputs = tuple(
-            _gather(teacher.apply(variables, share, train=False)[0], axis_name)
+            _gather(
+                teacher.apply(
+                    state.average_variables if variables is None else variables, share, train=False
+                )[0],
+                axis_name,
+            )
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
         )
         progress = None
@@ -309,7 +337,11 @@ def make_train_step(
             loss_state = LossState(
                 *_update(loss_tx or tx, gradients[1], state.loss.opt_state, state.loss.params)
             )
-        state = TrainState(params, batch_stats, opt_state, state.step + 1, loss_state)
+        average = None
+        if ema_decay is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            average = update_average(state.average, variables, state.step, ema_decay)
+        state = TrainState(params, batch_stats, opt_state, state.step + 1, loss_state, average)
         return state, {"loss": value} | terms
 
     # With a donated state, old and new state need not be in memory at the same time.

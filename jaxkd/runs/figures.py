@@ -77,10 +77,11 @@ def plot_curves(
             # A stage without records keeps its colour, so that both figures agree.
             stage_metrics = [metric for metric in metrics if metric["stage"] == stage]
             if stage_metrics:
-                for axes, key in zip(all_axes, keys, strict=False):
-                    scale = 100 if key == "validation_accuracy" else 1
-                    line = _plot_curve(axes, stage_metrics, key, scale, index)
-                handles.append(line)
+                lines = [
+                    _plot_curve(axes, stage_metrics, key, _SCALES.get(key, 1), index)
+                    for axes, key in zip(all_axes, keys, strict=False)
+                ]
+                handles.append(lines[0])
                 labels.append(plain_text(stage))
         for axes, key in zip(all_axes, keys, strict=False):
             title = _TITLES.get(key, plain_text(key.replace("_", " ").capitalize()))
@@ -263,6 +264,7 @@ _TITLES = {
     "validation_loss": "Validation loss (cross-entropy)",
     "validation_accuracy": "Validation accuracy (%)",
 }
+_SCALES = {"validation_accuracy": 100}
 
 
 def _find_curves(metrics: Sequence[Metric]) -> list[str]:
