@@ -9,6 +9,7 @@ from jaxkd.data.class_names import match_classes, sort_classes
 from jaxkd.data.dataset import Dataset, Split
 from jaxkd.data.errors import DataError
 from jaxkd.data.mixing import Mix, Mixed, cutmix, mix_labels, mixup
+from jaxkd.data.records import Records
 from jaxkd.data.sources import load
 from jaxkd.data.statistics import channel_statistics
 from jaxkd.data.subset import balanced_subset, few_labels
@@ -18,6 +19,7 @@ __all__ = [
     "Dataset",
     "Mix",
     "Mixed",
+    "Records",
     "Split",
     "balanced_subset",
     "channel_statistics",
