@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxkd._messages import describe_lacking_params, list_some
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.data.records import Column, read_chunks
 from jaxkd.losses import hard_cross_entropy
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def make_predict(
 
     Returns:
         `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. The inputs are an
-        array or a dict of arrays. It raises `ValueError` if N is 0, if the arrays of a dict have
-        different lengths, or if there are buckets for a dict.
+        array, a column of `data.Records`, or a dict of them. It raises `ValueError` if N is 0, if
+        the arrays of a dict have different lengths, or if there are buckets for a dict.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -595,8 +596,8 @@ def classification_metrics(
 def _as_numpy(inputs: Any) -> Any:
     """Returns an array, or the arrays of a dict, as NumPy's."""
     if isinstance(inputs, Mapping):
-        return {name: np.asarray(array) for name, array in inputs.items()}
-    return np.asarray(inputs)
+        return {name: _as_numpy(array) for name, array in inputs.items()}
+    return inputs if isinstance(inputs, Column) else np.asarray(inputs)
 
 
 def _check_lengths(inputs: Any) -> None:
@@ -623,9 +624,9 @@ def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:
 def _batches(inputs: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
     """Iterates over the row indices and the rows of each batch, in order."""
     count = _count_rows(inputs)
-    for start in range(0, count, batch_size):
-        rows = np.arange(start, min(start + batch_size, count))
-        yield rows, jax.tree.map(lambda array, rows=rows: array[rows], inputs)
+    starts = range(0, count, batch_size)
+    chunks = [np.arange(start, min(start + batch_size, count)) for start in starts]
+    yield from zip(chunks, read_chunks(inputs, chunks), strict=True)
 
 
 def _forward(model: Model) -> Callable[[dict, Any], Array]:

@@ -1,18 +1,26 @@
 """Examples that stay where they are stored, and of which a batch is read when it is needed."""
 
+import collections
 import functools
 import hashlib
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
 
 from jaxkd._messages import list_some, shorten
-from jaxkd.data.errors import DataError
+from jaxkd.data.errors import DataError, one_line
 
 SAMPLE_SIZE = 256
 """Number of records, spread over all, in which faults are looked for before training."""
+
+MAX_THREADS = 16
+"""Largest number of threads that read where none is named."""
+MAX_CHUNKS = 4
+"""Largest number of chunks that are read ahead, which are larger than batches."""
 
 _MISSING = object()
 
@@ -68,7 +76,7 @@ class Records(Mapping[str, Any]):
         _check_source(source)
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise DataError(f"threads is {threads!r:.40}: pass a whole number of at least 1")
-        self.threads = threads
+        self.threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._source = source
         self._convert = convert
         self._fingerprint = fingerprint
@@ -127,7 +135,8 @@ class Records(Mapping[str, Any]):
             `inputs/tokens`.
 
         Raises:
-            DataError: If a record differs from the first one in names, shapes or dtypes.
+            DataError: If a record cannot be read, or differs from the first one in names, shapes
+                or dtypes.
         """
         arrays = {
             name: np.empty((len(rows), *first.shape), first.dtype)
@@ -171,13 +180,29 @@ class Records(Mapping[str, Any]):
         """Returns some records as dicts."""
         wanted = np.asarray(rows)
         wanted = (wanted if self._indices is None else self._indices[wanted]).tolist()
-        if hasattr(self._source, "__getitems__"):
-            found = list(self._source.__getitems__(wanted))
-        else:
-            found = [self._source[index] for index in wanted]
-        if self._convert is not None:
-            found = [self._convert(record) for record in found]
+        try:
+            if hasattr(self._source, "__getitems__"):
+                found = list(self._source.__getitems__(wanted))
+            else:
+                found = [self._source[index] for index in wanted]
+            if self._convert is not None:
+                found = [self._convert(record) for record in found]
+        # A lack of memory is no fault of the records.
+        except (DataError, MemoryError):
+            raise
+        # The code of the source and of `convert` is the user's.
+        except Exception as error:
+            name = f"record {rows[0]}" if len(rows) == 1 else f"a record of {list_some(rows)[:60]}"
+            raise DataError(
+                f"{name} cannot be read ({type(error).__name__}: {one_line(error)}): replace it, "
+                "or correct what reads it"
+            ) from error
         for row, record in zip(rows, found, strict=True):
+            if record is None:
+                raise DataError(
+                    f"record {row} is None, as grain's filter leaves in place of what it removes: "
+                    "pass the indices of those to keep to data.Records instead"
+                )
             if not isinstance(record, Mapping):
                 raise DataError(
                     f"record {row} is a {type(record).__name__}, not a dict of arrays: pass a "
@@ -223,6 +248,11 @@ class Column:
         return int(np.prod(self.shape))
 
     @property
+    def nbytes(self) -> int:
+        """The memory that all of it would take."""
+        return self.size * self.dtype.itemsize
+
+    @property
     def sample(self) -> np.ndarray:
         """The values of `records.sample_rows`."""
         return self.records.sample[self.name]
@@ -257,16 +287,36 @@ class Column:
         )
 
 
-def is_streamed(examples: Any) -> bool:
+def is_streamed(arrays: Any) -> bool:
     """Returns whether a column is among the values of a dict, or of dicts within."""
-    if isinstance(examples, Mapping):
-        return any(map(is_streamed, examples.values()))
-    return isinstance(examples, Column)
+    return find_column(arrays) is not None
 
 
-def scannable(array: Any) -> Any:
-    """Returns what can be searched for faults: an array itself, and the sample of a column."""
-    return array.sample if isinstance(array, Column) else array
+def scannable(arrays: Any) -> Any:
+    """Returns what can be searched for faults: arrays themselves, or a sample of streamed ones.
+
+    Args:
+        arrays: An array, a column, or a dict of them, of scalars, and of dicts. If a column is
+            among them, the same rows of all are returned.
+    """
+    column = find_column(arrays)
+    return arrays if column is None else _sample(arrays, column.records.sample_rows)
+
+
+def _sample(value: Any, rows: np.ndarray) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _sample(member, rows) for name, member in value.items()}
+    if isinstance(value, Column):
+        return value.sample
+    return value[rows] if np.ndim(value) else value
+
+
+def find_column(arrays: Any) -> Column | None:
+    """Returns the first column of a dict, or of dicts within; `None` if there is none."""
+    if isinstance(arrays, Mapping):
+        found = map(find_column, arrays.values())
+        return next((column for column in found if column is not None), None)
+    return arrays if isinstance(arrays, Column) else None
 
 
 def select_rows(array: Any, indices: np.ndarray) -> Any:
@@ -274,13 +324,68 @@ def select_rows(array: Any, indices: np.ndarray) -> Any:
     return array.select(indices) if isinstance(array, Column) else array[indices]
 
 
-def has_random_access(source: Any) -> bool:
-    """Returns whether records can be read by their number."""
-    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+def count_threads(examples: Any) -> int:
+    """Returns the number of threads that may read columns, the smallest of all their records'."""
+    if isinstance(examples, Mapping):
+        return min(map(count_threads, examples.values()), default=MAX_THREADS)
+    return examples.records.threads if isinstance(examples, Column) else MAX_THREADS
+
+
+def read_ahead(
+    read: Callable[[Any], Any], items: Iterable[Any], *, threads: int, ahead: int
+) -> Generator[Any]:
+    """Yields `read(item)` of each item in their order, while threads read the next ones.
+
+    Close the generator to stop the threads. An error of `read` is raised in the item's turn.
+
+    Args:
+        read: The function.
+        items: Its arguments.
+        threads: Number of threads.
+        ahead: Number of results that are read or waiting while one is used.
+    """
+    pending: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="jaxkd-read") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(read, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def read_chunks(inputs: Any, chunks: Iterable[Any]) -> Iterator[Any]:
+    """Iterates over some rows of an array, or of a dict of arrays, after the others.
+
+    Args:
+        inputs: An array, a column, or a dict of them, of which the next chunks are read ahead.
+        chunks: Slices or arrays of integers.
+    """
+
+    def read(rows: Any) -> Any:
+        if isinstance(inputs, Mapping):
+            return {name: array[rows] for name, array in inputs.items()}
+        return inputs[rows]
+
+    if not is_streamed(inputs):
+        return map(read, chunks)
+    threads = min(count_threads(inputs), MAX_CHUNKS)
+    return read_ahead(read, chunks, threads=threads, ahead=threads)
+
+
+def is_dataset(value: Any) -> bool:
+    """Returns whether a value seems to be a data set of another library, such as grain's."""
+    is_other = callable(value) or isinstance(value, (Mapping, list, tuple, str, bytes))
+    return not is_other and hasattr(value, "__iter__") and not hasattr(value, "dtype")
 
 
 def _check_source(source: Any) -> None:
-    if isinstance(source, (Mapping, str, bytes)) or not has_random_access(source):
+    has_random_access = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if isinstance(source, (Mapping, str, bytes)) or not has_random_access:
         raise DataError(
             f"a {type(source).__name__} cannot be read in any order: pass a source with "
             "len(source) and source[index], such as a grain.MapDataset before to_iter_dataset() "

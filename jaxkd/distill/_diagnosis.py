@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
+from jaxkd.data.records import scannable
 from jaxkd.distill._requirements import named_arrays
 from jaxkd.distill.plan import Pretrained, Stage, input_shapes
 from jaxkd.evaluate import describe_labels
@@ -58,7 +59,7 @@ def check_tokens(inputs: Any, owner: str) -> None:
         dtype = _get_dtype(array)
         if np.ndim(array) < 2 or not jnp.issubdtype(dtype, jnp.integer) or dtype.itemsize < 4:
             continue
-        smallest = np.asarray(array).min(initial=0)
+        smallest = np.asarray(scannable(array)).min(initial=0)
         if smallest < 0:
             raise ValueError(
                 f"{owner}: token ids must be at least 0, got {smallest} in {shorten(name, 40)}: "
@@ -196,6 +197,7 @@ def _find_largest(array: Any) -> float:
     """Returns the largest magnitude in some rows of a floating-point array; 0 of another one."""
     if not np.ndim(array) or not len(array) or not _is_floating(_get_dtype(array)):
         return 0.0
+    array = scannable(array)
     some = np.asarray(array[:: max(1, len(array) // MAX_SCALED_IMAGES)], np.float32)
     return float(np.abs(some).max(initial=0))
 
@@ -205,6 +207,7 @@ def _find_pixel_scale(images: Any) -> str | None:
     if not _is_floating(_get_dtype(images)):
         return None
     # Some images are enough, spread over all of them.
+    images = scannable(images)
     some = np.asarray(images[:: max(1, len(images) // MAX_SCALED_IMAGES)], np.float32)
     smallest, largest = float(some.min()), float(some.max())
     # Resizing may give pixels slightly below 0, and standardised ones are beyond -1 and 1.
@@ -256,8 +259,11 @@ def _count_classes(model: Model, structure: Any, shapes: tuple) -> int:
 
 
 def get_labels(examples: Mapping[str, Any]) -> np.ndarray | None:
-    """Returns the labels, or `None` if there are none or they are not integers."""
-    labels: Any = examples.get("labels")
+    """Returns the labels, or `None` if there are none or they are not integers.
+
+    Those of a sample stand for streamed ones.
+    """
+    labels: Any = scannable(examples.get("labels"))
     return np.asarray(labels) if np.ndim(labels) and _is_integer(labels) else None
 
 
@@ -286,10 +292,10 @@ def replace_unknown_labels(labels: np.ndarray, num_classes: int, *, shift: int =
 def find_extreme_tokens(inputs: Any) -> np.ndarray:
     """Returns the examples with the smallest and the largest numbers in arrays of integers.
 
-    Bytes, such as the pixels of images, are passed over.
+    Bytes, such as the pixels of images, are passed over. Those of a sample stand for streamed ones.
     """
     rows = []
-    for array in jax.tree.leaves(inputs):
+    for array in jax.tree.leaves(scannable(inputs)):
         if _is_integer(array) and array.dtype.itemsize > 1 and array.size:
             by_example = np.asarray(array).reshape(len(array), -1)
             rows += [int(by_example.min(1).argmin()), int(by_example.max(1).argmax())]
@@ -298,7 +304,7 @@ def find_extreme_tokens(inputs: Any) -> np.ndarray:
 
 def describe_tokens(inputs: Any) -> str:
     """Describes the range of integers in the inputs; an empty string if they have none."""
-    arrays = [array for array in jax.tree.leaves(inputs) if _is_integer(array)]
+    arrays = [array for array in jax.tree.leaves(scannable(inputs)) if _is_integer(array)]
     if not arrays:
         return ""
     smallest, largest = min(a.min() for a in arrays), max(a.max() for a in arrays)
@@ -320,7 +326,7 @@ def find_cause(
     Returns:
         A clause that names the cause.
     """
-    for name, array in named_arrays(examples):
+    for name, array in named_arrays(scannable(examples)):
         if rows := _find_bad_rows(array):
             return f"{_count_rows(rows, len(array))} of its {name!r} hold NaN or infinity"
     for name, variables in teachers.items():
@@ -363,6 +369,7 @@ def describe_ranges(examples: Mapping[str, Any]) -> str:
 
     A temperature of 0 or a pixel beyond the scale of the model makes every loss NaN.
     """
+    examples = scannable(examples)
     scalars = [f"{name!r} is {array}" for name, array in examples.items() if not np.ndim(array)]
     ranges = [
         f"{name!r} are from {np.min(array):.4g} to {np.max(array):.4g}"

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxkd._files import describe_differences
+from jaxkd.data.records import Column
 from jaxkd.runs import DETERMINISM_FLAGS, UNTRAINED_OPTIONS, fingerprint
 from jaxkd.runs.environment import describe_environment, describe_lowering
 
@@ -100,6 +101,8 @@ class TrainingDescriber:
         return hash_json([[jax.tree_util.keystr(path), self._hash(leaf)] for path, leaf in leaves])
 
     def _hash(self, array: Any) -> str:
+        if isinstance(array, Column):
+            return array.digest
         reference, digest = self._digests.get(id(array), (None, ""))
         if reference is not None and reference() is array:
             return digest
@@ -114,6 +117,9 @@ def fingerprint_tree(tree: Any) -> str:
     """Computes a digest of the leaves of a tree and of their paths."""
     digests = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Column):
+            digests.append([jax.tree_util.keystr(path), leaf.digest])
+            continue
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)

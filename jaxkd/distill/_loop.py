@@ -9,13 +9,14 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.data.records import is_streamed
 from jaxkd.distill import _diagnosis
 from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
 from jaxkd.distill._best import BestSoFar
@@ -28,6 +29,7 @@ from jaxkd.distill._stage_run import (
     make_trained,
     pack_arrays,
 )
+from jaxkd.distill._stream import BatchStream
 from jaxkd.distill._validation import (
     Evaluation,
     Validator,
@@ -35,7 +37,7 @@ from jaxkd.distill._validation import (
     describe_scores,
 )
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.placement import Placement
+from jaxkd.distill.placement import Placement, StreamingPlacement
 from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import describe_labels
@@ -52,6 +54,8 @@ class TrainingLoop:
         group: The runs that train together.
         ends: The last step of each of them; some may end early.
     """
+
+    _stream: BatchStream | None = None
 
     def __init__(
         self,
@@ -131,11 +135,11 @@ class TrainingLoop:
         if group.is_finished:
             return self._collect([stage_run.state for stage_run in group.stage_runs])
         self._put_on_devices()
-        if not group.first_step:
-            self._try_suspects()
-            self._check_bests()
-        clock = SaveClock(self._save_every)
         try:
+            if not group.first_step:
+                self._try_suspects()
+                self._check_bests()
+            clock = SaveClock(self._save_every)
             for step, next_step in itertools.pairwise(self._stops()):
                 self._take_steps(range(step, next_step))
                 on_advance(next_step - step)
@@ -154,12 +158,15 @@ class TrainingLoop:
         except KeyboardInterrupt:
             self._save_if_consistent()
             raise
+        finally:
+            if self._stream is not None:
+                self._stream.close()
         return self._collect(self._get_states())
 
     def _stops(self) -> Iterator[int]:
         """Yields the first step, and the steps at which control returns to the host."""
         first, last = self.group.first_step, self.group.steps
-        per_call = self._placement.steps_per_call
+        per_call = (self._stream or self._placement).steps_per_call
         # Two sorted iterators, because there may be too many steps for a list.
         calls = range(first // per_call * per_call, last, per_call)
         evaluations = map(
@@ -194,12 +201,28 @@ class TrainingLoop:
             self._buckets,
             has_views=any(run.stage.views is not None for run in group.stage_runs),
         )
+        self._stream = self._make_stream(*examples[0])
         # One entry per bucket length. Without buckets, the only key is `None`.
         self._put_examples = functools.cache(functools.partial(self._put_cut_examples, examples))
         self._state = placement.put_states([stage_run.state for stage_run in group.stage_runs])
         self._teachers = placement.put_teachers(teachers)
         self._keys = placement.put_keys([stage_run.key for stage_run in group.stage_runs])
         self._started = time.monotonic()
+
+    def _make_stream(self, examples: Mapping[str, Any], info: BatchInfo) -> BatchStream | None:
+        """Makes what reads the batches of streamed data; `None` for arrays in memory."""
+        if not is_streamed(examples):
+            return None
+        return BatchStream(
+            examples,
+            info,
+            # A placement that streams trains one student at a time.
+            lambda step: self._selector.select(step)[1][0],
+            range(self.group.first_step, self.group.steps),
+            batch_size=self.group.batch_size,
+            placement=cast(StreamingPlacement, self._placement),
+            put_scalar=self._arrays.get,
+        )
 
     def _put_cut_examples(
         self, examples: Sequence[tuple[Mapping[str, Any], BatchInfo]], length: int | None
@@ -290,16 +313,11 @@ class TrainingLoop:
     def _try_rows(self, i: int, rows: np.ndarray, *, labels: np.ndarray | None = None) -> float:
         """Returns the mean loss of a student for some of its examples. The state stays as it is."""
         group = self.group
-        length = self._selector.choose_length(i, rows)
-        examples = self._put_examples(length)
-        if labels is not None:
-            # All students get the labels, since those that share an array must go on doing so.
-            arrays = [({**batch, "labels": labels}, info) for batch, info in self._examples]
-            examples = self._put_cut_examples(arrays, length)
+        load = self._load_rows(i, rows, labels)
         losses = []
         for start in range(0, len(rows), group.batch_size):
             batch = np.resize(rows[start : start + group.batch_size], group.batch_size)
-            indices = np.tile(batch, (1, len(group), 1))
+            examples, indices = load(batch)
             # A copy each time, since a step donates its state.
             states = [
                 jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), stage_run.state)
@@ -311,23 +329,54 @@ class TrainingLoop:
             losses.append(self._placement.get_metrics([metrics], len(group))["loss"][0, i])
         return float(np.mean(losses))
 
-    def _find_cause(self, stage_run: StageRun) -> str:
-        """Describes why a loss is not finite; an empty string if labels and teachers are sound."""
-        inputs, teachers = stage_run.examples["inputs"], stage_run.other_teachers
+    def _load_rows(
+        self, i: int, rows: np.ndarray, labels: np.ndarray | None
+    ) -> Callable[[np.ndarray], tuple[Any, np.ndarray]]:
+        """Returns `batch of rows -> (examples on the devices, indices)`; see `_try_rows`."""
+        if self._stream is not None:
+            return functools.partial(self._stream.load_scanned, labels=labels)
+        length = self._selector.choose_length(i, rows)
+        examples = self._put_examples(length)
+        if labels is not None:
+            # All students get the labels, since those that share an array must go on doing so.
+            arrays = [({**batch, "labels": labels}, info) for batch, info in self._examples]
+            examples = self._put_cut_examples(arrays, length)
+        return lambda batch: (examples, np.tile(batch, (1, len(self.group), 1)))
+
+    def _find_cause(self, stage_run: StageRun, step: int | None = None) -> str:
+        """Describes why a loss is not finite; an empty string if labels and teachers are sound.
+
+        Of streamed data, the batch of a step is searched, or a sample.
+        """
+        examples = stage_run.examples
+        if self._stream is not None and step is not None:
+            examples = self._stream.read_batch(step - 1)
+        inputs, teachers = examples["inputs"], stage_run.other_teachers
         some_inputs = jax.tree.map(lambda array: array[: _diagnosis.MAX_TEACHER_EXAMPLES], inputs)
         logits = {
             name: self._teacher_cache.predict(name, variables, some_inputs)
             for name, variables in teachers.items()
         }
-        return _diagnosis.find_cause(stage_run.examples, teachers, logits)
+        return _diagnosis.find_cause(examples, teachers, logits)
 
-    def _take_steps(self, steps: Iterable[int]) -> None:
+    def _take_steps(self, steps: range) -> None:
         """Takes steps. Consecutive steps in the same bucket are one call."""
+        if self._stream is not None:
+            self._take_calls([self._stream.take(steps)])
+            # Each step on the way to the devices holds a batch.
+            jax.block_until_ready(self._metrics[-2:][0])
+            return
         batches = map(self._selector.select, steps)
-        for length, selected in itertools.groupby(batches, key=lambda batch: batch[0]):
-            indices = np.stack([rows for _, rows in selected])
+        self._take_calls(
+            (self._put_examples(length), np.stack([rows for _, rows in selected]))
+            for length, selected in itertools.groupby(batches, key=lambda batch: batch[0])
+        )
+
+    def _take_calls(self, calls: Iterable[tuple[Any, np.ndarray]]) -> None:
+        """Takes the steps of calls, each with its examples on the devices and its indices."""
+        for examples, indices in calls:
             self._state, metrics = self.group.multi_step(
-                self._state, self._put_examples(length), indices, self._teachers, self._keys
+                self._state, examples, indices, self._teachers, self._keys
             )
             self._metrics.append(metrics)
             self._num_new += 1
@@ -395,8 +444,9 @@ class TrainingLoop:
             return
         first = step - len(losses) + int(unsound[0]) + 1
         message = f"{stage_run.label}: the loss is {losses[unsound[0]]} in step {first}"
-        if cause := self._find_cause(stage_run):
-            raise RunError(f"{message}: {cause}")
+        if cause := self._find_cause(stage_run, first):
+            where = "" if self._stream is None else "of its batch, "
+            raise RunError(f"{message}: {where}{cause}")
         if first == 1:
             raise RunError(
                 f"{message}, before any weight has changed, and inputs and teachers are finite ("

@@ -22,7 +22,8 @@ Metrics = Mapping[str, Any]
 MultiStep = Callable[[Any, Any, np.ndarray, Any, Any], tuple[Any, Metrics]]
 """`(states, examples, indices [K, P, B], teachers, keys) -> (states, metrics [K, P])`.
 
-Takes K steps of P students. `indices` select the examples of each step's batch. A placement that
+Takes K steps of P students. `indices` select the examples of each step's batch; `[K, 1]`, they
+select whole batches that `StreamingPlacement.put_batches` put onto the devices. A placement that
 fills its devices up adds columns of metrics at the end; `Placement.get_metrics` drops them.
 """
 
@@ -58,7 +59,9 @@ def repeat_step(
 
         # Traced for the names of the terms.
         _, shapes = jax.eval_shape(take_step, state, examples, indices[0], teachers, key)
-        zeros = {name: jnp.zeros(indices.shape[:-1], jnp.float32) for name in shapes}
+        # Whole batches that were read for the steps are selected by one index each.
+        shape = indices.shape[: max(1, indices.ndim - 1)]
+        zeros = {name: jnp.zeros(shape, jnp.float32) for name in shapes}
         return lax.fori_loop(0, count, body, (state, zeros))
 
     def repeat(

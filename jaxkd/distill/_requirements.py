@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxkd._messages import shorten
+from jaxkd.data.records import scannable
 from jaxkd.distill.selection import Best
 from jaxkd.models.model import Model
 
@@ -41,8 +42,11 @@ def check_numbers(data: Mapping[str, Any], owner: str) -> None:
 
 
 def check_integers(data: Mapping[str, Any], owner: str) -> None:
-    """Raises `ValueError` if an array holds integers that do not fit into JAX's 32 bits."""
-    for name, array in named_arrays(data):
+    """Raises `ValueError` if an array holds integers that do not fit into JAX's 32 bits.
+
+    Of streamed data, a sample is searched.
+    """
+    for name, array in named_arrays(scannable(data)):
         dtype = getattr(array, "dtype", None)
         if not isinstance(dtype, np.dtype) or dtype.kind not in "iu" or not np.size(array):
             continue

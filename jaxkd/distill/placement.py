@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,27 @@ class Placement(Protocol):
 
     def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
         """Makes a function that predicts any number of examples."""
+        ...
+
+
+@runtime_checkable
+class StreamingPlacement(Placement, Protocol):
+    """A placement that also trains on examples that need not fit into memory."""
+
+    def find_batch_rows(self, batch_size: int) -> np.ndarray:
+        """Returns the positions in a batch of the examples that this process has to read."""
+        ...
+
+    def put_batches(self, batches: Any, batch_size: int) -> Any:
+        """Puts the batches of several steps onto the devices.
+
+        Args:
+            batches: A tree of arrays `[K, R, ...]`, of the R examples that `find_batch_rows` names.
+            batch_size: Number of examples in a batch, B.
+
+        Returns:
+            Arrays `[K, B, ...]`, of which step k selects the batch by its number.
+        """
         ...
 
 
@@ -206,6 +227,35 @@ class MeshPlacement:
         (tree,) = examples
         return jax.tree.map(self.put_array, tree)
 
+    def find_batch_rows(self, batch_size: int) -> np.ndarray:
+        """Returns the positions in a batch of the shares of this process's devices."""
+        sharding = self._batch_sharding(batch_size)
+        shares = sharding.addressable_devices_indices_map((1, batch_size)).values()
+        rows = [np.arange(batch_size)[share[1]] for share in shares if share is not None]
+        return np.unique(np.concatenate(rows))
+
+    def put_batches(self, batches: Any, batch_size: int) -> Any:
+        """Puts its share of each batch `[K, B, ...]` onto each device.
+
+        Where the number of devices does not divide the batch, each device gets all of it.
+        """
+        sharding, rows = self._batch_sharding(batch_size), self.find_batch_rows(batch_size)
+
+        def put(array: np.ndarray) -> Array:
+            if sharding.is_fully_addressable:
+                return jax.device_put(array, sharding)
+
+            def read(index: Any) -> np.ndarray:
+                positions = np.arange(batch_size)[index[1]]
+                return array[:, np.searchsorted(rows, positions)]
+
+            # JAX holds float64 in float32, unless x64 is enabled.
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+            shape = (len(array), batch_size, *array.shape[2:])
+            return jax.make_array_from_callback(shape, sharding, read)
+
+        return jax.tree.map(put, batches)
+
     def put_teachers(self, teachers: Sequence[Any]) -> Any:
         """Divides each weight over the "model" axis, along its longest divisible dimension."""
         (variables,) = teachers
@@ -262,6 +312,11 @@ class MeshPlacement:
         if size > 1 and divisible:
             spec[max(divisible, key=lambda axis: weight.shape[axis])] = MODEL
         return _put(weight, self._sharding(*spec), weight.shape)
+
+    def _batch_sharding(self, batch_size: int) -> NamedSharding:
+        # JAX divides an axis in equal parts only.
+        is_divided = batch_size % self.mesh.size == 0
+        return self._sharding(None, (DATA, MODEL)) if is_divided else self._sharding()
 
     def _sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))

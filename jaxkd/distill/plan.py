@@ -17,6 +17,7 @@ import optax
 from jax import Array
 
 from jaxkd._messages import shorten
+from jaxkd.data.records import Records, is_dataset
 from jaxkd.data.views import Augment
 from jaxkd.distill._requirements import (
     MODEL,
@@ -69,8 +70,10 @@ class Stage:
         model: The student.
         data: The examples by name: arrays of one length, `inputs` among them, of which a step
             selects a batch, and scalars that every batch has. `inputs` may be a dict of arrays, for
-            a model that takes one. The loss reads them by name. A
-            function of the seed may return them, if seeds learn from different examples; their
+            a model that takes one. The loss reads them by name. `data.Records`, or a
+            `grain.MapDataset` of such dicts, of which they are made, are read batch by batch and
+            need not fit into memory. A
+            function of the seed may return either, if seeds learn from different examples; their
             number must be equal. Stages whose steps compile to the same program, such as stages
             that differ in a scalar temperature, share it.
         loss: `(student, teachers, batch, context) -> [B]`, see `LossFn` and `LossContext`.
@@ -139,6 +142,8 @@ class Stage:
                 f"a stage's name is also a folder's name: use at most {MAX_NAME} characters, not "
                 f"the {len(self.name):,} of {shorten(self.name, 40)!r}"
             )
+        if is_dataset(self.data):
+            object.__setattr__(self, "data", Records(self.data))
         for attribute, requirement in REQUIREMENTS.items():
             requirement.check(getattr(self, attribute), f"{attribute} of stage {self.name!r}")
         # The data of a function are checked when it is called: they may differ from seed to seed.
@@ -202,7 +207,7 @@ class Stage:
         return others if self.start is None else (*others, self.start)
 
     def examples(self, seed: int) -> Mapping[str, Any]:
-        """Returns the examples of a seed.
+        """Returns the examples of a seed: arrays, or the columns of records, and scalars.
 
         Raises:
             TypeError: If a function of the seed returns anything but a dict.
@@ -235,7 +240,8 @@ class Stage:
                 f"stage {self.name!r} has a dict of inputs, but views and cache_teachers need one "
                 "array: leave them out, or stack the inputs"
             )
-        return data
+        # JAX takes a dict alone for a tree.
+        return dict(data) if isinstance(data, Records) else data
 
 
 def input_shapes(inputs: Any, batch_size: int = 1) -> Any:

@@ -36,6 +36,7 @@ from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._requirements import check_integers, check_numbers
 from jaxkd.distill._schedule import make_schedule
 from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
+from jaxkd.distill._stream import check_streams
 from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill._validation import MakeScore, Validator
 from jaxkd.distill.distributed import share_fate
@@ -151,6 +152,7 @@ def run_plan(
     # The shapes of a seed's examples are those of every seed.
     first_seed = seeds[0] if seeds else 0
     _check_buckets_type(buckets)
+    check_streams(plan, first_seed, placement, has_buckets=buckets is not None)
     _check_data(plan, first_seed, validation, buckets, scores_classes=make_score is None)
     with (
         reserve_folder(run.folder),

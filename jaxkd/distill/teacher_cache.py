@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxkd.data.records import Column, read_chunks
 from jaxkd.data.views import Views, augment_views
 from jaxkd.distill.top_k import TopK, top_k
 from jaxkd.evaluate import PredictFn
@@ -26,6 +27,10 @@ from jaxkd.runs import fingerprint
 from jaxkd.runs.checkpoints import load, save
 from jaxkd.runs.errors import check_folder_name
 
+CHUNK = 2048
+"""Number of examples of which all logits are in memory."""
+STREAMED_CHUNK = 512
+"""The same for examples that are read, of which several chunks are in memory."""
 TEMPORARY_PREFIX = ".saving-"
 """Begins the name of a folder in which logits are being saved. A kill may leave it."""
 
@@ -74,7 +79,7 @@ class TeacherCache:
         self,
         name: str,
         variables: dict,
-        inputs: ArrayLike,
+        inputs: Any,
         *,
         augment: Any,
         num_views: int | None,
@@ -113,6 +118,7 @@ class TeacherCache:
             top_k=top_k,
             folder=self._folder,
             notes={"program": _hash_program(self._models[name], variables, inputs)},
+            chunk_size=STREAMED_CHUNK if isinstance(inputs, Column) else CHUNK,
         )
         self._latest[name] = objects, numbers, logits
         return logits
@@ -125,13 +131,13 @@ class TeacherCache:
 def teacher_logits(
     predict: Callable[[Any, Any], ArrayLike],
     variables: Any,
-    inputs: ArrayLike,
+    inputs: Any,
     *,
     views: Views | None = None,
     top_k: int | None = None,
     folder: str | os.PathLike | None = None,
     notes: Mapping[str, Any] | None = None,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK,
 ) -> Any:
     """Returns a teacher's logits for all examples, from disk if they are there.
 
@@ -144,7 +150,8 @@ def teacher_logits(
         predict: `(variables, inputs [N, ...]) -> logits [N, ..., C]`, such as
             `jaxkd.evaluate.make_predict` makes.
         variables: The teacher's variables.
-        inputs: `[N, ...]`.
+        inputs: `[N, ...]`, an array or a column of `data.Records`, of which the digest of the
+            records and a sample are compared.
         views: The views that the teacher sees of each example; `None` for the inputs as they are.
         top_k: Number of the largest logits to keep; `None` keeps all.
         folder: Folder of the logits, made if it does not exist. Runs may share it. Each combination
@@ -184,7 +191,7 @@ def teacher_logits(
         >>> np.allclose(predict(teacher, batch), logits[indices, view])
         True
     """
-    inputs = np.asarray(inputs)
+    inputs = _as_host_array(inputs)
     if not len(inputs) or chunk_size < 1:
         raise ValueError(
             "teacher_logits needs at least one example and a chunk_size of at least 1, "
@@ -194,6 +201,10 @@ def teacher_logits(
     compute = functools.partial(_compute, predict, variables, iterate_views, views, top_k)
     if folder is None:
         return compute()
+    if isinstance(inputs, Column):
+        # What identifies the records, and the views of a sample, stand for all of them.
+        notes = {**(notes or {}), "records": inputs.digest}
+        iterate_views = _make_view_iterator(inputs.sample, views, chunk_size)
     expected_notes = _describe_origin(variables, iterate_views, views, top_k, notes)
     digest = hashlib.sha256(json.dumps(expected_notes, sort_keys=True).encode()).hexdigest()
     # The name need not be unique for certain: the notes are compared in full below.
@@ -227,23 +238,26 @@ _IterateViews = Callable[[], Iterator[Iterable[np.ndarray]]]
 """Iterates over the views, and within each over chunks of all examples."""
 
 
-def _make_view_iterator(inputs: np.ndarray, views: Views | None, chunk_size: int) -> _IterateViews:
-    starts = range(0, len(inputs), chunk_size)
+def _make_view_iterator(inputs: Any, views: Views | None, chunk_size: int) -> _IterateViews:
+    # The last chunk of views is filled up, so that one program draws all chunks.
+    size = chunk_size if views is None else min(chunk_size, len(inputs))
+    chunks = [np.arange(start, start + size) for start in range(0, len(inputs), chunk_size)]
+    chunks = [np.minimum(rows, len(inputs) - 1).astype(np.int32) for rows in chunks]
     if views is None:
-        return lambda: iter([[inputs[start : start + chunk_size] for start in starts]])
+        # Slices, of which NumPy makes no copy.
+        slices = [slice(rows[0], rows[0] + chunk_size) for rows in chunks]
+        return lambda: iter([read_chunks(inputs, slices)])
     draw = jax.jit(functools.partial(augment_views, views.augment, views.key))
 
-    def draw_chunk(start: int, view: int) -> np.ndarray:
-        # The last chunk is filled up, so that one program serves all chunks.
-        rows = np.arange(start, start + min(chunk_size, len(inputs)), dtype=np.int32)
-        rows = np.minimum(rows, len(inputs) - 1)
-        return np.asarray(draw(inputs[rows], rows, np.int32(view)))[: len(inputs) - start]
+    def draw_chunks(view: int) -> Iterator[np.ndarray]:
+        for rows, chunk in zip(chunks, read_chunks(inputs, chunks), strict=True):
+            yield np.asarray(draw(chunk, rows, np.int32(view)))[: len(inputs) - rows[0]]
 
-    def iterate() -> Iterator[Iterable[np.ndarray]]:
-        for view in range(views.count):
-            yield (draw_chunk(start, view) for start in starts)
+    return lambda: map(draw_chunks, range(views.count))
 
-    return iterate
+
+def _as_host_array(inputs: Any) -> Any:
+    return inputs if isinstance(inputs, Column) else np.asarray(inputs)
 
 
 def _compute(
@@ -303,9 +317,9 @@ def _describe_origin(
     return json.loads(json.dumps(origin, allow_nan=False))
 
 
-def _hash_program(model: Model, variables: dict, inputs: ArrayLike) -> str:
+def _hash_program(model: Model, variables: dict, inputs: Any) -> str:
     """Returns a digest of the computation of a model, which its weights do not determine."""
-    inputs = np.asarray(inputs)
+    inputs = _as_host_array(inputs)
     shapes = jax.eval_shape(lambda: variables)
     example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     forward = jax.jit(

@@ -310,9 +310,8 @@ def summarize(
     agreements = [seed.agreement for seed in metrics if seed.agreement is not None]
     # A mean over seeds need not be a whole number of correct predictions.
     total = np.size(labels)
-    inputs = inputs if isinstance(inputs, Mapping) else np.asarray(inputs)
     single, batch = (
-        jax.tree.map(lambda array, count=count: array[:count], inputs)
+        jax.tree.map(lambda array, count=count: np.asarray(array[:count]), inputs)
         for count in (1, throughput_batch)
     )
     latency = evaluate.latency(model, variables[0], single, repeats=repeats)

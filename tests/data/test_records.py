@@ -86,7 +86,7 @@ def test_dicts_within_become_columns_by_name():
         ({"inputs": INPUTS}, {}, "dict cannot be read in any order"),
         ([], {}, "there is no record"),
         ([INPUTS[0]], {}, "record 0 is a ndarray, not a dict"),
-        ([None], {}, "record 0 is a NoneType, not a dict"),
+        ([None], {}, "record 0 is None, as grain's filter"),
         ([{}], {}, "record 0 is empty"),
         ([{"inputs": 1, "id": "a"}], {}, "record 0 has values of dtype <U1 as 'id'"),
         ([{"a/b": 1}], {}, "record 0 has the name 'a/b'"),

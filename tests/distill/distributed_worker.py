@@ -20,9 +20,9 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from jaxkd import distill
+from jaxkd import data, distill
 from jaxkd.runs import checkpoints
-from small_plans import make_stage, soft_loss, train
+from small_plans import TRAIN, make_stage, soft_loss, train
 
 # Few steps and evaluations: between processes, each takes tenths of a second.
 OPTIONS = {"batch_norm": True, "batch_size": 15, "steps": 4}
@@ -81,7 +81,31 @@ def train_grown(folder, **options):
     return train(folder, [teacher, student], config={"scale": 1}, **options)
 
 
+def train_streamed(folder, **options):
+    """Trains on records of which each process reads its share, and compares arrays in memory."""
+    options |= {"placement": distill.MeshPlacement(distill.make_mesh())}
+    reads = []
+
+    def read(index):
+        reads.append(index)
+        return {name: array[index] for name, array in TRAIN.items()}
+
+    records = data.Records(range(len(TRAIN["inputs"])), read)
+    assert records.digest  # of the sample, which every process reads
+    stages = [make_stage("last", 8, data=examples, **OPTIONS) for examples in (TRAIN, records)]
+    # A multiple of the devices.
+    stages = [dataclasses.replace(stage, batch_size=16) for stage in stages]
+    expected, _ = train(folder / "arrays", stages[:1], **options)
+    reads.clear()
+    trained, run = train(folder / "records", stages[1:], **options)
+    assert summarize(trained) == summarize(expected)
+    # All else is read once more: one example for the shape of the network.
+    assert len(reads) == 4 * 16 // jax.process_count() + 1, len(reads)
+    return trained, run
+
+
 CASES = {
+    "streamed": train_streamed,
     "grown": train_grown,
     "mesh": train_on_mesh,
     "model_axis": train_on_model_axis,

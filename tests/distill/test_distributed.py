@@ -128,6 +128,11 @@ def test_processes_train_like_one(one_process, request, case, processes):
     assert_same_records(folder / "0" / case, one_process[1] / EXPECTED[case])
 
 
+def test_each_process_reads_its_share_of_the_records(tmp_path):
+    first, second = train(tmp_path, ["streamed"], num_processes=2)
+    assert first == second
+
+
 def test_only_the_primary_process_writes(two_processes, four_processes):
     for summaries, folder in (two_processes, four_processes):
         for case in summaries[0]:

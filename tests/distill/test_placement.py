@@ -17,6 +17,7 @@ from jaxkd.distill.placement import (
     MeshPlacement,
     Placement,
     PmapPlacement,
+    StreamingPlacement,
     VectorizedPlacement,
     make_mesh,
     single_device,
@@ -130,7 +131,7 @@ def get_members(class_):
 @pytest.mark.parametrize(
     ("class_", "own"),
     [
-        (MeshPlacement, {"mesh", "max_copied_bytes"}),
+        (MeshPlacement, {"mesh", "max_copied_bytes", "find_batch_rows", "put_batches"}),
         (PmapPlacement, set()),
         (VectorizedPlacement, {"mesh", "max_students"}),
     ],
@@ -142,6 +143,9 @@ def test_placements_have_the_members_of_the_protocol(class_, own):
     expected = get_members(Placement)
     assert {name: members.get(name) for name in expected} == expected
     assert members.keys() - expected.keys() == own - {"max_students"}
+    if class_ is MeshPlacement:
+        streaming = get_members(StreamingPlacement)
+        assert {name: members.get(name) for name in streaming} == streaming
 
 
 @pytest.mark.parametrize(("limit", "is_copied"), [(0, False), (127, False), (128, True)])
