@@ -44,6 +44,9 @@ class DistillOptions:
     """Weight of the soft targets in kd, from 0 to 1. The labels have the rest."""
     image_size: int | None = None
     """Side in pixels to which a folder's images are fitted. By default 64."""
+    stream: bool = False
+    """Reads images from disk batch by batch. By default only if they would take more than half of
+    the memory."""
     augment: bool = False
     """Crops and flips the images at random."""
     mix: Literal["none", "mixup", "cutmix"] = "none"

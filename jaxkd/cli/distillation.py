@@ -27,14 +27,19 @@ def load_problem(options: DistillOptions) -> Problem:
         has_statistics = bool(options.teacher_mean)
         for name in ("text_column", "label_column", "max_length"):
             require(getattr(options, name) is None, f"{option_name(name)} is for texts, not images")
-        dataset = data.load(options.data, options.data_dir, image_size=options.image_size)
+        dataset = data.load(
+            options.data,
+            options.data_dir,
+            image_size=options.image_size,
+            stream=options.stream or None,
+        )
         return ImageProblem(
             dataset,
             augment=options.augment,
             mix=None if options.mix == "none" else getattr(data, options.mix),
             statistics=(options.teacher_mean, options.teacher_std) if has_statistics else None,
         )
-    for name in ("image_size", "augment", "teacher_mean"):
+    for name in ("image_size", "stream", "augment", "teacher_mean"):
         require(not getattr(options, name), f"{option_name(name)} is for images, not texts")
     require(options.mix == "none", "--mix is for images, not texts")
     texts = text.load_texts(

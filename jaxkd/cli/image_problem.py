@@ -83,7 +83,7 @@ class ImageProblem(Problem):
         return Teacher(self._make_network(name, "--teacher"))
 
     @property
-    def _images(self) -> np.ndarray:
+    def _images(self) -> Any:
         return self.train["inputs"]
 
     @property

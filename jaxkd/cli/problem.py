@@ -14,6 +14,7 @@ import optax
 from jaxkd import distill, models
 from jaxkd._messages import shorten
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.data.records import Column, scannable
 
 
 class Teacher(NamedTuple):
@@ -71,7 +72,7 @@ class Problem(abc.ABC):
 
     def __init__(
         self,
-        splits: Sequence[Mapping[str, np.ndarray]],
+        splits: Sequence[Mapping[str, Any]],
         class_names: Sequence[str],
         *,
         augment: Callable[..., Any] | None = None,
@@ -89,7 +90,11 @@ class Problem(abc.ABC):
     def arrays(self) -> list[np.ndarray]:
         """All of the data, for the fingerprint of the run."""
         splits = (self.train, self.validation, self.test)
-        return [array for split in splits for array in split.values()]
+        arrays = [array for split in splits for array in split.values()]
+        # What identifies the records and a sample of them stands for streamed ones.
+        digests = [array.digest for array in arrays if isinstance(array, Column)]
+        texts = [np.frombuffer(digest.encode(), np.uint8) for digest in digests]
+        return [scannable(array) for array in arrays] + texts
 
     @abc.abstractmethod
     def make_teacher(self, name: str) -> Teacher:

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, warn
+from jaxkd.data.records import is_streamed, select_rows
 
 # Seeds of the held-out sets. They are part of a dataset: another seed changes every result.
 _VALIDATION_SEED = 0
@@ -24,15 +25,16 @@ class Split(NamedTuple):
     """Images and their classes.
 
     Attributes:
-        images: uint8 `[N, H, W, C]`, C is 1 or 3.
+        images: uint8 `[N, H, W, C]`, C is 1 or 3: an array, or a column of `data.Records` that is
+            read by its rows.
         labels: int32 `[N]`.
     """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
 
     @property
-    def examples(self) -> dict[str, np.ndarray]:
+    def examples(self) -> dict[str, Any]:
         """The images and labels as a plan takes them: `{"inputs": ..., "labels": ...}`."""
         return {"inputs": self.images, "labels": self.labels}
 
@@ -72,7 +74,8 @@ def make_dataset(
     Returns:
         The dataset. Equal calls hold out the same images, and each split keeps the source's order.
         Each class keeps a training image. A warning names the classes of which no image is held
-        out, or says that test images are training images or that equal images are in two classes.
+        out, or says that test images are training images or that equal images are in two classes,
+        which is not looked for in images that are streamed.
 
     Raises:
         DataError: If a split is empty, its images are not uint8 `[N, H, W, 1 or 3]`, or a label has
@@ -94,6 +97,8 @@ def make_dataset(
     else:
         given = {"validation": validation.labels, "test": test.labels}
     warn_of_missing_classes(name, given, train.labels, class_names)
+    if is_streamed(train._asdict()):
+        return Dataset(train, validation, test, class_names)
     train_hashes, test_hashes = _hash_images(train.images), _hash_images(test.images)
     if "validation" in given:
         validation_hashes = _hash_images(validation.images)
@@ -119,8 +124,8 @@ def hold_out(split: Split, count: int, *, key: jax.Array) -> tuple[Split, Split]
     """
     remaining, held_out = hold_out_indices(len(split.labels), count, key=key, labels=split.labels)
     return (
-        Split(split.images[remaining], split.labels[remaining]),
-        Split(split.images[held_out], split.labels[held_out]),
+        Split(select_rows(split.images, remaining), split.labels[remaining]),
+        Split(select_rows(split.images, held_out), split.labels[held_out]),
     )
 
 

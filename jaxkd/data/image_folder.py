@@ -1,10 +1,11 @@
 """Photographs in folders named after their classes."""
 
+import hashlib
 import itertools
 import os
 import unicodedata
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,9 @@ from jaxkd.data.class_names import (
 )
 from jaxkd.data.dataset import Split
 from jaxkd.data.errors import DataError, import_or_raise, one_line, warn
+from jaxkd.data.memory import should_stream
 from jaxkd.data.progress import track
+from jaxkd.data.records import Records
 from jaxkd.data.text_files import FILE_NAMES, check_different
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class Picture(NamedTuple):
 
 
 def read_image_folder(
-    path: Path, *, image_size: int
+    path: Path, *, image_size: int, stream: bool | None = None
 ) -> tuple[Split, Split, tuple[str, ...], Split | None]:
     """Reads `train/CLASS/*`, `test/CLASS/*` and, if it is there, `val/CLASS/*`, in sorted order.
 
@@ -84,6 +87,7 @@ def read_image_folder(
     Args:
         path: The folder.
         image_size: Side in pixels to which every image is fitted.
+        stream: Whether images are read when they are needed; see `jaxkd.data.load`.
 
     Returns:
         Training split, test split, class names and, if there is one, the validation split. Images
@@ -116,7 +120,10 @@ def read_image_folder(
         split: [_list_images(part / name) for name in class_names] for split, part in parts.items()
     }
     _warn_of_structure(path, parts.values(), itertools.chain(*listings.values()))
-    splits = {split: _read_split(parts[split], listings[split], image_size) for split in parts}
+    count = sum(len(members.images) for split in listings.values() for members in split)
+    shape = (count, image_size, image_size, 3)
+    read = _stream_split if should_stream(str(path), shape, stream=stream) else _read_split
+    splits = {split: read(parts[split], listings[split], image_size) for split in parts}
     return splits["train"], splits["test"], class_names, splits.get("validation")
 
 
@@ -334,6 +341,35 @@ def _read_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
             f"are shown on white{plain}"
         )
     return Split(images, labels)
+
+
+class _ImageFiles:
+    """A source of the images in files, for `Records`."""
+
+    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
+        # A million paths as text take a third of the memory.
+        self._paths = [os.fspath(path) for path in paths]
+        self._shape = (image_size, image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"inputs": read_image(Path(self._paths[index]), self._shape).pixels}
+
+
+def _stream_split(part: Path, listings: list[_Listing], image_size: int) -> Split:
+    """Returns a split whose images are read when they are needed."""
+    files = [listing.images for listing in listings]
+    labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(members) for members in files])
+    paths = list(itertools.chain(*files))
+    digest = hashlib.sha256()
+    for path in paths:
+        # Sizes stand for the contents.
+        digest.update(f"{path.relative_to(part)} {path.stat().st_size}\n".encode(errors="replace"))
+    source = _ImageFiles(paths, image_size)
+    records = Records(source, fingerprint=f"{digest.hexdigest()} {image_size}")
+    return Split(records["inputs"], labels)
 
 
 def _check_size(image: "Image", path: Path) -> None:

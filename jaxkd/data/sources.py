@@ -18,6 +18,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     *,
     image_size: int | None = None,
+    stream: bool | None = None,
 ) -> Dataset:
     """Loads an image classification dataset by name or path.
 
@@ -41,6 +42,11 @@ def load(
         image_size: Side in pixels to which photographs of various sizes are fitted; `None` means
             64. `"fashion_mnist_mini"` and a TensorFlow dataset whose images all have the same size
             keep it, and a warning says so if another is asked for.
+        stream: Whether the images of a folder, or of a TensorFlow dataset that is stored as
+            array_record, stay on disk, and each batch is read and decoded when it is needed.
+            `split.images` is then a column of `data.Records`. Equal images, transparent parts and
+            animations are not looked for. `None` streams images that would take more than half of
+            the memory of the machine, and says so.
 
     Returns:
         The dataset; equal calls give equal arrays.
@@ -68,7 +74,7 @@ def load(
         )
     side = _DEFAULT_IMAGE_SIZE if image_size is None else image_size
     _check_image_size(side)
-    source = _read(name, tfds_prepare.resolve_data_dir(data_dir), side)
+    source = _read(name, tfds_prepare.resolve_data_dir(data_dir), side, stream)
     dataset = make_dataset(name, *source)
     if image_size is not None:
         _warn_of_size(name, dataset, image_size)
@@ -94,13 +100,17 @@ def _check_image_size(image_size: int) -> None:
 
 
 def _read(
-    name: str, data_dir: Path, image_size: int
+    name: str, data_dir: Path, image_size: int, stream: bool | None
 ) -> tuple[Split, Split, tuple[str, ...], Split | None]:
     if name == embedded.NAME:
+        if stream:
+            warn(f"{name} is part of the package and is not streamed")
         return *embedded.read_embedded(), None
     if _is_path(name, data_dir):
-        return image_folder.read_image_folder(expand_user_path(name), image_size=image_size)
-    return *tfds_images.read_tfds_images(name, data_dir, image_size=image_size), None
+        path = expand_user_path(name)
+        return image_folder.read_image_folder(path, image_size=image_size, stream=stream)
+    read = tfds_images.read_tfds_images
+    return *read(name, data_dir, image_size=image_size, stream=stream), None
 
 
 def _is_path(name: str, data_dir: Path) -> bool:

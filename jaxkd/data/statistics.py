@@ -1,21 +1,24 @@
 """Mean and standard deviation of a dataset's channels, for normalising its images."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxkd._images import check_channels_last
+from jaxkd.data.records import scannable
 
 # np.bincount makes an int64 copy of its input: 4M values take 32 MB.
 _VALUES_PER_CHUNK = 2**22
 
 
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
     """Computes each channel's mean and standard deviation over all pixels, scaled to [0, 1].
 
     They are computed from a histogram of each channel's 256 values: exactly, and without a copy of
-    the dataset.
+    the dataset. Of streamed images, they are those of a sample.
 
     Args:
-        images: uint8 `[N, H, W, C]`, at least one.
+        images: uint8 `[N, H, W, C]`, at least one, an array or a column of `data.Records`.
 
     Returns:
         Mean `[C]` and standard deviation `[C]` (of the population), float32. A constant channel has
@@ -32,6 +35,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         >>> [round(float(value), 3) for value in mean], std.tolist()
         ([0.5, 0.027], [0.5, 1.0])
     """
+    images = scannable(images)
     if images.dtype != np.uint8:
         raise TypeError(f"images are {images.dtype}, expected uint8: pass them as they were loaded")
     if images.ndim != 4 or images.size == 0:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkd.data.errors import DataError
+from jaxkd.data.records import select_rows
 
 DataFn = Callable[[int], dict[str, Any]]
 """`seed -> examples`."""
@@ -65,7 +66,7 @@ def _check_labels(labels: np.ndarray) -> None:
     raise DataError(f"labels must be integers from 0, [N], got {got}: pass one class per example")
 
 
-def few_labels(examples: Mapping[str, np.ndarray], count: int) -> tuple[DataFn, DataFn]:
+def few_labels(examples: Mapping[str, Any], count: int) -> tuple[DataFn, DataFn]:
     """Keeps the labels of `count` examples, balanced over classes; each seed draws its own.
 
     Args:
@@ -97,7 +98,7 @@ def few_labels(examples: Mapping[str, np.ndarray], count: int) -> tuple[DataFn, 
 
     def labelled_only(seed: int) -> dict[str, Any]:
         indices = draw(seed)
-        return {"inputs": inputs[indices], "labels": labels[indices]}
+        return {"inputs": select_rows(inputs, indices), "labels": labels[indices]}
 
     def partly_labelled(seed: int) -> dict[str, Any]:
         labelled = np.isin(np.arange(len(labels)), draw(seed))

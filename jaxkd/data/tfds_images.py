@@ -3,19 +3,19 @@
 Those stored as array_record are read without TensorFlow.
 """
 
-import contextlib
+import functools
 import hashlib
-import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxkd._messages import list_some
-from jaxkd.data import decoded_cache, image_folder, tfds_prepare, tfds_reader
+from jaxkd.data import decoded_cache, image_folder, tfds_prepare, tfds_reader, tfds_stream
 from jaxkd.data.dataset import Split, hold_out_test
 from jaxkd.data.errors import DataError, import_or_raise, warn
+from jaxkd.data.memory import should_stream
 from jaxkd.data.progress import track
 from jaxkd.data.tfds_reader import PreparedDataset
 
@@ -39,7 +39,7 @@ class _Fields(NamedTuple):
 
 
 def read_tfds_images(
-    name: str, data_dir: Path, *, image_size: int
+    name: str, data_dir: Path, *, image_size: int, stream: bool | None = None
 ) -> tuple[Split, Split, tuple[str, ...]]:
     """Reads a TensorFlow dataset, and prepares it first if it is missing.
 
@@ -52,6 +52,7 @@ def read_tfds_images(
         data_dir: The folder of all datasets.
         image_size: Side in pixels to which images are fitted, as RGB, if the dataset does not fix
             their shape.
+        stream: Whether images are decoded when they are needed; see `jaxkd.data.load`.
 
     Returns:
         Training split, test split (see `jaxkd.data.load`) and class names.
@@ -67,6 +68,9 @@ def read_tfds_images(
     # Beside the folder: TFDS must not find an unknown file in it.
     cache_path = folder.with_name(f"{folder.name}.decoded.npz")
     fingerprint = _fingerprint(folder, fields)
+    if _should_stream(prepared, fields, stream):
+        read = _stream_reader(prepared, fields, fingerprint)
+        return *_read_splits(prepared, read), fields.class_names
     splits = decoded_cache.read_decoded(cache_path, fingerprint)
     if splits is None:
         splits = _decode(prepared, fields)
@@ -116,8 +120,40 @@ def _fingerprint(folder: Path, fields: _Fields) -> str:
     return digest.hexdigest()
 
 
+def _should_stream(prepared: PreparedDataset, fields: _Fields, stream: bool | None) -> bool:
+    # Other formats have no random access.
+    if stream is None and prepared.file_format != "array_record":
+        return False
+    splits = prepared.builder.info.splits
+    names = {"train", "test" if "test" in splits else "validation"}
+    count = sum(split.num_examples for name, split in splits.items() if name in names)
+    return should_stream(prepared.name, (count, *fields.shape), stream=stream)
+
+
+def _stream_reader(
+    prepared: PreparedDataset, fields: _Fields, fingerprint: str
+) -> Callable[[str], Split]:
+    """Returns `split -> Split`, whose images are decoded when they are needed."""
+    return functools.partial(
+        tfds_stream.stream_split,
+        prepared,
+        image=fields.image,
+        label=fields.label,
+        read=lambda example: _fit(example[fields.image], fields.image_size),
+        fingerprint=fingerprint,
+    )
+
+
 def _decode(prepared: PreparedDataset, fields: _Fields) -> tuple[Split, Split]:
-    """Decodes the training images and the test images (see `jaxkd.data.load`).
+    return _read_splits(prepared, functools.partial(_decode_split, prepared, fields))
+
+
+def _read_splits(prepared: PreparedDataset, read: Callable[[str], Split]) -> tuple[Split, Split]:
+    """Reads the training images and the test images (see `jaxkd.data.load`).
+
+    Args:
+        prepared: The dataset.
+        read: `name -> Split`.
 
     Raises:
         DataError: If there is no `train`, examples are damaged or missing, or TensorFlow is needed
@@ -129,10 +165,10 @@ def _decode(prepared: PreparedDataset, fields: _Fields) -> tuple[Split, Split]:
             f"{prepared.name} has no split named train, only {list_some(splits)}: "
             "choose another dataset"
         )
-    train = _decode_split(prepared, fields, "train")
+    train = read("train")
     for test_name in ("test", "validation"):
         if test_name in splits:
-            return train, _decode_split(prepared, fields, test_name)
+            return train, read(test_name)
     return hold_out_test(train)
 
 
@@ -166,20 +202,5 @@ def _fit(image: np.ndarray, image_size: int | None) -> np.ndarray:
 
 
 def _read_examples(prepared: PreparedDataset, split: str) -> Iterator[dict[str, Any]]:
-    with _without_opencv_advice():
+    with tfds_reader.without_opencv_advice():
         yield from tfds_reader.read_examples(prepared, split)
-
-
-@contextlib.contextmanager
-def _without_opencv_advice() -> Generator[None]:
-    """Silences the advice of TFDS to install OpenCV; Pillow serves as well."""
-    logger = logging.getLogger("absl")
-
-    def is_other_message(record: logging.LogRecord) -> bool:
-        return "OpenCV is not installed" not in record.getMessage()
-
-    logger.addFilter(is_other_message)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other_message)

@@ -1,6 +1,7 @@
 """Reads the examples of a dataset that TensorFlow Datasets (TFDS) has prepared."""
 
 import contextlib
+import logging
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def open_prepared(folder: Path, name: str, data_dir: Path) -> PreparedDataset:
     tfds = import_or_raise("tensorflow_datasets")
     # Without a builder at first: making one may fail, and the error needs the other fields.
     prepared = PreparedDataset(None, folder, name, data_dir)
-    with _raise_as_damage(prepared):
+    with raise_as_damage(prepared):
         prepared = prepared._replace(builder=tfds.builder_from_directory(folder))
         splits = prepared.builder.info.splits.values()
         shards = [Path(path) for split in splits for path in split.filepaths]
@@ -98,7 +99,7 @@ def read_examples(prepared: PreparedDataset, split: str) -> Iterator[dict[str, A
     """
     if prepared.file_format != "array_record":
         _import_tensorflow(prepared)
-    with _raise_as_damage(prepared):
+    with raise_as_damage(prepared):
         if prepared.file_format == "array_record":
             yield from prepared.builder.as_data_source(split=split)
         else:
@@ -107,8 +108,18 @@ def read_examples(prepared: PreparedDataset, split: str) -> Iterator[dict[str, A
             yield from import_or_raise("tensorflow_datasets").as_numpy(dataset)
 
 
+def open_source(prepared: PreparedDataset, split: str, **options: Any) -> Any:
+    """Opens the decoded examples of an array_record split, with random access.
+
+    Raises:
+        DataError: If they are damaged.
+    """
+    with raise_as_damage(prepared):
+        return prepared.builder.as_data_source(split=split, **options)
+
+
 @contextlib.contextmanager
-def _raise_as_damage(prepared: PreparedDataset) -> Generator[None]:
+def raise_as_damage(prepared: PreparedDataset) -> Generator[None]:
     """Turns the exceptions of reading into the error that the dataset is damaged."""
     try:
         yield
@@ -131,3 +142,18 @@ def _import_tensorflow(prepared: PreparedDataset) -> None:
             "read: pip install tensorflow, or delete the folder and prepare it as array_record:",
             command=tfds_prepare.prepare_command(prepared.name, prepared.data_dir),
         ) from error
+
+
+@contextlib.contextmanager
+def without_opencv_advice() -> Generator[None]:
+    """Silences the advice of TFDS to install OpenCV; Pillow serves as well."""
+    logger = logging.getLogger("absl")
+
+    def is_other_message(record: logging.LogRecord) -> bool:
+        return "OpenCV is not installed" not in record.getMessage()
+
+    logger.addFilter(is_other_message)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other_message)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxkd import data, distill, models, weights
+from jaxkd import data, distill, models, runs, weights
 from jaxkd.cli.distill import DistillCommand
-from jaxkd.cli.distillation import make_plan
+from jaxkd.cli.distillation import load_problem, make_plan
 from jaxkd.cli.image_problem import ImageProblem
 from jaxkd.cli.main import main
+from jaxkd.data.records import Column
 from jaxkd.distill import methods
 
 NAMES = ("dark", "light")
@@ -91,8 +92,19 @@ def test_distil_then_predict(photos, tmp_path, capsys):
     assert [len(row["accuracy"]) for row in rows] == [3, 3, 3, 3]
     # The student of this run teaches the next one.
     with jax.numpy_dtype_promotion("standard"):
-        main([*arguments[:6], str(run), *arguments[7:-1], str(tmp_path / "second")])
+        main([*arguments[:6], str(run), *arguments[7:-1], str(tmp_path / "second"), "--stream"])
     assert "student_kd" in capsys.readouterr().out
+
+
+def test_stream_reads_images_when_they_are_needed(photos):
+    first, second = (
+        load_problem(DistillCommand(data=str(photos), image_size=side, stream=True))
+        for side in (16, 8)
+    )
+    assert first.train["inputs"].shape == (36, 16, 16, 3)
+    assert isinstance(first.train["inputs"], Column) and isinstance(first.test["inputs"], Column)
+    assert runs.fingerprint(first.arrays) != runs.fingerprint(second.arrays)
+    assert make_plan(DistillCommand(data="x", student=SMALL), first, first.make_teacher(SMALL))
 
 
 def test_plan_of_several_methods_and_an_assistant():

@@ -16,12 +16,14 @@ pytestmark = pytest.mark.usefixtures("no_download")
 def dispatch(monkeypatch):
     """Makes `load` return the source that a name selects, and the arguments it passes."""
     monkeypatch.setattr(
-        image_folder, "read_image_folder", lambda path, image_size: ("folder", path, image_size)
+        image_folder,
+        "read_image_folder",
+        lambda path, image_size, stream: ("folder", path, image_size),
     )
     monkeypatch.setattr(
         tfds_images,
         "read_tfds_images",
-        lambda name, data_dir, image_size: ("tfds", name, data_dir),
+        lambda name, data_dir, image_size, stream: ("tfds", name, data_dir),
     )
     # Without the validation split, which TFDS has not.
     monkeypatch.setattr(sources, "make_dataset", lambda name, *source: source[:3])

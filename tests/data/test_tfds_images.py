@@ -14,7 +14,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils import version as version_lib
 
 from jaxkd import data
-from jaxkd.data import tfds_images, tfds_prepare
+from jaxkd.data import tfds_images, tfds_prepare, tfds_reader, tfds_stream
 
 pytestmark = [
     pytest.mark.usefixtures("no_download"),
@@ -141,7 +141,7 @@ def test_nothing_is_printed(tiny, capfd, caplog):
 
 
 def test_other_log_records_pass(caplog):
-    with tfds_images._without_opencv_advice():
+    with tfds_reader.without_opencv_advice():
         logging.getLogger("absl").warning("OpenCV is not installed. We recommend")
         logging.getLogger("absl").warning("disk is %s", "full")
     assert [record.getMessage() for record in caplog.records] == ["disk is full"]
@@ -631,3 +631,50 @@ def test_cifar10(count, tmp_path, monkeypatch):
     np.testing.assert_allclose(mean, [0.491, 0.482, 0.447], atol=6e-3)
     forbid_decoding(monkeypatch)
     chex.assert_trees_all_equal(data.load("cifar10/3.0.2", tmp_path)[:3], dataset[:3])
+
+
+def test_streams_the_same_splits_and_reads_labels_once(tiny, monkeypatch):
+    loaded = load(tiny)
+    streamed = load(tiny, stream=True)
+    for split, expected in zip(streamed[:3], loaded[:3], strict=True):
+        np.testing.assert_array_equal(split.images[:], expected.images)
+        np.testing.assert_array_equal(split.labels, expected.labels)
+    files = sorted(path.name for path in tiny.parent.glob("*-labels.npz"))
+    assert files == ["1.0.0.test-labels.npz", "1.0.0.train-labels.npz"]
+    decoded = []
+    monkeypatch.setattr(tfds_stream, "_save_labels", lambda *args: decoded.append(args))
+    assert load(tiny, stream=True).train.images.digest == streamed.train.images.digest
+    assert not decoded
+    (tiny.parent / files[0]).write_bytes(b"damaged")
+    np.testing.assert_array_equal(load(tiny, stream=True).test.labels, loaded.test.labels)
+    assert len(decoded) == 1
+
+
+def jpeg_example(index):
+    """Returns an image of a size of its own, as those of ImageNet."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(index).integers(0, 256, (9 + index, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    file.seek(0)
+    return {"image": file, "label": index % 2}
+
+
+def test_streams_photographs_of_various_sizes(tmp_path):
+    features = {**FEATURES, "image": tfds.features.Image(encoding_format="jpeg")}
+    # As ImageNet, without a split test.
+    counts = {"train": 20, "validation": 6}
+    folder = prepare(tmp_path, counts=counts, features=features, make=jpeg_example)
+    with pytest.warns(UserWarning, match="the split validation is the test set"):
+        loaded, streamed = (load(folder, image_size=8, stream=stream) for stream in (False, True))
+    for split, expected in zip(streamed[:3], loaded[:3], strict=True):
+        assert split.images.shape[1:] == (8, 8, 3)
+        np.testing.assert_array_equal(split.images[:], expected.images)
+        np.testing.assert_array_equal(split.labels, expected.labels)
+
+
+def test_other_formats_are_not_streamed(tiny, monkeypatch):
+    edit(tiny, fileFormat="tfrecord")
+    for path in tiny.glob("*array_record*"):
+        path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    with pytest.raises(data.DataError, match="stored as tfrecord, which cannot be read in any"):
+        load(tiny, stream=True)
