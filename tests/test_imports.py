@@ -64,6 +64,7 @@ DISTILL_ARROWS = {
     "selection": set(),
     "step": {"selection", "top_k"},
     "methods": {"step"},
+    "schemes": {"plan", "step"},
     "_multi_step": set(),
     "_relay": set(),
     "_fate": {"_relay"},
@@ -93,6 +94,7 @@ DISTILL_ARROWS = {
         "step",
     },
     "_best": {"_stage_run"},
+    "_derived": {"_lowering", "_stage_run", "_validation", "plan"},
     "_loop": {
         "_best",
         "_batches",
@@ -112,6 +114,7 @@ DISTILL_ARROWS = {
     "_trainer": {
         "_batches",
         "_compile",
+        "_derived",
         "_identity",
         "_loop",
         "_progress",
@@ -123,6 +126,7 @@ DISTILL_ARROWS = {
     },
     "runner": {
         "_compile",
+        "_derived",
         "_diagnosis",
         "_identity",
         "_loop",

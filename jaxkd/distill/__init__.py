@@ -20,6 +20,8 @@ from jaxkd.distill.placement import (
 )
 from jaxkd.distill.plan import (
     AVERAGE,
+    Derived,
+    Entry,
     Examples,
     Pretrained,
     Stage,
@@ -27,6 +29,7 @@ from jaxkd.distill.plan import (
     teacher_baselines,
 )
 from jaxkd.distill.runner import evaluate_plan, run_plan
+from jaxkd.distill.schemes import born_again, ensemble, mutual_learning
 from jaxkd.distill.selection import Best
 from jaxkd.distill.step import (
     Batch,
@@ -44,6 +47,8 @@ __all__ = [
     "Batch",
     "BatchInfo",
     "Best",
+    "Derived",
+    "Entry",
     "Examples",
     "LossContext",
     "LossFn",
@@ -57,8 +62,10 @@ __all__ = [
     "TrainState",
     "TrainedModel",
     "VectorizedPlacement",
+    "born_again",
     "broadcast_from_primary",
     "count_concurrent_stages",
+    "ensemble",
     "evaluate_plan",
     "expand_top_k",
     "find_best",
@@ -68,6 +75,7 @@ __all__ = [
     "is_primary_process",
     "make_mesh",
     "make_train_step",
+    "mutual_learning",
     "order",
     "run_plan",
     "save_results",

@@ -23,7 +23,7 @@ from jaxkd.distill._lowering import (
 )
 from jaxkd.distill._multi_step import MultiStep
 from jaxkd.distill.placement import Placement
-from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes, needed_stages
 from jaxkd.distill.step import StepFn, make_train_step
 from jaxkd.runs import fingerprint
 
@@ -35,6 +35,8 @@ class CompiledStage(NamedTuple):
         stage: The stage.
         multi_step: Takes steps. Stages with the same program have the identical function.
         init: `(key, inputs) -> variables`.
+        needed_stages: Names of the stages that it learns or starts from, also through derived
+            models.
         fingerprint: JSON values that identify the training, whatever the seed. A checkpoint with
             others is refused.
         lowered: Its lowered step.
@@ -45,6 +47,7 @@ class CompiledStage(NamedTuple):
     stage: Stage
     multi_step: MultiStep
     init: Callable[..., dict]
+    needed_stages: frozenset[str]
     fingerprint: dict[str, Any]
     lowered: LoweredStep
     find_program: Callable[[int], str | None]
@@ -65,7 +68,7 @@ class _Program(NamedTuple):
 
 
 def compile_stages(
-    plan: Sequence[Stage | Pretrained],
+    plan: Sequence[Entry],
     seed: int,
     placement: Placement,
     buckets: LengthBuckets | None = None,
@@ -122,6 +125,7 @@ def compile_stages(
                 stage,
                 multi_step,
                 inits[stage.model],
+                frozenset(needed_stages(entries, stage.name)),
                 _describe(stage, weights)
                 | {"program": lowered.digest}
                 | _describe_best(stage, evaluations)
@@ -133,7 +137,7 @@ def compile_stages(
 
 
 def check_buckets(
-    plan: Sequence[Stage | Pretrained],
+    plan: Sequence[Entry],
     seed: int,
     buckets: LengthBuckets,
     validation_inputs: Any,
@@ -162,7 +166,7 @@ def check_buckets(
     entries = {entry.name: entry for entry in plan}
     results: dict[Any, bool] = {}
 
-    def has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any) -> bool:
+    def has_logits_of_tokens(entry: Entry, inputs: Any) -> bool:
         # Entries may share a model, which is then traced once.
         key = entry.model, inputs.shape[1:], inputs.dtype
         if key not in results:
@@ -187,7 +191,7 @@ def check_buckets(
                 )
 
 
-def _has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any, buckets: LengthBuckets) -> bool:
+def _has_logits_of_tokens(entry: Entry, inputs: Any, buckets: LengthBuckets) -> bool:
     """Returns whether the shape of an example's logits depends on the bucket length."""
 
     def predict(variables: Any, inputs: Any) -> Any:
@@ -205,7 +209,7 @@ def _has_logits_of_tokens(entry: Stage | Pretrained, inputs: Any, buckets: Lengt
     return shortest != longest
 
 
-def group_by_program(plan: Sequence[Stage | Pretrained], seed: int = 0) -> list[list[Stage]]:
+def group_by_program(plan: Sequence[Entry], seed: int = 0) -> list[list[Stage]]:
     """Groups the stages of a plan whose training steps compile to the same program.
 
     Only stages that could share a program are lowered: those with the same model, shapes and number
@@ -222,7 +226,7 @@ def group_by_program(plan: Sequence[Stage | Pretrained], seed: int = 0) -> list[
     return [program.stages for program in _find_programs(plan, seed)]
 
 
-def _find_programs(plan: Sequence[Stage | Pretrained], seed: int) -> list[_Program]:
+def _find_programs(plan: Sequence[Entry], seed: int) -> list[_Program]:
     entries = {entry.name: entry for entry in plan}
     candidates: dict[Any, list[_Program]] = {}
     for entry in plan:
@@ -267,7 +271,7 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
 
 
 def _merge_equal(
-    programs: Sequence[_Program], entries: Mapping[str, Stage | Pretrained], seed: int
+    programs: Sequence[_Program], entries: Mapping[str, Entry], seed: int
 ) -> list[_Program]:
     """Merges programs whose lowered steps are equal."""
     if len(programs) == 1:
@@ -289,9 +293,7 @@ def _is_same_step(stage: Stage, other: Stage) -> bool:
     return all(getattr(stage, name) == getattr(other, name) for name in names)
 
 
-def _step_maker(
-    stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int
-) -> Callable[..., StepFn]:
+def _step_maker(stage: Stage, entries: Mapping[str, Entry], seed: int) -> Callable[..., StepFn]:
     models = [stage.model if name == AVERAGE else entries[name].model for name in stage.teachers]
     cached_num_classes = None
     if stage.cache_top_k is not None:
@@ -313,9 +315,7 @@ def _step_maker(
     )
 
 
-def _find_program(
-    stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int, steps: int
-) -> str | None:
+def _find_program(stage: Stage, entries: Mapping[str, Entry], seed: int, steps: int) -> str | None:
     """Returns the digest of a stage's program with another number of steps; see `CompiledStage`."""
     make_step = _step_maker(stage, entries, seed)
     if depends_on_num_steps(stage, make_step, entries, seed):

@@ -15,7 +15,7 @@ from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
 from jaxkd.data.records import scannable
 from jaxkd.distill._requirements import named_arrays
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import Entry, Stage, input_shapes
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
 
@@ -31,9 +31,7 @@ MAX_TEACHER_EXAMPLES = 2048
 """Number of examples for which the logits of a teacher are searched for NaN."""
 
 
-def check_validation_labels(
-    plan: Sequence[Stage | Pretrained], validation: Mapping[str, Any]
-) -> None:
+def check_validation_labels(plan: Sequence[Entry], validation: Mapping[str, Any]) -> None:
     """Raises `ValueError` if a stage cannot be scored on the labels of a validation split."""
     for stage in plan:
         if isinstance(stage, Stage):
@@ -68,7 +66,7 @@ def check_tokens(inputs: Any, owner: str) -> None:
 
 
 def check_inputs(
-    plan: Sequence[Stage | Pretrained],
+    plan: Sequence[Entry],
     examples: Mapping[str, Any],
     split: str,
     *,
@@ -91,7 +89,7 @@ def check_inputs(
     check_tokens(examples["inputs"], f"the {split}")
     others = dict(named_arrays({"inputs": examples["inputs"]}))
     for stage in plan:
-        if isinstance(stage, Pretrained) or (callable(stage.data) and seed is None):
+        if not isinstance(stage, Stage) or (callable(stage.data) and seed is None):
             continue
         inputs = _model_inputs(stage, seed or 0)
         for name, array in inputs.items():

@@ -579,7 +579,8 @@ class TrainingLoop:
             name: np.array([student[name] for student in metrics], np.float32).T
             for name in metrics[0]
         }
-        self._metrics: list[Any] = [joined] if joined else []
+        # Without a step, the names of the terms are not known.
+        self._metrics: list[Any] = [joined] if "loss" in joined and len(joined["loss"]) else []
         self._num_new = 0
 
     def _average(self, records: Sequence[Mapping[str, Any]]) -> tuple[float, str]:

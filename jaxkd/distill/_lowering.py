@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.distill.placement import DATA
-from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes
 from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
 from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
@@ -37,7 +37,7 @@ class LoweredStep(NamedTuple):
 def lower_step(
     stage: Stage,
     make_step: Callable[..., StepFn],
-    entries: Mapping[str, Stage | Pretrained],
+    entries: Mapping[str, Entry],
     seed: int,
 ) -> LoweredStep:
     """Lowers a step for its shapes, without compiling it.
@@ -65,7 +65,7 @@ def lower_step(
 def depends_on_num_steps(
     stage: Stage,
     make_step: Callable[..., StepFn],
-    entries: Mapping[str, Stage | Pretrained],
+    entries: Mapping[str, Entry],
     seed: int,
 ) -> bool:
     """Returns whether a step reads the number of steps, as a loss does by `LossContext.progress`.
@@ -87,7 +87,7 @@ def depends_on_num_steps(
     return count_arguments(reading) > count_arguments(ignoring)
 
 
-def _step_arguments(stage: Stage, entries: Mapping[str, Stage | Pretrained], seed: int) -> tuple:
+def _step_arguments(stage: Stage, entries: Mapping[str, Entry], seed: int) -> tuple:
     """Returns the shapes of a step's arguments."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shapes(stage, seed)
@@ -166,7 +166,7 @@ def _is_traced(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
-def hash_predict(entry: Stage | Pretrained, example: Any) -> str:
+def hash_predict(entry: Entry, example: Any) -> str:
     """Returns a digest of a model's predictions, as they are lowered."""
     predict = jax.jit(
         lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
@@ -186,7 +186,7 @@ def batch_shapes(stage: Stage, seed: int) -> dict[str, Any]:
     return jax.tree.map(batch_shape, dict(stage.examples(seed)))
 
 
-def variables_shape(entry: Stage | Pretrained, example: Any) -> Any:
+def variables_shape(entry: Entry, example: Any) -> Any:
     """Returns the shapes of a model's variables."""
     if isinstance(entry, Pretrained):
         return jax.eval_shape(lambda: dict(entry.variables))

@@ -9,13 +9,13 @@ from jaxkd.distill._identity import fingerprint_tree, hash_json, without_commit
 from jaxkd.distill._lowering import hash_predict
 from jaxkd.distill._stage_run import TrainedModel
 from jaxkd.distill.distributed import is_primary_process
-from jaxkd.distill.plan import Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import Entry, input_shapes
 from jaxkd.runs import IGNORED_OPTIONS, ResultRow, Run, RunError
 from jaxkd.runs.environment import describe_environment
 
 
 def digest_measurements(
-    plan: Sequence[Stage | Pretrained],
+    plan: Sequence[Entry],
     models: Mapping[str, Sequence[TrainedModel]],
     test: Mapping[str, Any],
     reference: str,

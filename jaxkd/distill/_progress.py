@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd.distill.distributed import is_primary_process
-from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.plan import Entry, Stage
 
 SECONDS_BETWEEN_EVALUATIONS = 10.0
 """Least time between a line and the next one that an evaluation prints."""
@@ -20,9 +20,7 @@ class PlanProgress:
     another line was printed shortly before. Only the primary process prints.
     """
 
-    def __init__(
-        self, plan: Sequence[Stage | Pretrained], seeds: Sequence[int], folder: Path
-    ) -> None:
+    def __init__(self, plan: Sequence[Entry], seeds: Sequence[int], folder: Path) -> None:
         """Takes what the first line says: the plan, the seeds and the run's folder."""
         stages = [entry for entry in plan if isinstance(entry, Stage)]
         self._total = len(seeds) * sum(stage.steps for stage in stages)

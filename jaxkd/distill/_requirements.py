@@ -141,3 +141,11 @@ REQUIREMENTS = {
     ),
 }
 """The requirements on the attributes of a stage, by name."""
+
+DERIVED_REQUIREMENTS = {
+    "name": Requirement(lambda value: isinstance(value, str), "text"),
+    "model": MODEL,
+    "sources": Requirement(_is_names, "a tuple of names such as ('first', 'second')"),
+    "combine": Requirement(callable, "a function (*variables) -> variables"),
+}
+"""The requirements on the attributes of a derived model, by name."""

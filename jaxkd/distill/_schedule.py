@@ -1,14 +1,14 @@
 """The order of the trainings of a plan, and the groups that train in one program."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxkd.distill._compile import CompiledStage, group_by_program
 from jaxkd.distill._requirements import named_arrays
-from jaxkd.distill.plan import Pretrained, Stage, order
+from jaxkd.distill.plan import Entry, Stage, needed_stages, order
 
 Job = tuple[CompiledStage, int]
 """A stage and a seed."""
@@ -34,7 +34,7 @@ def make_schedule(
     if max_students == 1 or not seeds:
         # Seed by seed, so that a run that is stopped early holds whole seeds to compare.
         return [[[(stage, seed)] for stage in stages] for seed in seeds]
-    levels = _find_levels([stage.stage for stage in stages])
+    levels = _find_levels({stage.stage.name: stage.needed_stages for stage in stages})
     programs: dict[Any, list[CompiledStage]] = {}
     for stage in stages:
         shapes = _shapes(stage.stage.examples(seeds[0]))
@@ -49,7 +49,7 @@ def make_schedule(
     return rounds
 
 
-def count_concurrent_stages(plan: Sequence[Stage | Pretrained], seed: int = 0) -> int:
+def count_concurrent_stages(plan: Sequence[Entry], seed: int = 0) -> int:
     """Counts the stages that can train together, at most, for each seed.
 
     They share a program, have as many examples, and do not learn from each other.
@@ -61,7 +61,14 @@ def count_concurrent_stages(plan: Sequence[Stage | Pretrained], seed: int = 0) -
     Returns:
         The largest number; 0 for a plan without a stage.
     """
-    levels = _find_levels([entry for entry in order(plan) if isinstance(entry, Stage)])
+    entries = {entry.name: entry for entry in order(plan)}
+    levels = _find_levels(
+        {
+            name: needed_stages(entries, name)
+            for name, entry in entries.items()
+            if isinstance(entry, Stage)
+        }
+    )
     groups = [
         collections.Counter((levels[stage.name], _shapes(stage.examples(seed))) for stage in group)
         for group in group_by_program(plan, seed)
@@ -69,13 +76,16 @@ def count_concurrent_stages(plan: Sequence[Stage | Pretrained], seed: int = 0) -
     return max((count for group in groups for count in group.values()), default=0)
 
 
-def _find_levels(stages: Sequence[Stage]) -> dict[str, int]:
-    """Returns the length of the longest chain of stages that each stage learns from, by name."""
+def _find_levels(needed_stages: Mapping[str, Collection[str]]) -> dict[str, int]:
+    """Returns the length of the longest chain of stages that each stage learns from, by name.
+
+    Args:
+        needed_stages: The stages that each stage learns or starts from, in an order in which they
+            come before it.
+    """
     levels: dict[str, int] = {}
-    for stage in stages:
-        # Pretrained models have no level: they are there before any stage.
-        needed = [levels[name] for name in stage.needs if name in levels]
-        levels[stage.name] = 1 + max(needed, default=-1)
+    for name, needed in needed_stages.items():
+        levels[name] = 1 + max((levels[other] for other in needed), default=-1)
     return levels
 
 

@@ -18,7 +18,7 @@ from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._restore import StageProgress, restore_training
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, input_shapes
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes
 from jaxkd.distill.step import Purpose, TrainState, init_train_state
 from jaxkd.models.model import Model
 from jaxkd.runs import Run, RunError
@@ -291,7 +291,7 @@ def pack_arrays(state: TrainState, best: Any) -> Any:
 
 
 def check_pretrained(
-    plan: Sequence[Stage | Pretrained], seed: int, scored_inputs: Callable[[Model], Any | None]
+    plan: Sequence[Entry], seed: int, scored_inputs: Callable[[Model], Any | None]
 ) -> None:
     """Checks that the weights of pretrained models have the shapes that their models read.
 

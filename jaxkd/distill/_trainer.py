@@ -7,6 +7,7 @@ from jaxkd._files import measure_disk_use
 from jaxkd._messages import format_bytes
 from jaxkd.distill._batches import DeviceArrays
 from jaxkd.distill._compile import CompiledStage
+from jaxkd.distill._derived import Deriver
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._progress import PlanProgress
@@ -42,6 +43,7 @@ class Trainer:
         trained: dict[str, dict[int, TrainedModel]],
         describer: TrainingDescriber,
         make_loop: Callable[..., TrainingLoop],
+        deriver: Deriver,
         progress: PlanProgress,
     ) -> None:
         """Takes the surroundings of the trainings.
@@ -52,6 +54,7 @@ class Trainer:
             trained: The models by name and seed, to which those of the plan are added.
             describer: Describes trainings, so that their checkpoints are known from others.
             make_loop: `(group, arrays=...) -> TrainingLoop`.
+            deriver: Makes the models that come from trained ones.
             progress: Prints the lines.
         """
         self._run = run
@@ -59,6 +62,7 @@ class Trainer:
         self._trained = trained
         self._describer = describer
         self._make_loop = make_loop
+        self._deriver = deriver
         self._progress = progress
         self._remarks: set[str] = set()
 
@@ -75,6 +79,8 @@ class Trainer:
         Returns:
             The number of trainings that are kept.
         """
+        for seed in seeds:
+            self._deriver.complete(seed)  # from pretrained models
         jobs = [(stage, seed) for seed in seeds for stage in stages]
         held = self._find_held([(seed, stage.stage.name) for stage, seed in jobs])
         num_kept = num_resumed = 0
@@ -150,6 +156,7 @@ class Trainer:
         models = loop.train(self._progress.advance, self._progress.report_evaluation)
         for stage_run, model in zip(group.stage_runs, models, strict=True):
             self._trained[stage_run.stage.name][stage_run.seed] = model
+            self._deriver.complete(stage_run.seed)
             if not group.is_finished and is_primary_process():
                 delete_set_aside(self._run, stage_run.seed, stage_run.stage.name)
         # Those that an early end has spared. They took no time.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxkd import losses
 from jaxkd._messages import list_some, shorten
 from jaxkd.distill import _diagnosis
-from jaxkd.distill.plan import Pretrained, Stage
+from jaxkd.distill.plan import Entry
 from jaxkd.evaluate import PredictFn, Score, ScoreFn, agreement, score_logits
 from jaxkd.models.model import Model
 from jaxkd.runs import RunError
@@ -42,7 +42,7 @@ class Validator:
 
     def __init__(
         self,
-        plan: Sequence[Stage | Pretrained],
+        plan: Sequence[Entry],
         predict_fns: Mapping[str, PredictFn],
         validation: Mapping[str, Any],
         make_score: MakeScore | None,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxkd import evaluate, weights
 from jaxkd.distill._stage_run import TrainedModel
 from jaxkd.distill.distributed import is_primary_process
-from jaxkd.distill.plan import Pretrained, Stage, teacher_baselines
+from jaxkd.distill.plan import Entry, teacher_baselines
 from jaxkd.distill.runner import evaluate_plan
 from jaxkd.runs import ResultRow, Run, report
 
@@ -44,7 +44,7 @@ class RunOutputs(NamedTuple):
 
 def save_results(
     run: Run,
-    plan: Sequence[Stage | Pretrained],
+    plan: Sequence[Entry],
     trained: Mapping[str, Sequence[TrainedModel]],
     test: Mapping[str, Any],
     *,

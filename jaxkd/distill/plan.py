@@ -20,6 +20,7 @@ from jaxkd._messages import shorten
 from jaxkd.data.records import Records, is_dataset
 from jaxkd.data.views import Augment
 from jaxkd.distill._requirements import (
+    DERIVED_REQUIREMENTS,
     MODEL,
     REQUIREMENTS,
     check_numbers,
@@ -58,6 +59,53 @@ class Pretrained(NamedTuple):
     name: str
     model: Model
     variables: Mapping[str, Any]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names that must come before it: none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A model of a plan whose weights come from those of others, without training.
+
+    It may be an ensemble, a part of a joint model, or an average of weights. It teaches, is
+    evaluated, and stages start from it, as if it were trained.
+
+    Attributes:
+        name: Name of the model, unique in the plan.
+        model: The model.
+        sources: Names of the stages, pretrained or derived models whose variables it takes.
+        combine: `(*variables of the sources) -> variables`.
+
+    Example:
+        >>> import jax
+        >>> from jaxkd import distill, models
+        >>> model = models.from_linen(models.CNN(features=(4,), hidden=8))
+        >>> def average(first, second):
+        ...     return jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+        >>> distill.Derived("soup", model, ("first", "second"), average).needs
+        ('first', 'second')
+    """
+
+    name: str
+    model: Model
+    sources: tuple[str, ...]
+    combine: Callable[..., dict]
+
+    def __post_init__(self) -> None:
+        """Raises `TypeError` or `ValueError` if an attribute is unfit."""
+        owner = f"the derived model {shorten(repr(self.name), 60)}"
+        for attribute, requirement in DERIVED_REQUIREMENTS.items():
+            requirement.check(getattr(self, attribute), f"{attribute} of {owner}")
+        if not self.sources:
+            raise ValueError(f"{owner} has no sources: name the stages whose weights it takes")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names that must come before it: its sources."""
+        return tuple(self.sources)
 
 
 @dataclass(frozen=True)
@@ -244,6 +292,10 @@ class Stage:
         return dict(data) if isinstance(data, Records) else data
 
 
+Entry = Stage | Pretrained | Derived
+"""An entry of a plan."""
+
+
 def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
     """Returns the shapes and dtypes of a batch of inputs `[N, ...]`, an array or a dict of them."""
     return jax.tree.map(
@@ -255,8 +307,24 @@ def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
     )
 
 
+def needed_stages(entries: Mapping[str, Entry], name: str) -> set[str]:
+    """Returns the stages that an entry needs itself, or through the derived models that it needs.
+
+    Args:
+        entries: The entries of a plan by name.
+        name: Name of the entry.
+    """
+    found = set()
+    for needed in entries[name].needs:
+        if isinstance(entries[needed], Stage):
+            found.add(needed)
+        else:
+            found |= needed_stages(entries, needed)
+    return found
+
+
 def teacher_baselines(
-    plan: Sequence[Stage | Pretrained], variables: Mapping[str, Any] | None = None
+    plan: Sequence[Entry], variables: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str]]:
     """Pairs each teacher with the stages that train its student without a teacher.
 
@@ -310,7 +378,7 @@ def _describe_variables(variables: Any) -> tuple:
     )
 
 
-def check_entries(plan: Sequence[Stage | Pretrained]) -> None:
+def check_entries(plan: Sequence[Entry]) -> None:
     """Raises `TypeError` if a plan is no sequence of stages and pretrained models.
 
     A pretrained model is a plain tuple, whose attributes are checked here.
@@ -320,15 +388,16 @@ def check_entries(plan: Sequence[Stage | Pretrained]) -> None:
             f"a plan must be a list of stages, got {describe_value(plan)}: write [stage]"
         )
     for entry in plan:
-        if not isinstance(entry, (Stage, Pretrained)):
+        if not isinstance(entry, (Stage, Pretrained, Derived)):
             raise TypeError(
-                f"a plan holds Stage and Pretrained, but also {describe_value(entry)}: remove it"
+                "a plan holds Stage, Pretrained and Derived, but also "
+                f"{describe_value(entry)}: remove it"
             )
         if isinstance(entry, Pretrained):
             MODEL.check(entry.model, f"model of the pretrained {shorten(repr(entry.name), 80)}")
 
 
-def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
+def order(plan: Sequence[Entry]) -> tuple[Entry, ...]:
     """Sorts a plan so that every stage comes after those it learns from.
 
     Args:
@@ -346,7 +415,7 @@ def order(plan: Sequence[Stage | Pretrained]) -> tuple[Stage | Pretrained, ...]:
     entries = {entry.name: entry for entry in plan}
     if len(entries) != len(plan):
         raise ValueError(f"stages must have different names, got {[entry.name for entry in plan]}")
-    needs = {entry.name: entry.needs if isinstance(entry, Stage) else () for entry in plan}
+    needs = {entry.name: entry.needs for entry in plan}
     for name, needed in needs.items():
         # `TopologicalSorter` would accept an unknown name as one more entry that needs nothing.
         unknown = [other for other in needed if other not in entries]

@@ -22,6 +22,7 @@ from jaxkd._extras import require_installed
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._compile import check_buckets, compile_stages
+from jaxkd.distill._derived import Deriver, check_derived
 from jaxkd.distill._diagnosis import (
     check_inputs,
     check_tokens,
@@ -41,7 +42,7 @@ from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill._validation import MakeScore, Validator
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
-from jaxkd.distill.plan import AVERAGE, Pretrained, Stage, order, teacher_baselines
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, order, teacher_baselines
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import (
     PredictFn,
@@ -55,8 +56,8 @@ from jaxkd.runs._lock import reserve_folder
 from jaxkd.runs.environment import check_cpu_products
 from jaxkd.runs.growth import describe_growth
 
-Plan = Sequence[Stage | Pretrained]
-"""Stages and pretrained models, in any order."""
+Plan = Sequence[Entry]
+"""Stages, pretrained and derived models, in any order."""
 
 MAX_SEEDS = 10_000
 """Largest number of seeds. More are taken for a mistake: they would be years of training."""
@@ -88,7 +89,7 @@ def run_plan(
     are kept.
 
     Args:
-        plan: The stages and pretrained models.
+        plan: The stages, pretrained and derived models.
         seeds: The whole plan is trained once for each seed, an integer from 0 to 2**32 - 1.
         run: Takes the metrics and the checkpoints.
         validation: `inputs` and `labels`, on which each student is evaluated as it trains.
@@ -172,15 +173,13 @@ def run_plan(
         )
         if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
             _check_cache(cache, teacher_cache)
+
         # Loops look their teachers up in this dictionary, which grows as stages end.
-        trained = _collect_pretrained(
-            plan,
-            seeds,
-            validator,
-            is_scored=lambda model: (
-                make_score is not None or not has_unknown_labels(model, validation)
-            ),
-        )
+        def is_scored(model: Model) -> bool:
+            return make_score is not None or not has_unknown_labels(model, validation)
+
+        trained = _collect_pretrained(plan, seeds, validator, is_scored)
+        deriver = Deriver(plan, trained, validator, is_scored=is_scored)
         make_loop = functools.partial(
             TrainingLoop,
             run=run,
@@ -191,7 +190,7 @@ def run_plan(
             save_every=save_every,
             evaluations=evaluations,
         )
-        trainer = Trainer(run, placement, trained, describer, make_loop, progress)
+        trainer = Trainer(run, placement, trained, describer, make_loop, deriver, progress)
         num_kept = trainer.keep_finished(stages, seeds)
         if num_kept and make_score is not None:
             _warn_of_other_scores(run)
@@ -250,7 +249,7 @@ def evaluate_plan(
         raise ValueError(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
-    _check_same_seeds({e.name: len(trained[e.name]) for e in plan if isinstance(e, Stage)})
+    _check_same_seeds({e.name: len(trained[e.name]) for e in plan if not isinstance(e, Pretrained)})
     _check_split(test, "the test set", "inputs and labels")
     check_integers(test, "the test set")
     check_inputs(plan, test, "test set")
@@ -427,6 +426,7 @@ def _check_data(
         return validation["inputs"] if is_classifier else None
 
     check_pretrained(plan, seed, get_inputs)
+    check_derived(plan, seed)
     if buckets is not None:
         check_buckets(plan, seed, buckets, validation["inputs"], scores_classes=scores_classes)
 

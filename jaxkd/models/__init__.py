@@ -33,6 +33,7 @@ from jaxkd.models.efficientnet import (
     efficientnet_b7,
     efficientnet_lite0,
 )
+from jaxkd.models.joint import join
 from jaxkd.models.layers import BatchNorm
 from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
@@ -82,6 +83,7 @@ __all__ = [
     "efficientnet_lite0",
     "from_linen",
     "from_nnx",
+    "join",
     "make_module",
     "max_pool",
     "mean_pooling",

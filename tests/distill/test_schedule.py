@@ -19,7 +19,8 @@ from small_plans import (
 
 def make_compiled(name, program="program", **options):
     """Makes a compiled stage whose program is a name."""
-    return CompiledStage(make_stage(name, **options), program, None, {}, None, None)
+    stage = make_stage(name, **options)
+    return CompiledStage(stage, program, None, frozenset(stage.needs), {}, None, None)
 
 
 def schedule(stages, seeds, max_students):
