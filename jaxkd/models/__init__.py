@@ -5,6 +5,7 @@ other package of the library imports Flax.
 """
 
 import jaxkd.models._flax  # noqa: F401  (before the networks, which import Flax)
+from jaxkd.models._features import feature_paths
 from jaxkd.models._linen import from_linen
 from jaxkd.models._nnx import from_nnx
 from jaxkd.models.bert import BERT, bert_pooling, distilbert_pooling, mean_pooling
@@ -81,6 +82,7 @@ __all__ = [
     "efficientnet_b6",
     "efficientnet_b7",
     "efficientnet_lite0",
+    "feature_paths",
     "from_linen",
     "from_nnx",
     "join",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +13,14 @@ import numpy as np
 from jax import Array
 
 from jaxkd._messages import list_some
+from jaxkd.models._features import (
+    FeaturePaths,
+    is_listing,
+    list_outputs,
+    merge_features,
+    parse_feature_paths,
+    select_features,
+)
 from jaxkd.models._modes import (
     are_same_leaves,
     check_fixed_mode,
@@ -23,6 +31,12 @@ from jaxkd.models._modes import (
     has_nnx_dropout,
     warn_of_equal_modes,
 )
+from jaxkd.models._nnx_submodules import (
+    find_callable_paths,
+    find_recorded_paths,
+    read_outputs,
+    record_outputs,
+)
 from jaxkd.models.model import Inputs, Model, Outputs, check_outputs
 
 if TYPE_CHECKING:
@@ -32,6 +46,7 @@ if TYPE_CHECKING:
 def from_nnx(
     module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
     *,
+    features: FeaturePaths = (),
     train_argument: str | None = None,
     train_value: bool | None = None,
 ) -> Model:
@@ -43,6 +58,8 @@ def from_nnx(
             `Outputs` or logits alone; what it sows is not used. `module.train()` and
             `module.eval()` choose the mode, and so do arguments of its `__call__` with the names
             that `from_linen` knows. Any other argument keeps its default.
+        features: Submodules whose outputs become features, as for `from_linen`. A path has the
+            names of attributes and the indices of lists, such as `"layers/0/conv"`.
         train_argument: Name of an argument of another name that tells training from evaluation.
         train_value: Value of that argument in training.
 
@@ -52,11 +69,12 @@ def from_nnx(
     Raises:
         TypeError: If it is neither an NNX module nor makes one, its `__call__` needs another
             argument than its inputs, or it is not known whether an argument such as `inference` is
-            true in training. From `apply`, if the module returns anything but `Outputs` or one
-            array.
-        ValueError: From `apply`, if an attribute of the module fixes the other mode, the call
-            changes variables other than `nnx.BatchStat`, which no model keeps, or it draws numbers
-            or changes statistics in evaluation.
+            true in training, or `features` is no dict of texts, nor several. From `apply`, if the
+            module returns anything but `Outputs` or one array.
+        ValueError: If a path of `features` leads to no submodule that can be called. From `apply`,
+            if it is not called, a name is that of a feature of the module's own, an attribute of
+            the module fixes the other mode, the call changes variables other than `nnx.BatchStat`,
+            which no model keeps, or it draws numbers or changes statistics in evaluation.
 
     Warns:
         UserWarning: As for `from_linen`.
@@ -95,6 +113,8 @@ def from_nnx(
             "training, or rename it if it tells neither"
         )
     check_required_arguments(built, train_values)
+    paths = parse_feature_paths(features)
+    recorded_paths = find_recorded_paths(built, paths.values())
     graphdef, param_state, batch_stat_state, other_state = nnx.split(
         built, nnx.Param, nnx.BatchStat, ...
     )
@@ -145,6 +165,7 @@ def from_nnx(
             _reseed(merged, key)
         before, draws = read(merged, nnx.BatchStat), read(merged, nnx.RngCount)
         others_before = _read_other_variables(merged)
+        record_outputs(merged, find_callable_paths(built) if is_listing() else recorded_paths)
         outputs = check_outputs(merged(inputs, **mode_arguments(train)), name)
         _check_others_stand(name, others_before, _read_other_variables(merged))
         batch_stats = read(merged, nnx.BatchStat)
@@ -158,9 +179,28 @@ def from_nnx(
                 statistics_stand=are_same_leaves(before, batch_stats),
                 dropout_is_off=is_off,
             )
-        return outputs, batch_stats
+        if is_listing():
+            list_outputs(read_outputs(merged, find_callable_paths(built)))
+            return outputs, batch_stats
+        selected = _select_features(name, paths, read_outputs(merged, recorded_paths))
+        features = merge_features(name, outputs.features, selected)
+        return outputs._replace(features=features), batch_stats
 
     return Model(init, apply)
+
+
+def _select_features(
+    name: str, paths: dict[str, str], calls: dict[str, Sequence[Any]]
+) -> dict[str, Array]:
+    """Returns the features by name; raises `ValueError` if a path is missing."""
+    features, missing = select_features(paths, calls)
+    if missing:
+        raise ValueError(
+            f"the output of {missing[0]!r} in {name} cannot be a feature: it is not called, "
+            "consists of no arrays, or is called by a transformation that lets no new variable "
+            "out: models.feature_paths(model, inputs) lists the paths"
+        )
+    return features
 
 
 def _check_makes_nnx(module: Any) -> None:
