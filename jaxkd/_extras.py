@@ -41,6 +41,8 @@ PACKAGES = {
     "jax2onnx": Package("onnx", "jax2onnx"),
     "sacrebleu": Package("text", "sacrebleu"),
     "tokenizers": Package("text", "tokenizers"),
+    "tensorboardX": Package("tensorboard", "tensorboardX"),
+    "wandb": Package("wandb", "wandb"),
     "tensorflow": Package(None, "tensorflow"),
 }
 """The optional packages by the name under which Python imports them."""

@@ -48,7 +48,7 @@ def read_extras():
 def test_packages_are_those_of_the_extras():
     expected = {
         (extra, distribution)
-        for extra in ("models", "train", "experiments", "onnx", "text")
+        for extra in ("models", "train", "experiments", "onnx", "text", "tensorboard", "wandb")
         for distribution in read_extras()[extra]
     }
     assert {package for package in _extras.PACKAGES.values() if package.extra} == expected
@@ -76,6 +76,8 @@ def test_without_flax_the_import_ends_in_the_command_that_installs_it(module):
     ("call", "package", "extra"),
     [
         (lambda: runs.open_run("runs/never", {}), "filelock", "train"),
+        (lambda: runs.tensorboard_logger("runs/never"), "tensorboardX", "tensorboard"),
+        (lambda: runs.wandb_logger("runs/never", project="p"), "wandb", "wandb"),
         (lambda: checkpoints.save("runs/never", 0, {}), "orbax", "train"),
         (lambda: report.markdown_table(["a"], []), "tabulate", "train"),
         (lambda: report.print_table([]), "rich", "experiments"),

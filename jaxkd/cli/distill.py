@@ -40,9 +40,10 @@ class DistillCommand(DistillOptions):
         """Trains teacher and students, compares them and saves the best student."""
         self.check()
         from jaxkd import distill, runs
-        from jaxkd.cli import distillation, start
+        from jaxkd.cli import distillation, loggers, start
         from jaxkd.cli.folders import choose_folder
 
+        loggers.check_installed(self.log)
         start.print_any_text()
         start.keep_freed_memory()
         start.keep_compiled_programs()
@@ -61,7 +62,13 @@ class DistillCommand(DistillOptions):
         folder = choose_folder("distill", self, self.data)
         # Other options only meet in a folder that the user names.
         grow = bool(self.workdir)
-        run = runs.open_run(folder, config, arrays=problem.arrays, grow=grow)
+        run = runs.open_run(
+            folder,
+            config,
+            arrays=problem.arrays,
+            grow=grow,
+            loggers=loggers.make_loggers(self.log, folder, config),
+        )
         fine_tuned = None
         if teacher.fine_tuning is not None:
             fine_tuned = distillation.fine_tune(options, problem, teacher, run)
@@ -69,6 +76,7 @@ class DistillCommand(DistillOptions):
             plan = distillation.make_plan(options, problem, teacher)
         seeds = range(self.seed, self.seed + self.num_seeds)
         trained = distill.run_plan(plan, seeds, run, **distillation.run_options(options, problem))
+        run.close_loggers()
         if fine_tuned is not None:
             # In place of the plan's pretrained one, which has no training time.
             trained = {**trained, "teacher": [fine_tuned]}

@@ -67,6 +67,9 @@ class DistillOptions:
     """Number of evaluations of each network during training."""
     save_every: float = 15.0
     """Seconds between checkpoints."""
+    log: tuple[Literal["lines", "tensorboard", "wandb"], ...] = ()
+    """Where evaluations are logged too, in the run's folder: a text file, or event files for
+    TensorBoard, or Weights & Biases. metrics.jsonl has them in any case."""
     deterministic: bool = False
     """Makes a GPU compute the same bits at every run, more slowly."""
     workdir: str | None = None
@@ -88,6 +91,7 @@ class DistillOptions:
         require(self.save_every >= 0, "--save-every: must be at least 0")
         require(bool(self.method), "--method: name at least one")
         require(len({*self.method}) == len(self.method), "--method names one twice")
+        require(len({*self.log}) == len(self.log), "--log names one twice")
         require(
             bool(self.teacher_mean) == bool(self.teacher_std),
             "--teacher-mean and --teacher-std: give both, or none",

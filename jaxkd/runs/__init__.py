@@ -2,6 +2,7 @@
 
 from jaxkd.runs.environment import DETERMINISM_FLAGS, describe_environment, enable_determinism
 from jaxkd.runs.errors import RunError
+from jaxkd.runs.loggers import Logger, line_logger, tensorboard_logger, wandb_logger
 from jaxkd.runs.results import ResultRow, summarize
 from jaxkd.runs.run import (
     IGNORED_OPTIONS,
@@ -15,6 +16,7 @@ from jaxkd.runs.run import (
 __all__ = [
     "DETERMINISM_FLAGS",
     "IGNORED_OPTIONS",
+    "Logger",
     "ResultRow",
     "Run",
     "RunError",
@@ -22,7 +24,10 @@ __all__ = [
     "describe_environment",
     "enable_determinism",
     "fingerprint",
+    "line_logger",
     "open_run",
     "read_run",
     "summarize",
+    "tensorboard_logger",
+    "wandb_logger",
 ]

@@ -73,7 +73,7 @@ def set_aside(run: Run, seed: int, stage: str) -> None:
     numbers = [int(path.name.rpartition(".")[2]) for path in find_set_aside(run, seed, stage)]
     os.rename(folder, folder.with_name(f".{stage}.{max(numbers, default=-1) + 1}"))
     # Every record, also one of step 0.
-    run.rewind_metrics(seed, stage, -1)
+    run.rewind_metrics(seed, stage, -1, repeat=False)
 
 
 def find_set_aside(run: Run, seed: int, stage: str) -> list[Path]:
@@ -93,9 +93,9 @@ def take_back(run: Run, seed: int, stage: str, aside: Path) -> None:
     The records come first: a process that is killed in between does so again.
     """
     set_aside(run, seed, stage)
-    run.rewind_metrics(seed, stage, -1)
+    run.rewind_metrics(seed, stage, -1, repeat=False)
     for record in read_records(aside / "metrics.jsonl"):
-        run.append_metrics(record)
+        run.append_metrics(record, log=False)
     os.rename(aside, run.checkpoint_folder(seed, stage))
 
 

@@ -6,6 +6,7 @@ results.json    the rows of the table of results
 report.json     title, comparisons and remarks of the report, which has files of its own
 checkpoints/    one folder per seed and stage; those whose names begin with a dot hold trainings of
                 earlier configurations
+logged.json     the last step of each training whose records loggers had before it was resumed
 .lock           locked by the process that has the run open, which .lock-holder names
 """
 
@@ -34,6 +35,7 @@ from jaxkd.runs._lock import HOLDER_FILE, LOCK_FILE, identify_lock, lock_folder
 from jaxkd.runs._records import read_records
 from jaxkd.runs.environment import describe_environment
 from jaxkd.runs.errors import RunError, check_folder_name
+from jaxkd.runs.loggers import Logger, RunLoggers, check_loggers
 from jaxkd.runs.results import ResultRow
 
 DEVICE_OPTIONS = ("parallel", "model_devices", "max_students")
@@ -42,6 +44,7 @@ IGNORED_OPTIONS = (
     "workdir",
     "data_dir",
     "save_every",
+    "log",
     "teacher_cache",
     "coordinator",
     "num_processes",
@@ -72,6 +75,7 @@ class Run:
         history: The earlier configurations, oldest first, each as `config` and `environment`.
         is_growing: Whether the configuration, or what `run_plan` trained, has changed since
             `write_results`.
+        loggers: What gets the records of `append_metrics`, on the primary process alone.
     """
 
     folder: Path
@@ -83,6 +87,7 @@ class Run:
     grow: bool = dataclasses.field(default=False, compare=False)
     history: tuple[dict[str, Any], ...] = ()
     is_growing: bool = dataclasses.field(default=False, compare=False)
+    loggers: RunLoggers = dataclasses.field(default_factory=RunLoggers, repr=False, compare=False)
 
     def check_folder(self) -> None:
         """Checks that the folder is still the one that `open_run` locked.
@@ -149,11 +154,14 @@ class Run:
         """
         return read_records(self.folder / "metrics.jsonl")
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Appends a record to `metrics.jsonl`. Only the primary process writes.
+    def append_metrics(self, record: Mapping[str, Any], *, log: bool = True) -> None:
+        """Appends a record to `metrics.jsonl` and passes it to the loggers.
+
+        Only the primary process does so.
 
         Args:
             record: JSON values, with `seed`, `stage` and `step`.
+            log: Whether the loggers get it, if they have not had it yet.
 
         Raises:
             RunError: If the folder was deleted in the meantime.
@@ -167,8 +175,17 @@ class Run:
         # which `metrics` leaves out.
         with add_filename_to_errors(path), open(path, "a", opener=_open_unlinked) as file:
             file.write(json.dumps(record) + "\n")
+        if log:
+            self.loggers.log(record)
 
-    def rewind_metrics(self, seed: int, stage: str, step: int) -> None:
+    def close_loggers(self) -> None:
+        """Closes the loggers. They get no more records, and the run can be used without them.
+
+        Without this call they are closed when the run is deleted or the process ends.
+        """
+        self.loggers.close()
+
+    def rewind_metrics(self, seed: int, stage: str, step: int, *, repeat: bool = True) -> None:
         """Removes a stage's records after the step from which its training resumes.
 
         Only the primary process writes.
@@ -177,6 +194,8 @@ class Run:
             seed: The seed of the records.
             stage: The stage of the records.
             step: The last step whose record is kept.
+            repeat: Whether the training will repeat the removed records, which the loggers then do
+                not get again.
 
         Raises:
             RunError: If `metrics.jsonl` is damaged, or the folder was deleted in the meantime.
@@ -185,11 +204,15 @@ class Run:
         if not _is_primary():
             return
         self.check_folder()
-        records = [
-            record
-            for record in self.metrics()
-            if (record["seed"], record["stage"]) != (seed, stage) or record["step"] <= step
-        ]
+        records, removed = [], []
+        for record in self.metrics():
+            is_later = (record["seed"], record["stage"]) == (seed, stage) and record["step"] > step
+            (removed if is_later else records).append(record)
+        # First, because a crash in between must not let the loggers have a record again.
+        if repeat:
+            self.loggers.expect_again(removed)
+        else:
+            self.loggers.forget(seed, stage)
         text = "".join(json.dumps(record) + "\n" for record in records)
         # Atomically, because a crash must not lose the records of other stages.
         write_atomically(self.folder / "metrics.jsonl", text.encode())
@@ -247,6 +270,7 @@ def open_run(
     *,
     arrays: Iterable[np.ndarray] | Mapping[str, np.ndarray] = (),
     grow: bool = False,
+    loggers: Iterable[Logger] = (),
 ) -> Run:
     """Starts a run in an empty or absent folder, or continues the run in a folder.
 
@@ -267,12 +291,20 @@ def open_run(
             stages that have changed, which it otherwise refuses. Only `run_plan` finds out what
             has changed, so leave it out for a loop of your own. The values "experiment" and
             "command" of `config` never change.
+        loggers: Callables such as those of `line_logger`, `tensorboard_logger` and `wandb_logger`.
+            On the primary process, each gets every record, a dict, in the order of `metrics.jsonl`
+            and after it was written there. A training that resumes at a checkpoint repeats the
+            records after it, which `metrics.jsonl` loses in between; a logger does not get them
+            again. It gets none of those that were written before it was added. One that raises an
+            exception is dropped with a warning. A method `close`, if there is one, is called at the
+            end: see `Run.close_loggers`.
 
     Returns:
         The run.
 
     Raises:
-        TypeError: If `config` is no dict or holds another value, or `arrays` holds no arrays.
+        TypeError: If `config` is no dict or holds another value, `arrays` holds no arrays, or
+            `loggers` no callables.
         ValueError: If a number in `config` is NaN or infinite.
         RunError: If the folder contains something else, or a run with another configuration or
             other data, if another process has the run open, or if the folder's name is not UTF-8.
@@ -280,6 +312,7 @@ def open_run(
         ImportError: If filelock is missing.
     """
     folder = check_folder_name(folder)
+    loggers = check_loggers(loggers)
     # A round trip through JSON, so that tuples compare equal to the lists of config.json.
     json_config = json.loads(_encode_json(_check_config(config)))
     data = fingerprint(arrays.values() if isinstance(arrays, Mapping) else arrays)
@@ -289,6 +322,7 @@ def open_run(
         return Run(folder, json_config, data, describe_environment(), grow=grow)
     try:
         run = _open_as_primary(folder, json_config, data, grow)
+        run = dataclasses.replace(run, loggers=RunLoggers(loggers, run.folder / "logged.json"))
     except BaseException:
         _has_primary_failed(True)
         raise

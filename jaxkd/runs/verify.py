@@ -21,11 +21,13 @@ OMITTED_OPTIONS = (
     "experiment",
     "workdir",
     "teacher_cache",
+    "log",
     "coordinator",
     "num_processes",
     "process_id",
 )
-"""Options that the command of a rerun omits, because it is one process with a folder of its own."""
+"""Options that the command of a rerun omits, because it is one process with a folder of its own,
+and is not logged."""
 
 # Options that may be a path. A data set and a BERT may also be known by their names.
 _PATH_OPTIONS = ("dataset", "data_dir", "weights", "unlabelled", "bert")

@@ -66,13 +66,16 @@ def test_distil_then_predict(photos, tmp_path, capsys):
     arguments = [
         *("distill", "--data", str(photos), "--image-size", "16", "--teacher", SMALL),
         *("--student", SMALL, "--method", "kd", "hint", "--num-seeds", "2", "--epochs", "8"),
-        *("--batch-size", "8", "--learning-rate", "0.01", "--workdir", str(run)),
+        *("--batch-size", "8", "--learning-rate", "0.01", "--log", "lines"),
+        *("--workdir", str(run)),
     ]
     # As outside of the tests: optax's schedules mix floats and integers.
     with jax.numpy_dtype_promotion("standard"):
         main(arguments)
     output = capsys.readouterr().out
     assert "student_hint" in output and f"jaxkd predict {run} FILES" in output
+    logged, recorded = (run / "training.log").read_text(), (run / "metrics.jsonl").read_text()
+    assert logged.count("\n") == recorded.count("\n") > 0
     rows = json.loads((run / "results.json").read_text())
     assert [row["name"] for row in rows] == [
         "teacher",
@@ -242,6 +245,7 @@ def test_colour_weights_for_grey_images(tmp_path):
         (["--alpha", "2"], "--alpha: must be from 0 to 1"),
         (["--temperature", "0"], "--temperature"),
         (["--method", "kd", "kd"], "--method names one twice"),
+        (["--log", "lines", "lines"], "--log names one twice"),
         (["--teacher-mean", "0.5"], "give both, or none"),
         (["--num-seeds", "100000"], "--num-seeds 100000: must be at most 10,000"),
         (["--workdir", "/dev/null/x"], "--workdir"),
