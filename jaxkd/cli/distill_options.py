@@ -63,6 +63,13 @@ class DistillOptions:
     """Number of tokens to which longer texts are cut."""
     data_dir: str | None = None
     """Folder of the TFDS data sets."""
+    ema_decay: float | None = None
+    """Returns a moving average of each network's weights, with at most this weight of the old
+    average, such as 0.999. By default the weights themselves."""
+    best: Literal["none", "accuracy", "loss"] = "none"
+    """Returns the weights of the evaluation that is best on validation. By default the last."""
+    patience: int | None = None
+    """Ends a training after as many evaluations without a better one. It needs --best."""
     evaluations: int = 10
     """Number of evaluations of each network during training."""
     save_every: float = 15.0
@@ -80,13 +87,27 @@ class DistillOptions:
         from jaxkd.cli.limits import check_limits
 
         check_limits(self, require)
-        for name in ("num_seeds", "num_labels", "epochs", "batch_size", "evaluations"):
+        for name in (
+            "num_seeds",
+            "num_labels",
+            "epochs",
+            "batch_size",
+            "evaluations",
+            "patience",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{option_name(name)}: must be at least 1")
         for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{option_name(name)}: must be above 0")
         require(0 <= self.alpha <= 1, "--alpha: must be from 0 to 1")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1, "--ema-decay: must be between 0 and 1"
+        )
+        require(
+            self.patience is None or self.best != "none",
+            "--patience needs --best accuracy or --best loss",
+        )
         require(self.seed >= 0, "--seed: must be at least 0")
         require(self.save_every >= 0, "--save-every: must be at least 0")
         require(bool(self.method), "--method: name at least one")

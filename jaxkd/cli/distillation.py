@@ -147,6 +147,10 @@ def _stage_maker(options: DistillOptions, problem: Problem) -> Callable[..., Any
         "tx": problem.make_optimizer(learning_rate, steps),
         "steps": steps,
         "batch_size": options.batch_size or problem.defaults.batch_size,
+        "ema_decay": options.ema_decay,
+        "best": None
+        if options.best == "none"
+        else distill.Best(options.best, patience=options.patience),
     }
 
     def make(name: str, model: Any, examples: Any, loss: Any, **more: Any) -> Any:

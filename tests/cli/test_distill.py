@@ -122,6 +122,13 @@ def test_plan_of_several_methods_and_an_assistant():
     assert not plan["student_attention"].cache_teachers
 
 
+def test_what_stages_return():
+    plan = by_name(plan_of(ema_decay=0.9, best="loss", patience=2))
+    assert {stage.ema_decay for stage in plan.values()} == {0.9}
+    assert {stage.best for stage in plan.values()} == {distill.Best("loss", patience=2)}
+    assert {stage.best for stage in plan_of()} == {None}
+
+
 def test_few_labels():
     plan = by_name(plan_of(num_labels=6))
     assert len(plan["student_alone"].examples(0)["labels"]) == 6
@@ -243,6 +250,9 @@ def test_colour_weights_for_grey_images(tmp_path):
     [
         (["--epochs", "0"], "--epochs: must be at least 1"),
         (["--alpha", "2"], "--alpha: must be from 0 to 1"),
+        (["--ema-decay", "1"], "--ema-decay: must be between 0 and 1"),
+        (["--patience", "3"], "--patience needs --best accuracy or --best loss"),
+        (["--best", "loss", "--patience", "0"], "--patience: must be at least 1"),
         (["--temperature", "0"], "--temperature"),
         (["--method", "kd", "kd"], "--method names one twice"),
         (["--log", "lines", "lines"], "--log names one twice"),
