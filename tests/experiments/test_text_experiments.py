@@ -249,7 +249,7 @@ def test_a_fine_tuned_classifier_is_matched_by_name(names, order, message, tmp_p
     config["id2label"] = dict(enumerate(names))
     (folder / "config.json").write_text(json.dumps(config))
     kernel = load_weights(folder / "model.safetensors")["classifier.weight"].T
-    bert = load_classifier(str(folder), ("negative", "positive"))
+    bert = load_classifier(str(folder), ("negative", "positive")).bert
     np.testing.assert_array_equal(bert.variables["params"]["logits"]["kernel"], kernel[:, order])
     assert bert.class_names == ("negative", "positive")
     output = capsys.readouterr().out
