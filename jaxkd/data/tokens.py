@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.data.bucketing import warn_of_padding
+from jaxkd.data.byte_pairs import exchange_ids, load_byte_pairs
 from jaxkd.data.errors import DataError, expand_user_path, import_or_raise, one_line
 from jaxkd.data.text_files import check_texts, read_utf8
 from jaxkd.data.wordpiece import load_wordpiece, set_begin_and_end
@@ -19,46 +20,53 @@ if TYPE_CHECKING:
 PADDING, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 """The special tokens of `train_tokenizer`; their ids are 0, 1, 2 and 3."""
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 _NUM_BYTES = 256
-_END_TOKENS = (END, "[SEP]")
+_END_TOKENS = (END, "[SEP]", "</s>")
 _PADDING_TOKENS = (PADDING, "<pad>")
 # Tokenizers of the same vocabulary may differ in case, accents, numbers, punctuation and scripts.
 _PROBE = "Ein Café, ÜBERGRÖSSE & 3.5 km; don't: „ça“ 你好"
 _PADDING_REMEDY = "but 0 must be padding: choose a tokenizer like BERT's, whose [PAD] has the id 0"
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
-    """Loads a tokenizer whose padding token has the id 0, as those of BERT have.
+def load_tokenizer(path: str | os.PathLike[str], *, padding_id: int = 0) -> "Tokenizer":
+    """Loads a tokenizer, whose padding token gets the id 0 if it has another.
 
     A `vocab.txt` becomes BERT's tokenizer, which lower-cases unless a `tokenizer_config.json`
-    beside it says `"do_lower_case": false`. Padding and truncation are switched off, even if the
-    file switches them on: see `encode`.
+    beside it says `"do_lower_case": false`. A `vocab.json` with a `merges.txt` becomes RoBERTa's.
+    Padding and truncation are switched off, even if the file switches them on: see `encode`.
 
     Args:
-        path: A `tokenizer.json`, a `vocab.txt`, or a folder that has either; if it has both,
-            `tokenizer.json` is loaded.
+        path: A `tokenizer.json`, a `vocab.txt`, a `vocab.json`, or a folder that has one; the first
+            of these is loaded.
+        padding_id: The id of the padding token in the file: 0 for BERT, 1 for RoBERTa. It and the
+            token of the id 0 exchange their ids. The rows of an embedding must be exchanged too, as
+            `jaxkd.weights.hub.load_bert` does.
 
     Returns:
         The tokenizer.
 
     Raises:
-        DataError: If there is no such file, it is damaged, or padding has another id.
+        DataError: If there is no such file, it is damaged, or padding has another id in it.
     """
     file = _find_tokenizer_file(expand_user_path(path))
-    tokenizer = load_wordpiece(file) if file.suffix == ".txt" else _from_json(file)
+    if file.name == "vocab.json":
+        tokenizer = load_byte_pairs(file)
+    else:
+        tokenizer = load_wordpiece(file) if file.suffix == ".txt" else _from_json(file)
     # Before no_padding(), which forgets the token.
     padding = _padding_token(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    padding_id = tokenizer.token_to_id(padding)
-    if padding_id is None:
+    found_id = tokenizer.token_to_id(padding)
+    if found_id is None:
         raise DataError(f"{file} has no padding token, {_PADDING_REMEDY}")
-    if padding_id != 0:
+    if found_id != padding_id:
         raise DataError(
-            f"{file}: the padding token {padding} has the id {padding_id}, {_PADDING_REMEDY}"
+            f"{file}: the padding token {padding} has the id {found_id}, "
+            + (f"not {padding_id}: copy it again" if padding_id else _PADDING_REMEDY)
         )
-    return tokenizer
+    return exchange_ids(tokenizer, 0, padding_id) if padding_id else tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":

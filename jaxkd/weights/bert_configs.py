@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxkd.data.errors import DataError, one_line
 from jaxkd.models.bert import BERT, Pooling, bert_pooling, distilbert_pooling, gelu
+from jaxkd.weights import roberta
 from jaxkd.weights.files import read_json, to_text
 
 CONFIG = "config.json"
@@ -47,19 +48,15 @@ def make_module(
     file = folder / CONFIG
     config = read_config(file)
     constructors = {"bert": _make_bert, "distilbert": _make_distilbert}
+    constructors |= dict.fromkeys(roberta.MODEL_TYPES, _make_roberta)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in constructors:
         raise DataError(
-            f"{file}: model_type is {_show(model_type)}, but only {' and '.join(constructors)} "
+            f"{file}: model_type is {_show(model_type)}, but only {', '.join(constructors)} "
             "are supported"
         )
-    # BERT masks the positions whose id is 0.
-    if (padding := config.get("pad_token_id", 0)) != 0:
-        raise DataError(
-            f"{file}: pad_token_id is {_show(padding)}, but padding must be 0: "
-            "use a model like BERT"
-        )
     try:
+        find_padding(config)
         module = constructors[model_type](config, num_classes)
     except KeyError as error:
         raise DataError(f"{file} lacks {error.args[0]}: copy it again") from error
@@ -88,6 +85,14 @@ def _make_bert(config: Mapping[str, Any], num_classes: int) -> BERT:
         epsilon=_read_number(config, "layer_norm_eps", 1e-12),
         activation=_read_activation(config, "hidden_act"),
     )
+
+
+def _make_roberta(config: Mapping[str, Any], num_classes: int) -> BERT:
+    module = _make_bert(config, num_classes)
+    first = find_padding(config) + 1
+    if module.positions <= first:
+        raise ValueError(f"max_position_embeddings must be above {first}, got {module.positions}")
+    return module.clone(positions=module.positions - first)
 
 
 def _make_distilbert(config: Mapping[str, Any], num_classes: int) -> BERT:
@@ -161,6 +166,28 @@ def _show(value: Any) -> str:
 
 def _show_scalar(value: Any) -> str:
     return repr(to_text(value)) if isinstance(value, str) else to_text(value)
+
+
+def is_roberta(config: Mapping[str, Any]) -> bool:
+    """True if a configuration is that of a RoBERTa."""
+    return config.get("model_type") in roberta.MODEL_TYPES
+
+
+def find_padding(config: Mapping[str, Any]) -> int:
+    """Returns the id of the padding token.
+
+    Raises:
+        ValueError: If it is not 0, which BERT masks, except for a RoBERTa, whose ids are exchanged.
+    """
+    padding = config.get("pad_token_id", 1 if is_roberta(config) else 0)
+    if not is_roberta(config) and padding != 0:
+        raise ValueError(
+            f"pad_token_id is {_show(padding)}, but padding must be 0: use a model like BERT"
+        )
+    # Not isinstance: true is an int for it.
+    if type(padding) is not int or not 0 <= padding < _read_size(config, "vocab_size"):
+        raise ValueError(f"pad_token_id must be the id of a token, got {_show(padding)}")
+    return padding
 
 
 def read_class_names(config: Mapping[str, Any]) -> tuple[str, ...]:

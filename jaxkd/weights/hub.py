@@ -20,9 +20,18 @@ from jaxkd.models._linen import from_linen
 from jaxkd.models.bert import BERT, Pooling, canonical_names
 from jaxkd.models.layers import check_dropout_rate
 from jaxkd.transfer import Report, TransferError, leaves_by_path
-from jaxkd.weights.bert_configs import CONFIG, WEIGHTS, make_module, read_class_names, read_config
+from jaxkd.weights.bert_configs import (
+    CONFIG,
+    WEIGHTS,
+    find_padding,
+    is_roberta,
+    make_module,
+    read_class_names,
+    read_config,
+)
 from jaxkd.weights.files import find_hub_file, to_text
 from jaxkd.weights.names import expected_names, unwrap_names
+from jaxkd.weights.roberta import roberta_names, to_bert
 from jaxkd.weights.torch_files import from_torch, read_state_dict
 
 if TYPE_CHECKING:
@@ -101,13 +110,17 @@ def load_bert(
     pooling: Pooling | None = None,
     dropout: float | None = None,
 ) -> PretrainedBERT:
-    """Loads a BERT or a DistilBERT from a folder with `config.json`, weights and a tokenizer.
+    """Loads a BERT, DistilBERT or RoBERTa from a folder with `config.json`, weights and tokenizer.
 
     The weights come from `model.safetensors`, or from `pytorch_model.bin` without that; either may
     be divided into shards with an index. They are cast to float32. A prefix that a wrapper put
     before all names is removed. Pretraining heads are dropped. The classifier is initialized
     randomly if the file has none or one for another number of classes. The dense layer of the
     pooling is initialized randomly if the file has none.
+
+    A RoBERTa becomes the BERT with the same outputs: its padding and the token of the id 0 exchange
+    their ids, in the tokenizer and in the embedding, and its positions are counted from 0. In
+    training, the dropout before its pooling is left out.
 
     Args:
         name: A folder or a package, as for `find_hub_folder`.
@@ -143,7 +156,7 @@ def load_bert(
     folder = find_hub_folder(name)
     module = make_module(folder, num_classes, pooling, dropout)
     variables, drawn = _load_variables(folder, module, key)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, padding_id=find_padding(read_config(folder / CONFIG)))
     # JAX raises no error for an id beyond the end of the embedding table.
     if (largest := max(tokenizer.get_vocab().values())) >= module.vocab_size:
         raise DataError(
@@ -220,10 +233,14 @@ def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.
             f"the folder {folder} has no weights: looked for {' and '.join(WEIGHTS)}, whole or "
             "in shards"
         )
+    config = read_config(folder / CONFIG)
+    expected = roberta_names(expected) if is_roberta(config) else expected
     try:
         weights, removed = unwrap_names(read_state_dict(file), _add_other_names(expected))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load {file} ({one_line(error)})") from error
+    if is_roberta(config):
+        weights = to_bert(weights, find_padding(config))
     if removed:
         prefixes = " and ".join(map(to_text, removed))
         warnings.warn(f"removed {prefixes} from the names in {file}", stacklevel=4)
@@ -232,7 +249,7 @@ def _read_weights(folder: Path, expected: set[str]) -> tuple[Path, dict[str, np.
 
 def _add_other_names(names: set[str]) -> set[str]:
     """Adds the names that `canonical_names` renames: without a model's prefix, and old ones."""
-    names = names | {name.removeprefix("bert.").removeprefix("distilbert.") for name in names}
+    names = names | {re.sub(r"^(bert|distilbert|roberta)\.", "", name) for name in names}
     old = {re.sub(r"(?<=\.LayerNorm)\.weight$", ".gamma", name) for name in names}
     return names | old | {re.sub(r"(?<=\.LayerNorm)\.bias$", ".beta", name) for name in names}
 

@@ -434,8 +434,8 @@ def test_a_fifo_is_no_configuration(folder):
     ("changes", "message"),
     [
         (
-            {"model_type": "roberta"},
-            "model_type is 'roberta', but only bert and distilbert are supported",
+            {"model_type": "electra"},
+            "model_type is 'electra', but only bert, distilbert, roberta, xlm-roberta are",
         ),
         ({"model_type": None}, "model_type is None, but only"),
         ({"model_type": ["bert"]}, r"model_type is \['bert'\], but only"),
@@ -524,7 +524,7 @@ def test_damaged_files(name, content, message, folder):
             "pytorch_model.bin",
         ),
         ("model.safetensors", "has no weights: looked for model.safetensors and pytorch_model.bin"),
-        ("vocab.txt", "has neither tokenizer.json nor vocab.txt"),
+        ("vocab.txt", "has neither tokenizer.json nor vocab.txt nor vocab.json"),
     ],
 )
 def test_missing_files(name, message, folder):
