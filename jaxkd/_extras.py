@@ -39,6 +39,7 @@ PACKAGES = {
     "tensorflow_datasets": Package("experiments", "tensorflow-datasets"),
     "tyro": Package("experiments", "tyro"),
     "jax2onnx": Package("onnx", "jax2onnx"),
+    "pyarrow": Package("parquet", "pyarrow"),
     "sacrebleu": Package("text", "sacrebleu"),
     "tokenizers": Package("text", "tokenizers"),
     "tensorboardX": Package("tensorboard", "tensorboardX"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxkd import _extras, data, runs, weights
-from jaxkd.data import image_folder, tokens
+from jaxkd.data import image_folder, parquet, tokens
 from jaxkd.runs import checkpoints, figures, report
 
 # Raises the error of an absent package at any import of the packages in argv.
@@ -48,7 +48,16 @@ def read_extras():
 def test_packages_are_those_of_the_extras():
     expected = {
         (extra, distribution)
-        for extra in ("models", "train", "experiments", "onnx", "text", "tensorboard", "wandb")
+        for extra in (
+            "models",
+            "train",
+            "experiments",
+            "onnx",
+            "text",
+            "tensorboard",
+            "wandb",
+            "parquet",
+        )
         for distribution in read_extras()[extra]
     }
     assert {package for package in _extras.PACKAGES.values() if package.extra} == expected
@@ -87,6 +96,7 @@ def test_without_flax_the_import_ends_in_the_command_that_installs_it(module):
         (lambda: weights.save_torch("x", {}, ()), "safetensors", "train"),
         (lambda: weights.save_program("x", None, {}, None), "flatbuffers", "train"),
         (lambda: tokens.train_tokenizer([], vocab_size=999), "tokenizers", "text"),
+        (lambda: next(parquet.iterate_records(Path("x.parquet"))), "pyarrow", "parquet"),
         (lambda: image_folder.read_image(Path(__file__), (8, 8, 3)), "PIL", "experiments"),
     ],
 )

@@ -152,6 +152,7 @@ HOMES = {
     "tensorflow": {"data"},
     "tensorflow_datasets": {"data"},
     "PIL": {"data"},
+    "pyarrow": {"data"},
     "tokenizers": {"data", "weights"},
     "orbax": {"runs"},
     "filelock": {"runs"},

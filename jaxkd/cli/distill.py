@@ -14,6 +14,8 @@ DESCRIPTION = """Distil a teacher into a student on your images or texts.
 
 a folder with train.tsv and test.tsv, each line a text, a tab and a class,
 
+such files of Hugging Face's datasets, .parquet or .arrow,
+
 or one such table, reviews.csv, of which a test set is held out.
 
 It trains a student on labels alone and one with each --method, and compares them.

@@ -34,7 +34,7 @@ STUDENT is the folder of a finished run, or a student.jaxexport file.
 
 FILES are images, folders of images, text files (a text a line), .npy arrays,
 
-tables of texts (.csv, .tsv, .jsonl), or - for stdin, a text a line.
+tables of texts (.csv, .tsv, .jsonl, .parquet), or - for stdin, a text a line.
 
 Files that cannot be read are named, the others are predicted; the status is 1 then.
 

@@ -56,7 +56,7 @@ def iterate_objects(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 f"{origin} has the keys {list_some(item)}, line 1 {list_some(keys)}: give all "
                 "lines the same keys"
             )
-        yield index, [_make_field(item[key], origin) for key in keys]
+        yield index, [make_field(item[key], origin) for key in keys]
 
 
 def _parse(line: str, origin: str) -> dict[str, Any]:
@@ -98,7 +98,16 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
     return item
 
 
-def _make_field(value: Any, origin: str) -> str:
+def make_field(value: Any, origin: str) -> str:
+    """Makes a field of a table of a value.
+
+    Args:
+        value: A string, a `Value`, or a value of JSON but for numbers.
+        origin: Its line, for messages.
+
+    Raises:
+        DataError: If it is a string that UTF-8 or a text cannot hold.
+    """
     if not isinstance(value, str):
         kind = _KINDS[type(value)]
         return Value(kind, kind)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxkd.data.errors import DataError, warn
 from jaxkd.data.json_lines import iterate_objects
+from jaxkd.data.parquet import is_parquet, iterate_records
 from jaxkd.data.text_files import check_line_ends, line_origin, split_lines
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
@@ -27,20 +28,23 @@ class Form(NamedTuple):
     Attributes:
         delimiter: What is between two fields.
         is_quoted: Whether a field may be in quotes, and then have delimiters and line breaks.
-        is_json: Whether each line is a JSON object, whose keys are the header.
+        has_keys: Whether each line is a JSON object, whose keys are the header, or a row of a
+            Parquet file.
     """
 
     delimiter: str
     is_quoted: bool
-    is_json: bool = False
+    has_keys: bool = False
 
 
 def find_form(path: Path, text: str) -> Form:
     """Finds how a table is divided; a warning says what differs from the usual."""
+    if is_parquet(path):
+        return Form("\t", is_quoted=True, has_keys=True)
     suffix = path.name.lower().removesuffix(".gz")
     if suffix.endswith(".jsonl"):
         check_line_ends(path, text)
-        return Form("\t", is_quoted=True, is_json=True)
+        return Form("\t", is_quoted=True, has_keys=True)
     if suffix.endswith(".csv"):
         delimiter = _find_delimiter(path, text)
         if delimiter != ",":
@@ -123,9 +127,13 @@ def _find_quotes(text: str) -> tuple[int, bool]:
 def iterate_rows(path: Path, text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
     """Yields the index of a row's first line, from 0, and the row's fields.
 
-    The first row of JSON Lines are the keys of the first line, which follows with its values.
+    The first row of JSON Lines are the keys of the first line, which follows with its values. That
+    of Parquet are the names of its columns.
     """
-    if form.is_json:
+    if is_parquet(path):
+        yield from iterate_records(path)
+        return
+    if form.has_keys:
         yield from iterate_objects(path, text)
         return
     if form.is_quoted:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxkd._messages import list_some, shorten
+from jaxkd.data import parquet
 from jaxkd.data.errors import DataError, warn
 from jaxkd.data.json_lines import Value
 from jaxkd.data.table_form import DELIMITERS, Form, find_form, iterate_rows
 from jaxkd.data.text_files import LineOrigins, line_origin, read_text
 
-SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", *parquet.SUFFIXES)
 """Suffixes that a table may have."""
 
 TEXT_NAMES = (
@@ -103,7 +104,7 @@ def read_train_table(
     is a text and a class.
 
     Args:
-        path: A `.tsv`, `.csv` or `.jsonl` file, or a `.gz` of one.
+        path: A `.tsv`, `.csv` or `.jsonl` file, a `.gz` of one, or a `.parquet` or `.arrow` file.
         text_column: The column of the texts: its name in the header, or its number from 1.
         label_column: The column of the classes.
         max_unpacked: Number of bytes to which a `.gz` file may unpack.
@@ -280,7 +281,9 @@ def _warn_of_header(source: _Source, columns: Columns) -> None:
 
 
 def _describe_header(source: _Source) -> str:
-    return "the keys are the header" if source.form.is_json else "line 1 is a header"
+    if parquet.is_parquet(source.path):
+        return "its columns have names"
+    return "the keys are the header" if source.form.has_keys else "line 1 is a header"
 
 
 def _open(path: Path, max_unpacked: int | None) -> _Source:
@@ -289,7 +292,8 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
     Raises:
         DataError: If the file cannot be read or a line is empty.
     """
-    text = read_text(path, max_unpacked=max_unpacked)
+    # A Parquet file is no text, and is read row by row.
+    text = "" if parquet.is_parquet(path) else read_text(path, max_unpacked=max_unpacked)
     form = find_form(path, text)
     counts: Counter[int] = Counter()
     first: list[str] = []
@@ -320,7 +324,7 @@ def _clean(field: str) -> str:
 
 def _is_header(source: _Source, classes: Collection[str] = ()) -> bool:
     """True if the first line has both of the usual names, or one and nothing that recurs."""
-    if source.form.is_json:
+    if source.form.has_keys:
         return True
     if not {*TEXT_NAMES}.isdisjoint(source.first) and not {*LABEL_NAMES}.isdisjoint(source.first):
         return True
@@ -375,8 +379,9 @@ def _find_column(
     if option is not None:
         if header.count(option) != 1:
             fault = "several columns" if option in header else "no column"
+            place = "" if parquet.is_parquet(path) else " in line 1"
             raise DataError(
-                f"{path} has {fault} {shorten(option, 40)!r} in line 1, only {list_some(header)}: "
+                f"{path} has {fault} {shorten(option, 40)!r}{place}, only {list_some(header)}: "
                 "give a name that occurs once, or a number from 1"
             )
         return header.index(option)
@@ -482,12 +487,12 @@ def _make_table(source: _Source, columns: Columns) -> Table:
             fields = ["\t".join(fields[:-1]), fields[-1]]
             num_joined += 1
         _check_row(source, index, fields, columns)
-        if source.form.is_json:
+        if source.form.has_keys:
             _check_values(line_origin(path, index), fields, columns)
         text = fields[columns.text].strip()
         if not text:
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
-        if columns.names and not source.form.is_json and _repeats(fields, columns):
+        if columns.names and not source.form.has_keys and _repeats(fields, columns):
             raise DataError(f"{line_origin(path, index)} repeats the header: remove it")
         texts.append(text)
         if columns.label is not None:
@@ -523,7 +528,7 @@ def _check_quotes(
             f"{source.path}: the classes are in quotes, such as {shorten(min(classes), 40)}, but "
             "other quotes are not doubled: write the table without quotes"
         )
-    if not source.form.is_quoted or source.form.is_json or columns.label is None:
+    if not source.form.is_quoted or source.form.has_keys or columns.label is None:
         return
     for text, index in zip(texts, indices, strict=True):
         lines = text.split("\n")
@@ -546,7 +551,7 @@ def _check_row(source: _Source, index: int, fields: Sequence[str], columns: Colu
         return
     origin = line_origin(source.path, index)
     shown = shorten("\t".join(fields), 40)
-    if columns[:3] == (0, 1, 2) and not source.form.is_json:
+    if columns[:3] == (0, 1, 2) and not source.form.has_keys:
         separator = DELIMITERS[source.form.delimiter]
         raise DataError(f"{origin} must be a text, a {separator} and a class, got {shown!r}")
     fault = "has no class" if len(fields) == columns.count else f"has {len(fields)} columns"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxkd._messages import list_some, shorten
-from jaxkd.data import tables, tfds_prepare, tfds_texts
+from jaxkd.data import parquet, tables, tfds_prepare, tfds_texts
 from jaxkd.data.class_names import (
     describe_minus_one,
     describe_respelling,
@@ -41,7 +41,7 @@ from jaxkd.data.text_files import (
 # Shorter texts, such as "a good film", occur within others by chance.
 _MIN_CONTAINED_LETTERS = 20
 # Files whose lines cannot be divided at tabs.
-_TABLES = (".csv", ".jsonl")
+_TABLES = (".csv", ".jsonl", *parquet.SUFFIXES)
 # One for each of the three sets that one table is divided into.
 _MIN_CLASS_TEXTS = 3
 _NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]+(e[+-]?[0-9]+)?", re.I)
@@ -113,6 +113,9 @@ def load_texts(
        columns needs a header, whose usual names, such as `text` and `label`, are recognised, or the
        options below. `.csv` and `.jsonl` files, and `.gz` files of each, are read too. A line of
        `.jsonl` is an object, whose keys are the header; a class is a string or an integer.
+       `.parquet` files are read in the forms that the Hugging Face hub has them, such as
+       `data/train-00000-of-00002.parquet`, and the folders of `DatasetDict.save_to_disk`. A class
+       has its name in the `ClassLabel` of the file.
     2. One such table, `reviews.csv`. A text that occurs again is left out. A tenth of the texts,
        drawn by a fixed key, is the test set. Each class needs three texts.
     3. A TensorFlow dataset with one text and one class per example, such as `"imdb_reviews"` or
@@ -468,8 +471,10 @@ def _find_table(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _list_tables(folder: Path, names: Sequence[str]) -> list[Path]:
-    paths = [folder / f"{name}{suffix}" for name in names for suffix in tables.SUFFIXES]
-    return [path for path in paths if os.path.isfile(path)]
+    suffixes = [suffix for suffix in tables.SUFFIXES if suffix not in parquet.SUFFIXES]
+    paths = [folder / f"{name}{suffix}" for name in names for suffix in suffixes]
+    found = [path for path in paths if os.path.isfile(path)]
+    return found + parquet.list_splits(folder, names)
 
 
 def _sort_known_classes(

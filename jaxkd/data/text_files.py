@@ -32,7 +32,7 @@ _CHUNK = 2**20
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as text in UTF-8",
     b"\x1f\x8b": "packed by gzip, but not named so: add .gz to its name, or unpack it",
-    b"PAR1": "a Parquet file: save it as text in UTF-8",
+    b"PAR1": "a Parquet file, but not named so: add .parquet to its name",
     b"%PDF": "a PDF file: save it as text in UTF-8",
 }
 """Other files by their first bytes, and what to do with them."""
@@ -185,8 +185,9 @@ def take(column: Sequence[str], indices: np.ndarray) -> Sequence[str]:
 
 
 def line_origin(path: Path, index: int) -> str:
-    """Names a line of a file by its index, which counts from 0."""
-    return f"{path}, line {index + 1}"
+    """Names a line of a file, or a row of Parquet, by its index, which counts from 0."""
+    unit = "row" if path.suffix.lower() in (".parquet", ".arrow") else "line"
+    return f"{path}, {unit} {index + 1}"
 
 
 def strip_text(text: str, origin: str) -> str:

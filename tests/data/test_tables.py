@@ -592,7 +592,7 @@ def test_header_of_texts_without_classes_is_left_out(tmp_path):
             gzip.compress(b"fine\tgood\n", mtime=0),
             "test.tsv is packed by gzip, but not named so: add .gz",
         ),
-        (b"PAR1\x15\0", "test.tsv is a Parquet file: save it as text"),
+        (b"PAR1\x15\0", "test.tsv is a Parquet file, but not named so: add .parquet"),
         (b"fine\tgood\nan utter b\0re\tbad\n", "test.tsv, line 2 has a null character: remove it"),
         (b"fine\tgood\rpoor\tbad\r", r"test.tsv ends its lines by \\r alone: save it with \\n"),
         (b"caf\xe9\tgood\n", r"test.tsv, line 1 is not UTF-8 \(byte 0xe9,"),
