@@ -368,7 +368,10 @@ def main(config: Config) -> None:
     dataset = texts.load(config)
     data = texts.encode(config, dataset)
     student = choose_student(config, data)
-    run = plans.open_run("distilbert", config, config.dataset, texts.list_arrays(data))
+    sources = texts.list_sources(data)
+    run = plans.open_run(
+        "distilbert", config, config.dataset, texts.list_arrays(data), sources=sources
+    )
     teacher = texts.train_teacher(run, config, data)
     plan = make_plan(config, data, student, teacher)
     trained = distill.run_plan(

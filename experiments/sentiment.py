@@ -162,7 +162,10 @@ def main(config: Config) -> None:
     config.check()
     dataset = texts.load(config)
     data = texts.encode(config, dataset, unlabelled=load_unlabelled(config, dataset))
-    run = plans.open_run("sentiment", config, config.dataset, texts.list_arrays(data))
+    sources = texts.list_sources(data)
+    run = plans.open_run(
+        "sentiment", config, config.dataset, texts.list_arrays(data), sources=sources
+    )
     teacher = texts.train_teacher(run, config, data)
     plan = make_plan(config, data, teacher)
     trained = distill.run_plan(

@@ -39,6 +39,7 @@ PACKAGES = {
     "tensorflow_datasets": Package("experiments", "tensorflow-datasets"),
     "tyro": Package("experiments", "tyro"),
     "jax2onnx": Package("onnx", "jax2onnx"),
+    "huggingface_hub": Package("hub", "huggingface_hub"),
     "pyarrow": Package("parquet", "pyarrow"),
     "sacrebleu": Package("text", "sacrebleu"),
     "tokenizers": Package("text", "tokenizers"),

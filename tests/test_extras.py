@@ -11,6 +11,7 @@ import pytest
 from jaxkd import _extras, data, runs, weights
 from jaxkd.data import image_folder, parquet, tokens
 from jaxkd.runs import checkpoints, figures, report
+from jaxkd.weights import hub
 
 # Raises the error of an absent package at any import of the packages in argv.
 BLOCKER = """
@@ -57,6 +58,7 @@ def test_packages_are_those_of_the_extras():
             "tensorboard",
             "wandb",
             "parquet",
+            "hub",
         )
         for distribution in read_extras()[extra]
     }
@@ -96,6 +98,7 @@ def test_without_flax_the_import_ends_in_the_command_that_installs_it(module):
         (lambda: weights.save_torch("x", {}, ()), "safetensors", "train"),
         (lambda: weights.save_program("x", None, {}, None), "flatbuffers", "train"),
         (lambda: tokens.train_tokenizer([], vocab_size=999), "tokenizers", "text"),
+        (lambda: hub.find_hub_folder("hub:owner/name"), "huggingface_hub", "hub"),
         (lambda: next(parquet.iterate_records(Path("x.parquet"))), "pyarrow", "parquet"),
         (lambda: image_folder.read_image(Path(__file__), (8, 8, 3)), "PIL", "experiments"),
     ],

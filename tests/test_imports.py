@@ -153,6 +153,7 @@ HOMES = {
     "tensorflow_datasets": {"data"},
     "PIL": {"data"},
     "pyarrow": {"data"},
+    "huggingface_hub": {"weights"},
     "tokenizers": {"data", "weights"},
     "orbax": {"runs"},
     "filelock": {"runs"},

@@ -1,7 +1,7 @@
 """Stages, losses and results that experiments share."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,12 @@ def transfer_all_but_head(source: dict, fresh: dict) -> dict:
 
 
 def open_run(
-    experiment: str, options: Options, data_name: str, arrays: Iterable[np.ndarray]
+    experiment: str,
+    options: Options,
+    data_name: str,
+    arrays: Iterable[np.ndarray],
+    *,
+    sources: Mapping[str, Any] | None = None,
 ) -> runs.Run:
     """Starts the run of an experiment, resumes it, or lets it grow by other options.
 
@@ -67,8 +72,9 @@ def open_run(
         options: Its options.
         data_name: Name of the data set.
         arrays: All of the data, for its fingerprint.
+        sources: What the configuration records of files that were downloaded.
     """
-    config = {"experiment": experiment} | dataclasses.asdict(options)
+    config = {"experiment": experiment} | dataclasses.asdict(options) | dict(sources or {})
     if options.teacher_cache and distill.is_primary_process():
         # Otherwise it would fail after the teacher's training.
         check_writable("--teacher-cache", expand(options.teacher_cache))

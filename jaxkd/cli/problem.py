@@ -63,6 +63,7 @@ class Problem(abc.ABC):
         augment: What is drawn of each input at every step, or `None`.
         buckets: The lengths to which batches of texts are cut, or `None`.
         saving: Arguments of `distill.save_results` that the kind of data needs.
+        sources: What the configuration of the run records of files that were downloaded.
     """
 
     defaults: Defaults
@@ -85,6 +86,7 @@ class Problem(abc.ABC):
         self.augment = augment
         self.buckets = buckets
         self.saving = dict(saving or {})
+        self.sources: dict[str, Any] = {}
 
     @property
     def arrays(self) -> list[np.ndarray]:

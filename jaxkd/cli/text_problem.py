@@ -32,7 +32,8 @@ class TextProblem(Problem):
 
         Args:
             dataset: The texts.
-            teacher: What `--teacher` names: a hub folder or package of a BERT, or a network.
+            teacher: What `--teacher` names: a hub folder, package or `hub:` name of a BERT, or a
+                network.
             max_length: Number of tokens to which longer texts are cut. By default a longer text
                 than the teacher takes is an error.
         """
@@ -56,6 +57,9 @@ class TextProblem(Problem):
                 "repeats": 10,
             },
         )
+
+        if self._bert and self._bert.source:
+            self.sources = {"teacher_source": self._bert.source._asdict()}
 
     def make_teacher(self, name: str) -> Teacher:
         """Makes the teacher that `--teacher` names: a BERT, or a network to train.

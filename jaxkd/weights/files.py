@@ -22,9 +22,10 @@ HUB_FILES = (
     "pytorch_model.bin.index.json",
 )
 """The files of a hub folder, in the order in which transformers looks for them."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""The files of adapters, without which the weights beside them would be another model's."""
 
 _URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/+", re.IGNORECASE)
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS_NAME = re.compile(r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
 _SHARD_NAME = re.compile(r".*-\d+\.(safetensors|bin)")
 
@@ -106,7 +107,7 @@ def find_hub_file(folder: Path) -> Path | None:
     Warns:
         UserWarning: If other files in it hold weights too, such as those of a second model.
     """
-    adapters = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     if adapters:
         raise ValueError(
             f"{folder} has adapters ({adapters[0]}): {MERGE_ADVICE}, or move them to another "

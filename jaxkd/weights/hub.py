@@ -1,4 +1,4 @@
-"""Loading of pretrained BERTs from local folders in the format of the Hugging Face hub."""
+"""Loading of pretrained BERTs from folders in the format of the Hugging Face hub."""
 
 import importlib.util
 import os
@@ -30,6 +30,7 @@ from jaxkd.weights.bert_configs import (
     read_config,
 )
 from jaxkd.weights.files import find_hub_file, to_text
+from jaxkd.weights.hub_download import HubSource, download, is_hub_name
 from jaxkd.weights.names import expected_names, unwrap_names
 from jaxkd.weights.roberta import roberta_names, to_bert
 from jaxkd.weights.torch_files import from_torch, read_state_dict
@@ -54,6 +55,7 @@ class PretrainedBERT(NamedTuple):
             `jaxkd.models.with_class_order` brings the logits into the data's order.
         drawn: Names of the layers that were drawn at random, such as `"logits"`. Without any, and
             with its own pooling, it is a fine-tuned classifier that can be used as it is.
+        source: Where the files come from, if they are the hub's.
     """
 
     module: BERT
@@ -61,22 +63,35 @@ class PretrainedBERT(NamedTuple):
     tokenizer: "Tokenizer"
     class_names: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
+    source: HubSource | None = None
 
 
 def find_hub_folder(name: str | os.PathLike[str]) -> Path:
-    """Finds the folder of a pretrained model. Downloads nothing and imports no package.
+    """Finds the folder of a pretrained model. Imports no package.
 
     Args:
         name: A folder, or the name of an installed package with a `config.json` in its folder or
-            up to two levels below.
+            up to two levels below. `hub:owner/name` or `hub:owner/name@revision` is downloaded from
+            the Hugging Face hub unless it is in its cache; nothing else is.
 
     Returns:
         The folder.
 
     Raises:
         DataError: If there is neither a folder nor an installed package of this name, or if the
-            package has no `config.json` or several at one level.
+            package has no `config.json` or several at one level; if a model cannot be downloaded.
     """
+    return _locate(name)[0]
+
+
+def _locate(name: str | os.PathLike[str]) -> tuple[Path, HubSource | None]:
+    """Finds the folder of a pretrained model, and where the hub's come from."""
+    if is_hub_name(name):
+        return download(os.fspath(name))
+    return _find_local_folder(name), None
+
+
+def _find_local_folder(name: str | os.PathLike[str]) -> Path:
     path = expand_user_path(name)
     name = os.fspath(name)
     if path.is_dir():
@@ -85,8 +100,8 @@ def find_hub_folder(name: str | os.PathLike[str]) -> Path:
     if not roots:
         raise DataError(
             f"there is no folder {name} and no installed package of that name: give a folder with "
-            f"{CONFIG}, weights and a tokenizer, or install a package that has one "
-            "(nothing is downloaded)"
+            f"{CONFIG}, weights and a tokenizer, a package that has one, or hub:owner/name to "
+            "download it"
         )
     # Level by level: sentence-transformers keep a config.json for the pooling below the model's.
     for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
@@ -123,7 +138,7 @@ def load_bert(
     training, the dropout before its pooling is left out.
 
     Args:
-        name: A folder or a package, as for `find_hub_folder`.
+        name: A folder, a package or `hub:owner/name`, as for `find_hub_folder`.
         num_classes: Number of logits.
         key: Key for the layers that are initialized randomly.
         pooling: Reduction of the token states to one vector. Defaults to that of BERT or
@@ -153,7 +168,7 @@ def load_bert(
     """
     if dropout is not None:
         check_dropout_rate(dropout)
-    folder = find_hub_folder(name)
+    folder, source = _locate(name)
     module = make_module(folder, num_classes, pooling, dropout)
     variables, drawn = _load_variables(folder, module, key)
     tokenizer = load_tokenizer(folder, padding_id=find_padding(read_config(folder / CONFIG)))
@@ -165,7 +180,7 @@ def load_bert(
         )
     names = () if "logits" in drawn else read_class_names(read_config(folder / CONFIG))
     names = names if len(names) == num_classes else ()
-    return PretrainedBERT(module, variables, tokenizer, names, drawn)
+    return PretrainedBERT(module, variables, tokenizer, names, drawn, source)
 
 
 def _find_package_folders(name: str) -> list[Path]:

@@ -12,6 +12,7 @@ from jaxkd.cli.distill import DistillCommand
 from jaxkd.cli.distillation import load_problem, make_plan
 from jaxkd.cli.main import main
 from jaxkd.weights import hub
+from jaxkd.weights.hub_download import HubSource
 
 FILLERS = ("a", "film", "so", "it", "is", "this", "one", "plot")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "bad", "poor", *FILLERS]
@@ -158,11 +159,19 @@ def test_options_of_texts_for_images():
         load_problem(DistillCommand(data="fashion_mnist_mini", text_column="a"))
 
 
+@pytest.fixture
+def source(bert, monkeypatch):
+    """Lets hub:owner/name stand for the folder of the BERT, and returns where it comes from."""
+    source = HubSource("owner/name", "0" * 40, {"config.json": "1" * 64})
+    monkeypatch.setattr(hub, "download", lambda name: (bert, source))
+    return source
+
+
 @pytest.mark.thorough
-def test_distil_then_predict(reviews, bert, tmp_path, capsys):
+def test_distil_then_predict(reviews, source, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = [
-        *("distill", "--data", str(reviews), "--teacher", str(bert), "--student", LSTM),
+        *("distill", "--data", str(reviews), "--teacher", "hub:owner/name", "--student", LSTM),
         *("--num-seeds", "1", "--epochs", "12", "--learning-rate", "0.02", "--workdir", str(run)),
     ]
     # As outside of the tests: optax's schedules mix floats and integers.
@@ -173,6 +182,8 @@ def test_distil_then_predict(reviews, bert, tmp_path, capsys):
     # The same command finds everything trained.
     with jax.numpy_dtype_promotion("standard"):
         main(arguments)
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["teacher_source"] == source._asdict()
     texts = tmp_path / "texts.txt"
     texts.write_text("so good a film\nit is so bad\n")
     capsys.readouterr()
