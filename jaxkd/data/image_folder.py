@@ -1,6 +1,7 @@
 """Photographs in folders named after their classes."""
 
 import hashlib
+import io
 import itertools
 import os
 import unicodedata
@@ -372,9 +373,9 @@ def _stream_split(part: Path, listings: list[_Listing], image_size: int) -> Spli
     return Split(records["inputs"], labels)
 
 
-def _check_size(image: "Image", path: Path) -> None:
+def _check_size(image: "Image", num_bytes: int) -> None:
     """Raises `ValueError` if an image has far more pixels than its file suggests."""
-    pixels, num_bytes = image.width * image.height, path.stat().st_size
+    pixels = image.width * image.height
     if pixels > max(_MAX_PIXELS, _MAX_PIXELS_PER_BYTE * num_bytes):
         raise ValueError(f"it has {pixels:,} pixels in {num_bytes:,} bytes; scale it down")
 
@@ -396,14 +397,31 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Picture:
     # Reading from a pipe or a device may never end.
     if not path.is_file():
         raise DataError(f"{path} is not a regular file: replace or delete it")
+    return _decode(path, shape, path.stat().st_size, str(path))
+
+
+def decode_image(content: bytes, shape: tuple[int, int, int], origin: str) -> Picture:
+    """Decodes the content of the file of an image; see `read_image`.
+
+    Args:
+        content: The content.
+        shape: Height, width and channels.
+        origin: Where it comes from, for messages.
+    """
+    return _decode(io.BytesIO(content), shape, len(content), origin)
+
+
+def _decode(
+    source: Path | io.BytesIO, shape: tuple[int, int, int], num_bytes: int, origin: str
+) -> Picture:
     pillow = import_or_raise("PIL.Image")
     height, width, channels = shape
     try:
         with warnings.catch_warnings():
             # Pillow warns of damaged EXIF data and of transparent palettes; such images are usable.
             warnings.filterwarnings("ignore", module="PIL")
-            with pillow.open(path) as image:
-                _check_size(image, path)
+            with pillow.open(source) as image:
+                _check_size(image, num_bytes)
                 is_animated = image.format in _ANIMATED_FORMATS and image.is_animated
                 rgb, is_transparent = _to_rgb(image)
                 fitted = _fit(rgb, width, height)
@@ -413,7 +431,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Picture:
     # SyntaxError is what Pillow raises for a broken PNG chunk.
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(
-            f"cannot read the image {path} ({one_line(error)}): replace or delete it"
+            f"cannot read the image {origin} ({one_line(error)}): replace or delete it"
         ) from error
 
 

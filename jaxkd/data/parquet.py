@@ -1,9 +1,10 @@
-"""Tables of texts in Parquet or Arrow files, as Hugging Face `datasets` keeps them."""
+"""Texts and images in Parquet or Arrow files, as Hugging Face `datasets` keeps them."""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-
 # As the hub names the files that it converts.
 _NUMBER = re.compile(r"\d{4}")
 _FIRST_SHARD = "-00000-of-"
+# Number of rows that are read at once, which may be images.
+_BATCH = 1024
 # Written by save_to_disk; others in its folder are results that datasets has cached.
 _SAVED = "data-"
 
@@ -50,6 +53,81 @@ def list_splits(folder: Path, names: Sequence[str]) -> list[Path]:
     return [path for path in paths if os.path.isfile(path)]
 
 
+def find_images(path: Path) -> tuple[str, ...]:
+    """Returns the names of the columns of images, as `datasets` writes them.
+
+    Raises:
+        DataError: If pyarrow is missing or the file is damaged.
+    """
+    types = import_or_raise("pyarrow").types
+    with _describe_errors(path):
+        schema, _ = next(_iterate_batches(path, lambda kind: False))
+    return tuple(
+        field.name
+        for field in schema
+        if types.is_struct(field.type) and {part.name for part in field.type} == {"bytes", "path"}
+    )
+
+
+def iterate_images(path: Path, image: str, label: str) -> Iterator[tuple[bytes | None, int, str]]:
+    """Yields the content of the file of each image, its class and its origin.
+
+    Args:
+        path: The file, or the first of several shards, all of which are read.
+        image: The column of the images.
+        label: The column of the classes, integers.
+
+    Raises:
+        DataError: As `iterate_records`.
+    """
+    row = 0
+    for file in list_shards(path):
+        with _describe_errors(file):
+            for schema, batch in _iterate_batches(file, lambda kind: True, [image, label]):
+                if {image, label} - {*schema.names}:
+                    raise DataError(f"{file} lacks {image} or {label}: give all shards the same")
+                if not batch.num_rows:
+                    continue
+                images, labels = (
+                    batch.column(batch.schema.get_field_index(name)) for name in (image, label)
+                )
+                for content, value in zip(images, labels.to_pylist(), strict=True):
+                    origin = line_origin(file, row)
+                    if type(value) is not int:
+                        raise DataError(f"{origin} has no class: correct it")
+                    yield (content.as_py() or {}).get("bytes"), value, origin
+                    row += 1
+
+
+def iterate_labels(path: Path, label: str) -> Iterator[int | None]:
+    """Yields the classes of a column of integers, over all shards."""
+    for file in list_shards(path):
+        with _describe_errors(file):
+            for _, batch in _iterate_batches(file, lambda kind: True, [label]):
+                if batch.num_rows:
+                    yield from batch.column(batch.schema.get_field_index(label)).to_pylist()
+
+
+def read_class_columns(path: Path) -> dict[str, list[str]]:
+    """Returns the names of the classes of each column that has a `ClassLabel`."""
+    with _describe_errors(path):
+        schema, _ = next(_iterate_batches(path, lambda kind: False))
+    return _read_class_names(path, schema)
+
+
+@contextlib.contextmanager
+def _describe_errors(file: Path) -> Generator[None]:
+    """Raises `DataError` for what pyarrow raises for a damaged file."""
+    # Arrow's errors are ValueErrors, OSErrors and others of its own.
+    errors = import_or_raise("pyarrow").lib.ArrowException, OSError, ValueError
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read {file} ({one_line(error)}): copy it again") from error
+
+
 def iterate_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields the names of the columns, and then the fields of each row.
 
@@ -65,13 +143,11 @@ def iterate_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         DataError: If pyarrow is missing, a shard is missing, the shards have different columns, or
             a file is damaged.
     """
-    # Arrow's errors are ValueErrors, OSErrors and others of its own.
-    errors = import_or_raise("pyarrow").lib.ArrowException, OSError, ValueError
     header: list[str] = []
     row = 0
-    for file in _list_shards(path):
-        try:
-            for schema, batch in _iterate_batches(file):
+    for file in list_shards(path):
+        with _describe_errors(file):
+            for schema, batch in _iterate_batches(file, _is_light):
                 if not header:
                     header = _check_names(file, schema.names)
                     yield 0, header
@@ -83,14 +159,14 @@ def iterate_records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 for fields in _read_rows(file, schema, batch, row):
                     yield row, fields
                     row += 1
-        except errors as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"cannot read {file} ({one_line(error)}): copy it again") from error
 
 
-def _list_shards(path: Path) -> list[Path]:
-    """Returns a file, or all shards if it is one of several."""
+def list_shards(path: Path) -> list[Path]:
+    """Returns a file, or all shards if it is one of several.
+
+    Raises:
+        DataError: If a shard is missing.
+    """
     shard = _SHARD.fullmatch(path.stem)
     if shard is None:
         # One of 0000.parquet, 0001.parquet, ...
@@ -114,18 +190,25 @@ def _list_shards(path: Path) -> list[Path]:
     return files
 
 
-def _iterate_batches(file: Path) -> Iterator[tuple[Any, Any]]:
-    """Yields the schema of a file and the batches of its rows, at least one, without heavy columns.
+def _iterate_batches(
+    file: Path, is_read: Callable[[Any], bool], names: Sequence[str] = ()
+) -> Iterator[tuple[Any, Any]]:
+    """Yields the schema of a file and batches of its rows, of which the first has no row.
 
-    Images and lists would take many times the memory of the texts, and are not read.
+    Args:
+        file: A file.
+        is_read: Whether a column of a type is read. Images and lists would take many times the
+            memory of the texts.
+        names: Only columns of these names are read.
     """
     arrow = import_or_raise("pyarrow")
     if file.suffix.lower() == ".parquet":
         with import_or_raise("pyarrow.parquet").ParquetFile(file) as table:
             schema = table.schema_arrow
-            light = [field.name for field in schema if _is_light(field.type)]
+            read = [field.name for field in schema if is_read(field.type)]
+            read = [name for name in read if not names or name in names]
             yield schema, arrow.RecordBatch.from_pylist([], schema=arrow.schema([]))
-            for batch in table.iter_batches(columns=light or schema.names[:1]):
+            for batch in table.iter_batches(_BATCH, columns=read or schema.names[:1]):
                 yield schema, batch
         return
     with arrow.memory_map(os.fspath(file)) as source:

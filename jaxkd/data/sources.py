@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from jaxkd.data import embedded, image_folder, tfds_images, tfds_prepare
+from jaxkd.data import embedded, image_folder, parquet_images, tfds_images, tfds_prepare
 from jaxkd.data.dataset import Dataset, Split, make_dataset
 from jaxkd.data.errors import DataError, expand_user_path, warn
 
@@ -27,7 +27,9 @@ def load(
     1. `"fashion_mnist_mini"`, which is part of the package: 10,000 + 2,000 images of Fashion-MNIST.
     2. A folder `train/<class>/*.jpg`, `test/<class>/*.jpg` and optionally `val/<class>/*.jpg` (or
        `valid`, `validation`, `dev`): a path, or the name of a folder that exists.
-    3. A TensorFlow dataset, such as `"cifar10"`, `"cifar10:3.0.2"` or `"name/config"`. If it is not
+    3. A folder with images in `.parquet` files, as the Hugging Face hub has them, such as
+       `data/train-00000-of-00002.parquet`, or one of `DatasetDict.save_to_disk`. Needs pyarrow.
+    4. A TensorFlow dataset, such as `"cifar10"`, `"cifar10:3.0.2"` or `"name/config"`. If it is not
        prepared yet and TensorFlow is installed, it is downloaded and prepared first. Its test set
        is the split `test`, else the split `validation`, else a fifth of `train`.
 
@@ -41,7 +43,8 @@ def load(
             `~/tensorflow_datasets`.
         image_size: Side in pixels to which photographs of various sizes are fitted; `None` means
             64. `"fashion_mnist_mini"` and a TensorFlow dataset whose images all have the same size
-            keep it, and a warning says so if another is asked for.
+            keep it, and a warning says so if another is asked for. So do those of `.parquet` files,
+            unless another size is asked for.
         stream: Whether the images of a folder, or of a TensorFlow dataset that is stored as
             array_record, stay on disk, and each batch is read and decoded when it is needed.
             `split.images` is then a column of `data.Records`. Equal images, transparent parts and
@@ -74,6 +77,18 @@ def load(
         )
     side = _DEFAULT_IMAGE_SIZE if image_size is None else image_size
     _check_image_size(side)
+    folder = expand_user_path(name)
+    is_folder = name != embedded.NAME and os.path.isdir(folder)
+    if is_folder and parquet_images.has_images(folder):
+        if stream:
+            raise DataError(
+                f"the images of the .parquet files in {name} are read whole: leave out stream, or "
+                "save the images in folders"
+            )
+        source = parquet_images.read_parquet_images(
+            folder, image_size=image_size, default_size=_DEFAULT_IMAGE_SIZE
+        )
+        return make_dataset(name, *source)
     source = _read(name, tfds_prepare.resolve_data_dir(data_dir), side, stream)
     dataset = make_dataset(name, *source)
     if image_size is not None:

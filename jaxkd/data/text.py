@@ -90,7 +90,8 @@ def is_text_source(
     """
     path = expand_user_path(os.fspath(name))
     if os.path.isdir(path):
-        return any(_list_tables(path, names) for names in FILE_NAMES.values())
+        found = [table for names in FILE_NAMES.values() for table in _list_tables(path, names)]
+        return bool(found) and not (parquet.is_parquet(found[0]) and parquet.find_images(found[0]))
     if _is_table(path):
         return True
     return tfds_texts.is_prepared_text(os.fspath(name), tfds_prepare.resolve_data_dir(data_dir))
