@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 
 from jaxkd._messages import describe_lacking_params, list_some
 from jaxkd.data.bucketing import LengthBuckets
-from jaxkd.data.records import Column, read_chunks
+from jaxkd.data.read_ahead import read_chunks
+from jaxkd.data.records import Column
 from jaxkd.losses import hard_cross_entropy
 
 if TYPE_CHECKING:

@@ -1,12 +1,10 @@
 """Examples that stay where they are stored, and of which a batch is read when it is needed."""
 
-import collections
 import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,10 +17,6 @@ SAMPLE_SIZE = 256
 
 MAX_THREADS = 16
 """Largest number of threads that read where none is named."""
-MAX_CHUNKS = 4
-"""Largest number of chunks that are read ahead, which are larger than batches."""
-
-_MISSING = object()
 
 
 class Records(Mapping[str, Any]):
@@ -212,8 +206,13 @@ class Records(Mapping[str, Any]):
 
     def _check_like_first(self, values: Mapping[str, np.ndarray], row: int) -> None:
         for name in self._first.keys() | values.keys():
-            first, value = self._first.get(name, _MISSING), values.get(name, _MISSING)
-            if _describe(first) != _describe(value):
+            first, value = self._first.get(name), values.get(name)
+            if (
+                first is None
+                or value is None
+                or first.shape != value.shape
+                or first.dtype != value.dtype
+            ):
                 raise DataError(
                     f"record {row} has {shorten(name, 40)!r} as {_describe(value)}, but the first "
                     f"one as {_describe(first)}: convert all to one shape and dtype"
@@ -324,59 +323,6 @@ def select_rows(array: Any, indices: np.ndarray) -> Any:
     return array.select(indices) if isinstance(array, Column) else array[indices]
 
 
-def count_threads(examples: Any) -> int:
-    """Returns the number of threads that may read columns, the smallest of all their records'."""
-    if isinstance(examples, Mapping):
-        return min(map(count_threads, examples.values()), default=MAX_THREADS)
-    return examples.records.threads if isinstance(examples, Column) else MAX_THREADS
-
-
-def read_ahead(
-    read: Callable[[Any], Any], items: Iterable[Any], *, threads: int, ahead: int
-) -> Generator[Any]:
-    """Yields `read(item)` of each item in their order, while threads read the next ones.
-
-    Close the generator to stop the threads. An error of `read` is raised in the item's turn.
-
-    Args:
-        read: The function.
-        items: Its arguments.
-        threads: Number of threads.
-        ahead: Number of results that are read or waiting while one is used.
-    """
-    pending: collections.deque[Future] = collections.deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="jaxkd-read") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(read, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def read_chunks(inputs: Any, chunks: Iterable[Any]) -> Iterator[Any]:
-    """Iterates over some rows of an array, or of a dict of arrays, after the others.
-
-    Args:
-        inputs: An array, a column, or a dict of them, of which the next chunks are read ahead.
-        chunks: Slices or arrays of integers.
-    """
-
-    def read(rows: Any) -> Any:
-        if isinstance(inputs, Mapping):
-            return {name: array[rows] for name, array in inputs.items()}
-        return inputs[rows]
-
-    if not is_streamed(inputs):
-        return map(read, chunks)
-    threads = min(count_threads(inputs), MAX_CHUNKS)
-    return read_ahead(read, chunks, threads=threads, ahead=threads)
-
-
 def is_dataset(value: Any) -> bool:
     """Returns whether a value seems to be a data set of another library, such as grain's."""
     is_other = callable(value) or isinstance(value, (Mapping, list, tuple, str, bytes))
@@ -428,5 +374,5 @@ def _name_values(
         yield prefix + name, array
 
 
-def _describe(value: Any) -> str:
-    return "missing" if value is _MISSING else f"{value.dtype} {list(value.shape)}"
+def _describe(value: np.ndarray | None) -> str:
+    return "missing" if value is None else f"{value.dtype} {list(value.shape)}"

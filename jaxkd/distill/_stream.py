@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxkd._messages import shorten
-from jaxkd.data.records import Column, count_threads, find_column, is_streamed, read_ahead
+from jaxkd.data.read_ahead import count_threads, read_ahead
+from jaxkd.data.records import Column, find_column, is_streamed
 from jaxkd.distill._batches import SelectFn
 from jaxkd.distill.placement import StreamingPlacement
 from jaxkd.distill.plan import Stage

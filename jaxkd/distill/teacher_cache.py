@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxkd.data.records import Column, read_chunks
+from jaxkd.data.read_ahead import read_chunks
+from jaxkd.data.records import Column
 from jaxkd.data.views import Views, augment_views
 from jaxkd.distill.top_k import TopK, top_k
 from jaxkd.evaluate import PredictFn
