@@ -1,5 +1,6 @@
 """A small labelled subset of a large dataset."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxkd.data.errors import DataError
-from jaxkd.data.records import select_rows
+from jaxkd.data.records import Column, select_rows
 
 DataFn = Callable[[int], dict[str, Any]]
 """`seed -> examples`."""
@@ -96,9 +97,15 @@ def few_labels(examples: Mapping[str, Any], count: int) -> tuple[DataFn, DataFn]
         key = jax.random.fold_in(jax.random.key(seed), count)
         return balanced_subset(labels, count, key)
 
+    def select(seed: int) -> Any:
+        return select_rows(inputs, draw(seed))
+
+    if isinstance(inputs, Column):
+        # A plan asks several times, and each new column would read its sample again.
+        select = functools.cache(select)
+
     def labelled_only(seed: int) -> dict[str, Any]:
-        indices = draw(seed)
-        return {"inputs": select_rows(inputs, indices), "labels": labels[indices]}
+        return {"inputs": select(seed), "labels": labels[draw(seed)]}
 
     def partly_labelled(seed: int) -> dict[str, Any]:
         labelled = np.isin(np.arange(len(labels)), draw(seed))

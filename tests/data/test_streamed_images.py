@@ -57,6 +57,7 @@ def test_labelled_subset_of_a_seed_stays_on_disk(photos):
     examples = data.load(photos, image_size=8, stream=True).train.examples
     labelled, partly = data.few_labels(examples, 4)
     assert isinstance(labelled(0)["inputs"], Column)
+    assert labelled(0)["inputs"] is labelled(0)["inputs"] is not labelled(1)["inputs"]
     assert partly(0)["inputs"] is examples["inputs"]
     rows = np.flatnonzero(partly(0)["labelled"])
     np.testing.assert_array_equal(labelled(0)["inputs"][:], examples["inputs"][rows])
