@@ -6,7 +6,10 @@ its images per second after the first steps and the largest memory that it has h
 program and its compilation included, takes several hundred MB of that.
 
 Command: python -m experiments.benchmarks.streaming
-Twenty gigabytes: python -m experiments.benchmarks.streaming --gigabytes 20 --steps 2000
+Twenty gigabytes: python -m experiments.benchmarks.streaming --gigabytes 20 --steps 600
+
+Result: on 20 GB, 1.05 (0.98 to 1.06) of the images per second of an array in memory, within 1.05 GB
+(two x86-64 cores, jax 0.12)
 
 Time: 3 minutes on 2 CPU cores
 """
