@@ -39,7 +39,7 @@ from jaxkd.distill._schedule import make_schedule
 from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
 from jaxkd.distill._stream import check_streams
 from jaxkd.distill._trainer import Trainer, describe_disk_use
-from jaxkd.distill._validation import MakeScore, Validator
+from jaxkd.distill._validation import MakeScore, Validator, check_scores
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, order, teacher_baselines
@@ -55,6 +55,7 @@ from jaxkd.runs import ResultRow, Run, summarize
 from jaxkd.runs._lock import reserve_folder
 from jaxkd.runs.environment import check_cpu_products
 from jaxkd.runs.growth import describe_growth
+from jaxkd.runs.results import measure_costs
 
 Plan = Sequence[Entry]
 """Stages, pretrained and derived models, in any order."""
@@ -208,11 +209,12 @@ def evaluate_plan(
     trained: Mapping[str, Sequence[TrainedModel]],
     test: Mapping[str, Any],
     *,
-    reference: str,
+    reference: str | None = None,
     buckets: LengthBuckets | None = None,
     throughput_batch: int = 256,
     repeats: int = 50,
     run: Run | None = None,
+    make_score: MakeScore | None = None,
 ) -> list[ResultRow]:
     """Measures the models of a plan on a test set.
 
@@ -220,12 +222,16 @@ def evaluate_plan(
         plan: The stages and pretrained models.
         trained: The result of `run_plan`.
         test: `inputs` and `labels`.
-        reference: Name of the model with which agreement is measured, seed by seed.
+        reference: Name of the model with which agreement is measured, seed by seed. Only models
+            with a `make_score` need none.
         buckets: As for `run_plan`. Latency and FLOPs are those of inputs of full length.
         throughput_batch: Size of the larger batch that is timed.
         repeats: Number of calls that are timed.
         run: A run whose `results.json` may hold rows already. One of the same weights, predictions,
             test set, settings, configuration and environment is read instead of measured again.
+            Scores of `make_score` are always measured.
+        make_score: As for `run_plan`, for models that do not predict one class per example. The
+            rows have its numbers as `scores`, in place of accuracy, agreement and calibration.
 
     Returns:
         A row for each stage and model, in the order of the plan. A model that all seeds share, such
@@ -241,19 +247,21 @@ def evaluate_plan(
     """
     _check_buckets_type(buckets)
     names = [entry.name for entry in plan]
-    if reference not in names:
-        raise ValueError(
-            f"reference {reference!r} is not in the plan, which has {list_some(names)}"
-        )
     if missing := [name for name in names if name not in trained]:
         raise ValueError(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
     _check_same_seeds({e.name: len(trained[e.name]) for e in plan if not isinstance(e, Pretrained)})
+    models = {entry.name: _unique(trained[entry.name]) for entry in plan}
+    if make_score is not None:
+        return _measure_scores(plan, models, test, make_score, throughput_batch, repeats)
+    if reference is None or reference not in names:
+        raise ValueError(
+            f"reference {reference!r} is not in the plan, which has {list_some(names)}"
+        )
     _check_split(test, "the test set", "inputs and labels")
     check_integers(test, "the test set")
     check_inputs(plan, test, "test set")
-    models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     settings = [list(buckets.lengths) if buckets else None, throughput_batch, repeats]
     digests, known = {}, {}
     if run is not None:
@@ -296,6 +304,39 @@ def evaluate_plan(
                 chance=chance,
                 baselines=tuple(baselines[entry.name]),
                 measured=digests.get(entry.name),
+            )
+        )
+    return rows
+
+
+def _measure_scores(
+    plan: Plan,
+    models: Mapping[str, Sequence[TrainedModel]],
+    test: Mapping[str, Any],
+    make_score: MakeScore,
+    throughput_batch: int,
+    repeats: int,
+) -> list[ResultRow]:
+    """Returns the rows of models that are measured by a score of the user's own."""
+    make_once = functools.cache(make_score)
+    rows = []
+    for entry in plan:
+        seeds = models[entry.name]
+        scores = [check_scores(make_once(entry.model)(seed.variables, test)) for seed in seeds]
+        if len({frozenset(seed) for seed in scores}) > 1:
+            raise ValueError(
+                f"the scores of {shorten(entry.name, 40)!r} have other names for one seed than for "
+                "another: return the same ones for all"
+            )
+        costs = measure_costs(
+            entry.model, seeds[0].variables, test["inputs"], throughput_batch, repeats
+        )
+        rows.append(
+            ResultRow(
+                entry.name,
+                scores={name: tuple(seed[name] for seed in scores) for name in scores[0]},
+                seconds=tuple(seed.seconds for seed in seeds),
+                **costs,
             )
         )
     return rows

@@ -12,7 +12,7 @@ from jaxkd._messages import list_some
 from jaxkd.runs._report_record import ReportRecord
 from jaxkd.runs.errors import add_install_command
 from jaxkd.runs.figures import Metric, plot_accuracy, plot_curves, plot_size
-from jaxkd.runs.results import COLUMNS, Column, ResultRow
+from jaxkd.runs.results import Column, ResultRow, choose_columns
 from jaxkd.runs.run import Run
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def results_table(rows: Sequence[ResultRow]) -> str:
     """
     if not rows:
         raise ValueError("a table of results needs at least one row")
-    cells = [[column.cell(row) for column in COLUMNS] for row in rows]
-    return markdown_table([column.title for column in COLUMNS], cells)
+    columns = choose_columns(rows)
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return markdown_table([column.title for column in columns], cells)
 
 
 def print_table(rows: Sequence[ResultRow], *, console: "Console | None" = None) -> None:
@@ -79,8 +80,8 @@ def print_table(rows: Sequence[ResultRow], *, console: "Console | None" = None) 
     console = console or Console()
     # Measured without a limit: within its own width, a console would wrap cells to make them fit.
     unbounded = console.options.update(width=10_000)
-    by_priority = sorted(COLUMNS, key=lambda column: column.priority)
-    for count in range(len(COLUMNS), 1, -1):
+    by_priority = sorted(choose_columns(rows), key=lambda column: column.priority)
+    for count in range(len(by_priority), 1, -1):
         table = _console_table(rows, by_priority[:count])
         if Measurement.get(console, unbounded, table).maximum <= console.width:
             break
@@ -239,6 +240,12 @@ def describe_doubts(
     return sentences
 
 
+_ACCURACY_FIGURES = (
+    "![Test accuracy of each model](accuracy.png)",
+    "![Test accuracy against number of parameters](size.png)",
+)
+
+
 def write_report(
     folder: str | os.PathLike,
     *,
@@ -253,6 +260,8 @@ def write_report(
     chance: float | None = None,
 ) -> Path:
     """Writes `report.md` and its figures `curves.png`, `accuracy.png` and `size.png`.
+
+    Rows that have scores of one's own instead of an accuracy get `curves.png` alone.
 
     It also writes `report.json`: title, comparisons, remarks and the like, from which
     `jaxkd.runs.redraw.redraw_report` writes the same report again.
@@ -304,18 +313,21 @@ def write_report(
     doubts += _describe_other_trainings(rows, metrics)
     teachers = _find_teachers(rows) if teachers is None else teachers
     chance = _find_chance(rows) if chance is None else chance
+    # Rows without any accuracy have scores of the user's own.
+    has_accuracy = any(row.accuracy for row in rows) or not any(row.scores for row in rows)
     baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
     record = ReportRecord(title, comparisons, remarks, teachers, chance, settings, environment)
     paragraphs = [
         f"# {title}",
         results_table(rows),
         "± is the standard deviation over seeds; "
-        "the interval is Wilson's, for the choice of the test examples.",
+        "the interval is Wilson's, for the choice of the test examples."
+        if has_accuracy
+        else "± is the standard deviation over seeds.",
         *(["\n".join(sentences)] if sentences else []),
         *(f"**Note:** {doubt}" for doubt in doubts),
-        "![Test accuracy of each model](accuracy.png)",
-        "![Test accuracy against number of parameters](size.png)",
-        "![Validation loss and accuracy in training](curves.png)",
+        *(_ACCURACY_FIGURES if has_accuracy else []),
+        "![Validation scores in training](curves.png)",
         *remarks,
         "## Settings",
         markdown_table(["setting", "value"], list(settings.items())),
@@ -325,8 +337,9 @@ def write_report(
     plot_curves(metrics, folder / "curves.png", names=[row.name for row in rows])
     # With several baselines, a line for one of them would be arbitrary.
     baseline = baselines.pop() if len(baselines) == 1 else None
-    plot_accuracy(rows, folder / "accuracy.png", baseline=baseline)
-    plot_size(rows, folder / "size.png")
+    if has_accuracy:
+        plot_accuracy(rows, folder / "accuracy.png", baseline=baseline)
+        plot_size(rows, folder / "size.png")
     record.write(folder)
     # The text comes last, so that a report never refers to a figure that is missing.
     path = folder / "report.md"
@@ -442,7 +455,8 @@ def _console_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> "Tab
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     # Not in the order of their priority.
-    columns = [column for column in COLUMNS if column in columns]
+    titles = {column.title for column in columns}
+    columns = [column for column in choose_columns(rows) if column.title in titles]
     for column in columns:
         justify = "left" if column.title == "name" else "right"
         table.add_column(column.short_title, justify=justify, no_wrap=True)

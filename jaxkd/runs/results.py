@@ -49,6 +49,7 @@ class ResultRow:
         throughput_latency_ms: Median time of predicting it.
         throughput_latency_p95_ms: 95th percentile of the same.
         seconds: Training time of each seed.
+        scores: Scores of one's own, such as "rmse", by name: one number of each seed.
         extra: Further values of an experiment, such as BLEU, by name. JSON values.
         chance: Accuracy of the best constant prediction on the test examples. Like `baselines`, it
             is for `report.describe_doubts`, and not in `results.json`.
@@ -72,6 +73,7 @@ class ResultRow:
     throughput_latency_ms: float | None = None
     throughput_latency_p95_ms: float | None = None
     seconds: tuple[float, ...] = ()
+    scores: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Derived from labels and plan, so that they are neither stored nor compared.
     chance: float | None = dataclasses.field(default=None, compare=False)
@@ -108,6 +110,10 @@ class ResultRow:
         row: dict[str, Any] = {}
         for field in _stored_fields():
             value = getattr(self, field.name)
+            if field.name == "scores":
+                # Only where there are any, since most models are classifiers.
+                row |= {"scores": {n: list(v) for n, v in value.items()}} if value else {}
+                continue
             row[field.name] = list(value) if isinstance(value, tuple) else value
             # For readers of the file. `from_json` computes both again.
             if field.name == "accuracy":
@@ -192,8 +198,12 @@ def is_finite_number(value: Any) -> bool:
 def _from_json_value(name: str, value: Any) -> Any:
     """Returns a field's value, a tuple for a list. Raises `ValueError` for another type."""
     # These two are lists, which are empty where there is no value.
-    if value is None and name not in ("accuracy", "seconds"):
+    if value is None and name not in ("accuracy", "seconds", "scores"):
         return None
+    if name == "scores":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"scores must be lists by name, got {shorten(repr(value), 80)}")
+        return {score: _from_json_value("seconds", values) for score, values in value.items()}
     if name not in ("accuracy", "accuracy_interval", "seconds"):
         if not is_finite_number(value):
             raise ValueError(f"{name} must be a finite number, got {shorten(repr(value), 80)}")
@@ -218,6 +228,8 @@ def _format_bytes(row: ResultRow) -> str:
     return "" if row.bytes is None else format_bytes(row.bytes)
 
 
+_ACCURACY_COLUMNS = ("accuracy %", "95 % interval", "agreement %", "ECE %")
+
 COLUMNS = (
     Column("name", "name", lambda row: row.name, 0),
     Column(
@@ -238,6 +250,27 @@ COLUMNS = (
     ),
 )
 """The columns of the table of results, from left to right."""
+
+
+def choose_columns(rows: Iterable[ResultRow]) -> list[Column]:
+    """Returns the columns of a table: those of accuracy if there is any, and one for each score."""
+    rows = list(rows)
+    scores = dict.fromkeys(name for row in rows for name in row.scores)
+    has_accuracy = any(row.accuracy for row in rows) or not scores
+    columns = [c for c in COLUMNS if has_accuracy or c.title not in _ACCURACY_COLUMNS]
+    return [columns[0], *map(_make_score_column, scores), *columns[1:]]
+
+
+def _make_score_column(name: str) -> Column:
+    return Column(name, name, lambda row: _format_score(row.scores.get(name, ())), 1)
+
+
+def _format_score(values: Sequence[float]) -> str:
+    """Formats the mean and the deviation of numbers of any size."""
+    if not values:
+        return ""
+    std = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4g}{std}"
 
 
 def summarize(
@@ -292,9 +325,6 @@ def summarize(
         >>> row.accuracy, row.accuracy_std, row.parameters
         ((1.0,), None, 498)
     """
-    for argument, value in (("throughput_batch", throughput_batch), ("repeats", repeats)):
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
     references = [None] * len(logits) if reference_logits is None else reference_logits
     counts = [len(variables), len(logits), len(references), len(seconds)]
     if not logits or len(set(counts)) > 1:
@@ -310,12 +340,6 @@ def summarize(
     agreements = [seed.agreement for seed in metrics if seed.agreement is not None]
     # A mean over seeds need not be a whole number of correct predictions.
     total = np.size(labels)
-    single, batch = (
-        jax.tree.map(lambda array, count=count: np.asarray(array[:count]), inputs)
-        for count in (1, throughput_batch)
-    )
-    latency = evaluate.latency(model, variables[0], single, repeats=repeats)
-    throughput = evaluate.latency(model, variables[0], batch, repeats=repeats)
     return ResultRow(
         name=name,
         accuracy=accuracies,
@@ -323,16 +347,48 @@ def summarize(
         accuracy_interval=evaluate.accuracy_interval(float(np.mean(accuracies)) * total, total),
         agreement=float(np.mean(agreements)) if len(agreements) == len(metrics) else None,
         ece=float(np.mean([seed.ece for seed in metrics])),
-        parameters=evaluate.parameter_count(variables[0]),
-        bytes=evaluate.parameter_bytes(variables[0]),
-        flops=evaluate.flops(model, variables[0], single),
-        latency_ms=latency.median_ms,
-        latency_p95_ms=latency.p95_ms,
-        throughput_batch=min(throughput_batch, total),
-        throughput_latency_ms=throughput.median_ms,
-        throughput_latency_p95_ms=throughput.p95_ms,
         seconds=tuple(float(value) for value in seconds),
+        **measure_costs(model, variables[0], inputs, throughput_batch, repeats),
     )
+
+
+def measure_costs(
+    model: Model, variables: dict, inputs: Any, throughput_batch: int, repeats: int
+) -> dict[str, Any]:
+    """Measures size, FLOPs and latency of a model.
+
+    Args:
+        model: The model.
+        variables: Its variables.
+        inputs: `[N, ...]`, an array or a dict of arrays.
+        throughput_batch: Size of the larger batch that is timed, at least 1; at most N are.
+        repeats: Number of calls that are timed, at least 1.
+
+    Returns:
+        Fields of a `ResultRow` by name.
+
+    Raises:
+        ValueError: If `throughput_batch` or `repeats` is no whole number of at least 1.
+    """
+    for argument, value in (("throughput_batch", throughput_batch), ("repeats", repeats)):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    single, batch = (
+        jax.tree.map(lambda array, count=count: np.asarray(array[:count]), inputs)
+        for count in (1, throughput_batch)
+    )
+    latency = evaluate.latency(model, variables, single, repeats=repeats)
+    throughput = evaluate.latency(model, variables, batch, repeats=repeats)
+    return {
+        "parameters": evaluate.parameter_count(variables),
+        "bytes": evaluate.parameter_bytes(variables),
+        "flops": evaluate.flops(model, variables, single),
+        "latency_ms": latency.median_ms,
+        "latency_p95_ms": latency.p95_ms,
+        "throughput_batch": len(jax.tree.leaves(batch)[0]),
+        "throughput_latency_ms": throughput.median_ms,
+        "throughput_latency_p95_ms": throughput.p95_ms,
+    }
 
 
 def rows_without_timings(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:

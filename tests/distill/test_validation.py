@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxkd import distill, evaluate, losses, runs
+from jaxkd.runs import redraw, report
 from small_plans import (
     PLACEMENTS,
     VALIDATION,
@@ -147,6 +148,32 @@ def test_own_scores_are_recorded_by_name(tmp_path, capsys):
     assert model.scores == {"rmse": record["validation_rmse"], "bias": record["validation_bias"]}
     assert np.isnan(model.validation_accuracy)
     assert f"rmse {model.scores['rmse']:.4g}" in capsys.readouterr().out
+
+
+def test_table_and_report_have_own_scores(tmp_path):
+    plan = [make_stage("first"), make_stage("second", width=6)]
+    trained, run = train(tmp_path, plan, seeds=(0, 1), make_score=make_regression_score)
+    rows = distill.evaluate_plan(
+        plan, trained, VALIDATION, make_score=make_regression_score, repeats=1
+    )
+    assert rows[1].scores["rmse"] == tuple(model.scores["rmse"] for model in trained["second"])
+    assert rows[0].accuracy == () and rows[0].parameters == 39
+    report.report_run(run, rows, title="Regression")
+    text = (tmp_path / "report.md").read_text()
+    header = next(line for line in text.splitlines() if line.startswith("| name"))
+    titles = [cell.strip() for cell in header.strip("|").split("|")]
+    assert titles[:4] == ["name", "rmse", "bias", "parameters"]
+    mean, std = np.mean(rows[0].scores["rmse"]), np.std(rows[0].scores["rmse"], ddof=1)
+    assert f"{mean:.4g} ± {std:.2g}" in text
+    assert "accuracy" not in text and not (tmp_path / "accuracy.png").exists()
+    assert run.read_results() == rows
+    redrawn = redraw.redraw_report(tmp_path)
+    assert redrawn.rows == rows and (tmp_path / "report.md").read_text() == text
+
+
+def test_a_table_of_classes_needs_a_reference(unbroken):
+    with pytest.raises(ValueError, match="reference None is not in the plan, which has teacher"):
+        distill.evaluate_plan(make_plan(), unbroken[0], VALIDATION)
 
 
 @pytest.mark.parametrize(
