@@ -94,11 +94,13 @@ DISTILL_ARROWS = {
         "step",
     },
     "_best": {"_stage_run"},
+    "_metric_buffer": {"_multi_step", "placement"},
     "_derived": {"_lowering", "_stage_run", "_validation", "plan"},
     "_loop": {
         "_best",
         "_batches",
         "_diagnosis",
+        "_metric_buffer",
         "_requirements",
         "_save_clock",
         "_stage_run",

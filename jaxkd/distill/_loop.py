@@ -20,6 +20,7 @@ from jaxkd.data.records import is_streamed
 from jaxkd.distill import _diagnosis
 from jaxkd.distill._batches import BatchSelector, DeviceArrays, count_examples
 from jaxkd.distill._best import BestSoFar
+from jaxkd.distill._metric_buffer import MetricBuffer
 from jaxkd.distill._requirements import named_arrays
 from jaxkd.distill._save_clock import SaveClock
 from jaxkd.distill._stage_run import (
@@ -42,9 +43,6 @@ from jaxkd.distill.step import BatchInfo, TrainState
 from jaxkd.distill.teacher_cache import TeacherCache
 from jaxkd.evaluate import describe_labels
 from jaxkd.runs import Run, RunError, checkpoints
-
-METRICS_ON_DEVICE = 1024
-"""Number of calls after which their metrics are moved to the host."""
 
 
 class TrainingLoop:
@@ -99,7 +97,9 @@ class TrainingLoop:
         self.ends = [
             group.first_step if group.is_finished else group.steps for _ in group.stage_runs
         ]
-        self._reset_metrics([stage_run.progress.metrics for stage_run in group.stage_runs])
+        self._metrics = MetricBuffer(
+            placement, [stage_run.progress.metrics for stage_run in group.stage_runs]
+        )
         # A shorter training was evaluated at other steps than the one that goes on with it.
         self._evaluated_step = group.first_step - group.stage_runs[0].progress.num_losses
 
@@ -364,7 +364,7 @@ class TrainingLoop:
         if self._stream is not None:
             self._take_calls([self._stream.take(steps)])
             # Each step on the way to the devices holds a batch.
-            jax.block_until_ready(self._metrics[-2:][0])
+            self._metrics.wait_for_previous()
             return
         batches = map(self._selector.select, steps)
         self._take_calls(
@@ -379,13 +379,6 @@ class TrainingLoop:
                 self._state, examples, indices, self._teachers, self._keys
             )
             self._metrics.append(metrics)
-            self._num_new += 1
-            if self._num_new == METRICS_ON_DEVICE:
-                # An array on a device takes far more memory than the numbers in it.
-                self._metrics[-self._num_new :] = [
-                    self._placement.get_metrics(self._metrics[-self._num_new :], len(self.group))
-                ]
-                self._num_new = 0
 
     def _check_bests(self) -> None:
         """Raises `ValueError` if a stage names a score that there is not, before the first step."""
@@ -396,7 +389,7 @@ class TrainingLoop:
 
     def _evaluate(self, step: int) -> list[dict[str, Any]]:
         """Scores every student on the validation split, and records and returns the results."""
-        metrics = self._get_metrics()
+        metrics = self._metrics.get()
         records = []
         for i, state in enumerate(self._get_states()):
             stage_run = self.group.stage_runs[i]
@@ -412,7 +405,7 @@ class TrainingLoop:
             self._scores[i] = evaluation.scores
             records.append(record)
             self._update_best(i, step, variables)
-        self._reset_metrics([{} for _ in self.group.stage_runs])
+        self._metrics.reset()
         self._evaluated_step = step
         return records
 
@@ -462,7 +455,7 @@ class TrainingLoop:
         """Saves a checkpoint of each student, as if it trained alone."""
         # The losses since the last evaluation are saved, so that the next record of a resumed run
         # equals that of an unbroken run.
-        metrics = self._get_metrics()
+        metrics = self._metrics.get()
         # Students of one program train at once, and each is charged an equal share of the time.
         share = (time.monotonic() - self._started) / len(self.group)
         # Orbax could write the parts of several processes at once, but only into a folder that all
@@ -507,8 +500,7 @@ class TrainingLoop:
         # A vectorised state has one counter per student; all of them are equal.
         step = int(counter.addressable_data(0).ravel()[0])
         is_recorded = self._evaluated_step >= self._last_evaluation(step)
-        num_steps = sum(len(metrics["loss"]) for metrics in self._metrics)
-        if step and is_recorded and num_steps == step - self._evaluated_step:
+        if step and is_recorded and self._metrics.num_steps == step - self._evaluated_step:
             self._save(step)
 
     def _collect(self, states: Sequence[TrainState]) -> list[TrainedModel]:
@@ -560,28 +552,6 @@ class TrainingLoop:
 
     def _get_states(self) -> list[TrainState]:
         return self._placement.get_states(self._state, len(self.group))
-
-    def _get_metrics(self) -> list[dict[str, np.ndarray]]:
-        """Returns the metrics of each student since the last evaluation, `[K]`."""
-        students = range(len(self.group))
-        if not self._metrics:
-            return [{"loss": np.zeros(0, np.float32)} for _ in students]
-        metrics = self._placement.get_metrics(self._metrics, len(self.group))
-        return [
-            {name: np.ascontiguousarray(values[:, i]) for name, values in metrics.items()}
-            for i in students
-        ]
-
-    def _reset_metrics(self, metrics: Sequence[Mapping[str, Sequence[float]]]) -> None:
-        """Starts with these metrics of each student, which may be empty."""
-        # Transposed to `[K, P]`, the layout in which steps return theirs.
-        joined = {
-            name: np.array([student[name] for student in metrics], np.float32).T
-            for name in metrics[0]
-        }
-        # Without a step, the names of the terms are not known.
-        self._metrics: list[Any] = [joined] if "loss" in joined and len(joined["loss"]) else []
-        self._num_new = 0
 
     def _average(self, records: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
         """Returns the mean training loss of a group, and its mean scores as text."""

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxkd import distill, losses, runs, transfer
-from jaxkd.distill import _loop
+from jaxkd.distill import _loop, _metric_buffer
 from small_plans import (
     VALIDATION,
     add_noise,
@@ -264,7 +264,7 @@ def test_billions_of_steps_and_evaluations_take_neither_time_nor_memory():
 
 
 def test_metrics_that_move_to_the_host_change_no_record(unbroken, tmp_path, monkeypatch):
-    monkeypatch.setattr(_loop, "METRICS_ON_DEVICE", 2)
+    monkeypatch.setattr(_metric_buffer, "METRICS_ON_DEVICE", 2)
     trained, run = train(tmp_path, make_chain(), **OPTIONS)
     assert_same_training(trained, run, unbroken)
 

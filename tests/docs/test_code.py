@@ -81,6 +81,10 @@ def make_sentences():
         Path("reviews", f"{part}.tsv").write_text(content + "\n")
 
 
+def make_corpus():
+    Path("corpus.txt").write_text("a gripping thriller, an utter bore, a joy\n" * 200)
+
+
 def make_translations():
     Path("pairs").mkdir()
     # No pair of one split is in another.
@@ -134,6 +138,7 @@ FILES = {
     "photos": make_photos,
     "reviews": make_sentences,
     "pairs": make_translations,
+    "corpus.txt": make_corpus,
     "bert": make_bert,
     "teacher.safetensors": make_teacher,
     "resnet20-12fca82f.th": make_resnet,
