@@ -47,7 +47,7 @@ def lower_step(
     """
     arguments = _step_arguments(stage, entries, seed)
     text, jaxpr = _lower(make_step(), *arguments)
-    used = jax.tree.unflatten(jax.tree.structure(arguments), _find_used_inputs(jaxpr))
+    used = jax.tree.unflatten(jax.tree.structure(arguments), find_used_inputs(jaxpr))
     by_teacher = used[4].teacher_logits if stage.cache_teachers else used[2]
     unused_teachers = tuple(
         number
@@ -218,7 +218,7 @@ def _lower(function: Any, *arguments: Any) -> tuple[str, Any]:
     return traced.lower().as_text(), traced.jaxpr.jaxpr
 
 
-def _find_used_inputs(jaxpr: Any) -> list[bool]:
+def find_used_inputs(jaxpr: Any) -> list[bool]:
     """Returns for each input of a jaxpr whether an output depends on it, or may depend on it."""
     needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
     for equation in reversed(jaxpr.eqns):

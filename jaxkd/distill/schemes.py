@@ -1,16 +1,20 @@
 """Schemes of distillation as plans: born-again generations, and students that teach each other."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from jaxkd._messages import list_some, shorten
+from jaxkd.distill._lowering import find_used_inputs
 from jaxkd.distill.plan import Derived, Entry, Stage
-from jaxkd.distill.step import Batch, LossContext, LossFn
+from jaxkd.distill.step import Batch, LossContext, LossFn, split_terms
 from jaxkd.models import joint
 from jaxkd.models.model import Outputs
 
@@ -49,11 +53,16 @@ def born_again(first: Stage, loss: LossFn, *, generations: int) -> list[Entry]:
         The stages `NAME`, `NAME_2`, `NAME_3`, ... and the ensemble of all, `NAME_ensemble`.
 
     Raises:
+        TypeError: If `first` is no stage, or the number of generations no integer.
         ValueError: If there are fewer than two generations.
 
     References:
         Furlanello et al., Born-Again Neural Networks, https://arxiv.org/abs/1805.04770
     """
+    if not isinstance(first, Stage):
+        raise TypeError(f"the first generation must be a Stage, got a {type(first).__name__}")
+    if not isinstance(generations, (int, np.integer)):
+        raise TypeError(f"generations must be an integer, got {shorten(repr(generations), 40)}")
     if generations < 2:
         raise ValueError(f"generations must be at least 2, got {generations}")
     stages = [first]
@@ -84,30 +93,39 @@ def mutual_learning(peers: Sequence[Stage], *, name: str = "peers") -> list[Entr
         as a term.
 
     Raises:
+        TypeError: If a peer is no stage.
         ValueError: If there are fewer than two peers, names are repeated, a peer has teachers, a
             start or cached teachers, or peers differ in what they have to share.
 
     References:
         Zhang et al., Deep Mutual Learning, https://arxiv.org/abs/1706.00384
     """
-    peers = list(peers)
+    peers = [peers] if isinstance(peers, Stage) else list(peers)
     _check_peers(peers)
     names = [peer.name for peer in peers]
+    has_warned: list[bool] = []  # The loss is traced more than once.
 
     def loss(
         student: Outputs, teachers: Sequence[Outputs], batch: Batch, context: LossContext
     ) -> tuple[Array, dict[str, Array]]:
         outputs = {name: joint.take_member_outputs(student, name) for name in names}
         constant = jax.lax.stop_gradient(outputs)
-        values = {}
+        values, arguments = {}, {}
         for number, peer in enumerate(peers):
             others = tuple(constant[name] for name in names if name != peer.name)
             params = None if peer.init_loss is None else context.params[peer.name]
             own_context = context._replace(
                 key=jax.random.fold_in(context.key, number), params=params
             )
-            result = peer.loss(outputs[peer.name], others, batch, own_context)
-            values[peer.name] = result[0] if isinstance(result, tuple) else result
+            arguments[peer.name] = outputs[peer.name], others, batch, own_context
+            values[peer.name] = _call_peer_loss(peer, *arguments[peer.name])
+        if not has_warned and not any(_reads_peers(peer, *arguments[peer.name]) for peer in peers):
+            has_warned.append(True)
+            warnings.warn(
+                f"no loss of the peers {list_some(names)} depends on another peer, so that they "
+                "train apart: read teachers in a loss",
+                stacklevel=2,
+            )
         # Each term has the gradient of its own student alone.
         return jnp.sum(jnp.stack([*values.values()]), axis=0), values
 
@@ -123,6 +141,35 @@ def mutual_learning(peers: Sequence[Stage], *, name: str = "peers") -> list[Entr
     )
     students = [Derived(peer.name, peer.model, (name,), _make_taker(peer.name)) for peer in peers]
     return [joint_stage, *students]
+
+
+def _call_peer_loss(
+    peer: Stage,
+    student: Outputs,
+    teachers: Sequence[Outputs],
+    batch: Batch,
+    context: LossContext,
+) -> Array:
+    """Returns the values of a peer's loss. Errors name the peer."""
+    owner = f"the loss of the peer {shorten(peer.name, 40)!r}"
+    try:
+        result = peer.loss(student, tuple(teachers), batch, context)
+    except IndexError as error:
+        if str(error) != "tuple index out of range":
+            raise
+        raise IndexError(
+            f"{owner} reads further teachers than the {len(teachers)} other peers, or an axis that "
+            "an array lacks"
+        ) from error
+    return split_terms(result, student.logits.shape[:1], owner)[0]
+
+
+def _reads_peers(peer: Stage, student: Outputs, teachers: Any, *rest: Any) -> bool:
+    """Returns whether a peer's loss depends on the outputs of any other."""
+    traced = jax.make_jaxpr(lambda outputs: _call_peer_loss(peer, student, outputs, *rest))(
+        teachers
+    )
+    return any(find_used_inputs(traced.jaxpr))
 
 
 def _make_taker(name: str) -> Any:
@@ -158,6 +205,11 @@ def _partition(optimizers: Mapping[str, optax.GradientTransformation]) -> Any:
 
 
 def _check_peers(peers: Sequence[Stage]) -> None:
+    for peer in peers:
+        if not isinstance(peer, Stage):
+            raise TypeError(
+                f"mutual learning needs a list of stages, but it has a {type(peer).__name__}"
+            )
     if len(peers) < 2 or len({peer.name for peer in peers}) < len(peers):
         raise ValueError(
             "mutual learning needs at least two stages of different names, got "

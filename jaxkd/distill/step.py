@@ -311,7 +311,7 @@ def make_train_step(
             counts = cached_num_classes or [student.logits.shape[-1]] * len(info.teacher_logits)
             outputs = live_outputs + _get_cached_outputs(info, view, counts)
             own_params = loss_params[0] if loss_params else None
-            values, terms = _split_terms(
+            values, terms = split_terms(
                 _call_loss(loss, student, outputs, batch, context._replace(params=own_params)),
                 jax.tree.leaves(inputs)[0].shape[:1],
             )
@@ -391,23 +391,28 @@ def _describe_features(student: Outputs, teachers: Sequence[Outputs]) -> str:
     )
 
 
-def _split_terms(result: Any, batch_shape: tuple[int, ...]) -> tuple[Array, dict[str, Array]]:
-    """Returns what a loss returned as its values and its terms, after a check of both."""
+def split_terms(
+    result: Any, batch_shape: tuple[int, ...], owner: str = "the loss"
+) -> tuple[Array, dict[str, Array]]:
+    """Returns what a loss returned as its values and its terms, after a check of both.
+
+    `owner` is for messages.
+    """
     values, terms = result, {}
     if isinstance(result, tuple):
         if len(result) != 2 or not isinstance(result[1], Mapping):
             raise TypeError(
-                "the loss must return values [B], or (values, {'kd': [B], ...}), got a tuple of "
+                f"{owner} must return values [B], or (values, {{'kd': [B], ...}}), got a tuple of "
                 f"{list_some([type(item).__name__ for item in result]) or 'nothing'}"
             )
         values, terms = result
-    _check_loss_values(values, batch_shape, "the loss")
+    _check_loss_values(values, batch_shape, owner)
     for name, term in terms.items():
         if not isinstance(name, str) or not name or name == "loss":
             raise ValueError(
-                f"a term of the loss must have a name other than 'loss', got {name!r:.60}"
+                f"a term of {owner} must have a name other than 'loss', got {name!r:.60}"
             )
-        _check_loss_values(term, batch_shape, f"the term {name!r:.60} of the loss")
+        _check_loss_values(term, batch_shape, f"the term {name!r:.60} of {owner}")
     return values, dict(terms)
 
 

@@ -26,7 +26,8 @@ def join(members: Mapping[str, Model]) -> Model:
         The model.
 
     Raises:
-        ValueError: If there is no member, or a name is empty or has a "/".
+        ValueError: If there is no member, or a name is empty or has a "/". From `apply`, if the
+            members have logits of different shapes.
 
     Example:
         >>> import jax, numpy as np
@@ -65,6 +66,13 @@ def join(members: Mapping[str, Model]) -> Model:
             features[f"{name}/logits"] = outputs.logits
             features |= {f"{name}/{path}": value for path, value in outputs.features.items()}
             log_probabilities.append(jax.nn.log_softmax(outputs.logits.astype(jnp.float32)))
+        shapes = {
+            name: logits.shape for name, logits in zip(members, log_probabilities, strict=True)
+        }
+        if len({*shapes.values()}) > 1:
+            raise ValueError(
+                f"models of one ensemble must have the same classes, but have logits {shapes}"
+            )
         stacked = jnp.stack(log_probabilities)
         logits = jax.nn.logsumexp(stacked, axis=0) - jnp.log(jnp.float32(len(members)))
         return Outputs(logits, features), batch_stats

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from jaxkd import distill, evaluate, losses
+from jaxkd import distill, evaluate, losses, models
 from small_plans import (
     PLACEMENTS,
     TRAIN,
@@ -249,8 +250,61 @@ def test_parameters_of_a_loss_belong_to_their_peer(tmp_path):
         (lambda a, b: [a, dataclasses.replace(b, data=VALIDATION)], "but differ in data"),
         (lambda a, b: [a, dataclasses.replace(b, teachers=("t",))], "'wide' has teachers or a st"),
         (lambda a, b: [a, dataclasses.replace(b, start="t")], "'wide' has teachers or a start"),
+        (lambda a, b: a, "at least two stages of different names, got \\['narrow'\\]"),
     ],
 )
 def test_unfit_peers(change, match):
     with pytest.raises(ValueError, match=match):
         distill.mutual_learning(change(*make_peers()[:2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: distill.mutual_learning([make_stage("a"), "b"]), "a list of stages, but it has a"),
+        (lambda: distill.born_again("a", soft_loss, generations=2), "must be a Stage, got a str"),
+        (lambda: distill.born_again(make_stage("a"), soft_loss, generations="2"), "be an integer"),
+    ],
+)
+def test_schemes_of_unfit_types(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+FIVE_CLASSES = models.from_linen(nn.Dense(5), train_argument=None)
+
+
+def mean_loss(student, teachers, batch, context):
+    return mutual_loss(student, teachers, batch, context).mean()
+
+
+def second_teacher_loss(student, teachers, batch, context):
+    return losses.kl_divergence(student.logits, teachers[1].logits, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"loss": mean_loss}, ValueError, r"the loss of the peer 'b' must have one value per exam"),
+        ({"loss": second_teacher_loss}, IndexError, "further teachers than the 1 other peers"),
+        (
+            {"model": FIVE_CLASSES},
+            ValueError,
+            r"the same classes, but have logits \{'a': \(1, 3\), ",
+        ),
+    ],
+)
+def test_a_peer_that_does_not_fit_is_named(tmp_path, options, error, match):
+    peers = [make_stage("a", loss=mutual_loss), make_stage("b", **{"loss": mutual_loss} | options)]
+    with pytest.raises(error, match=match):
+        train(tmp_path, distill.mutual_learning(peers))
+
+
+def test_peers_that_ignore_each_other_are_named(tmp_path):
+    """One of two may ignore the other, as a teacher that trains together with its student."""
+    alone = distill.mutual_learning([make_stage("a"), make_stage("b")])
+    with pytest.warns(UserWarning, match="no loss of the peers a, b depends on another") as caught:
+        train(tmp_path / "alone", alone)
+    assert len(caught) == 1
+    together = distill.mutual_learning([make_stage("a"), make_stage("b", loss=mutual_loss)])
+    train(tmp_path / "together", together)
