@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxkd._messages import shorten
-from jaxkd.distill._identity import find_changes, is_shorter
+from jaxkd.distill._identity import MESSAGES, find_changes, is_shorter
 from jaxkd.runs import Run, RunError, checkpoints
 from jaxkd.runs.growth import describe_growth, find_set_aside, set_aside, take_back
 from jaxkd.runs.run import checkpoint_identity
@@ -141,8 +141,11 @@ def _read_checkpoint(
     nothing = {"step": 0}
     try:
         restored = checkpoints.restore(folder, arrays, identity=checkpoint_identity(seed, stage))
+    except checkpoints.OtherArraysError as error:
+        reason = _explain_other_arrays(error, fingerprint)
+        return _Checkpoint(nothing, arrays, reason, f"{folder} holds another training ({reason})")
     except ValueError as error:
-        return _Checkpoint(nothing, arrays, "its arrays changed", str(error))
+        return _Checkpoint(nothing, arrays, "its folder holds something else", str(error))
     if restored is None or restored.step == 0:
         return _Checkpoint(nothing, arrays)
     notes = _update_notes(restored.notes) | {"step": restored.step}
@@ -166,6 +169,17 @@ def _read_checkpoint(
         message = f"{folder} holds another training ({'; '.join(changes)})"
         return _Checkpoint(notes, restored.tree, reason, message)
     return _Checkpoint(notes, restored.tree)
+
+
+def _explain_other_arrays(
+    error: checkpoints.OtherArraysError, fingerprint: Mapping[str, Any]
+) -> str:
+    """Returns the options of the stage that changed, or else the arrays that did."""
+    saved = error.notes.get("stage")
+    changes = find_changes(saved, fingerprint)[0] if isinstance(saved, dict) else []
+    # The others, such as of the program, say less than the arrays.
+    options = [change for change in changes if change not in MESSAGES.values()]
+    return shorten("; ".join(options), 150) or f"its arrays changed: {error.differences}"
 
 
 def _update_notes(notes: Mapping[str, Any]) -> dict[str, Any]:

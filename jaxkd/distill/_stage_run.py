@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxkd._messages import shorten
+from jaxkd._messages import list_some, shorten
 from jaxkd.distill._compile import CompiledStage
 from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber
@@ -322,9 +322,15 @@ def _check_variables(entry: Pretrained, inputs: Any) -> None:
     # Another dtype and further arrays are no fault of a teacher.
     source, target = ({k: v.shape for k, v in _leaves(t).items()} for t in (entry.variables, fresh))
     differing = sorted(path for path in target if source.get(path) != target[path])
-    if not differing:
+    further = (entry.variables or {}).keys() - fresh.keys() - {"params", "batch_stats"}
+    if not differing and not further:
         return
-    if "params" in fresh and "params" not in (entry.variables or {}):
+    if not differing:
+        problem = (
+            f"its variables have {list_some(sorted(further))} beside {list_some(sorted(fresh))}, "
+            "which its model does not read: pass the latter alone"
+        )
+    elif "params" in fresh and "params" not in (entry.variables or {}):
         problem = "its variables lack the level 'params': pass {'params': ...} as model.init does"
     else:
         path = differing[0]

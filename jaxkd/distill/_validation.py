@@ -1,6 +1,7 @@
 """The scores of models on the validation split, and how far students are from their teachers."""
 
 import collections
+import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import numpy as np
 from jaxkd import losses
 from jaxkd._messages import list_some, shorten
 from jaxkd.distill import _diagnosis
-from jaxkd.distill.plan import Entry
+from jaxkd.distill.plan import Entry, Stage
+from jaxkd.distill.selection import LARGEST
 from jaxkd.evaluate import PredictFn, Score, ScoreFn, agreement, score_logits
 from jaxkd.models.model import Model
 from jaxkd.runs import RunError
@@ -47,7 +49,12 @@ class Validator:
         validation: Mapping[str, Any],
         make_score: MakeScore | None,
     ) -> None:
-        """Takes the plan, the predict functions by name, the split and the user's own score."""
+        """Takes the plan, the predict functions by name, the split and the user's own score.
+
+        Raises:
+            TypeError: If `make_score` does not take a model and return a function.
+            ValueError: If a stage returns the best by a score that there is not.
+        """
         self.examples = validation
         self.is_of_classes = make_score is None
         self._predict_fns = predict_fns
@@ -55,7 +62,17 @@ class Validator:
         # Made now, so that an error in it does not come after hours of training.
         self._scores = {}
         if make_score is not None:
+            check_make_score(make_score)
             self._scores = {model: make_score(model) for model in {*self._models.values()}}
+        for score in self._scores.values():
+            if not callable(score):
+                raise TypeError(
+                    f"make_score returned {shorten(repr(score), 60)}, not the function "
+                    "(variables, examples) -> scores"
+                )
+        for entry in plan:
+            if self.is_of_classes and isinstance(entry, Stage) and entry.best is not None:
+                entry.best.read(Score(0.0, 0.0)._asdict(), f"stage {shorten(entry.name, 40)!r}")
         self._teacher_logits: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
     def score(self, name: str, variables: dict) -> dict[str, float]:
@@ -106,6 +123,20 @@ class Validator:
         return self._teacher_logits[key][1]
 
 
+def check_make_score(make_score: Any) -> None:
+    """Raises `TypeError` unless a function takes a model alone."""
+    try:
+        inspect.signature(make_score).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            "make_score must be a function of a model that returns the function "
+            f"(variables, examples) -> scores, got {shorten(repr(make_score), 80)} "
+            f"({shorten(error, 60)})"
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
+
+
 def check_scores(scores: Any) -> dict[str, float]:
     """Returns what a user's own score returned as numbers by name.
 
@@ -121,7 +152,11 @@ def check_scores(scores: Any) -> dict[str, float]:
         )
     numbers_by_name = {}
     for name, value in scores.items():
-        is_number = isinstance(value, numbers.Real) or (np.ndim(value) == 0 and np.size(value) == 1)
+        # Text has no dimension either. JAX's own dtypes have another kind than NumPy's numbers.
+        is_scalar = np.ndim(value) == 0 and hasattr(value, "dtype")
+        is_number = isinstance(value, numbers.Real) or (
+            is_scalar and value.dtype.kind not in "OSUMmc"
+        )
         if not isinstance(name, str) or not name or not is_number:
             raise TypeError(
                 f"a score must return numbers by name, got {shorten(repr(value), 60)} as "
@@ -155,6 +190,11 @@ def check_evaluation(
             raise RunError(
                 f"{message}although the loss is finite: return a dict without it from the score if "
                 "the model has no such number"
+            )
+        if name not in LARGEST and not _diagnosis.count_not_finite(variables):
+            raise RunError(
+                f"{message}although all weights are finite: correct the score, or return a dict "
+                "without it where it is not defined"
             )
         raise RunError(message + _find_cause(variables, training_losses, examples))
 

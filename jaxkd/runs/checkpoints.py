@@ -62,6 +62,23 @@ class Restored(NamedTuple):
     notes: dict[str, Any]
 
 
+class OtherArraysError(ValueError):
+    """A checkpoint has another structure, shapes or dtypes than what is to be restored.
+
+    Attributes:
+        differences: The first differences as text.
+        notes: The notes of the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path, differences: str, notes: Mapping[str, Any]) -> None:
+        """Makes the message."""
+        super().__init__(
+            f"checkpoint {checkpoint} has other arrays ({differences}): use the model and the "
+            "optimizer with which it was saved, or another folder"
+        )
+        self.differences, self.notes = differences, notes
+
+
 def save(
     folder: str | os.PathLike,
     step: int,
@@ -134,10 +151,7 @@ def restore(
     if saved != expected:
         # A few paths are enough, of possibly hundreds.
         differences = shorten(describe_differences(saved, expected, limit=2), 120)
-        raise ValueError(
-            f"checkpoint {folder / str(step)} has other arrays ({differences}): use the model and "
-            "the optimizer with which it was saved, or another folder"
-        )
+        raise OtherArraysError(folder / str(step), differences, manifest["notes"])
     with _ORBAX_LOCK, _make_checkpointer() as checkpointer:
         tree = checkpointer.restore(folder / str(step), jax.tree.map(_to_abstract, like))
     return Restored(step, tree, manifest["notes"])

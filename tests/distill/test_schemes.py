@@ -85,6 +85,8 @@ def test_a_chain_of_derived_models_trains_in_order(tmp_path):
         (lambda variables: {"params": {}}, "is missing in what its function returns"),
         (lambda variables: jax.tree.map(jnp.ravel, variables), r"is \(\d+,\) in what its function"),
         (lambda variables: variables["params"], "a dict with 'params' as model.init returns"),
+        (lambda variables: variables["param"], r"raises KeyError \('param'\) on the variables of"),
+        (lambda first, second: first, "must take the variables of its 1 sources"),
     ],
 )
 def test_unfit_derived_weights_are_refused_before_the_training(tmp_path, combine, match):
@@ -92,16 +94,25 @@ def test_unfit_derived_weights_are_refused_before_the_training(tmp_path, combine
         make_stage("first", steps=10**6),
         distill.Derived("other", make_model(), ("first",), combine),
     ]
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         train(tmp_path, plan)
 
 
-def test_a_function_of_numpy_is_checked_when_it_is_called(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda leaf: np.asarray(leaf)[:1], r"the derived model 'other' cannot be made: \['params"),
+        (lambda leaf: leaf * np.nan, "returns 39 weights that are NaN or infinite"),
+    ],
+)
+def test_derived_weights_are_checked_when_they_are_there(tmp_path, change, match):
+    """Those of a function of NumPy cannot be traced, and no trace shows NaN."""
+
     def combine(variables):
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:1], variables)
+        return jax.tree.map(change, variables)
 
     plan = [make_stage("first"), distill.Derived("other", make_model(), ("first",), combine)]
-    with pytest.raises(ValueError, match="the derived model 'other' cannot be made"):
+    with pytest.raises(ValueError, match=match):
         train(tmp_path, plan)
 
 

@@ -64,6 +64,10 @@ def make_pretrained(change=lambda variables: variables, width=4):
             lambda variables: {"params": {"Dense_0": variables["params"]["Dense_0"]}},
             r"Dense_1'\]\['bias'\] is missing in its variables and \[3\] in its model, and 1 more",
         ),
+        (
+            lambda variables: variables | {"opt_state": {"count": 1}},
+            "its variables have opt_state beside batch_stats, params",
+        ),
     ],
 )
 @pytest.mark.parametrize("scored", [True, False])
@@ -72,7 +76,7 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, change, messag
         make_pretrained(change),
         make_stage("student", teachers=("big",), loss=soft_loss),
     ]
-    options = {} if scored else {"make_score": lambda model: None}
+    options = {} if scored else {"make_score": lambda model: print}
     with pytest.raises(ValueError, match=f"pretrained model 'big' cannot be used: .*{message}"):
         train(tmp_path, plan, **options)
     assert not (tmp_path / "checkpoints").exists()
@@ -106,17 +110,27 @@ def two_stages(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 50}, {"steps": 10}, {"batch_size": 8}, {"start": "other"}]
+    ("change", "difference"),
+    [
+        ({"steps": 50}, "steps was 12 and is 50"),
+        ({"steps": 10}, "steps was 12 and is 10"),
+        ({"batch_size": 8}, "batch_size"),
+        ({"start": "other"}, "start was None and is 'other'"),
+        # The checkpoint has no average and no best weights, which would be all that was named.
+        ({"ema_decay": 0.9}, "ema_decay was None and is 0.9"),
+        ({"best": distill.Best()}, "best was None and is 'accuracy of 10 evaluations"),
+    ],
 )
-def test_checkpoints_of_another_training_are_refused(two_stages, change):
+def test_checkpoints_of_another_training_are_refused(two_stages, change, difference):
     plan = [dataclasses.replace(make_stage("first"), **change), make_stage("other")]
-    with pytest.raises(runs.RunError, match="first holds another training .*name another folder"):
+    match = rf"first holds another training \({difference}.*name another folder"
+    with pytest.raises(runs.RunError, match=match):
         train(two_stages, plan)
     assert (two_stages / "checkpoints" / "seed0" / "first" / "12.json").exists()
 
 
 def test_checkpoints_of_another_architecture_are_refused(two_stages):
-    with pytest.raises(runs.RunError, match=r"has other arrays .*delete that folder to train"):
+    with pytest.raises(runs.RunError, match=r"its arrays changed: .*delete that folder to train"):
         train(two_stages, [make_stage("first", 5), make_stage("other")])
     assert (two_stages / "checkpoints" / "seed0" / "first" / "12.json").exists()
 

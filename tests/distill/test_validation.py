@@ -182,6 +182,9 @@ def test_a_table_of_classes_needs_a_reference(unbroken):
         (0.5, TypeError, "a score must return a Score or a dict such as"),
         ({}, TypeError, "a score must return a Score or a dict such as"),
         ({"rmse": np.zeros(3)}, TypeError, "numbers by name, got array"),
+        ({"rmse": "0.5"}, TypeError, "numbers by name, got '0.5' as 'rmse'"),
+        ({"rmse": {"mean": 0.5}}, TypeError, "numbers by name, got {'mean': 0.5} as 'rmse'"),
+        ({"rmse": np.nan}, runs.RunError, "although all weights are finite: correct the score"),
         ({"rmse": float("nan"), "loss": 1.0}, runs.RunError, "rmse is nan after step 12, although"),
     ],
 )
@@ -196,6 +199,25 @@ def test_an_error_in_make_score_comes_before_the_training(tmp_path):
 
     with pytest.raises(LookupError, match="no such metric"):
         train(tmp_path, [make_stage("first", steps=10**6)], make_score=make_score)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        (
+            {"make_score": lambda variables, examples: {"rmse": 1.0}},
+            TypeError,
+            "must be a function of a model",
+        ),
+        ({"make_score": lambda model: {"rmse": 1.0}}, TypeError, "make_score returned {'rmse': 1"),
+        ({}, ValueError, "the best of stage 'first' is by 'rmse', but its scores are loss, accur"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused_before_the_training(tmp_path, options, error, match):
+    plan = [make_stage("first", steps=10**6, best=distill.Best("rmse", largest=False))]
+    with pytest.raises(error, match=match):
+        train(tmp_path, plan, **options)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_stage_may_have_scores_where_a_pretrained_has_others(tmp_path):
