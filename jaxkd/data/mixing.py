@@ -47,6 +47,7 @@ def mixup(key: Array, images: Array, *, alpha: float = 1.0) -> Mixed:
         The images, in their dtype, and what each was mixed with.
 
     Raises:
+        TypeError: If the images are no array.
         ValueError: If the images are not of rank 4, or `alpha` is not positive.
 
     Example:
@@ -84,6 +85,7 @@ def cutmix(key: Array, images: Array, *, alpha: float = 1.0) -> Mixed:
         The images, in their dtype, and what each was mixed with.
 
     Raises:
+        TypeError: If the images are no array.
         ValueError: If the images are not of rank 4, or `alpha` is not positive.
 
     References:
@@ -114,7 +116,11 @@ def mix_labels(labels: Array, mix: Mix, num_classes: int) -> Array:
         num_classes: C.
 
     Returns:
-        float32 `[B, C]`, for `optax.softmax_cross_entropy`.
+        float32 `[B, C]`, for `optax.softmax_cross_entropy`. A negative label has no share; one
+        of C or more gives NaN.
+
+    Raises:
+        TypeError: If there is no mixture, such as in a stage that does not mix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,13 +129,25 @@ def mix_labels(labels: Array, mix: Mix, num_classes: int) -> Array:
         >>> data.mix_labels(jnp.array([0, 2]), mix, 3).tolist()
         [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
     """
+    if not isinstance(mix, Mix):
+        raise TypeError(
+            f"mix must be a Mix, got a {type(mix).__name__}: context.mix is None unless the stage "
+            "has an augment that mixes, such as data.mixup"
+        )
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    # Such a row would be 0, as that of an example without a label.
+    one_hot = jnp.where((labels < num_classes)[:, None], one_hot, jnp.nan)
     weight = mix.weight[:, None]
     return weight * one_hot + (1 - weight) * one_hot[mix.partner]
 
 
 def _draw(key: Array, images: Array, alpha: float) -> tuple[Array, Array]:
     """Draws a partner and a weight for each image."""
+    if not hasattr(images, "ndim"):
+        raise TypeError(
+            f"images must be an array [B, H, W, C], got a {type(images).__name__}: of a dict of "
+            "inputs, mix each in an augment of your own"
+        )
     if images.ndim != 4:
         raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C]")
     check_channels_last(images.shape)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd._messages import shorten
+from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets, check_one_array, token_lengths
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
@@ -17,6 +17,7 @@ from jaxkd.distill._lowering import (
     batch_shapes,
     check_augment,
     depends_on_num_steps,
+    find_unmixed,
     hash_predict,
     lower_step,
     variables_shape,
@@ -118,6 +119,13 @@ def compile_stages(
                     f"stage {shorten(stage.name, 40)!r} names the teacher "
                     f"{shorten(stage.teachers[number], 40)!r}, but its loss does not depend on it: "
                     f"read teachers[{number}] in the loss, or leave the name out",
+                    stacklevel=3,
+                )
+            if unmixed := find_unmixed(stage, entries, seed):
+                warnings.warn(
+                    f"the loss of stage {shorten(stage.name, 40)!r} reads {list_some(unmixed)} as "
+                    "if its augment did not mix the inputs: mix them by context.mix, as "
+                    "data.mix_labels does",
                     stacklevel=3,
                 )
             weights = {name: hash_weights(name) for name in stage.needs if name in pretrained}

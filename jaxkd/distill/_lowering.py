@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd._messages import shorten
+from jaxkd.data.mixing import Mixed
 from jaxkd.distill.placement import DATA
 from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes
-from jaxkd.distill.step import BatchInfo, StepFn, init_train_state
+from jaxkd.distill.step import BatchInfo, LossContext, StepFn, init_train_state
 from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
 
@@ -85,6 +86,49 @@ def depends_on_num_steps(
     reading = jax.jit(lambda number, *rest: make_step(num_steps=number)(*rest))
     ignoring = jax.jit(lambda number, *rest: make_step()(*rest))
     return count_arguments(reading) > count_arguments(ignoring)
+
+
+def find_unmixed(stage: Stage, entries: Mapping[str, Entry], seed: int) -> list[str]:
+    """Returns the arrays of a batch that a loss reads although it ignores the mixture of inputs.
+
+    They belong to the examples before they were mixed. The list is empty if nothing is mixed, or
+    the loss reads `LossContext.mix`.
+    """
+    if stage.augment is None or stage.views is not None or stage.cache_teachers:
+        return []
+    state, batch, teacher_variables, key, _ = _step_arguments(stage, entries, seed)
+    mixed = jax.eval_shape(stage.augment, key, batch["inputs"])
+    if not isinstance(mixed, Mixed):
+        return []
+    models = [stage.model if n == AVERAGE else entries[n].model for n in stage.teachers]
+
+    def compute_loss(mix: Any, own: Mapping[str, Any], *rest: Any) -> Any:
+        state, batch, teacher_variables, inputs, key = rest
+        teachers = tuple(
+            model.apply(
+                state.average_variables if variables is None else variables, inputs, train=False
+            )[0]
+            for model, variables in zip(models, teacher_variables, strict=True)
+        )
+        student = stage.model.apply(state.variables, inputs, train=True, key=key)[0]
+        params = None if state.loss is None else state.loss.params
+        context = LossContext(state.step, jnp.float32(0), key, params, None, mix)
+        return stage.loss(student, teachers, {**batch, **own}, context)
+
+    own = {
+        name: batch[name]
+        for name in batch
+        if name != "inputs" and all(leaf.ndim for leaf in jax.tree.leaves(batch[name]))
+    }
+    arguments = mixed.mix, own, state, batch, teacher_variables, mixed.inputs, key
+    try:
+        traced = jax.make_jaxpr(compute_loss)(*arguments)
+    except NameError:  # a network that names the axis of pmap
+        return []
+    reads = jax.tree.unflatten(jax.tree.structure(arguments), find_used_inputs(traced.jaxpr))
+    if any(jax.tree.leaves(reads[0])):
+        return []
+    return [name for name, used in reads[1].items() if any(jax.tree.leaves(used))]
 
 
 def _step_arguments(stage: Stage, entries: Mapping[str, Entry], seed: int) -> tuple:

@@ -71,6 +71,16 @@ def test_bad_arguments(mix):
         mix(KEY, jnp.zeros((2, 4, 4, 1)), alpha=0.0)
     with pytest.raises(ValueError, match="expected .B, H, W, C."):
         mix(KEY, jnp.zeros((2, 4)))
+    with pytest.raises(TypeError, match="got a dict: of a dict of inputs, mix each in an augment"):
+        mix(KEY, {"image": jnp.zeros((2, 4, 4, 1))})
+
+
+def test_labels_that_cannot_be_mixed():
+    with pytest.raises(TypeError, match="context.mix is None unless the stage has an augment"):
+        data.mix_labels(jnp.arange(2), None, 3)
+    mix = data.Mix(jnp.array([0, 1, 2]), jnp.ones(3))
+    targets = np.asarray(data.mix_labels(jnp.array([2, -1, 3]), mix, 3))
+    np.testing.assert_array_equal(targets, [[0, 0, 1], [0, 0, 0], [np.nan] * 3])
 
 
 def test_views_cannot_mix():

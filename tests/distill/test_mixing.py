@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxkd import data, distill, losses, models, runs
-from jaxkd.distill import methods
+from jaxkd.distill import _lowering, methods
 
 IMAGES = np.random.default_rng(0).random((16, 6, 6, 1), np.float32)
 LABELS = (np.arange(16) % 3).astype(np.int32)
@@ -104,3 +104,61 @@ def train_once(stage, placement):
         options = {} if placement is None else {"placement": placement}
         (trained,) = distill.run_plan([stage], [0], run, validation=BATCH, **options)["student"]
     return trained
+
+
+def mixing_loss(student, teachers, batch, context):
+    targets = data.mix_labels(batch["labels"], context.mix, 3)
+    return optax.softmax_cross_entropy(student.logits, targets)
+
+
+def hard_loss(student, teachers, batch, context):
+    return losses.hard_cross_entropy(student.logits, batch["labels"])
+
+
+def soft_loss(student, teachers, batch, context):
+    return losses.kl_divergence(student.logits, teachers[0].logits, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "augment", "expected"),
+    [
+        (hard_loss, data.mixup, ["labels"]),
+        (hard_loss, data.random_flip, []),
+        (mixing_loss, data.mixup, []),
+        (soft_loss, data.cutmix, []),
+        (lambda *arguments: hard_loss(*arguments) + soft_loss(*arguments), data.cutmix, ["labels"]),
+    ],
+    ids=["labels", "no mixture", "mixed labels", "teacher", "both"],
+)
+def test_labels_that_are_not_mixed_are_found(loss, augment, expected):
+    model, examples = make_model(), BATCH | {"temperature": 4.0}
+    pretrained = distill.Pretrained("teacher", model, model.init(jax.random.key(0), IMAGES))
+    stage = distill.Stage(
+        "student",
+        model,
+        examples,
+        loss,
+        optax.sgd(0.1),
+        steps=2,
+        batch_size=8,
+        augment=augment,
+        teachers=("teacher",),
+    )
+    entries = {"teacher": pretrained, "student": stage}
+    assert _lowering.find_unmixed(stage, entries, 0) == expected
+
+
+def test_a_loss_that_ignores_the_mixture_is_named(tmp_path):
+    stage = distill.Stage(
+        "plain",
+        make_model(),
+        BATCH,
+        hard_loss,
+        optax.sgd(0.1),
+        steps=2,
+        batch_size=8,
+        augment=data.mixup,
+    )
+    run = runs.open_run(tmp_path, {})
+    with pytest.warns(UserWarning, match="the loss of stage 'plain' reads labels as if its aug"):
+        distill.run_plan([stage], [0], run, validation=BATCH)
