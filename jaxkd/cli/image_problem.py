@@ -71,6 +71,10 @@ class ImageProblem(Problem):
             name = _describe_cnn(_TEACHER_CHANNELS, 128, self._side)
             print(f"the teacher is trained: {name}")
         network, separator, file = name.partition(":")
+        require(
+            self._statistics is None or bool(separator and file),
+            "--teacher-mean and --teacher-std are for --teacher NETWORK:FILE: leave them out",
+        )
         if Path(name).is_dir():
             return self._load_student(Path(name))
         if separator and file:
@@ -106,8 +110,28 @@ class ImageProblem(Problem):
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
         require(card.inputs == "images", f"{option}: its student reads {card.inputs}, not images")
+        self._check_size(model, variables, card.shape, option)
         teacher = Teacher(model, jax.device_put(variables))
         return self._match_classes(teacher, card.class_names, option)
+
+    def _check_size(
+        self, model: models.Model, variables: dict, shape: Sequence[int], option: str
+    ) -> None:
+        """Checks that a model takes the images; says so if it was trained on another size."""
+        ours, theirs = self._images.shape[1:], tuple(shape)
+        if ours == theirs:
+            return
+        described = [" x ".join(map(str, size)) for size in (theirs, ours)]
+        difference = f"was trained on images of {described[0]}, and these are {described[1]}"
+        remedy = f"--image-size {theirs[0]} makes them fit, if they come from a folder"
+        try:
+            jax.eval_shape(
+                lambda images: model.apply(variables, images, train=False)[0], self._images[:1]
+            )
+        # Flax raises errors of many types for shapes.
+        except Exception as error:
+            raise ValueError(f"{option} {difference}: {remedy}") from error
+        print(f"note: the student of {option} {difference}: {remedy}")
 
     def _load_weights(self, network: str, file: Path) -> Teacher:
         """Makes a teacher of a file of weights, which is fine-tuned if it has other classes."""

@@ -267,6 +267,8 @@ def _list_images(files: Sequence[str], report: Callable[[Exception], None]) -> l
     paths = []
     for path in map(Path, files):
         try:
+            if str(path) == "-":
+                raise DataError("- is for lines of text, but this student reads images: name files")
             paths += find_images(path) if path.is_dir() else [path]
         except DataError as error:
             report(error)

@@ -392,10 +392,13 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Picture:
         shape: Height, width and channels: 3 for colours, 1 for grey.
 
     Raises:
-        DataError: If it is damaged, has more than 8 bits a channel, or is not a regular file.
+        DataError: If it does not exist, is damaged, has more than 8 bits a channel, or is not a
+            regular file.
     """
     # Reading from a pipe or a device may never end.
     if not path.is_file():
+        if not os.path.lexists(path):
+            raise DataError(f"there is no file {path}: check the path")
         raise DataError(f"{path} is not a regular file: replace or delete it")
     return _decode(path, shape, path.stat().st_size, str(path))
 

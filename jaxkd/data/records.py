@@ -45,7 +45,8 @@ class Records(Mapping[str, Any]):
         Args:
             source: Has `len(source)` and `source[index]`, such as a `grain.MapDataset`, the
                 `as_data_source` of TFDS, an `ArrayRecordDataSource` or a list of files. A batch is
-                read with `source.__getitems__(indices)` if there is one. Threads read at once.
+                read with `source.__getitems__(indices)` if there is one. Threads read at once. An
+                index has the same values each time.
             convert: `record -> {"inputs": ..., "labels": ...}`: arrays and numbers by name, of the
                 same shapes and dtypes in every record. By default the records are such dicts.
             indices: The records that take part, in their order. By default all.
@@ -80,7 +81,8 @@ class Records(Mapping[str, Any]):
             raise DataError("there is no record in the source: pass one that has some")
         self._lock = threading.Lock()
         first = self._read([0])[0]
-        self._first = dict(_name_values(first, 0))
+        # Copies, in case that the source writes all records into one buffer.
+        self._first = {name: np.array(value) for name, value in _name_values(first, 0)}
         self._columns = self._make_columns(first)
 
     def _make_columns(self, example: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,13 +153,26 @@ class Records(Mapping[str, Any]):
 
     @property
     def sample(self) -> dict[str, np.ndarray]:
-        """The values of the sample by name, which are read once."""
+        """The values of the sample by name, which are read once.
+
+        Raises:
+            DataError: If the first record has other values than when it was read before.
+        """
         with self._lock:
             return self._sample
 
     @functools.cached_property
     def _sample(self) -> dict[str, np.ndarray]:
-        return self.read(self.sample_rows)
+        sample = self.read(self.sample_rows)
+        for name, first in self._first.items():
+            # Bytes, since NaN would differ from itself.
+            if sample[name][0].tobytes() != first.tobytes():
+                raise DataError(
+                    f"record 0 has another {shorten(name, 40)!r} when it is read again: return the "
+                    "same values for an index each time, in an array of its own; random views are "
+                    "for the augment of a stage"
+                )
+        return sample
 
     @functools.cached_property
     def digest(self) -> str:
@@ -174,19 +189,27 @@ class Records(Mapping[str, Any]):
         """Returns some records as dicts."""
         wanted = np.asarray(rows)
         wanted = (wanted if self._indices is None else self._indices[wanted]).tolist()
+        reading: Any = rows
         try:
             if hasattr(self._source, "__getitems__"):
                 found = list(self._source.__getitems__(wanted))
             else:
-                found = [self._source[index] for index in wanted]
+                found = []
+                for row, index in zip(rows, wanted, strict=True):
+                    reading = [row]
+                    found.append(self._source[index])
             if self._convert is not None:
-                found = [self._convert(record) for record in found]
+                for i, row in enumerate(rows):
+                    reading = [row]
+                    found[i] = self._convert(found[i])
         # A lack of memory is no fault of the records.
         except (DataError, MemoryError):
             raise
         # The code of the source and of `convert` is the user's.
         except Exception as error:
-            name = f"record {rows[0]}" if len(rows) == 1 else f"a record of {list_some(rows)[:60]}"
+            name = f"a record of {list_some(reading)[:60]}"
+            if len(reading) == 1:
+                name = f"record {reading[0]}"
             raise DataError(
                 f"{name} cannot be read ({type(error).__name__}: {one_line(error)}): replace it, "
                 "or correct what reads it"

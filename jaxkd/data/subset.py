@@ -1,6 +1,7 @@
 """A small labelled subset of a large dataset."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +83,9 @@ def few_labels(examples: Mapping[str, Any], count: int) -> tuple[DataFn, DataFn]
     Raises:
         DataError: If there are fewer examples.
 
+    Warns:
+        UserWarning: If there are fewer labels than classes.
+
     Example:
         >>> import numpy as np
         >>> from jaxkd import data
@@ -92,6 +96,13 @@ def few_labels(examples: Mapping[str, Any], count: int) -> tuple[DataFn, DataFn]
     """
     inputs, labels = examples["inputs"], examples["labels"]
     balanced_subset(labels, count, jax.random.key(0))  # fails now for an impossible count
+    num_classes = len(np.unique(labels))
+    if count < num_classes:
+        warnings.warn(
+            f"{count} labels are fewer than the {num_classes} classes, of which some get none: "
+            "keep more",
+            stacklevel=2,
+        )
 
     def draw(seed: int) -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(seed), count)

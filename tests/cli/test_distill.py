@@ -216,6 +216,10 @@ def test_student_of_a_run_teaches_with_its_classes_in_the_order_of_the_data(tmp_
         ({"num_labels": 400}, "400 labelled images asked for"),
         ({"teacher": "CNN(features=(4, 8), hidden=8)", "method": ("attention",)}, None),
         ({"teacher": "resnet20", "method": ("attention",)}, "--method attention"),
+        (
+            {"teacher": "resnet20", "teacher_mean": (0.5,), "teacher_std": (0.2,)},
+            "--teacher-mean and --teacher-std are for --teacher NETWORK:FILE",
+        ),
     ],
 )
 def test_bad_options(options, message):
@@ -231,6 +235,13 @@ def test_teacher_without_the_classes_of_the_data(tmp_path):
     save_run(tmp_path / "run", names=("cat", "dog"))
     with pytest.raises(ValueError, match="--teacher .*: "):
         plan_of(teacher=str(tmp_path / "run"))
+
+
+def test_teacher_of_images_of_another_size(tmp_path):
+    save_run(tmp_path / "run", names=("dark", "light"))
+    message = "was trained on images of 16 x 16 x 3, and these are 24 x 24 x 3: --image-size 16"
+    with pytest.raises(ValueError, match=message):
+        plan_of(make_dataset(size=24), teacher=str(tmp_path / "run"))
 
 
 def test_weights_that_do_not_fit(tmp_path):

@@ -114,12 +114,14 @@ def test_bad_files_are_named_and_the_others_predicted(image_student, tmp_path, c
     good = save_image(tmp_path / "good.png", 255)
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("no image")
-    files = [tmp_path / "empty.png", good, tmp_path / "text.jpg", tmp_path / "gone.png"]
+    files = [tmp_path / "empty.png", good, tmp_path / "text.jpg", tmp_path / "gone.png", "-"]
     output, message = fail(capsys, image_student, *files)
     assert output.split()[:2] == [good, "bright"]
     for name in ("empty.png", "text.jpg", "gone.png"):
         assert name in message
-    assert "3 inputs could not be read, 1 are predicted" in message
+    assert "4 inputs could not be read, 1 are predicted" in message
+    assert f"there is no file {tmp_path / 'gone.png'}: check the path" in message
+    assert "- is for lines of text, but this student reads images" in message
 
 
 def test_folder_without_images(image_student, tmp_path, capsys):

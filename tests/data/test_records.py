@@ -112,3 +112,45 @@ def test_refuses_a_record_unlike_the_first(record, message):
     records = data.Records([{"inputs": np.zeros(3)}, record])
     with pytest.raises(data.DataError, match=message):
         records.read([0, 1])
+
+
+class RandomSource(Source):
+    """A source that augments what it reads."""
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return {"inputs": INPUTS[index] + len(self.reads)}
+
+
+class BufferSource(Source):
+    """A source that reads into one array."""
+
+    buffer = np.zeros(3, np.float32)
+
+    def __getitem__(self, index):
+        self.buffer[:] = INPUTS[index]
+        return {"inputs": self.buffer}
+
+
+@pytest.mark.parametrize("source", [RandomSource(), BufferSource()])
+def test_refuses_a_record_that_changes(source):
+    with pytest.raises(data.DataError, match="record 0 has another 'inputs' when it is read again"):
+        data.Records(source).digest  # noqa: B018
+
+
+@pytest.mark.parametrize("fails_in", ["source", "convert"])
+def test_names_the_record_that_cannot_be_read(fails_in):
+    def fail_at_two(record):
+        if record["labels"] == 2:
+            raise OSError("disk gone")
+        return record
+
+    class FailingSource(Source):
+        def __getitem__(self, index):
+            return fail_at_two(super().__getitem__(index))
+
+    in_source = fails_in == "source"
+    source = FailingSource() if in_source else BatchSource()
+    records = data.Records(source, None if in_source else fail_at_two)
+    with pytest.raises(data.DataError, match="record 5 cannot be read .OSError: disk gone"):
+        records.read([0, 3, 5, 8])

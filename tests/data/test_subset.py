@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.data import DataError, balanced_subset
+from jaxkd.data import DataError, balanced_subset, few_labels
 
 LABELS = (
     np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 60, 50, 4])).astype(np.int32)
@@ -92,3 +92,9 @@ def test_labels_may_be_a_list_or_an_array_of_jax():
     expected = balanced_subset(LABELS, 10, jax.random.key(0))
     for labels in (LABELS.tolist(), jax.numpy.asarray(LABELS), LABELS.astype(np.uint8)):
         np.testing.assert_array_equal(balanced_subset(labels, 10, jax.random.key(0)), expected)
+
+
+def test_fewer_labels_than_classes_are_said():
+    with pytest.warns(UserWarning, match="3 labels are fewer than the 4 classes"):
+        few_labels({"inputs": LABELS, "labels": LABELS}, 3)
+    few_labels({"inputs": LABELS, "labels": LABELS}, 4)
