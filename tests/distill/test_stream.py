@@ -175,7 +175,7 @@ def test_error_of_a_reader_names_the_record_and_ends_the_threads(tmp_path):
     records = data.Records(Source(), convert)
     assert len(records.sample) == 2
     is_armed = True
-    with pytest.raises(data.DataError, match=r"a record of .* cannot be read \(OSError: damaged\)"):
+    with pytest.raises(data.DataError, match=r"record 7 cannot be read \(OSError: damaged\)"):
         train(tmp_path, [make_stage("s", data=records)])
     assert not [thread for thread in threading.enumerate() if "jaxkd-read" in thread.name]
 
