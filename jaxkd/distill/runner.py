@@ -252,6 +252,8 @@ def evaluate_plan(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
     _check_same_seeds({e.name: len(trained[e.name]) for e in plan if not isinstance(e, Pretrained)})
+    if empty := [name for name in names if not trained[name]]:
+        raise ValueError(f"trained has no seed of {list_some(empty)}: pass what run_plan returned")
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     if make_score is not None:
         return _measure_scores(plan, models, test, make_score, throughput_batch, repeats)

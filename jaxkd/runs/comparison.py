@@ -157,8 +157,9 @@ def compare_results(
     rows: list[list[tuple[ResultRow, tuple[int, ...]]]] = []
     metrics: list[Metric] = []
     for label, (run, name) in zip(labels, chosen, strict=True):
-        records = [record for record in run.metrics() if name in (None, record["stage"])]
-        rows.append(_read_rows(run, name, label, records))
+        all_records = run.metrics()
+        records = [record for record in all_records if name in (None, record["stage"])]
+        rows.append(_read_rows(run, name, label, all_records))
         metrics += [
             record | {"stage": f"{label}/{record['stage']}"}
             for record in records
@@ -251,8 +252,10 @@ def _read_rows(
 
 def _find_seeds(run: Run, row: ResultRow, records: Sequence[Metric]) -> tuple[int, ...]:
     """Returns the seed of each accuracy of a row, or none if the run's files leave that open."""
-    # In the order of the first record of each. A pretrained model has no records.
-    seeds = tuple(dict.fromkeys(rec["seed"] for rec in records if rec["stage"] == row.name))
+    # In the order of the first record of each. A derived model has the seeds of its sources, and
+    # no records. A pretrained one has one accuracy.
+    own = [record for record in records if record["stage"] == row.name]
+    seeds = tuple(dict.fromkeys(record["seed"] for record in own or records))
     if len(seeds) != len(row.accuracy):
         return ()
     # Experiments and `jaxkd distill` train these, in this order.

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +64,16 @@ def save_safetensors(
     # `save` writes the memory of an array in the order it has, so a transposed view must be copied.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flatten(variables).items()}
     # One entry: safetensors writes several in an order that changes between processes.
-    names = _check_class_names(class_names)
+    names = check_class_names(class_names)
     metadata = {_CLASS_NAMES: json.dumps(names)} if names else None
     write_atomically(path, save(arrays, metadata))
 
 
-def _check_class_names(class_names: Sequence[str]) -> list[str]:
+def check_class_names(class_names: Sequence[str]) -> list[str]:
     """Returns the names as a list; raises unless they are different strings in an order."""
     # A string would be the names of its letters, and a set has no order of labels.
-    if isinstance(class_names, str | bytes | Mapping | Set):
+    is_iterable = isinstance(class_names, Iterable)
+    if isinstance(class_names, str | bytes | Mapping | Set) or not is_iterable:
         names = None
     else:
         names = list(class_names)

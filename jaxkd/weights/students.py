@@ -26,7 +26,11 @@ from jaxkd._files import write_atomically
 from jaxkd._messages import first_line, list_some, shorten
 from jaxkd.weights.files import RUN_FILE, check_regular_file
 from jaxkd.weights.programs import serialize_program
-from jaxkd.weights.safetensors_files import load_safetensors, save_safetensors
+from jaxkd.weights.safetensors_files import (
+    check_class_names,
+    load_safetensors,
+    save_safetensors,
+)
 from jaxkd.weights.student_card import StudentCard
 
 if TYPE_CHECKING:
@@ -75,10 +79,13 @@ def save_student(
 
     Raises:
         ImportError: If safetensors or flatbuffers is missing.
-        TypeError, ValueError: If the names of the classes are not different strings.
+        TypeError, ValueError: If the names of the classes are not different strings, or not as many
+            as the model has classes, or the variables are those of another model.
     """
     folder = Path(folder)
+    class_names = check_class_names(class_names)
     shape, dtype = np.shape(example), jnp.result_type(example)
+    _check_outputs(model, variables, jax.ShapeDtypeStruct((1, *shape), dtype), len(class_names))
     if tokenizer is not None:
         max_length = shape[0] if max_length is None else max_length
         shape = (max_length,)
@@ -103,6 +110,28 @@ def save_student(
         write_atomically(folder / name, content)
     checksum = {_CHECKSUM_FILE: _digest(program)}
     write_atomically(folder / PROGRAM_FILE, program + _make_archive(parts | checksum))
+
+
+def _check_outputs(model: "Model", variables: dict, inputs: Any, num_names: int) -> None:
+    """Raises `ValueError` if a model does not take its variables, or has other classes."""
+
+    def apply(variables: dict, inputs: Any) -> Any:
+        return model.apply(variables, inputs, train=False)[0].logits
+
+    try:
+        shape = jax.eval_shape(apply, variables, inputs).shape
+    except Exception as error:
+        # Other errors say what is wrong with the example.
+        if not type(error).__module__.startswith("flax."):
+            raise
+        raise ValueError(
+            f"the variables do not fit the model: {shorten(error, 150)}; pass those of this model"
+        ) from error
+    if num_names and shape[-1] != num_names:
+        raise ValueError(
+            f"class_names has {num_names} names, but the model has {shape[-1]} classes: name each, "
+            "in the order of the labels"
+        )
 
 
 def _digest(program: bytes) -> bytes:

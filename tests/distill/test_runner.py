@@ -141,6 +141,9 @@ def test_reference_or_model_that_is_missing_is_named(trained_chain):
     with pytest.raises(ValueError, match=message):
         distill.evaluate_plan(make_chain(), trained, VALIDATION, reference="techer")
     fewer = {name: trained[name] for name in ("teacher", "assistant")}
+    empty = {name: [] for name in trained}
+    with pytest.raises(ValueError, match="trained has no seed of teacher, assistant"):
+        distill.evaluate_plan(make_chain(), empty, VALIDATION, reference="teacher")
     with pytest.raises(ValueError, match="trained lacks student, longer of the plan"):
         distill.evaluate_plan(make_chain(), fewer, VALIDATION, reference="teacher")
 

@@ -119,6 +119,16 @@ def test_pretrained_model_without_records(tmp_path):
     assert difference.mean == 0 and difference.interval is None
 
 
+def test_a_derived_model_has_the_seeds_of_its_run(tmp_path):
+    run = make_run(tmp_path / "a", {"student": FIRST})
+    rows = [("student", FIRST), ("ensemble", SECOND)]
+    results = [runs.ResultRow(name, accuracy=values) for name, values in rows]
+    runs.open_run(run, {}).write_results(results)
+    chosen = [f"{run}:student", f"{run}:ensemble"]
+    (difference,) = comparison.compare_results(chosen).differences
+    assert difference.is_paired and difference.num_seeds == (3, 3)
+
+
 def test_files(tmp_path, capsys):
     first = make_run(tmp_path / "a", {"student": FIRST}, config={"alpha": 0.5})
     second = make_run(tmp_path / "b", {"student": SECOND}, config={"alpha": 0.9})

@@ -259,3 +259,19 @@ def test_normalisation_that_a_description_cannot_hold_is_left_out():
     assert models.with_input_normalization(once, 0.5, 0.5).network is None
     assert models.with_class_order(network, [1, 0]).network is None
     assert models.with_frozen_batch_stats(once).network == once.network
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"class_names": ("cat", "dog")}, ValueError, "has 2 names, but the model has 3 classes"),
+        ({"class_names": None}, TypeError, "class_names must be one string per class"),
+        ({"variables": {"params": {}}}, ValueError, "the variables do not fit the model: "),
+    ],
+)
+def test_what_no_user_could_load_is_not_saved(image_student, tmp_path, options, error, match):
+    _, model, variables = image_student
+    options = {"variables": variables, "example": make_images()[0]} | options
+    with pytest.raises(error, match=match):
+        weights.save_student(tmp_path, model, **options)
+    assert not [*tmp_path.iterdir()]
