@@ -130,7 +130,8 @@ class Problem(abc.ABC):
         except Exception as error:
             size = " x ".join(map(str, inputs.shape[1:]))
             raise ValueError(
-                f"{owner} does not fit inputs of {size}, {inputs.dtype}: {shorten(error, 150)}"
+                f"{owner} does not fit inputs of {size}, {inputs.dtype} "
+                f"({shorten(error, 120)}): choose other values of its keywords, or another network"
             ) from error
         if logits.shape != (1, len(self.class_names)):
             raise ValueError(

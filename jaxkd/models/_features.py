@@ -90,9 +90,10 @@ def parse_feature_paths(features: FeaturePaths) -> dict[str, str]:
     Raises:
         TypeError: If it is neither a dict of texts nor several texts.
     """
-    if isinstance(features, str):
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        kind = "the text " if isinstance(features, str) else ""
         raise TypeError(
-            f"features is the text {shorten(repr(features), 60)}: pass a tuple of paths, such as "
+            f"features is {kind}{shorten(repr(features), 60)}: pass a tuple of paths, such as "
             '("Dense_0",), or a dict from names to paths'
         )
     paths = dict(features) if isinstance(features, Mapping) else {path: path for path in features}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import io
 import json
 import os
 import uuid
@@ -35,12 +36,26 @@ def line_logger(file: str | os.PathLike | TextIO) -> Logger:
     Returns:
         The logger, for `open_run`.
 
+    Raises:
+        TypeError: If an open file takes bytes.
+        ValueError: If it is closed, or the path is that of a folder.
+
     Example:
         >>> import sys
         >>> log = line_logger(sys.stdout)
         >>> log({"seed": 0, "stage": "student", "step": 400, "epoch": 5.0, "loss": 0.25})
         seed 0, student, step 400: epoch 5, loss 0.25
     """
+    # Failing at the first record, the logger would be dropped and the training go on.
+    if isinstance(file, (io.RawIOBase, io.BufferedIOBase)):
+        raise TypeError("the file of line_logger takes bytes: open it as text")
+    if isinstance(file, io.TextIOBase):
+        if file.closed:
+            raise ValueError(
+                "the file of line_logger is closed: pass one that stays open, or a path"
+            )
+    elif isinstance(file, (str, os.PathLike)) and Path(file).is_dir():
+        raise ValueError(f"{file} is a folder: pass line_logger the path of a file")
     return _LineLogger(file)
 
 

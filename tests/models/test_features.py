@@ -354,6 +354,7 @@ def apply_nnx(features):
         (lambda: apply_linen(("layer_0/conv",)), ValueError, "similar ones are layers_0/conv"),
         (lambda: apply_linen({"pooled": "stem"}), ValueError, "of its own named pooled"),
         (lambda: from_linen(Network(), features="stem"), TypeError, r"\"Dense_0\",\)"),
+        (lambda: from_linen(Network(), features=5), TypeError, "features is 5: pass a tuple"),
         (lambda: from_linen(Network(), features={"a": 1}), TypeError, "are texts, got 'a': 1"),
         (lambda: from_nnx(NNXNetwork, features=("layers.0.conv",)), ValueError, "layers/0/conv"),
         (lambda: from_nnx(NNXNetwork, features=("layers",)), ValueError, "layers/0"),

@@ -134,6 +134,17 @@ def test_lines_go_to_a_file_or_stream(tmp_path):
     assert path.read_text().splitlines()[1].startswith("seed 0, student, step 8:")
 
 
+@pytest.mark.parametrize("kind", ["closed", "binary", "folder"])
+def test_a_file_that_takes_no_lines_is_refused_before_the_training(tmp_path, kind):
+    path = tmp_path / "log.txt"
+    messages = {"closed": "is closed", "binary": "takes bytes", "folder": "is a folder"}
+    with path.open("wb" if kind == "binary" else "w") as file:
+        if kind == "closed":
+            file.close()
+        with pytest.raises((TypeError, ValueError), match=messages[kind]):
+            runs.line_logger(tmp_path if kind == "folder" else file)
+
+
 def test_tensorboard_gets_the_values_at_their_steps(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto import event_pb2
