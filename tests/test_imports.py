@@ -64,7 +64,7 @@ DISTILL_ARROWS = {
     "selection": set(),
     "step": {"selection", "top_k"},
     "methods": {"step"},
-    "schemes": {"plan", "step"},
+    "schemes": {"_lowering", "plan", "step"},
     "_multi_step": set(),
     "_relay": set(),
     "_fate": {"_relay"},
@@ -81,7 +81,7 @@ DISTILL_ARROWS = {
     "_compile": {"_diagnosis", "_lowering", "_multi_step", "placement", "plan", "step"},
     "_schedule": {"_compile", "_requirements", "plan"},
     "_progress": {"distributed", "plan"},
-    "_validation": {"_diagnosis", "plan"},
+    "_validation": {"_diagnosis", "plan", "selection"},
     "_identity": set(),
     "_restore": {"_identity", "step"},
     "_stage_run": {
@@ -95,7 +95,7 @@ DISTILL_ARROWS = {
     },
     "_best": {"_stage_run"},
     "_metric_buffer": {"_multi_step", "placement"},
-    "_derived": {"_lowering", "_stage_run", "_validation", "plan"},
+    "_derived": {"_diagnosis", "_lowering", "_stage_run", "_validation", "plan"},
     "_loop": {
         "_best",
         "_batches",
