@@ -23,13 +23,18 @@ def named_arrays(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def check_numbers(data: Mapping[str, Any], owner: str) -> None:
-    """Raises `ValueError` if an array or scalar holds text or other objects instead of numbers."""
+    """Raises `ValueError` if an array is masked, or holds text or objects instead of numbers."""
     for name, array in named_arrays(data):
         is_number = isinstance(array, (bool, int, float, complex, str, bytes))
         if not is_number and not hasattr(array, "dtype"):
             raise ValueError(
                 f"{owner} has a {type(array).__name__} as {name!r}: make it an array with "
                 "np.asarray"
+            )
+        if isinstance(array, np.ma.MaskedArray):
+            raise ValueError(
+                f"{owner} has a masked array as {name!r}, whose mask JAX does not know: pass "
+                "array.filled(...), and the mask as an array of its own"
             )
         # JAX's own dtypes are numbers, but not all of them are NumPy's. That of keys is neither.
         dtype = np.asarray(array).dtype if isinstance(array, (str, bytes)) else None
@@ -90,10 +95,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
 
 
-def _takes_four(loss: Any) -> bool:
-    """Returns whether a function may be called with four positional arguments."""
+def _takes(function: Any, count: int) -> bool:
+    """Returns whether a function may be called with a number of positional arguments."""
     try:
-        inspect.signature(loss).bind(None, None, None, None)
+        inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature
@@ -117,11 +122,11 @@ MODEL = Requirement(
 REQUIREMENTS = {
     "model": MODEL,
     "data": Requirement(
-        lambda value: callable(value) or isinstance(value, Mapping),
+        lambda value: isinstance(value, Mapping) or (callable(value) and _takes(value, 1)),
         "a dict of arrays such as {'inputs': images, 'labels': labels}, or a function of the seed",
     ),
     "loss": Requirement(
-        lambda value: callable(value) and _takes_four(value),
+        lambda value: callable(value) and _takes(value, 4),
         "a function (student, teachers, batch, context) -> [B]",
     ),
     "tx": Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)"),

@@ -41,6 +41,17 @@ def keep_inputs(key, inputs):
     return inputs
 
 
+def test_masked_arrays_as_data_are_refused():
+    data = {"inputs": np.ma.array(np.zeros((2, 2)), mask=np.eye(2))}
+    with pytest.raises(ValueError, match="has a masked array as 'inputs', whose mask JAX does not"):
+        make_stage("a", data=data)
+
+
+def test_data_must_be_a_function_of_the_seed():
+    with pytest.raises(TypeError, match="or a function of the seed, got a function"):
+        make_stage("a", data=lambda: {"inputs": np.zeros((3, 2))})
+
+
 @pytest.mark.parametrize("data", [{"inputs": [[0.0, 1.0]]}, {"labels": [0]}, {"labels": (0,)}])
 @pytest.mark.parametrize("from_function", [False, True])
 def test_lists_as_data_are_refused(data, from_function):
@@ -180,7 +191,7 @@ def test_a_function_of_the_seed_must_return_a_dict():
     ("make_plan", "message"),
     [
         (lambda stage: stage, r"a plan must be a list of stages, got a Stage: write \[stage\]"),
-        (lambda stage: [stage, None], "a plan holds Stage and Pretrained, but also None"),
+        (lambda stage: [stage, None], "a plan holds Stage, Pretrained and Derived, but also None"),
         (
             lambda stage: [stage, plan.Pretrained("t", nn.Dense(3), {})],
             "model of the pretrained 't' must be a models.Model",
