@@ -9,6 +9,7 @@ from jaxkd.data.class_names import match_classes, sort_classes
 from jaxkd.data.dataset import Dataset, Split
 from jaxkd.data.errors import DataError
 from jaxkd.data.mixing import Mix, Mixed, cutmix, mix_labels, mixup
+from jaxkd.data.rand_augment import Operation, rand_augment
 from jaxkd.data.records import Records
 from jaxkd.data.sources import load
 from jaxkd.data.statistics import channel_statistics
@@ -19,6 +20,7 @@ __all__ = [
     "Dataset",
     "Mix",
     "Mixed",
+    "Operation",
     "Records",
     "Split",
     "balanced_subset",
@@ -30,6 +32,7 @@ __all__ = [
     "match_classes",
     "mix_labels",
     "mixup",
+    "rand_augment",
     "random_crop",
     "random_flip",
     "sort_classes",

@@ -35,7 +35,7 @@ def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
         >>> random_crop(jax.random.key(0), images, padding=1)[..., 0].tolist()
         [[[1, 1, 0], [1, 1, 0], [1, 1, 0]], [[1, 1, 1], [1, 1, 1], [0, 0, 0]]]
     """
-    _check_axes(images)
+    check_axes(images)
     if padding < 0:
         raise ValueError(f"padding is {padding}: it cannot be negative")
     height, width = images.shape[1:3]
@@ -52,7 +52,7 @@ def random_crop(key: Array, images: Array, *, padding: int = 4) -> Array:
         start = (top, left, jnp.zeros_like(top))
         return jax.lax.dynamic_slice(jnp.pad(image, margins), start, image.shape)
 
-    return jax.vmap(crop)(_example_keys(key, images), images)
+    return jax.vmap(crop)(example_keys(key, images), images)
 
 
 def random_flip(key: Array, images: Array) -> Array:
@@ -74,8 +74,8 @@ def random_flip(key: Array, images: Array) -> Array:
         >>> random_flip(jax.random.key(0), images)[:, 0, :, 0].tolist()
         [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
     """
-    _check_axes(images)
-    is_flipped = jax.vmap(jax.random.bernoulli)(_example_keys(key, images))
+    check_axes(images)
+    is_flipped = jax.vmap(jax.random.bernoulli)(example_keys(key, images))
     return jnp.where(is_flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -105,12 +105,14 @@ def crop_and_flip(key: Array, images: Array, *, padding: int = 4) -> Array:
     return random_flip(jax.random.fold_in(key, 1), cropped)
 
 
-def _example_keys(key: Array, images: Array) -> Array:
+def example_keys(key: Array, images: Array) -> Array:
+    """Makes a key for each image of a batch from its position."""
     # Not jax.random.split: its keys would change with the batch size.
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(images)))
 
 
-def _check_axes(images: Array) -> None:
+def check_axes(images: Array) -> None:
+    """Raises `ValueError` unless images are `[B, H, W, C]`."""
     if images.ndim != 4:
         raise ValueError(
             f"images have shape {images.shape}, expected [B, H, W, C]: "
