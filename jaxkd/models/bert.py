@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense, dense_rules
+from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense, call_block, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -86,6 +86,8 @@ class BERT(nn.Module):
             dropped.
         epsilon: Epsilon that layer normalisation adds to the variance.
         activation: Activation of the feed-forward networks.
+        remat: If true, training stores no values within blocks and computes them again for the
+            gradient: a second forward pass, less memory, the same variables and results.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -116,6 +118,7 @@ class BERT(nn.Module):
     dropout: float = 0.1
     epsilon: float = 1e-12
     activation: Callable[[Array], Array] = gelu
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: Array, train: bool = False) -> Outputs:
@@ -154,7 +157,7 @@ class BERT(nn.Module):
             block = _BERTBlock(
                 self.heads, self.intermediate, self.epsilon, self.activation, name=f"block{i}"
             )
-            x, block_features = block(x, where, drop)
+            x, block_features = call_block(block, x, where, drop, remat=self.remat and train)
             features |= {f"{name}{i + 1}": value for name, value in block_features.items()}
             features[f"layer{i + 1}"] = x
         x = self.pooling.reduce(x, where)

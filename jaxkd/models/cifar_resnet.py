@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxkd import layout
 from jaxkd.models.convolution import Conv
-from jaxkd.models.layers import BatchNorm, batch_norm_rules, check_images, dense_rules
+from jaxkd.models.layers import BatchNorm, batch_norm_rules, call_block, check_images, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -32,6 +32,8 @@ class CifarResNet(nn.Module):
         widths: Channels of the first convolution and of each stage.
         projection: Uses option B.
         num_classes: Number of logits.
+        remat: If true, training stores no values within blocks and computes them again for the
+            gradient: a second forward pass, less memory, the same variables and results.
 
     References:
         He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385
@@ -41,6 +43,7 @@ class CifarResNet(nn.Module):
     widths: Sequence[int] = (16, 16, 32, 64)
     projection: bool = False
     num_classes: int = 10
+    remat: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, train: bool = False) -> Outputs:
@@ -79,7 +82,7 @@ class CifarResNet(nn.Module):
             for j in range(self.blocks):
                 stride = 2 if i > 1 and j == 0 else 1
                 block = _BasicBlock(width, stride, self.projection, init, name=f"stage{i}_block{j}")
-                x = block(x, train)
+                x = call_block(block, x, train=train, remat=self.remat and train)
             features[f"stage{i}"] = x
         x = features["pre_logits"] = x.mean(axis=(1, 2))
         return Outputs(nn.Dense(self.num_classes, name="logits")(x), features)
@@ -112,11 +115,12 @@ class CifarResNet(nn.Module):
         )
 
 
-def resnet20(num_classes: int = 10) -> CifarResNet:
+def resnet20(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-20 with shortcuts that have no parameters; 269,722 parameters at 10 classes.
 
     Args:
         num_classes: Number of logits.
+        remat: As in `CifarResNet`.
 
     Returns:
         The module, for `from_linen`.
@@ -130,34 +134,35 @@ def resnet20(num_classes: int = 10) -> CifarResNet:
         >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         269722
     """
-    return CifarResNet(3, num_classes=num_classes)
+    return CifarResNet(3, num_classes=num_classes, remat=remat)
 
 
-def resnet32(num_classes: int = 10) -> CifarResNet:
+def resnet32(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-32, otherwise as `resnet20`; 464,154 parameters at 10 classes."""
-    return CifarResNet(5, num_classes=num_classes)
+    return CifarResNet(5, num_classes=num_classes, remat=remat)
 
 
-def resnet44(num_classes: int = 10) -> CifarResNet:
+def resnet44(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-44, otherwise as `resnet20`; 658,586 parameters at 10 classes."""
-    return CifarResNet(7, num_classes=num_classes)
+    return CifarResNet(7, num_classes=num_classes, remat=remat)
 
 
-def resnet56(num_classes: int = 10) -> CifarResNet:
+def resnet56(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-56, otherwise as `resnet20`; 853,018 parameters at 10 classes."""
-    return CifarResNet(9, num_classes=num_classes)
+    return CifarResNet(9, num_classes=num_classes, remat=remat)
 
 
-def resnet110(num_classes: int = 10) -> CifarResNet:
+def resnet110(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-110, otherwise as `resnet20`; 1,727,962 parameters at 10 classes."""
-    return CifarResNet(18, num_classes=num_classes)
+    return CifarResNet(18, num_classes=num_classes, remat=remat)
 
 
-def resnet8x4(num_classes: int = 10) -> CifarResNet:
+def resnet8x4(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-8 of widths 32, 64, 128, 256 with projections; 1,233,540 parameters at 100 classes.
 
     Args:
         num_classes: Number of logits.
+        remat: As in `CifarResNet`.
 
     Returns:
         The module, for `from_linen`.
@@ -165,12 +170,12 @@ def resnet8x4(num_classes: int = 10) -> CifarResNet:
     References:
         Tian et al., "Contrastive Representation Distillation", https://arxiv.org/abs/1910.10699
     """
-    return CifarResNet(1, (32, 64, 128, 256), projection=True, num_classes=num_classes)
+    return CifarResNet(1, (32, 64, 128, 256), projection=True, num_classes=num_classes, remat=remat)
 
 
-def resnet32x4(num_classes: int = 10) -> CifarResNet:
+def resnet32x4(num_classes: int = 10, *, remat: bool = False) -> CifarResNet:
     """ResNet-32, otherwise as `resnet8x4`; 7,433,860 parameters at 100 classes."""
-    return CifarResNet(5, (32, 64, 128, 256), projection=True, num_classes=num_classes)
+    return CifarResNet(5, (32, 64, 128, 256), projection=True, num_classes=num_classes, remat=remat)
 
 
 class _BasicBlock(nn.Module):

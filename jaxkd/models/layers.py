@@ -137,6 +137,32 @@ class Dropout(nn.Module):
         return jnp.where(keep, x * (256 / (256 - threshold)), 0)
 
 
+def call_block(block: nn.Module, *arrays: Any, remat: bool, **keywords: Any) -> Any:
+    """Calls a block of a network, without storing its inner values for the gradient if `remat`.
+
+    The gradient computes them again. Variables, random draws and results are those of a usual call.
+
+    Args:
+        block: The block, a submodule of the module that is calling.
+        *arrays: Its positional arguments: arrays, submodules, or trees of them.
+        remat: Whether the values are computed again.
+        **keywords: Its other arguments, such as `train`.
+
+    Returns:
+        What the block returns.
+
+    References:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost,
+        https://arxiv.org/abs/1604.06174
+    """
+
+    def call(block: Any, *arrays: Any) -> Any:
+        return block(*arrays, **keywords)
+
+    # A function rather than `nn.remat(type(block))`, which `setup` cannot choose by `train`.
+    return (nn.remat(call) if remat else call)(block, *arrays)
+
+
 def check_dropout_rate(rate: float) -> None:
     """Checks that a dropout rate is a probability below 1.
 

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from jaxkd import layout
 from jaxkd.models.convolution import Conv
-from jaxkd.models.layers import BatchNorm, batch_norm_rules, check_images, dense_rules
+from jaxkd.models.layers import BatchNorm, batch_norm_rules, call_block, check_images, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -16,24 +16,24 @@ HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He's initialisation of convolutions by fan-out."""
 
 
-def resnet18(num_classes: int = 1000) -> "ResNet":
+def resnet18(num_classes: int = 1000, *, remat: bool = False) -> "ResNet":
     """ResNet-18, 11,689,512 parameters with 1,000 classes; see `ResNet`."""
-    return ResNet((2, 2, 2, 2), bottleneck=False, num_classes=num_classes)
+    return ResNet((2, 2, 2, 2), bottleneck=False, num_classes=num_classes, remat=remat)
 
 
-def resnet34(num_classes: int = 1000) -> "ResNet":
+def resnet34(num_classes: int = 1000, *, remat: bool = False) -> "ResNet":
     """ResNet-34, 21,797,672 parameters with 1,000 classes; see `ResNet`."""
-    return ResNet((3, 4, 6, 3), bottleneck=False, num_classes=num_classes)
+    return ResNet((3, 4, 6, 3), bottleneck=False, num_classes=num_classes, remat=remat)
 
 
-def resnet50(num_classes: int = 1000) -> "ResNet":
+def resnet50(num_classes: int = 1000, *, remat: bool = False) -> "ResNet":
     """ResNet-50, 25,557,032 parameters with 1,000 classes; see `ResNet`."""
-    return ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes)
+    return ResNet((3, 4, 6, 3), bottleneck=True, num_classes=num_classes, remat=remat)
 
 
-def resnet101(num_classes: int = 1000) -> "ResNet":
+def resnet101(num_classes: int = 1000, *, remat: bool = False) -> "ResNet":
     """ResNet-101, 44,549,160 parameters with 1,000 classes; see `ResNet`."""
-    return ResNet((3, 4, 23, 3), bottleneck=True, num_classes=num_classes)
+    return ResNet((3, 4, 23, 3), bottleneck=True, num_classes=num_classes, remat=remat)
 
 
 class ResNet(nn.Module):
@@ -52,6 +52,8 @@ class ResNet(nn.Module):
             instead of 3×3, 3×3.
         width: Channels of the stem and the first stage; they double from stage to stage.
         num_classes: Number of logits.
+        remat: If true, training stores no values within blocks and computes them again for the
+            gradient: a second forward pass, less memory, the same variables and results.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -71,6 +73,7 @@ class ResNet(nn.Module):
     bottleneck: bool = False
     width: int = 64
     num_classes: int = 1000
+    remat: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, train: bool = False) -> Outputs:
@@ -112,7 +115,7 @@ class ResNet(nn.Module):
                 block = ResidualBlock(
                     self.width << (i - 1), stride, self.bottleneck, name=f"stage{i}_block{j}"
                 )
-                x = block(x, train)
+                x = call_block(block, x, train=train, remat=self.remat and train)
             features[f"stage{i}"] = x
         x = features["pre_logits"] = x.mean((1, 2))
         logits = nn.Dense(self.num_classes, kernel_init=TORCH_UNIFORM, name="logits")(x)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxkd import attention
-from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense
+from jaxkd.models.layers import Dropout, Embed, LayerNorm, RowDense, call_block
 from jaxkd.models.model import Outputs
 from jaxkd.models.seq2seq import check_pairs
 
@@ -53,6 +53,8 @@ class Transformer(nn.Module):
         positions: Length of the longest sentence, in tokens.
         dropout: Probability of dropping, in training, a value of the embeddings or of the output of
             an attention or feed-forward network.
+        remat: If true, training stores no values within layers and computes them again for the
+            gradient: a second forward pass, less memory, the same variables and results.
 
     References:
         Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762
@@ -67,6 +69,7 @@ class Transformer(nn.Module):
     intermediate: int = 512
     positions: int = 128
     dropout: float = 0.0
+    remat: bool = False
 
     def setup(self) -> None:
         """Declares the layers."""
@@ -122,7 +125,9 @@ class Transformer(nn.Module):
         where = _key_mask(source != 0)
         for number, layer in self.decoder.items():
             memory = layer.project_source(encoded)
-            x, _, weights = layer(x, lambda new: new, causal, memory, where, train)
+            x, _, weights = call_block(
+                layer, x, causal, memory, where, train=train, remat=self.remat and train
+            )
             features[f"decoder_layer{number}"] = _zero_padding(x, target != 0)
         x = self.decoder_norm(x)
         features["decoder"] = _zero_padding(x, target != 0)
@@ -179,7 +184,7 @@ class Transformer(nn.Module):
         for layer, cache, source in zip(
             self.decoder.values(), state.target, state.source, strict=True
         ):
-            x, cache, _ = layer(x, make_update(cache), causal, source, where, False)
+            x, cache, _ = layer(x, causal, source, where, update=make_update(cache), train=False)
             caches.append(cache)
         logits = self.embedding.attend(self.decoder_norm(x)[:, 0])
         return logits, state._replace(target=tuple(caches), position=state.position + 1)
@@ -190,7 +195,9 @@ class Transformer(nn.Module):
         features = {}
         x = self._embed(source, np.arange(source.shape[1])[None], train)
         for number, layer in self.encoder.items():
-            x, _, _ = layer(x, lambda new: new, _key_mask(where), None, None, train)
+            x, _, _ = call_block(
+                layer, x, _key_mask(where), None, None, train=train, remat=self.remat and train
+            )
             features[f"encoder_layer{number}"] = _zero_padding(x, where)
         x = features["encoder"] = _zero_padding(self.encoder_norm(x), where)
         return x, features
@@ -233,23 +240,24 @@ class _TransformerLayer(nn.Module):
     def __call__(
         self,
         x: Array,
-        update: Callable[[_KeysValues], _KeysValues],
         visible: Array,
         source: _KeysValues | None,
         where: Array | None,
+        *,
         train: bool,
+        update: Callable[[_KeysValues], _KeysValues] = lambda new: new,
     ) -> tuple[Array, _KeysValues, Array]:
         """Applies the layer.
 
         Args:
             x: States `[B, N, hidden]`.
-            update: Returns the keys and values to attend to, given those of `x`: the same, or a
-                cache into which they are written.
             visible: Booleans that broadcast to `[B, heads, N, M]`: the keys that a state may attend
                 to.
             source: Keys and values of the source; `None` in an encoder.
             where: Booleans `[B, 1, 1, S]`, True for tokens of the source; `None` in an encoder.
             train: If true, applies dropout.
+            update: Returns the keys and values to attend to, given those of `x`: the same, or a
+                cache into which they are written.
 
         Returns:
             The new states, the keys and values from `update`, and the weights of the last

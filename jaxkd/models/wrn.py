@@ -7,7 +7,7 @@ from jax import Array
 
 from jaxkd import layout
 from jaxkd.models.convolution import Conv
-from jaxkd.models.layers import BatchNorm, batch_norm_rules, check_images, dense_rules
+from jaxkd.models.layers import BatchNorm, batch_norm_rules, call_block, check_images, dense_rules
 from jaxkd.models.model import Outputs
 from jaxkd.transfer import Rule
 
@@ -31,6 +31,8 @@ class WideResNet(nn.Module):
         widen: Factor of the widths 16, 32 and 64.
         dropout: Probability of dropping a value between the two convolutions of a block.
         num_classes: Number of logits.
+        remat: If true, training stores no values within blocks and computes them again for the
+            gradient: a second forward pass, less memory, the same variables and results.
 
     References:
         Zagoruyko and Komodakis, "Wide Residual Networks", https://arxiv.org/abs/1605.07146
@@ -40,6 +42,7 @@ class WideResNet(nn.Module):
     widen: int
     dropout: float = 0.0
     num_classes: int = 10
+    remat: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array, train: bool = False) -> Outputs:
@@ -70,7 +73,7 @@ class WideResNet(nn.Module):
                 block = _PreActivationBlock(
                     width * self.widen, stride, self.dropout, name=f"stage{i}_block{j}"
                 )
-                x = block(x, train)
+                x = call_block(block, x, train=train, remat=self.remat and train)
             features[f"stage{i}"] = x
         # The blocks leave the activation of their sum to the next block.
         x = nn.relu(BatchNorm(use_running_average=not train, name="last_bn")(x))
@@ -99,12 +102,13 @@ class WideResNet(nn.Module):
         )
 
 
-def wrn16_2(num_classes: int = 10, *, dropout: float = 0.0) -> WideResNet:
+def wrn16_2(num_classes: int = 10, *, dropout: float = 0.0, remat: bool = False) -> WideResNet:
     """WRN-16-2; 703,284 parameters at 100 classes.
 
     Args:
         num_classes: Number of logits.
         dropout: Probability of dropping a value within a block.
+        remat: As in `WideResNet`.
 
     Returns:
         The module, for `from_linen`.
@@ -118,12 +122,12 @@ def wrn16_2(num_classes: int = 10, *, dropout: float = 0.0) -> WideResNet:
         >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         703284
     """
-    return WideResNet(2, 2, dropout, num_classes)
+    return WideResNet(2, 2, dropout, num_classes, remat)
 
 
-def wrn40_2(num_classes: int = 10, *, dropout: float = 0.0) -> WideResNet:
+def wrn40_2(num_classes: int = 10, *, dropout: float = 0.0, remat: bool = False) -> WideResNet:
     """WRN-40-2, otherwise as `wrn16_2`; 2,255,156 parameters at 100 classes."""
-    return WideResNet(6, 2, dropout, num_classes)
+    return WideResNet(6, 2, dropout, num_classes, remat)
 
 
 class _PreActivationBlock(nn.Module):
