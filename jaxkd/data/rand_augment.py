@@ -267,7 +267,9 @@ def _move_pixels(
     fill = 128 if image.dtype == jnp.uint8 else grey
     # Within the gather, a CPU would compute the values one by one.
     image, index = jax.lax.optimization_barrier((image, index))
-    return image.reshape(-1, channels).at[index].get(mode="fill", fill_value=fill)
+    moved = image.reshape(-1, channels).at[index].get(mode="fill", fill_value=fill)
+    # Stored, since otherwise each reduction of the next operation would gather again.
+    return jax.lax.optimization_barrier(moved)
 
 
 def _inverse_move(

@@ -96,6 +96,16 @@ def get_losses(run, stage, seed=0):
     return [record["loss"] for record in records]
 
 
+def assert_record_close(record, expected, rtol):
+    """Compares two records of `metrics.jsonl`, with numbers in dicts of teachers and terms."""
+    leaves, expected_leaves = map(jax.tree_util.tree_leaves_with_path, (record, expected))
+    assert [path for path, _ in leaves] == [path for path, _ in expected_leaves]
+    for (path, value), (_, other) in zip(leaves, expected_leaves, strict=True):
+        if isinstance(other, float):
+            other = pytest.approx(other, rel=rtol)
+        assert value == other, jax.tree_util.keystr(path)
+
+
 def kill_at_save(monkeypatch, number):
     """Ends the process, as a kill would, behind a save. Returns the list of saves, which grows."""
     saves, save = [], checkpoints.save

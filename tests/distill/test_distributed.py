@@ -15,6 +15,7 @@ import pytest
 from jaxkd import distill
 from jaxkd.distill._fate import MESSAGE
 from jaxkd.runs import checkpoints
+from small_plans import assert_record_close
 
 pytestmark = pytest.mark.thorough  # starts processes of its own
 
@@ -95,10 +96,7 @@ def assert_same_records(folder, expected_folder):
     stages = {record["stage"] for record in records}
     expected = [record for record in read_records(expected_folder) if record["stage"] in stages]
     for record, expected_record in zip(records, expected, strict=True):
-        assert record.keys() == expected_record.keys()
-        for name, value in expected_record.items():
-            is_rounded = isinstance(value, float)
-            assert record[name] == (pytest.approx(value, rel=1e-5) if is_rounded else value)
+        assert_record_close(record, expected_record, 1e-5)
 
 
 EXPECTED = {

@@ -11,6 +11,7 @@ from jaxkd import distill, losses, models
 from small_plans import (
     TRAIN,
     add_noise,
+    assert_record_close,
     get_variables,
     make_examples,
     make_stage,
@@ -61,11 +62,7 @@ def assert_same_records(run, expected_run):
         return sorted(run.metrics(), key=lambda r: (r["stage"], r["seed"], r["step"]))
 
     for record, expected in zip(sort(run), sort(expected_run), strict=True):
-        assert record.keys() == expected.keys()
-        for name, value in expected.items():
-            if isinstance(value, float):
-                value = pytest.approx(value, rel=1e-4)
-            assert record[name] == value
+        assert_record_close(record, expected, 1e-4)
 
 
 def assert_same_training(trained, run, expected, expected_run):
