@@ -582,7 +582,8 @@ def _make_record(
     }
     record |= {f"validation_{name}": value for name, value in evaluation.scores.items()}
     if means:
-        record["terms"] = means
+        # A term may be NaN where the loss leaves it out. JSON has no such number.
+        record["terms"] = {n: mean if np.isfinite(mean) else None for n, mean in means.items()}
     if evaluation.teachers:
         record["teachers"] = evaluation.teachers
     return record

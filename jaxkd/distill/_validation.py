@@ -3,7 +3,7 @@
 import collections
 import inspect
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,16 +60,8 @@ class Validator:
         self._predict_fns = predict_fns
         self._models = {entry.name: entry.model for entry in plan}
         # Made now, so that an error in it does not come after hours of training.
-        self._scores = {}
-        if make_score is not None:
-            check_make_score(make_score)
-            self._scores = {model: make_score(model) for model in {*self._models.values()}}
-        for score in self._scores.values():
-            if not callable(score):
-                raise TypeError(
-                    f"make_score returned {shorten(repr(score), 60)}, not the function "
-                    "(variables, examples) -> scores"
-                )
+        models = () if make_score is None else {*self._models.values()}
+        self._scores = make_scores(make_score, models)
         for entry in plan:
             if self.is_of_classes and isinstance(entry, Stage) and entry.best is not None:
                 entry.best.read(Score(0.0, 0.0)._asdict(), f"stage {shorten(entry.name, 40)!r}")
@@ -121,6 +113,25 @@ class Validator:
             if len(self._teacher_logits) > MAX_CACHED_TEACHERS:
                 self._teacher_logits.popitem(last=False)
         return self._teacher_logits[key][1]
+
+
+def make_scores(make_score: MakeScore | None, models: Iterable[Model]) -> dict[Model, ScoreFn]:
+    """Returns the user's own score of each model.
+
+    Raises:
+        TypeError: If `make_score` does not take a model and return a function.
+    """
+    scores = {}
+    if make_score is not None:
+        check_make_score(make_score)
+        scores = {model: make_score(model) for model in models}
+    for score in scores.values():
+        if not callable(score):
+            raise TypeError(
+                f"make_score returned {shorten(repr(score), 60)}, not the function "
+                "(variables, examples) -> scores"
+            )
+    return scores
 
 
 def check_make_score(make_score: Any) -> None:

@@ -39,7 +39,7 @@ from jaxkd.distill._schedule import make_schedule
 from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
 from jaxkd.distill._stream import check_streams
 from jaxkd.distill._trainer import Trainer, describe_disk_use
-from jaxkd.distill._validation import MakeScore, Validator, check_scores
+from jaxkd.distill._validation import MakeScore, Validator, check_scores, make_scores
 from jaxkd.distill.distributed import share_fate
 from jaxkd.distill.placement import Placement, single_device
 from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, order, teacher_baselines
@@ -320,11 +320,12 @@ def _measure_scores(
     repeats: int,
 ) -> list[ResultRow]:
     """Returns the rows of models that are measured by a score of the user's own."""
-    make_once = functools.cache(make_score)
+    scores_by_model = make_scores(make_score, {entry.model for entry in plan})
     rows = []
     for entry in plan:
         seeds = models[entry.name]
-        scores = [check_scores(make_once(entry.model)(seed.variables, test)) for seed in seeds]
+        score = scores_by_model[entry.model]
+        scores = [check_scores(score(seed.variables, test)) for seed in seeds]
         if len({frozenset(seed) for seed in scores}) > 1:
             raise ValueError(
                 f"the scores of {shorten(entry.name, 40)!r} have other names for one seed than for "

@@ -26,6 +26,10 @@ Logger = Callable[[dict[str, Any]], object]
 _WANDB_ID = "wandb-id"
 
 
+RUN_FILES = ("metrics.jsonl", "config.json", "results.json", "report.md", "report.json")
+"""Names of files that a run writes itself."""
+
+
 def line_logger(file: str | os.PathLike | TextIO) -> Logger:
     """Makes a logger that writes a line of text for each record.
 
@@ -38,7 +42,7 @@ def line_logger(file: str | os.PathLike | TextIO) -> Logger:
 
     Raises:
         TypeError: If an open file takes bytes.
-        ValueError: If it is closed, or the path is that of a folder.
+        ValueError: If it is closed, or the path is that of a folder or of a run's own file.
 
     Example:
         >>> import sys
@@ -56,6 +60,10 @@ def line_logger(file: str | os.PathLike | TextIO) -> Logger:
             )
     elif isinstance(file, (str, os.PathLike)) and Path(file).is_dir():
         raise ValueError(f"{file} is a folder: pass line_logger the path of a file")
+    elif isinstance(file, (str, os.PathLike)) and Path(file).name in RUN_FILES:
+        raise ValueError(
+            f"{file} has the name of a run's own file, which the logger would damage: name another"
+        )
     return _LineLogger(file)
 
 

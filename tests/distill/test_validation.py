@@ -171,6 +171,23 @@ def test_table_and_report_have_own_scores(tmp_path):
     assert redrawn.rows == rows and (tmp_path / "report.md").read_text() == text
 
 
+def test_a_term_that_is_nan_is_recorded_as_null(tmp_path):
+    def loss(student, teachers, batch, context):
+        values = losses.hard_cross_entropy(student.logits, batch["labels"])
+        return values, {"unused": values * jnp.nan}
+
+    _, run = train(tmp_path, [make_stage("first", loss=loss)], evaluations=1)
+    assert get_records(run, "first")[0]["terms"] == {"unused": None}
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_score_in_place_of_make_score_is_refused_by_the_table(tmp_path, unbroken):
+    with pytest.raises(TypeError, match="make_score must be a function of a model"):
+        distill.evaluate_plan(
+            make_plan(), unbroken[0], VALIDATION, make_score=lambda variables, examples: {"a": 1.0}
+        )
+
+
 def test_a_table_of_classes_needs_a_reference(unbroken):
     with pytest.raises(ValueError, match="reference None is not in the plan, which has teacher"):
         distill.evaluate_plan(make_plan(), unbroken[0], VALIDATION)

@@ -134,6 +134,12 @@ def test_lines_go_to_a_file_or_stream(tmp_path):
     assert path.read_text().splitlines()[1].startswith("seed 0, student, step 8:")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json"])
+def test_a_file_of_the_run_itself_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="has the name of a run's own file"):
+        runs.line_logger(tmp_path / name)
+
+
 @pytest.mark.parametrize("kind", ["closed", "binary", "folder"])
 def test_a_file_that_takes_no_lines_is_refused_before_the_training(tmp_path, kind):
     path = tmp_path / "log.txt"
