@@ -19,6 +19,7 @@ from jaxkd.runs.run import IGNORED_OPTIONS, Run, checkpoint_identity, read_run
 
 OMITTED_OPTIONS = (
     "experiment",
+    "command",
     "workdir",
     "teacher_cache",
     "log",
@@ -30,7 +31,7 @@ OMITTED_OPTIONS = (
 and is not logged."""
 
 # Options that may be a path. A data set and a BERT may also be known by their names.
-_PATH_OPTIONS = ("dataset", "data_dir", "weights", "unlabelled", "bert")
+_PATH_OPTIONS = ("dataset", "data", "data_dir", "weights", "unlabelled", "bert", "teacher")
 
 _Records = dict[tuple[str, int, int], list[dict]]
 """The records of each stage, seed and step. A sound run has one record of each."""
@@ -57,7 +58,9 @@ class Verdict(NamedTuple):
 def verify(
     folder: str | os.PathLike, scratch: str | os.PathLike, *, is_temporary: bool = False
 ) -> dict[Path, Verdict]:
-    """Repeats an experiment with the options that its run recorded, and compares both runs.
+    """Repeats a run with the options that it recorded, and compares both runs.
+
+    The run is that of an experiment or of `jaxkd distill`.
 
     Args:
         folder: The folder of the run. If an experiment leaves several runs below one folder, that
@@ -70,7 +73,7 @@ def verify(
         The verdict on each run, by its folder.
 
     Raises:
-        RunError: If there is no finished run of an experiment, or the new run fails.
+        RunError: If there is no finished run of such a command, or the new run fails.
         OSError: If a file cannot be read or written.
     """
     folder = Path(folder)
@@ -133,7 +136,7 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> Verdict
 
 
 def command_line_options(config: Mapping[str, Any]) -> list[str]:
-    """Returns the command line arguments of an experiment, without the `OMITTED_OPTIONS`.
+    """Returns the command line arguments of a run, without the `OMITTED_OPTIONS`.
 
     Args:
         config: The options, as a run recorded them.
@@ -148,7 +151,8 @@ def command_line_options(config: Mapping[str, Any]) -> list[str]:
     """
     arguments: list[str] = []
     for name, value in config.items():
-        if name in OMITTED_OPTIONS:
+        # A dict is no option, but what a run notes of the files that it read.
+        if name in OMITTED_OPTIONS or isinstance(value, Mapping):
             continue
         option = name.replace("_", "-")
         if isinstance(value, bool):
@@ -175,25 +179,33 @@ def _find_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def _check_finished(run: Run) -> None:
+def _find_program(run: Run) -> list[str]:
+    """Returns the module that made a run, and its subcommand if it has some; empty if unknown."""
+    if run.config.get("command") == "distill":
+        return ["jaxkd", "distill"]
     experiment = run.config.get("experiment")
-    if not experiment:
+    return [f"experiments.{experiment}"] if experiment else []
+
+
+def _check_finished(run: Run) -> None:
+    program = _find_program(run)
+    if not program:
         raise RunError(
-            f"{run.folder} is not the run of an experiment: repeat it in another folder and call "
-            "jaxkd.runs.verify.compare_runs on both"
+            f"{run.folder} is not the run of an experiment or of jaxkd distill: repeat it in "
+            "another folder and call jaxkd.runs.verify.compare_runs on both"
         )
     # The results of a run that is growing are those of an earlier configuration.
     if run.is_growing or not (run.folder / "results.json").exists():
         raise RunError(
-            f"{run.folder} is not finished: run python -m experiments.{experiment} with the same "
+            f"{run.folder} is not finished: run python -m {' '.join(program)} with the same "
             "options, which resumes it"
         )
 
 
 def _rerun(run: Run, scratch: Path, is_temporary: bool) -> None:
-    name = run.config["experiment"]
+    program = _find_program(run)
     arguments = [*command_line_options(run.config), "--workdir", str(scratch)]
-    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    command = [sys.executable, "-m", *program, *arguments]
     # In a process of its own: the library imports no experiment, and XLA reads the flags that an
     # option may set only when it starts.
     if is_temporary:
@@ -202,7 +214,7 @@ def _rerun(run: Run, scratch: Path, is_temporary: bool) -> None:
         status = subprocess.run(command, check=False).returncode
     if status:
         raise RunError(
-            f"the rerun of experiments.{name} failed with exit status {status}: "
+            f"the rerun of {' '.join(program)} failed with exit status {status}: "
             f"the reason is printed above{_describe_relative_path(run)}"
         )
 

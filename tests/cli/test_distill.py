@@ -1,10 +1,12 @@
 """Tests of `jaxkd distill`: plans, teachers from files, messages, and a run from start to end."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from jaxkd import data, distill, models, runs, weights
@@ -14,6 +16,8 @@ from jaxkd.cli.image_problem import ImageProblem
 from jaxkd.cli.main import main
 from jaxkd.data.records import Column
 from jaxkd.distill import methods
+from jaxkd.runs import verify
+from jaxkd.runs.run import read_run
 
 NAMES = ("dark", "light")
 SMALL = "CNN(features=(4,), hidden=8)"
@@ -60,6 +64,10 @@ def photos(tmp_path_factory):
     return folder
 
 
+def parse_options(arguments):
+    return tyro.cli(DistillCommand, args=arguments)
+
+
 @pytest.mark.thorough
 def test_distil_then_predict(photos, tmp_path, capsys):
     run = tmp_path / "run"
@@ -86,6 +94,12 @@ def test_distil_then_predict(photos, tmp_path, capsys):
     main(["predict", str(run), str(photos / "test" / "light"), "--json"])
     classes = [row["classes"][0]["class"] for row in json.loads(capsys.readouterr().out)]
     assert classes == ["light"] * 6
+    # What a run notes of its files is no option.
+    recorded = read_run(run).config | {"teacher_source": {"commit": "0123"}}
+    options = verify.command_line_options(recorded)
+    assert parse_options(options) == dataclasses.replace(
+        parse_options(arguments[1:]), workdir=None, log=()
+    )
     # More seeds keep those that are trained.
     seeds = arguments.index("--num-seeds") + 1
     with jax.numpy_dtype_promotion("standard"):

@@ -374,7 +374,8 @@ def test_runs_that_cannot_be_repeated_are_refused(tiny):
         verify.verify("several", "scratch")
     make_run(tiny / "mine", experiment=None)
     with pytest.raises(
-        RunError, match=r"mine is not the run of an experiment: repeat it .*verify\.compare_runs"
+        RunError,
+        match=r"mine is not the run of an experiment or of jaxkd distill: .*verify\.compare_runs",
     ):
         verify.verify("mine", "scratch")
     make_run(tiny / "failing", fail=True)
