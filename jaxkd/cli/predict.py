@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 1024
 """Number of images in memory at once."""
+MAX_STDIN = 2**28
+"""Largest number of characters that standard input may have."""
 _MAX_SHOWN = 60
 """Number of characters of a text in the table."""
 
@@ -336,7 +338,13 @@ def _read_lines(file: str, column: str | None) -> tuple[Sequence[str], Sequence[
         if path.is_dir():
             raise DataError(f"{path} is a folder, but this student reads texts: name text files")
         return read_texts(path, field=None, column=column)
-    texts = [line.strip() for line in sys.stdin]
+    # A pipe need not end.
+    content = sys.stdin.read(MAX_STDIN + 1)
+    if len(content) > MAX_STDIN:
+        raise DataError(
+            f"standard input has more than {MAX_STDIN:,} characters: give files, or parts of it"
+        )
+    texts = [line.strip() for line in io.StringIO(content)]
     if not texts or not all(texts):
         raise DataError("standard input has an empty line: give one text a line")
     return texts, [f"stdin line {number}" for number in range(1, len(texts) + 1)]

@@ -34,6 +34,9 @@ _OTHER_FILES = {
     b"\x1f\x8b": "packed by gzip, but not named so: add .gz to its name, or unpack it",
     b"PAR1": "a Parquet file, but not named so: add .parquet to its name",
     b"%PDF": "a PDF file: save it as text in UTF-8",
+    b"\x89PNG": "an image, but texts are read here: give a file of text",
+    b"\xff\xd8\xff": "an image, but texts are read here: give a file of text",
+    b"GIF8": "an image, but texts are read here: give a file of text",
 }
 """Other files by their first bytes, and what to do with them."""
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -257,7 +257,12 @@ def evaluate_plan(
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     if make_score is not None:
         return _measure_scores(plan, models, test, make_score, throughput_batch, repeats)
-    if reference is None or reference not in names:
+    if reference is None:
+        raise ValueError(
+            f"evaluate_plan compares with a reference: pass reference=..., one of "
+            f"{list_some(names)}, or a make_score for models that predict no classes"
+        )
+    if reference not in names:
         raise ValueError(
             f"reference {reference!r} is not in the plan, which has {list_some(names)}"
         )

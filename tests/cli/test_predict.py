@@ -154,6 +154,9 @@ def test_texts_of_standard_input(text_student, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n"))
     output = predict(capsys, text_student, "-").out
     assert output.startswith("stdin line 1  a good film")
+    monkeypatch.setattr("jaxkd.cli.predict.MAX_STDIN", 20)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n" * 2))
+    assert "standard input has more than 20 characters" in fail(capsys, text_student, "-")[1]
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n\n"))
     assert "standard input has an empty line" in fail(capsys, text_student, "-")[1]
 

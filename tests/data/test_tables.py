@@ -588,6 +588,7 @@ def test_header_of_texts_without_classes_is_left_out(tmp_path):
         ("fine\tgood\n".encode("utf-16-le"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         ("fine\tgood\n".encode("utf-32-be"), "test.tsv is UTF-16 or UTF-32: save it as UTF-8"),
         (b"PK\x03\x04\x14\0\0\0", "test.tsv is a zip archive or a spreadsheet: unpack it"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "test.tsv is an image, but texts are read here: give a file"),
         (
             gzip.compress(b"fine\tgood\n", mtime=0),
             "test.tsv is packed by gzip, but not named so: add .gz",

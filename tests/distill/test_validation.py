@@ -189,7 +189,9 @@ def test_a_score_in_place_of_make_score_is_refused_by_the_table(tmp_path, unbrok
 
 
 def test_a_table_of_classes_needs_a_reference(unbroken):
-    with pytest.raises(ValueError, match="reference None is not in the plan, which has teacher"):
+    with pytest.raises(
+        ValueError, match="pass reference=..., one of teacher, student, or a make_score"
+    ):
         distill.evaluate_plan(make_plan(), unbroken[0], VALIDATION)
 
 
