@@ -252,10 +252,9 @@ def evaluate_plan(
             f"trained lacks {list_some(missing)} of the plan: pass what run_plan returned"
         )
     _check_same_seeds({e.name: len(trained[e.name]) for e in plan if not isinstance(e, Pretrained)})
-    if empty := [name for name in names if not trained[name]]:
-        raise ValueError(f"trained has no seed of {list_some(empty)}: pass what run_plan returned")
     models = {entry.name: _unique(trained[entry.name]) for entry in plan}
     if make_score is not None:
+        _check_has_seeds(models)
         return _measure_scores(plan, models, test, make_score, throughput_batch, repeats)
     if reference is None:
         raise ValueError(
@@ -269,6 +268,7 @@ def evaluate_plan(
     _check_split(test, "the test set", "inputs and labels")
     check_integers(test, "the test set")
     check_inputs(plan, test, "test set")
+    _check_has_seeds(models)
     settings = [list(buckets.lengths) if buckets else None, throughput_batch, repeats]
     digests, known = {}, {}
     if run is not None:
@@ -348,6 +348,12 @@ def _measure_scores(
             )
         )
     return rows
+
+
+def _check_has_seeds(models: Mapping[str, Sequence[TrainedModel]]) -> None:
+    """Raises `ValueError` if there is no trained model of a name."""
+    if empty := [name for name, seeds in models.items() if not seeds]:
+        raise ValueError(f"trained has no seed of {list_some(empty)}: pass what run_plan returned")
 
 
 def _predict_all(
