@@ -12,8 +12,8 @@ import numpy as np
 from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
 from jaxkd.distill.placement import DATA
-from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes
-from jaxkd.distill.step import BatchInfo, LossContext, StepFn, init_train_state
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, init_stage_state, input_shapes
+from jaxkd.distill.step import BatchInfo, LossContext, StepFn
 from jaxkd.distill.top_k import top_k
 from jaxkd.models.model import Model
 
@@ -143,13 +143,7 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Entry], seed: int) -> tu
 
     def init_state(key: Any, inputs: Any) -> Any:
         variables = stage.model.init(key, inputs)
-        return init_train_state(
-            variables,
-            stage.tx,
-            loss_params=loss_params,
-            loss_tx=stage.loss_tx,
-            has_average=stage.ema_decay is not None,
-        )
+        return init_stage_state(stage, variables, loss_params)
 
     teachers = [None if name == AVERAGE else entries[name] for name in stage.teachers]
     teacher_variables = tuple(

@@ -18,8 +18,8 @@ from jaxkd.distill._diagnosis import count_not_finite
 from jaxkd.distill._identity import TrainingDescriber
 from jaxkd.distill._restore import StageProgress, restore_training
 from jaxkd.distill.distributed import broadcast_from_primary, is_primary_process
-from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, input_shapes
-from jaxkd.distill.step import Purpose, TrainState, init_train_state
+from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, init_stage_state, input_shapes
+from jaxkd.distill.step import Purpose, TrainState
 from jaxkd.models.model import Model
 from jaxkd.runs import Run, RunError
 from jaxkd.runs.run import checkpoint_identity
@@ -237,13 +237,7 @@ def _init_state(
     loss_params = None
     if stage.init_loss is not None:
         loss_params = stage.init_loss(jax.random.fold_in(key, Purpose.LOSS_INIT))
-    return init_train_state(
-        variables,
-        stage.tx,
-        loss_params=loss_params,
-        loss_tx=stage.loss_tx,
-        has_average=stage.ema_decay is not None,
-    )
+    return init_stage_state(stage, variables, loss_params)
 
 
 def _restore(

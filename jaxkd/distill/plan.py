@@ -28,7 +28,7 @@ from jaxkd.distill._requirements import (
     named_arrays,
 )
 from jaxkd.distill.selection import Best
-from jaxkd.distill.step import LossFn
+from jaxkd.distill.step import LossFn, TrainState, init_train_state
 from jaxkd.models.model import Model
 
 MAX_NAME = 100
@@ -294,6 +294,17 @@ class Stage:
 
 Entry = Stage | Pretrained | Derived
 """An entry of a plan."""
+
+
+def init_stage_state(stage: Stage, variables: dict, loss_params: Any) -> TrainState:
+    """Returns the state of a stage before its first step, from its student's variables."""
+    return init_train_state(
+        variables,
+        stage.tx,
+        loss_params=loss_params,
+        loss_tx=stage.loss_tx,
+        has_average=stage.ema_decay is not None,
+    )
 
 
 def input_shapes(inputs: Any, batch_size: int = 1) -> Any:
