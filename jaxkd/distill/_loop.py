@@ -382,6 +382,9 @@ class TrainingLoop:
 
     def _check_bests(self) -> None:
         """Raises `ValueError` if a stage names a score that there is not, before the first step."""
+        # Those of classifiers are known, and checked before anything is compiled.
+        if self._validator.is_of_classes:
+            return
         for stage_run, best in zip(self.group.stage_runs, self._bests, strict=True):
             if stage_run.stage.best is not None:
                 variables = stage_run.state.average_variables
