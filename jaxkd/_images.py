@@ -1,6 +1,20 @@
-"""The order of the axes of images, which data and models check."""
+"""The order of the axes and the scale of the pixels of images, which data and models check."""
 
+from __future__ import annotations
+
+import warnings
 from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+UNIT_SCALE = "[0, 1]"
+"""The scale of floating-point pixels that were divided by 255."""
+BYTE_SCALE = "[0, 255]"
+"""The scale of pixels that were not divided."""
+MAX_SCANNED_IMAGES = 256
+"""Number of images in which the smallest and the largest pixel are looked for."""
 
 
 def check_channels_last(shape: Sequence[int]) -> None:
@@ -22,3 +36,70 @@ def check_channels_last(shape: Sequence[int]) -> None:
             f"images of shape {tuple(shape)} seem to be [N, C, H, W]: pass "
             "images.transpose(0, 2, 3, 1)"
         )
+
+
+def find_pixel_scale(images: Any) -> str | None:
+    """Returns the scale of the pixels of some images, or `None` if it is another or unknown.
+
+    Args:
+        images: Numbers `[N, ...]`.
+
+    Returns:
+        `UNIT_SCALE`, `BYTE_SCALE` or "[-1, 1]" for floating-point images, else `None`.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        return None
+    some = _take_some(images)
+    smallest, largest = float(some.min()), float(some.max())
+    # Resizing may give pixels slightly below 0, and standardised ones are beyond -1 and 1.
+    if -1 <= smallest < -0.5 and largest <= 1:
+        return "[-1, 1]"
+    if smallest < 0 or largest > 255:
+        return None
+    # Pictures may be dark, but none of many reaches 1/255 of the scale.
+    return UNIT_SCALE if largest <= 1 else (BYTE_SCALE if largest > 32 else None)
+
+
+def describe_wrong_scale(max_value: float | None, images: Any) -> str:
+    """Describes a scale of pixels that is not that of a model; an empty string if there is none.
+
+    Args:
+        max_value: Largest value of a pixel that the model takes, or `None` if it is not known.
+        images: What the model gets. Images of one colour tell nothing, such as an example of a
+            shape.
+    """
+    if max_value is None or np.ndim(images) != 4 or not len(images):
+        return ""
+    scale = find_pixel_scale(images)
+    is_wrong = (scale == UNIT_SCALE and max_value > 32) or (scale == BYTE_SCALE and max_value <= 1)
+    if not is_wrong or np.ptp(_take_some(images)) == 0:
+        return ""
+    right = "1.0" if scale == UNIT_SCALE else "255.0"
+    return (
+        f"images in {scale}, but its model takes pixels up to {max_value:g}: make the model "
+        f"with max_value={right}, or scale the images"
+    )
+
+
+def warn_of_lost_pixels(owner: str, images: Any) -> None:
+    """Warns if no pixel of uint8 images is above 1, as after a division by 255.
+
+    Args:
+        owner: What the images are, for the message.
+        images: Numbers `[N, ...]`.
+    """
+    if np.ndim(images) != 4 or not len(images) or images.dtype != np.uint8:
+        return
+    # Images that are black throughout are examples of a shape.
+    if _take_some(images).max() == 1:
+        warnings.warn(
+            f"no pixel of {owner} is above 1, though they are uint8: if they were divided by 255, "
+            "convert them to float32 before the division",
+            stacklevel=3,
+        )
+
+
+def _take_some(images: Any) -> np.ndarray:
+    """Returns some images, spread over all of them."""
+    some = np.asarray(images[:: max(1, len(images) // MAX_SCANNED_IMAGES)])
+    return some if some.dtype == np.uint8 else some.astype(np.float32)

@@ -18,10 +18,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from jaxkd._images import describe_wrong_scale
 from jaxkd._messages import describe_lacking_params, list_some
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.data.read_ahead import read_chunks
-from jaxkd.data.records import Column
+from jaxkd.data.records import Column, scannable
 from jaxkd.losses import hard_cross_entropy
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def make_predict(
         if not _count_rows(inputs):
             shapes = jax.tree.map(np.shape, inputs)
             raise ValueError(f"there is nothing to predict: inputs have the shape {shapes}")
+        if not isinstance(inputs, Mapping):
+            _warn_of_scale(model, inputs)
         batches = (
             _batches(inputs, batch_size) if buckets is None else buckets.batches(inputs, batch_size)
         )
@@ -135,6 +138,12 @@ def make_predict(
         return np.concatenate(all_logits)[np.argsort(np.concatenate(all_rows))]
 
     return predict
+
+
+def _warn_of_scale(model: Model, inputs: Any) -> None:
+    """Warns if images are on another scale than that of a model."""
+    if problem := describe_wrong_scale(model.max_value, scannable(inputs)):
+        warnings.warn(f"make_predict is given {problem}", stacklevel=3)
 
 
 def make_classifier_score(predict: PredictFn) -> Callable[[dict, Mapping[str, Any]], Score]:

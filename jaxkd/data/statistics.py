@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxkd._images import check_channels_last
+from jaxkd._images import check_channels_last, warn_of_lost_pixels
 from jaxkd.data.records import scannable
 
 # np.bincount makes an int64 copy of its input: 4M values take 32 MB.
@@ -43,6 +43,7 @@ def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
             f"images have shape {images.shape}, expected [N, H, W, C] with at least one pixel"
         )
     check_channels_last(images.shape)
+    warn_of_lost_pixels("the images", images)
     counts = _histograms(images)
     values = np.arange(256) / 255
     weights = counts / counts.sum(axis=1, keepdims=True)

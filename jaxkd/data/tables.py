@@ -28,6 +28,9 @@ LABEL_NAMES = (
 )  # fmt: skip
 """Names by which a header's column of classes is recognised, in any case."""
 
+PAIR_NAMES = ("question", "premise", "hypothesis", "context", "answer", "passage")
+"""Names by which the other text of a pair is recognised, beside a column of `TEXT_NAMES`."""
+
 MAX_CLASS_SHARE = 0.5
 """More classes than this share of the texts, and than two, are refused, unless both columns are
 named."""
@@ -362,7 +365,19 @@ def _choose_named(
             f"{path} has the columns {list_some(header)}: choose those of text and class by "
             f"{_OPTIONS}"
         )
+    if text is None:
+        _check_pair(path, header, text_index)
     return Columns(text_index, label_index, len(header), tuple(header))
+
+
+def _check_pair(path: Path, header: Sequence[str], text_index: int) -> None:
+    """Raises if a class seems to be that of two texts, of which one would be passed over."""
+    others = [name for name in header if name in PAIR_NAMES and name != header[text_index]]
+    if others:
+        raise DataError(
+            f"{path} has the texts {header[text_index]!r} and {others[0]!r}: if its classes are "
+            "those of pairs, join the two in one column; else choose one by --text-column"
+        )
 
 
 def _other_column(header: Sequence[str], index: int, usual: Sequence[str]) -> int | None:

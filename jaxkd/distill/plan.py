@@ -419,13 +419,22 @@ def order(plan: Sequence[Entry]) -> tuple[Entry, ...]:
 
     Raises:
         TypeError: If the plan is no sequence of stages and pretrained models.
-        ValueError: If two entries share a name, a stage names an unknown one, or stages depend on
-            each other in a cycle.
+        ValueError: If two entries share a name, if case is ignored, a stage names an unknown one,
+            or stages depend on each other in a cycle.
     """
     check_entries(plan)
     entries = {entry.name: entry for entry in plan}
     if len(entries) != len(plan):
         raise ValueError(f"stages must have different names, got {[entry.name for entry in plan]}")
+    # They name folders, and the disks of many laptops ignore case.
+    folders: dict[str, str] = {}
+    for name in entries:
+        other = folders.setdefault(name.casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"stages {other!r} and {name!r} differ in case alone, and would share a folder on "
+                "some disks: give one another name"
+            )
     needs = {entry.name: entry.needs for entry in plan}
     for name, needed in needs.items():
         # `TopologicalSorter` would accept an unknown name as one more entry that needs nothing.

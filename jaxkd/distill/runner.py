@@ -23,14 +23,13 @@ from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.distill._compile import check_buckets, compile_stages
 from jaxkd.distill._derived import Deriver, check_derived
-from jaxkd.distill._diagnosis import (
-    check_inputs,
-    check_tokens,
-    check_validation_labels,
-    explain_nan_logits,
-    has_unknown_labels,
-)
+from jaxkd.distill._diagnosis import explain_nan_logits, has_unknown_labels
 from jaxkd.distill._identity import TrainingDescriber
+from jaxkd.distill._input_checks import (
+    check_inputs,
+    check_stage_inputs,
+    check_validation_labels,
+)
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
@@ -467,9 +466,8 @@ def _check_data(
     """
     for stage in plan:
         if isinstance(stage, Stage):
-            owner = f"stage {shorten(stage.name, 40)!r}"
-            check_tokens(stage.examples(seed)["inputs"], owner)
-            check_integers(stage.examples(seed), owner)
+            check_stage_inputs(stage, seed)
+            check_integers(stage.examples(seed), f"stage {shorten(stage.name, 40)!r}")
     if scores_classes:
         _check_split(validation, "the validation split", "inputs and labels, or a make_score")
         check_integers(validation, "the validation split")

@@ -159,6 +159,24 @@ def broadcast_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(where, shape)
 
 
+def check_class_mask(where: Array, shape: tuple[int, ...], axis: int) -> None:
+    """Raises `ValueError` if a mask of one axis may be that of the examples or of the classes.
+
+    Who means one entry per example would leave out classes, where their numbers happen to agree.
+
+    Args:
+        where: The mask.
+        shape: The shape of the logits.
+        axis: The axis of the classes.
+    """
+    num_classes, is_first = shape[axis], axis in (0, -len(shape))
+    check_shape(
+        where.ndim != 1 or is_first or not 1 < where.size == shape[0] == num_classes,
+        f"where {where.shape} may be a mask of the classes or of the examples of {shape}: give it "
+        "the rank of the logits for classes, or weigh the values of the loss for examples",
+    )
+
+
 def align_classes(array: Array, ndim: int, axis: int) -> Array:
     """Puts the only axis of an array with one entry per class where the classes of logits are."""
     if array.ndim != 1:

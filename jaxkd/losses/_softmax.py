@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxkd.losses._arrays import (
     align_classes,
     broadcast_mask,
+    check_class_mask,
     check_positive,
     check_shape,
     refuse_outputs,
@@ -105,7 +106,9 @@ def softmax(
     probabilities are 0.
     """
     if where is not None:
-        where = align_classes(jnp.asarray(where), logits.ndim, axis)
+        where = jnp.asarray(where)
+        check_class_mask(where, logits.shape, axis)
+        where = align_classes(where, logits.ndim, axis)
         logits = jnp.where(broadcast_mask(where, logits.shape), logits, -jnp.inf)
     # A softmax does not depend on the shift, so the gradient through it would cancel.
     largest = jax.lax.stop_gradient(logits.max(axis, keepdims=True, initial=-jnp.inf))

@@ -77,7 +77,8 @@ def join(members: Mapping[str, Model]) -> Model:
         logits = jax.nn.logsumexp(stacked, axis=0) - jnp.log(jnp.float32(len(members)))
         return Outputs(logits, features), batch_stats
 
-    return Model(init, apply)
+    max_values = {model.max_value for model in members.values()}
+    return Model(init, apply, max_value=max_values.pop() if len(max_values) == 1 else None)
 
 
 def join_variables(variables: Mapping[str, Mapping[str, Any]]) -> dict:

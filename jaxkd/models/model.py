@@ -52,11 +52,14 @@ class Model(NamedTuple):
             updates the running statistics; a model without any returns `{}`. `key` is the source of
             randomness for dropout and other stochastic layers.
         network: What the pair was made from, if that is known. Only saving a student reads it.
+        max_value: Largest value of a pixel that `apply` takes, if that is known. Only checks of
+            images read it.
     """
 
     init: Callable[..., dict]
     apply: Callable[..., tuple[Outputs, dict]]
     network: Network | None = None
+    max_value: float | None = None
 
 
 def check_outputs(result: Any, name: str) -> Outputs:

@@ -79,7 +79,12 @@ def with_input_normalization(
         # A description has one normalisation of uint8 images, and no other.
         is_known = max_value is None and network.mean is None
         network = network._replace(mean=_to_tuple(mean), std=_to_tuple(std)) if is_known else None
-    return Model(lambda key, inputs: model.init(key, normalize(inputs)), apply, network)
+    return Model(
+        lambda key, inputs: model.init(key, normalize(inputs)),
+        apply,
+        network,
+        None if max_value is None else float(max_value),
+    )
 
 
 def _to_tuple(values: Array) -> tuple[float, ...]:
@@ -212,7 +217,7 @@ def with_class_order(model: Model, order: ArrayLike) -> Model:
         return outputs._replace(logits=outputs.logits[..., order]), batch_stats
 
     # The network alone would have its classes in another order.
-    return Model(model.init, apply)
+    return model._replace(apply=apply, network=None)
 
 
 def with_frozen_batch_stats(model: Model) -> Model:

@@ -9,6 +9,8 @@ from jaxkd.runs.errors import RunError
 from jaxkd.runs.results import is_finite_number
 
 _CURVES = {"epoch", "loss", "validation_loss", "validation_accuracy"}
+_MAX_NAME = 255
+"""Largest length of a folder's name in bytes."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -37,6 +39,11 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
             if type(value) is not expected or (expected is int and not is_finite_number(value)):
                 kind = "an integer" if expected is int else "a string"
                 raise ValueError(f"{name} must be {kind}, got {shorten(repr(value), 80)}")
+        # Checkpoints and loggers name folders after it.
+        if len(record["stage"].encode(errors="replace")) > _MAX_NAME:
+            raise ValueError(
+                f"stage must have at most {_MAX_NAME} bytes, got {shorten(record['stage'], 40)!r}"
+            )
         for name in record.keys() & _CURVES:
             value = record[name]
             if value is not None and not is_finite_number(value):

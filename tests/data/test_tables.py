@@ -156,6 +156,17 @@ def test_ambiguous_header_asks_for_the_columns(load, header, message):
     assert "text_column" in str(error.value) and "--label-column" in str(error.value)
 
 
+def test_one_text_of_a_pair_is_refused_unless_it_is_chosen(load):
+    """QNLI has a question and a sentence, and its classes are those of both."""
+    header = ("index", "question", "sentence", "label")
+    rows = [header, *((str(i), "why?", *row) for i, row in enumerate(ROWS))]
+    with pytest.raises(DataError, match=r"has the texts 'sentence' and 'question': .*--text-col"):
+        load({"train.tsv": rows, "test.tsv": rows})
+    with pytest.warns(UserWarning, match="the text is column 'sentence'"):
+        dataset = load({"train.tsv": rows, "test.tsv": rows}, text_column="sentence")
+    assert "why?" not in dataset.train.texts
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -149,3 +149,15 @@ PLACEMENTS = {
     "pmap": distill.PmapPlacement,
     "vectorized": vectorized_placement,
 }
+
+
+def run_error(folder, plan, **options):
+    """Returns the message of the error in which a plan ends, and checks that it is one line."""
+    with pytest.raises((runs.RunError, ValueError)) as caught:
+        train(folder, plan, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) <= 300
+    return message
+
+
+TRAINED = [distill.TrainedModel(make_model().init(jax.random.key(0), TRAIN["inputs"]), 0.0, 0.5)]

@@ -7,17 +7,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxkd import distill, evaluate, losses, models, runs
+from jaxkd import distill, losses, models, runs
 from jaxkd.distill import _diagnosis
 from jaxkd.models import LSTMClassifier
 from small_plans import (
     PLACEMENTS,
     TRAIN,
+    TRAINED,
     VALIDATION,
     get_losses,
     hard_loss,
     make_model,
     make_stage,
+    run_error,
     soft_loss,
     train,
 )
@@ -37,15 +39,6 @@ def with_input(value, examples=TRAIN):
     inputs = examples["inputs"].copy()
     inputs[7, 2] = value
     return {**examples, "inputs": inputs}
-
-
-def run_error(folder, plan, **options):
-    """Returns the message of the error in which a plan ends, and checks that it is one line."""
-    with pytest.raises((runs.RunError, ValueError)) as caught:
-        train(folder, plan, **options)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) <= 300
-    return message
 
 
 def optax_loss(student, teachers, batch, context):
@@ -280,14 +273,6 @@ def test_negative_tokens_are_refused_in_every_split(tmp_path):
         distill.evaluate_plan([right], {"text": TRAINED}, unsound, reference="text")
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [np.full((2, 3), -1.0), np.full((2, 3), -1, np.int16), np.full(2, -1), np.ones((0, 3), int)],
-)
-def test_negative_numbers_that_may_be_no_tokens_are_no_fault(inputs):
-    _diagnosis.check_tokens({"tokens": np.zeros((2, 3), int), "others": inputs}, "the test set")
-
-
 def test_the_last_token_of_the_vocabulary_is_no_fault(tmp_path):
     stage, data = make_text_stage(10)
     validation = {name: array[:2] for name, array in data.items()}
@@ -314,189 +299,6 @@ def test_labels_of_tokens_are_found_by_example():
     assert replaced.tolist() == [2, 0, 1, 2]
 
 
-def to_uint8(inputs):
-    """Makes bytes of inputs, on the scale 0 to 255."""
-    return np.clip(255 * inputs, 0, 255).astype(np.uint8)
-
-
-def with_bytes(examples):
-    return {**examples, "inputs": to_uint8(examples["inputs"])}
-
-
-def divide(key, inputs):
-    """An augmentation that the validation split does not pass."""
-    return inputs.astype(jnp.float32) / 255
-
-
-TRAINED = [distill.TrainedModel(make_model().init(jax.random.key(0), TRAIN["inputs"]), 0.0, 0.5)]
-
-
-@pytest.mark.parametrize(
-    ("data", "validation", "dtypes"),
-    [
-        (TRAIN, with_bytes(VALIDATION), ("float32", "uint8")),
-        (with_bytes(TRAIN), VALIDATION, ("uint8", "float32")),
-        (lambda seed: TRAIN, with_bytes(VALIDATION), ("float32", "uint8")),
-    ],
-)
-def test_a_validation_split_of_another_kind_of_dtype_is_refused(tmp_path, data, validation, dtypes):
-    """Bytes that are not divided, unlike the images of the training, give a low accuracy."""
-    message = run_error(tmp_path, [make_stage("first", data=data)], validation=validation)
-    assert f"'first' trains on inputs in {dtypes[0]}, but those of the validation split" in message
-    assert f"are in {dtypes[1]}" in message and "prepare both alike" in message
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_test_set_of_another_kind_of_dtype_is_refused():
-    plan = [make_stage("first")]
-    with pytest.raises(ValueError, match="in float32, but those of the test set are in uint8.*ali"):
-        distill.evaluate_plan(plan, {"first": TRAINED}, with_bytes(VALIDATION), reference="first")
-
-
-def test_dtypes_are_those_that_the_model_gets(tmp_path):
-    """An augmentation may divide bytes, or leave them as they are."""
-    stage = make_stage("first", data=with_bytes(TRAIN), augment=divide)
-    message = run_error(tmp_path, [stage], validation=with_bytes(VALIDATION))
-    assert "trains on inputs in float32 (after augment), but" in message and "in uint8" in message
-    _diagnosis.check_inputs([stage], VALIDATION, "test set")
-    flip = make_stage("flip", data=with_bytes(TRAIN), augment=lambda key, x: x[:, ::-1])
-    _diagnosis.check_inputs([flip], with_bytes(VALIDATION), "test set")
-    double = {**TRAIN, "inputs": TRAIN["inputs"].astype(np.float64)}
-    _diagnosis.check_inputs(
-        [make_stage("double", data=double, augment=divide)], VALIDATION, "test set"
-    )
-
-
-def make_images(largest, smallest=0.0):
-    images = np.random.default_rng(0).uniform(smallest, largest, (8, 2, 2, 1)).astype(np.float32)
-    images[0, 0, 0, 0] = largest
-    return {"inputs": images, "labels": np.zeros(8, np.int32)}
-
-
-@pytest.mark.parametrize(("largest", "other"), [(1.0, 255.0), (255.0, 1.0)])
-def test_images_of_another_scale_are_refused(largest, other):
-    stage = make_stage("first", data=make_images(largest))
-    message = rf"'first' trains on images in \[0, {largest:.0f}\], but those of the test set are in"
-    with pytest.raises(ValueError, match=message):
-        _diagnosis.check_inputs([stage], make_images(other), "test set")
-
-
-@pytest.mark.parametrize(("largest", "smallest"), [(1.2, 0.0), (9.0, 0.0), (255.0, -3.0)])
-def test_inputs_that_may_have_one_scale_are_no_fault(largest, smallest):
-    stage = make_stage("first", data=make_images(1.0))
-    _diagnosis.check_inputs([stage], make_images(largest, smallest), "test set")
-
-
-@pytest.mark.parametrize(("smallest", "other"), [(-1.0, 0.0), (0.0, -1.0)])
-def test_images_from_minus_1_to_1_have_a_scale_of_their_own(smallest, other):
-    stage = make_stage("first", data=make_images(1.0, smallest))
-    _diagnosis.check_inputs([stage], make_images(1.0, smallest), "test set")
-    with pytest.warns(
-        UserWarning, match=rf"in \[{smallest:.0f}, 1\], but those of the test set are"
-    ):
-        _diagnosis.check_inputs([stage], make_images(1.0, other), "test set")
-    with pytest.raises(
-        ValueError, match=rf"in \[{smallest:.0f}, 1\], but .* in \[0, 255\]: prepare"
-    ):
-        _diagnosis.check_inputs([stage], make_images(255.0), "test set")
-
-
-def test_images_that_may_be_standardised_or_resized_have_no_scale():
-    for smallest, largest in ((-2.1, 2.6), (-0.02, 1.0), (-1.0, 1.5)):
-        stage = make_stage("first", data=make_images(largest, smallest))
-        _diagnosis.check_inputs([stage], make_images(255.0), "test set")
-
-
-def check_shapes(shape, other, dtype=np.float32, **options):
-    """Compares inputs of a stage with those of a test set. Shapes leave out the examples."""
-    data = {"inputs": np.zeros((4, *shape), dtype), "labels": np.zeros(4, np.int32)}
-    stage = make_stage("first", data=data, **options)
-    _diagnosis.check_inputs([stage], {"inputs": np.zeros((2, *other), dtype)}, "test set")
-
-
-@pytest.mark.parametrize(
-    ("shape", "other", "dtype"),
-    [
-        ((6, 6, 3), (3, 6, 6), np.float32),
-        ((6, 6, 3), (3, 6, 6), np.uint8),
-        ((6, 6, 3), (6, 6, 1), np.float32),
-        ((6, 6), (6, 6, 1), np.float32),
-        ((8, 3), (8, 4), np.float32),
-        ((5,), (6,), np.float32),
-        ((2, 8), (3, 8), np.int32),
-        ((8,), (1, 8), np.int32),
-    ],
-)
-def test_inputs_of_another_shape_are_refused(shape, other, dtype):
-    with pytest.raises(ValueError, match="those of the test set have .* prepare both") as caught:
-        check_shapes(shape, other, dtype)
-    assert f"of shape {('N', *shape)}, but" in str(caught.value)
-    assert f"have {('N', *other)}: prepare" in str(caught.value) and len(str(caught.value)) <= 300
-
-
-def test_inputs_of_long_names_are_refused_in_a_short_line():
-    data = {"inputs": {"x" * 200: np.zeros((4, *[1] * 20))}, "labels": np.zeros(4, np.int32)}
-    stage = make_stage("s" * 100, data=data)
-    with pytest.raises(ValueError, match="prepare both alike, with the channels") as caught:
-        _diagnosis.check_inputs([stage], {"inputs": {"x" * 200: np.zeros((4, 3))}}, "test set")
-    assert len(str(caught.value)) <= 300
-
-
-def test_sizes_may_differ_but_are_said():
-    for shape, other in (((6, 6, 3), (3, 3, 3)), ((8, 3), (9, 3))):
-        with pytest.warns(UserWarning, match="but those of the test set have .* is another size"):
-            check_shapes(shape, other)
-    with pytest.warns(UserWarning, match=r"of size \(6, 6\), but .* have \(3, 3\)"):
-        check_shapes((6, 6, 1), (3, 3, 1), np.uint8)
-    # An augmentation may cut crops.
-    check_shapes((6, 6, 3), (4, 4, 3), augment=lambda key, x: x)
-
-
-def test_tokens_may_have_any_length_and_so_may_their_masks():
-    check_shapes((8,), (9,), np.int32)
-    check_shapes((2, 8), (2, 9), np.int32)
-    train, test = (
-        {"inputs": {"tokens": np.ones((4, length), np.int32), "mask": np.ones((4, length))}}
-        for length in (8, 9)
-    )
-    _diagnosis.check_inputs([make_stage("first", data=train)], test, "test set")
-    test["inputs"]["mask"] = np.ones((4, 7))
-    with pytest.raises(ValueError, match="inputs/mask of shape"):
-        _diagnosis.check_inputs([make_stage("first", data=train)], test, "test set")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "other"),
-    [
-        (np.int32, np.int64),
-        (np.int32, np.uint8),
-        (np.float32, np.float64),
-        (np.float32, jnp.bfloat16),
-        (bool, np.int32),
-    ],
-)
-def test_dtypes_of_one_kind_are_no_fault(dtype, other):
-    stage = make_stage("first", data={**TRAIN, "inputs": np.ones((45, 5), dtype)})
-    _diagnosis.check_inputs([stage], {"inputs": np.ones((2, 5), other)}, "test set")
-    # Other arrays have dtypes of their own.
-    labels = VALIDATION["labels"].astype(np.float32)
-    _diagnosis.check_inputs([make_stage("a")], {**VALIDATION, "labels": labels}, "test set")
-    _diagnosis.check_inputs([make_teacher(1.0)], with_bytes(VALIDATION), "test set")
-
-
-def test_each_array_of_a_dict_has_its_dtype():
-    def join(images, tokens):
-        return {"inputs": {"images": images, "tokens": tokens}}
-
-    images, tokens = TRAIN["inputs"], np.ones((45, 2), np.int32)
-    stage = make_stage("first", data={**TRAIN, **join(images, tokens)})
-    _diagnosis.check_inputs([stage], join(images, tokens.astype(np.int64)), "test set")
-    with pytest.raises(ValueError, match="inputs/images in float32.* test set are in uint8"):
-        _diagnosis.check_inputs([stage], join(to_uint8(images), tokens), "test set")
-    with pytest.raises(ValueError, match="inputs/tokens in int32.* test set are in float64"):
-        _diagnosis.check_inputs([stage], join(images, tokens / 2), "test set")
-
-
 def evaluation_error(stage, variables, test):
     trained = {stage.name: [distill.TrainedModel(variables, 0.0, 0.5)]}
     with pytest.raises(ValueError, match=f"the logits of '{stage.name}' are NaN for") as caught:
@@ -519,15 +321,6 @@ def test_unknown_tokens_of_a_test_set_are_named():
     variables = stage.model.init(jax.random.key(0), data["inputs"])
     message = evaluation_error(stage, variables, data)
     assert "the tokens of its inputs, from 3 to 11, outside of the vocabulary" in message
-
-
-def test_a_score_of_the_user_may_prepare_its_inputs(tmp_path):
-    def make_score(model):
-        return lambda variables, examples: evaluate.Score(0.5, 0.5)
-
-    options = {"validation": with_bytes(VALIDATION), "make_score": make_score}
-    trained, _ = train(tmp_path, [make_stage("first", steps=1)], **options)
-    assert trained["first"][0].validation_accuracy == 0.5
 
 
 @pytest.mark.parametrize(
@@ -555,19 +348,6 @@ def test_augmentations_with_constants_and_keys_are_fine(tmp_path):
 def test_an_augmentation_with_its_arguments_exchanged_is_named(tmp_path):
     message = run_error(tmp_path, [make_stage("first", augment=lambda x, key: x)])
     assert "returns a key: it is called as augment(key, inputs)" in message
-
-
-def test_numbers_of_another_scale_are_said(tmp_path):
-    larger = {**VALIDATION, "inputs": VALIDATION["inputs"] * 255}
-    plan = [make_stage("first", steps=1)]
-    match = "train on inputs up to .*, but those of the {} are up to .*: is another scale meant"
-    with pytest.warns(UserWarning, match=match.format("validation split")):
-        train(tmp_path / "larger", plan, validation=larger)
-    trained, _ = train(tmp_path / "same", plan)
-    with pytest.warns(UserWarning, match=match.format("test set")):
-        distill.evaluate_plan(plan, trained, larger, reference="first", repeats=1)
-    ten = {**VALIDATION, "inputs": VALIDATION["inputs"] * 10}
-    distill.evaluate_plan(plan, trained, ten, reference="first", repeats=1)
 
 
 @pytest.mark.parametrize("value", [2**40, -(2**40)])

@@ -79,6 +79,8 @@ def test_inconsistent_plans_are_refused():
         plan.order([make_stage("a", teachers=("b",))])
     with pytest.raises(ValueError, match="in a cycle: a -> b -> a|in a cycle: b -> a -> b"):
         plan.order([make_stage("a", teachers=("b",)), make_stage("b", start="a")])
+    with pytest.raises(ValueError, match="'kd' and 'KD' differ in case alone"):
+        plan.order([make_stage("kd"), make_stage("KD")])
 
 
 @pytest.mark.parametrize(

@@ -560,6 +560,18 @@ def test_wrong_masks_and_hyper_parameters_raise():
         losses.kl_divergence(student, teacher, temperature=jnp.inf)
 
 
+def test_a_mask_that_fits_examples_and_classes_is_refused():
+    student, teacher, _ = draw(shape=(4, 4))
+    mask = jnp.array([True, True, False, True])
+    with pytest.raises(
+        ValueError, match=r"where \(4,\) may be a mask of the classes or of the examples"
+    ):
+        losses.kl_divergence(student, teacher, where=mask)
+    by_class = losses.kl_divergence(student, teacher, where=mask[None])
+    kept = losses.kl_divergence(student[:3], teacher[:3], where=mask)
+    np.testing.assert_allclose(by_class[:3], kept, rtol=1e-6)
+
+
 @pytest.mark.parametrize("value", [None, "4", True, "0.9"])
 def test_hyper_parameters_that_are_no_numbers_raise(value):
     student, teacher, labels = draw()
@@ -606,8 +618,9 @@ def test_standardized_logits_of_any_size():
 @pytest.mark.parametrize("axis", [0, 1, -3])
 def test_one_entry_per_class_goes_along_the_axis_of_the_classes(axis):
     """Broadcasting would put it last, on an axis of the same length."""
+    full_shape = (4 if axis == 0 else 3, 4, 2, 4)
     student, teacher = (
-        jax.random.normal(jax.random.key(seed), (4, 4, 2, 4), jnp.float32) for seed in (0, 1)
+        jax.random.normal(jax.random.key(seed), full_shape, jnp.float32) for seed in (0, 1)
     )
     shape = tuple(4 if i == axis % 4 else 1 for i in range(4))
     weights, where = jnp.array([1.0, 0.5, 0.0, 2.0]), jnp.array([True, False, True, True])

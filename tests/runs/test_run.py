@@ -165,6 +165,7 @@ def test_metrics_rewind_to_a_step_and_leave_out_a_line_that_was_cut_off(tmp_path
         '{"seed": 0, "stage": 3, "step": 1}',
         '{"seed": 0, "stage": "a", "step": ' + 5000 * "1" + "}",
         '{"seed": 0, "stage": "a", "step": ' + 400 * "1" + "}",
+        '{"seed": 0, "stage": "' + 256 * "a" + '", "step": 1}',
         '{"seed": 0, "stage": "a", "step": 1, "validation_loss": "low"}',
         '{"seed": 0, "stage": "a", "step": 1, "validation_accuracy": NaN}',
         100_000 * "[",
