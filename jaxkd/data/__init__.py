@@ -11,6 +11,7 @@ from jaxkd.data.errors import DataError
 from jaxkd.data.mixing import Mix, Mixed, cutmix, mix_labels, mixup
 from jaxkd.data.rand_augment import Operation, rand_augment
 from jaxkd.data.records import Records
+from jaxkd.data.sequential import SequentialRecords
 from jaxkd.data.sources import load
 from jaxkd.data.statistics import channel_statistics
 from jaxkd.data.subset import balanced_subset, few_labels
@@ -22,6 +23,7 @@ __all__ = [
     "Mixed",
     "Operation",
     "Records",
+    "SequentialRecords",
     "Split",
     "balanced_subset",
     "channel_statistics",

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,6 +30,8 @@ class Records(Mapping[str, Any]):
     rows by which it is indexed. Columns and arrays of one length may be mixed:
     `{"inputs": records["inputs"], "labels": labels}`.
     """
+
+    _indices: np.ndarray | None = None
 
     def __init__(
         self,
@@ -75,12 +77,17 @@ class Records(Mapping[str, Any]):
         self._source = source
         self._convert = convert
         self._fingerprint = fingerprint
+        self._identity = f"{fingerprint} {len(source)}"
         self._indices = None if indices is None else _check_indices(indices, len(source))
         self.count = len(source) if self._indices is None else len(self._indices)
         if not self.count:
             raise DataError("there is no record in the source: pass one that has some")
+        self._inspect_first()
+
+    def _inspect_first(self) -> None:
+        """Reads the first record, for the names, shapes and dtypes."""
         self._lock = threading.Lock()
-        first = self._read([0])[0]
+        first = next(iter(self._read([0])))
         # Copies, in case that the source writes all records into one buffer.
         self._first = {name: np.array(value) for name, value in _name_values(first, 0)}
         self._columns = self._make_columns(first)
@@ -134,11 +141,17 @@ class Records(Mapping[str, Any]):
             DataError: If a record cannot be read, or differs from the first one in names, shapes
                 or dtypes.
         """
+        return self._stack(rows, self._read(rows))
+
+    def _stack(
+        self, rows: Sequence[int] | np.ndarray, examples: Iterable[Any]
+    ) -> dict[str, np.ndarray]:
+        """Returns the values of some records by name, `[B, ...]`."""
         arrays = {
             name: np.empty((len(rows), *first.shape), first.dtype)
             for name, first in self._first.items()
         }
-        for i, example in enumerate(self._read(rows)):
+        for i, example in enumerate(examples):
             values = dict(_name_values(example, int(rows[i])))
             self._check_like_first(values, int(rows[i]))
             for name, array in arrays.items():
@@ -163,7 +176,7 @@ class Records(Mapping[str, Any]):
 
     @functools.cached_property
     def _sample(self) -> dict[str, np.ndarray]:
-        sample = self.read(self.sample_rows)
+        sample = self._stack(self.sample_rows, self._read(self.sample_rows))
         for name, first in self._first.items():
             # Bytes, since NaN would differ from itself.
             if sample[name][0].tobytes() != first.tobytes():
@@ -177,7 +190,7 @@ class Records(Mapping[str, Any]):
     @functools.cached_property
     def digest(self) -> str:
         """A digest of the fingerprint, of which records take part, and of the sample."""
-        digest = hashlib.sha256(f"{self._fingerprint} {len(self._source)} {self.count}".encode())
+        digest = hashlib.sha256(f"{self._identity} {self.count}".encode())
         if self._indices is not None:
             digest.update(self._indices.astype(np.int64).tobytes())
         for name, array in self.sample.items():
@@ -185,7 +198,7 @@ class Records(Mapping[str, Any]):
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()
 
-    def _read(self, rows: Sequence[int] | np.ndarray) -> list[Any]:
+    def _read(self, rows: Sequence[int] | np.ndarray) -> Iterable[Any]:
         """Returns some records as dicts."""
         wanted = np.asarray(rows)
         wanted = (wanted if self._indices is None else self._indices[wanted]).tolist()
@@ -207,24 +220,9 @@ class Records(Mapping[str, Any]):
             raise
         # The code of the source and of `convert` is the user's.
         except Exception as error:
-            name = f"a record of {list_some(reading)[:60]}"
-            if len(reading) == 1:
-                name = f"record {reading[0]}"
-            raise DataError(
-                f"{name} cannot be read ({type(error).__name__}: {one_line(error)}): replace it, "
-                "or correct what reads it"
-            ) from error
+            raise unreadable(reading, error) from error
         for row, record in zip(rows, found, strict=True):
-            if record is None:
-                raise DataError(
-                    f"record {row} is None, as grain's filter leaves in place of what it removes: "
-                    "pass the indices of those to keep to data.Records instead"
-                )
-            if not isinstance(record, Mapping):
-                raise DataError(
-                    f"record {row} is a {type(record).__name__}, not a dict of arrays: pass a "
-                    "function that makes {'inputs': ..., 'labels': ...} of a record"
-                )
+            check_record(row, record)
         return found
 
     def _check_like_first(self, values: Mapping[str, np.ndarray], row: int) -> None:
@@ -309,6 +307,29 @@ class Column:
         )
 
 
+def unreadable(rows: Sequence[int] | np.ndarray, error: Exception) -> DataError:
+    """Returns the error that says that one of some records cannot be read, and why."""
+    name = f"record {rows[0]}" if len(rows) == 1 else f"a record of {list_some(rows)[:60]}"
+    return DataError(
+        f"{name} cannot be read ({type(error).__name__}: {one_line(error)}): replace it, or "
+        "correct what reads it"
+    )
+
+
+def check_record(row: int, record: Any) -> None:
+    """Raises `DataError` if a record is no dict of arrays."""
+    if record is None:
+        raise DataError(
+            f"record {row} is None, as grain's filter leaves in place of what it removes: "
+            "pass the indices of those to keep to data.Records instead"
+        )
+    if not isinstance(record, Mapping):
+        raise DataError(
+            f"record {row} is a {type(record).__name__}, not a dict of arrays: pass a "
+            "function that makes {'inputs': ..., 'labels': ...} of a record"
+        )
+
+
 def is_streamed(arrays: Any) -> bool:
     """Returns whether a column is among the values of a dict, or of dicts within."""
     return find_column(arrays) is not None
@@ -358,7 +379,7 @@ def _check_source(source: Any) -> None:
         raise DataError(
             f"a {type(source).__name__} cannot be read in any order: pass a source with "
             "len(source) and source[index], such as a grain.MapDataset before to_iter_dataset() "
-            "and without batches"
+            "and without batches, or data.SequentialRecords(source, count=...)"
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxkd.data.bucketing import LengthBuckets, token_lengths
+from jaxkd.data.sequential import find_sequential
 from jaxkd.distill.step import Purpose
 
 BATCHES_PER_POOL = 32
@@ -56,6 +57,18 @@ def make_order(key: Array, num_examples: int, batch_size: int) -> SelectFn:
         return np.concatenate(parts)
 
     return select
+
+
+def make_sequential_order(batch_size: int) -> SelectFn:
+    """Makes the function that selects the examples of a step in the order of their source.
+
+    Args:
+        batch_size: Number of examples in a batch.
+
+    Returns:
+        `step -> rows`, int [batch_size]. They go on over the end of an epoch.
+    """
+    return lambda step: np.arange(step * batch_size, (step + 1) * batch_size)
 
 
 def make_bucketed_order(
@@ -140,7 +153,9 @@ class BatchSelector:
         if buckets is None:
             self._lengths = []
             self._select_fns = [
-                make_order(key, count_examples(arrays), batch_size)
+                make_sequential_order(batch_size)
+                if find_sequential(arrays) is not None
+                else make_order(key, count_examples(arrays), batch_size)
                 for key, arrays in zip(keys, inputs, strict=True)
             ]
         else:

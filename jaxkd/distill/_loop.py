@@ -222,6 +222,7 @@ class TrainingLoop:
             batch_size=self.group.batch_size,
             placement=cast(StreamingPlacement, self._placement),
             put_scalar=self._arrays.get,
+            state=self.group.stage_runs[0].progress.records,
         )
 
     def _put_cut_examples(
@@ -475,6 +476,7 @@ class TrainingLoop:
                     "metrics": {name: values.tolist() for name, values in metrics[i].items()},
                     "stage": stage_run.fingerprint,
                     "scores": self._scores[i],
+                    "records": None if self._stream is None else self._stream.state,
                 }
                 arrays = pack_arrays(states[i], self._bests[i].variables)
                 try:

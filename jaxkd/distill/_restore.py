@@ -25,6 +25,7 @@ class StageProgress(NamedTuple):
         best_scores: Its scores; `None` before the first evaluation.
         num_worse: Number of evaluations since then.
         is_stopped: Whether the training has ended early.
+        records: The state of sequential records; `None` for other data.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class StageProgress(NamedTuple):
     best_scores: dict[str, float] | None = None
     num_worse: int = 0
     is_stopped: bool = False
+    records: dict[str, Any] | None = None
 
     @property
     def num_losses(self) -> int:

@@ -2,7 +2,7 @@
 
 A batch holds the examples that it would hold if all of them were in memory: it depends on the key
 and on the step alone. A training that goes on therefore reads the same batches, without a state of
-its reader.
+its reader. Sequential records have their own order, and a state that is saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,18 @@ import numpy as np
 from jaxkd._messages import shorten
 from jaxkd.data.read_ahead import count_threads, read_ahead
 from jaxkd.data.records import Column, find_column, is_streamed
+from jaxkd.data.sequential import find_sequential
 from jaxkd.distill._batches import SelectFn
+from jaxkd.distill._requirements import named_arrays
 from jaxkd.distill.placement import StreamingPlacement
 from jaxkd.distill.plan import Stage
 from jaxkd.distill.step import BatchInfo
 
 MAX_CALL_BYTES = 2**28
 """Size up to which batches are put onto the devices together, for steps in one loop."""
+
+STEPS_BETWEEN_STATES = 100
+"""Number of steps after which a state of sequential records is kept, to read a batch again."""
 
 _LABELS = (jax.tree_util.SequenceKey(0), jax.tree_util.DictKey("labels"))
 
@@ -38,6 +43,7 @@ class BatchStream:
         batch_size: int,
         placement: StreamingPlacement,
         put_scalar: Callable[[Any], Any],
+        state: Mapping[str, Any] | None,
     ) -> None:
         """Reads nothing before the first call of `take`.
 
@@ -49,7 +55,14 @@ class BatchStream:
             batch_size: Number of examples in a batch.
             placement: Where the batches are put.
             put_scalar: Puts a value that all batches share onto the devices.
+            state: That of sequential records before the first step, from a checkpoint.
         """
+        self._sequential = find_sequential(examples)
+        self.state = state
+        self._states = {}
+        if state is not None and self._sequential is not None:
+            self._sequential.set_state(state)
+            self._states[steps.start] = state
         self._examples = dict(examples)
         self._select = select
         self._batch_size = batch_size
@@ -74,7 +87,7 @@ class BatchStream:
         )
         threads = count_threads(examples)
         self._batches = read_ahead(
-            lambda step: self._read(self._select(step)[self._rows]),
+            self._read_step,
             steps,
             threads=threads,
             # Those of the next call, or one for each thread.
@@ -83,7 +96,13 @@ class BatchStream:
 
     def take(self, steps: range) -> tuple[Any, np.ndarray]:
         """Returns the batches of the next steps on the devices, and their numbers `[K, 1]`."""
-        return self._put([next(self._batches) for _ in steps])
+        batches = []
+        for step in steps:
+            arrays, self.state = next(self._batches)
+            batches.append(arrays)
+            if self.state is not None and (step + 1) % STEPS_BETWEEN_STATES == 0:
+                self._states[step + 1] = self.state
+        return self._put(batches)
 
     def load_scanned(
         self, positions: np.ndarray, labels: np.ndarray | None = None
@@ -103,7 +122,15 @@ class BatchStream:
         return self._put([arrays])
 
     def read_batch(self, step: int) -> dict[str, Any]:
-        """Returns the user's arrays of a step's batch, and the scalars, on the host."""
+        """Returns the user's arrays of a step's batch, and the scalars, on the host.
+
+        Of sequential records, none are read ahead any more.
+        """
+        known = [start for start in self._states if start <= step]
+        if self._sequential is not None:
+            self.close()
+            if known:
+                self._sequential.set_state(self._states[max(known)])
         arrays = self._read(self._select(step))
         leaves = [arrays.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(self._examples))]
         return jax.tree.unflatten(jax.tree.structure(self._examples), leaves)
@@ -111,6 +138,15 @@ class BatchStream:
     def close(self) -> None:
         """Stops reading."""
         self._batches.close()
+
+    def _read_step(self, step: int) -> tuple[dict[int, np.ndarray], Any]:
+        """Reads a step's examples, and the state of sequential records after them."""
+        rows = self._select(step)
+        if self._sequential is None:
+            return self._read(rows[self._rows]), None
+        # Each process reads all of them, and keeps its own.
+        arrays = {i: array[self._rows] for i, array in self._read(rows).items()}
+        return arrays, self._sequential.get_state()
 
     def _read(self, rows: np.ndarray) -> dict[int, np.ndarray]:
         """Reads some examples of every array, `[R, ...]`."""
@@ -160,3 +196,20 @@ def check_streams(plan: Sequence[Any], seed: int, placement: Any, *, has_buckets
                 f"{owner}, but buckets need the length of every example beforehand: leave out the "
                 "buckets, or pass arrays in memory"
             )
+        if find_sequential(stage.examples(seed)) is not None:
+            _check_sequential(stage, seed)
+
+
+def _check_sequential(stage: Stage, seed: int) -> None:
+    """Raises `ValueError` if a stage needs the numbers of sequential records."""
+    owner = f"the records of stage {shorten(stage.name, 40)!r} are sequential"
+    remedy = "pass a source with random access to data.Records"
+    columns = [array for _, array in named_arrays(stage.examples(seed)) if np.ndim(array)]
+    records = {id(column.records) if isinstance(column, Column) else None for column in columns}
+    if len(records) > 1:
+        raise ValueError(
+            f"{owner}, so that all of its arrays must be columns of them: return them from convert"
+        )
+    if stage.views is not None or stage.cache_teachers:
+        option = "views" if stage.views is not None else "cache_teachers"
+        raise ValueError(f"{owner}, but {option} needs a number for each of them: {remedy}")

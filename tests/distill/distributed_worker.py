@@ -104,8 +104,23 @@ def train_streamed(folder, **options):
     return trained, run
 
 
+def train_sequential(folder, **options):
+    """Trains on records that every process reads in order, keeping its share."""
+    options |= {"placement": distill.MeshPlacement(distill.make_mesh())}
+    examples = [
+        dict(zip(TRAIN, values, strict=True)) for values in zip(*TRAIN.values(), strict=True)
+    ]
+    records = data.SequentialRecords(examples, count=len(examples))
+    stages = [
+        dataclasses.replace(stage, data=records, batch_size=16)
+        for stage in make_teacher_and_student()
+    ]
+    return train(folder, stages, **options)
+
+
 CASES = {
     "streamed": train_streamed,
+    "sequential": train_sequential,
     "grown": train_grown,
     "mesh": train_on_mesh,
     "model_axis": train_on_model_axis,

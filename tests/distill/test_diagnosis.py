@@ -13,12 +13,12 @@ from jaxkd.models import LSTMClassifier
 from small_plans import (
     PLACEMENTS,
     TRAIN,
-    TRAINED,
     VALIDATION,
     get_losses,
     hard_loss,
     make_model,
     make_stage,
+    make_trained,
     run_error,
     soft_loss,
     train,
@@ -270,7 +270,7 @@ def test_negative_tokens_are_refused_in_every_split(tmp_path):
     message = run_error(tmp_path, [right], validation=unsound)
     assert message.startswith(f"the validation split: {refused}")
     with pytest.raises(ValueError, match=f"the test set: {refused}"):
-        distill.evaluate_plan([right], {"text": TRAINED}, unsound, reference="text")
+        distill.evaluate_plan([right], {"text": make_trained()}, unsound, reference="text")
 
 
 def test_the_last_token_of_the_vocabulary_is_no_fault(tmp_path):
@@ -309,7 +309,7 @@ def evaluation_error(stage, variables, test):
 
 def test_nan_in_a_test_set_is_told_from_nan_in_the_weights():
     stage = make_stage("first")
-    variables = TRAINED[0].variables
+    variables = make_trained()[0].variables
     message = evaluation_error(stage, variables, with_input(np.nan, VALIDATION))
     assert "1 of 20 examples (the first is number 7) of its 'inputs' hold NaN" in message
     unsound = jax.tree.map(lambda leaf: leaf * np.nan, variables)

@@ -61,14 +61,15 @@ def train(folder, cases, **options):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_process")
-    (summaries,) = train(folder, ["mesh", "one_by_one"], num_processes=1)
+    (summaries,) = train(folder, ["mesh", "one_by_one", "sequential"], num_processes=1)
     return summaries, folder / "0"
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    return train(folder, ["mesh", "model_axis", "vectorized", "grown"], num_processes=2), folder
+    cases = ["mesh", "model_axis", "vectorized", "grown", "sequential"]
+    return train(folder, cases, num_processes=2), folder
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,7 @@ EXPECTED = {
     "model_axis": "mesh",
     "vectorized": "one_by_one",
     "grown": "mesh",
+    "sequential": "sequential",
 }
 """The case of one process that trains the same."""
 
@@ -117,6 +119,7 @@ EXPECTED = {
         ("vectorized", "two_processes"),
         ("vectorized", "four_processes"),
         ("grown", "two_processes"),
+        ("sequential", "two_processes"),
     ],
 )
 def test_processes_train_like_one(one_process, request, case, processes):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxkd import data, distill, evaluate, models
 from jaxkd.distill import _input_checks
-from small_plans import TRAIN, TRAINED, VALIDATION, make_model, make_stage, run_error, train
+from small_plans import TRAIN, VALIDATION, make_model, make_stage, make_trained, run_error, train
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,9 @@ def test_a_validation_split_of_another_kind_of_dtype_is_refused(tmp_path, data, 
 def test_a_test_set_of_another_kind_of_dtype_is_refused():
     plan = [make_stage("first")]
     with pytest.raises(ValueError, match="in float32, but those of the test set are in uint8.*ali"):
-        distill.evaluate_plan(plan, {"first": TRAINED}, with_bytes(VALIDATION), reference="first")
+        distill.evaluate_plan(
+            plan, {"first": make_trained()}, with_bytes(VALIDATION), reference="first"
+        )
 
 
 def test_dtypes_are_those_that_the_model_gets(tmp_path):
@@ -182,7 +184,7 @@ def test_dtypes_of_one_kind_are_no_fault(dtype, other):
     # Other arrays have dtypes of their own, and it is not known on what a teacher was trained.
     labels = VALIDATION["labels"].astype(np.float32)
     _input_checks.check_inputs([make_stage("a")], {**VALIDATION, "labels": labels}, "test set")
-    teacher = distill.Pretrained("big", make_model(), TRAINED[0].variables)
+    teacher = distill.Pretrained("big", make_model(), make_trained()[0].variables)
     _input_checks.check_inputs([teacher], with_bytes(VALIDATION), "test set")
 
 
