@@ -66,6 +66,7 @@ class TrainingLoop:
         buckets: LengthBuckets | None,
         validator: Validator,
         save_every: float,
+        keep: int,
         evaluations: int,
     ) -> None:
         """Takes the group and its surroundings. Nothing is put onto the devices yet.
@@ -79,6 +80,7 @@ class TrainingLoop:
             buckets: The lengths to which batches of tokens are cut.
             validator: Evaluates the students.
             save_every: Seconds between two checkpoints.
+            keep: Number of the newest checkpoints that are kept.
             evaluations: Number of evaluations over the whole training.
         """
         self.group = group
@@ -89,6 +91,7 @@ class TrainingLoop:
         self._buckets = buckets
         self._validator = validator
         self._save_every = save_every
+        self._keep = keep
         # There is at most one evaluation after a step.
         self._evaluations = min(evaluations, group.steps)
         self._seconds = [stage_run.progress.seconds for stage_run in group.stage_runs]
@@ -486,6 +489,7 @@ class TrainingLoop:
                         jax.device_get(arrays),
                         notes=notes | self._bests[i].to_notes(),
                         identity=stage_run.identity,
+                        keep=self._keep,
                     )
                 finally:
                     # A save fails, or makes the folder again, if that was deleted during it.

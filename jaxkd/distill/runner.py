@@ -71,6 +71,7 @@ def run_plan(
     validation: Mapping[str, Any],
     placement: Placement | None = None,
     save_every: float = 15.0,
+    keep: int = 2,
     evaluations: int = 10,
     teacher_cache: str | os.PathLike | None = None,
     buckets: LengthBuckets | None = None,
@@ -98,6 +99,8 @@ def run_plan(
             `VectorizedPlacement` trains together the seeds, and the stages that share a program.
         save_every: Seconds between two checkpoints of a stage. A checkpoint is also saved at its
             end and on Ctrl-C, then not of students that are divided among several processes.
+        keep: Number of the newest checkpoints of a training that are kept, for weights of earlier
+            steps. With two, one may become damaged.
         evaluations: Number of evaluations of each stage, evenly spread, the last one at its end.
         teacher_cache: Folder of the cached logits of teachers, which runs may share. By default a
             folder of this run.
@@ -114,11 +117,11 @@ def run_plan(
     Raises:
         TypeError: If the plan, the seeds, the run, the validation split, the placement or the
             buckets are of another type.
-        ValueError: If the plan is inconsistent, `evaluations` is less than 1, `save_every` is
-            negative or NaN, seeds are out of range or repeated, the validation split lacks labels,
-            holds text, or has inputs of another kind than a stage, the weights of a pretrained
-            model have other shapes than its model, a token id is negative, or `buckets` meet
-            logits of each token that need one length.
+        ValueError: If the plan is inconsistent, `evaluations` or `keep` is no integer of at least
+            1, `save_every` is negative or NaN, seeds are out of range or repeated, the validation
+            split lacks labels, holds text, or has inputs of another kind than a stage, the weights
+            of a pretrained model have other shapes than its model, a token id is negative, or
+            `buckets` meet logits of each token that need one length.
         RunError: If a loss is not finite, another thread trains in the run's folder, the run holds
             checkpoints of another training (the message names what differs) and may not grow, its
             folder was deleted, or XLA computes with outdated weights
@@ -126,10 +129,9 @@ def run_plan(
         OSError: If the run's folder or that of the teachers' logits cannot be written.
         ImportError: If orbax is missing.
     """
-    if not isinstance(evaluations, (int, np.integer)) or evaluations < 1:
-        raise ValueError(
-            f"evaluations must be an integer of at least 1, the one at the end, got {evaluations!r}"
-        )
+    for name, count in (("evaluations", evaluations), ("keep", keep)):
+        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r:.40}")
     if not isinstance(save_every, (int, float, np.number)):
         raise TypeError(f"save_every must be a number of seconds, got {save_every!r}")
     if not save_every >= 0:  # which NaN is not either
@@ -188,6 +190,7 @@ def run_plan(
             buckets=buckets,
             validator=validator,
             save_every=save_every,
+            keep=keep,
             evaluations=evaluations,
         )
         trainer = Trainer(run, placement, trained, describer, make_loop, deriver, progress)

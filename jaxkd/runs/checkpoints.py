@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from jaxkd._files import delete, describe_differences, write_atomically
-from jaxkd._messages import first_line, shorten
+from jaxkd._messages import first_line, list_some, shorten
 from jaxkd.runs.errors import add_install_command
 
 ATTEMPTS = 3
@@ -37,10 +37,10 @@ It measures with a clock that a user or a time server may set forward.
 RETRY_SECONDS = 1.0
 """Time between two attempts."""
 
-# Orbax's barriers and its logger belong to the process: saves of two threads would wait for each
-# other forever.
 _STEP = r"0|[1-9][0-9]*"
 """The name of a checkpoint. `007` and digits of other scripts are none that `save` writes."""
+# Orbax's barriers and its logger belong to the process: saves of two threads would wait for each
+# other forever.
 _ORBAX_LOCK = threading.Lock()
 
 
@@ -142,7 +142,8 @@ def restore(
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
-    newest = _find_newest_sound(folder, identity)
+    _check_folder(folder)
+    newest = _find_newest_sound(folder, _find_steps(folder), identity)
     if newest is None:
         return None
     step, manifest = newest
@@ -158,15 +159,19 @@ def restore(
 
 
 def load(
-    folder: str | os.PathLike, *, identity: Mapping[str, Any] | None = None
+    folder: str | os.PathLike,
+    *,
+    step: int | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Restored | None:
-    """Loads the newest sound checkpoint in a folder into host memory, whatever its structure.
+    """Loads a checkpoint into host memory, whatever its structure: the newest sound one by default.
 
     A checkpoint that is damaged, or that is one of another training or step, is passed over with a
     warning.
 
     Args:
         folder: The folder with the checkpoints of one training.
+        step: The step of the checkpoint, among those that `run_plan(keep=...)` has kept.
         identity: As for `restore`.
 
     Returns:
@@ -174,11 +179,19 @@ def load(
         no sound one.
 
     Raises:
-        ValueError: If the folder is that of one checkpoint or of a run.
+        ValueError: If the folder is that of one checkpoint or of a run, or has no checkpoint of the
+            step.
         ImportError: If orbax is missing.
     """
     folder = Path(folder).absolute()
-    newest = _find_newest_sound(folder, identity)
+    _check_folder(folder)
+    steps = _find_steps(folder)
+    if step is not None:
+        if step not in steps:
+            found = f"only those of {list_some(steps)}" if steps else "none at all"
+            raise ValueError(f"{folder} has no checkpoint of step {step!r:.20}, {found}")
+        steps = [step]
+    newest = _find_newest_sound(folder, steps, identity)
     if newest is None:
         return None
     step, manifest = newest
@@ -308,14 +321,10 @@ def _delete_others(folder: Path, steps: list[int]) -> None:
 
 
 def _find_newest_sound(
-    folder: Path, identity: Mapping[str, Any] | None
+    folder: Path, steps: Sequence[int], identity: Mapping[str, Any] | None
 ) -> tuple[int, dict[str, Any]] | None:
-    """Returns the step and the manifest of the newest sound checkpoint.
-
-    Raises `ValueError` if the folder is a checkpoint itself, or that of a run.
-    """
-    _check_folder(folder)
-    for step in _find_steps(folder):
+    """Returns the step and the manifest of the first sound checkpoint among some steps."""
+    for step in steps:
         try:
             return step, _read_sound_manifest(folder, step, identity)
         # A deeply nested manifest is a `RecursionError`.

@@ -205,6 +205,20 @@ def test_plan_without_evaluations_is_refused(tmp_path):
         train(tmp_path, make_chain(), evaluations=0)
 
 
+def test_checkpoints_of_earlier_steps_are_kept(tmp_path):
+    trained, run = train(tmp_path, [make_stage("first")], save_every=0, evaluations=3, keep=3)
+    folder = run.checkpoint_folder(0, "first")
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.is_dir())
+    assert len(steps) == 3 and steps[-1] == 12
+    saved = [checkpoints.load(folder, step=step).tree["params"] for step in steps]
+    chex.assert_trees_all_equal(saved[-1], trained["first"][0].variables["params"])
+    assert not np.array_equal(*(jax.tree.leaves(params)[0] for params in saved[:2]))
+    with pytest.raises(ValueError, match="has no checkpoint of step 99, only those of 12, "):
+        checkpoints.load(folder, step=99)
+    with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"):
+        train(tmp_path, [make_stage("first")], keep=0)
+
+
 @pytest.mark.parametrize("max_students", [1, 4])
 def test_plan_without_seeds_trains_nothing(tmp_path, max_students):
     mesh = distill.make_mesh(devices=jax.devices()[:1])
