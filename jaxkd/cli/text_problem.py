@@ -95,15 +95,15 @@ class TextProblem(Problem):
             raise ValueError(f"{option} {shorten(description, 60)} needs a BERT as --teacher")
         teacher = self._bert.module
         module = models.make_module(f"BERT(vocab_size=1, {description.partition('(')[2] or ')'}")
-        expected = models.BERT(vocab_size=1, layers=module.layers)
+        expected = models.BERT(vocab_size=1, layers=module.layers, remat=module.remat)
         if module != expected or not 1 <= module.layers <= teacher.layers:
             raise ValueError(
                 f"{option} {shorten(description, 60)}: write BERT(layers=N) with N from 1 to "
-                f"{teacher.layers}; the rest is that of the teacher"
+                f"{teacher.layers}, or BERT(layers=N, remat=True); the rest is that of the teacher"
             )
         layers = np.linspace(0, teacher.layers - 1, module.layers).round().astype(int).tolist()
         rules = transfer.layer_rules("params/block{i}/{rest...}", layers)
-        model = models.from_linen(teacher.clone(layers=module.layers))
+        model = models.from_linen(teacher.clone(layers=module.layers, remat=module.remat))
         return Student(model, {"start": "teacher", "transfer": make_transfer(rules)})
 
     def _make_network(self, description: str, option: str) -> models.Model:

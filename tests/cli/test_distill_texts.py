@@ -87,6 +87,8 @@ def test_bert_is_fine_tuned_and_cut(reviews, bert):
             np.array_equal, start["params"][block], dict(teacher.variables["params"][layer])
         )
         assert all(jax.tree.leaves(equal))
+    _, (_, alone, _) = plan_of(reviews, teacher=str(bert), student="BERT(layers=2, remat=True)")
+    assert alone.model.network.module.remat
 
 
 @pytest.mark.parametrize(
