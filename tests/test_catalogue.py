@@ -58,7 +58,12 @@ def test_repeats_the_docstring(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FUNCTIONS if name.endswith(("_loss", "_divergence", "_entropy"))]
+    "name",
+    [
+        name
+        for name in FUNCTIONS
+        if name.endswith(("_loss", "_divergence", "_entropy", "_distance"))
+    ],
 )
 def test_every_loss_has_a_formula(name):
     assert ROWS[name][1]

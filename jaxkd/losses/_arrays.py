@@ -80,6 +80,17 @@ def check_fraction(
     return _check_range(name, value, lambda x: (x > 0) & (x < 1), "in (0, 1)")
 
 
+def check_number(name: str, value: float) -> float:
+    """Returns a hyper-parameter that must be a finite Python number, which chooses the formula."""
+    known = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    if known is None or known.ndim or known.dtype.kind not in "iuf" or not np.isfinite(known):
+        raise TypeError(
+            f"{name} must be a finite Python number, got {shorten(repr(value), 80)}: close over it "
+            "in a function under jit"
+        )
+    return float(known)
+
+
 def check_weights(kind: str, weights: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
     """Returns the weights of classes or teachers as an array.
 

@@ -25,14 +25,13 @@ from jaxkd.losses._arrays import (
     weigh,
     zero_masked,
 )
+from jaxkd.losses._labels import non_target_mask, take_at_labels, target_against_rest
 from jaxkd.losses._softmax import (
-    Softmax,
     check_labels,
     check_logits,
     check_logits_pair,
     divergence,
     expectation,
-    log_sum_exp,
     soften,
     softmax,
 )
@@ -82,7 +81,7 @@ def hard_cross_entropy(
         where = check_mask("example", where, labels.shape)
         logits, labels = zero_masked(where, logits), zero_masked(where, labels)
     if weights is None:
-        values = -_take_at_labels(softmax(logits).log_probabilities, labels)
+        values = -take_at_labels(softmax(logits).log_probabilities, labels)
     else:
         weights = check_weights("classes", weights, logits.dtype)
         check_shape(
@@ -94,7 +93,7 @@ def hard_cross_entropy(
         in_range = (labels >= 0) & (labels < logits.shape[-1])
         weights = jnp.where(in_range, jnp.take(weights, labels, mode="clip"), 1)
         (logits,) = exclude_unused(weights != 0, logits)
-        values = weigh(weights, -_take_at_labels(softmax(logits).log_probabilities, labels))
+        values = weigh(weights, -take_at_labels(softmax(logits).log_probabilities, labels))
     return values if where is None else zero_masked(where, values)
 
 
@@ -352,9 +351,9 @@ def normalized_loss(
     """
     student, teacher = check_logits_pair(student_logits, teacher_logits)
     labels = check_labels(labels, student.shape)
-    non_target = _non_target_mask(labels, student.shape[-1])
-    teacher_confidence = _take_at_labels(softmax(teacher).probabilities, labels)
-    student_log = _take_at_labels(softmax(student).log_probabilities, labels)
+    non_target = non_target_mask(labels, student.shape[-1])
+    teacher_confidence = take_at_labels(softmax(teacher).probabilities, labels)
+    student_log = take_at_labels(softmax(student).log_probabilities, labels)
     # Through `expectation`, since the student may rule the label out where the confidence is 0.
     target_term = expectation(teacher_confidence[..., None], student_log[..., None])
     weights = check_term_weight("gamma", gamma, target_term.shape, target_term.dtype)
@@ -364,25 +363,11 @@ def normalized_loss(
     return -target_term - weigh(weights * scale, non_target_term)
 
 
-def _take_at_labels(values: Array, labels: Array) -> Array:
-    """Returns the values at the labels, and NaN where a label is out of range."""
-    # JAX counts negative indices from the end: −1 would be read as the last class.
-    labels = jnp.where(labels < 0, values.shape[-1], labels)
-    taken = jnp.take_along_axis(values, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
-    return taken[..., 0]
-
-
-def _non_target_mask(labels: Array, num_classes: int) -> Array:
-    """Returns a mask `[..., C]` that is True for all classes but the label."""
-    return ~jax.nn.one_hot(labels, num_classes, dtype=bool)
-
-
 def _target_term(student: Array, teacher: Array, labels: Array, temperature: ArrayLike) -> Array:
     softened_student, softened_teacher, _ = soften(student, teacher, temperature)
-    non_target = _non_target_mask(labels, student.shape[-1])
     return divergence(
-        _target_against_rest(softened_teacher.log_probabilities, labels, non_target),
-        _target_against_rest(softened_student.log_probabilities, labels, non_target),
+        target_against_rest(softened_teacher.log_probabilities, labels),
+        target_against_rest(softened_student.log_probabilities, labels),
     )
 
 
@@ -390,17 +375,9 @@ def _non_target_term(
     student: Array, teacher: Array, labels: Array, temperature: ArrayLike
 ) -> Array:
     softened_student, softened_teacher, _ = soften(student, teacher, temperature)
-    non_target = _non_target_mask(labels, student.shape[-1])
+    non_target = non_target_mask(labels, student.shape[-1])
     # A softmax of log-probabilities over fewer classes is the softmax of the logits over them.
     return divergence(
         softmax(softened_teacher.log_probabilities, where=non_target),
         softmax(softened_student.log_probabilities, where=non_target),
     )
-
-
-def _target_against_rest(log_probabilities: Array, labels: Array, non_target: Array) -> Softmax:
-    """Returns the distribution `[..., 2]` over the true class and all other classes together."""
-    # Not log(1 − p_label), which is −inf once p_label rounds to 1.
-    rest = log_sum_exp(jnp.where(non_target, log_probabilities, -jnp.inf))
-    logs = jnp.stack([_take_at_labels(log_probabilities, labels), rest], -1)
-    return Softmax(jnp.exp(logs), logs)

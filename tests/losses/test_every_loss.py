@@ -67,6 +67,41 @@ CASES = {
         LOGITS,
         lambda s, t: losses.jensen_shannon_divergence(s, t, **with_temperature(beta=0.3)),
     ),
+    "skewed_kl_divergence": (LOGITS, losses.skewed_kl_divergence),
+    "skewed_reverse_kl_divergence": (LOGITS, losses.skewed_reverse_kl_divergence),
+    "adaptive_kl_divergence": (LOGITS, losses.adaptive_kl_divergence),
+    "alpha_beta_divergence": (
+        LOGITS,
+        lambda s, t: losses.alpha_beta_divergence(s, t, alpha=0.2, beta=0.7),
+    ),
+    "renyi_divergence": (LOGITS, lambda s, t: losses.renyi_divergence(s, t, order=2.0)),
+    "total_variation_distance": (LOGITS, losses.total_variation_distance),
+    "transformed_teacher_loss": (
+        LOGITS,
+        lambda s, t: losses.transformed_teacher_loss(s, t, weighted=True),
+    ),
+    "interpolated_logits": (
+        LOGITS,
+        lambda s, t: losses.interpolated_logits(s, t, fraction=0.3),
+    ),
+    "reverse_gradient": (LOGITS[:1], lambda x: losses.reverse_gradient(x, strength=0.5)),
+    "curriculum_temperature": (
+        LOGITS,
+        lambda s, t: losses.kl_divergence(
+            s,
+            t,
+            temperature=losses.curriculum_temperature(
+                losses.init_curriculum_temperature(), strength=0.5
+            ),
+        ),
+    ),
+    "refined_logits_loss": (
+        (*LOGITS, LABELS),
+        lambda s, t, y: losses.refined_logits_loss(s, t, y, correlation_weight=2.0),
+    ),
+    "batch_correlation_loss": (LOGITS, losses.batch_correlation_loss),
+    "class_correlation_loss": (LOGITS, losses.class_correlation_loss),
+    "multi_level_loss": (LOGITS, losses.multi_level_loss),
     "logit_mse_loss": (LOGITS, losses.logit_mse_loss),
     "standardize_logits": (LOGITS[:1], losses.standardize_logits),
     "hard_cross_entropy": (
@@ -206,7 +241,11 @@ CASES = {
 }
 # These take and return integers or state; the tests of their modules cover them.
 NOT_CASES = {"uniform_layers", "skip_layers", "last_layers", "custom_layers"}
+NOT_CASES |= {"Interpolation", "init_interpolation", "update_interpolation"}
+NOT_CASES |= {"init_curriculum_temperature"}
 NOT_CASES |= {"ContrastiveBank", "init_bank", "draw_negatives", "calibrate_bank", "update_bank"}
+
+LOSS_ENDINGS = ("_loss", "_divergence", "_distance", "_entropy")
 
 
 def test_every_function_is_covered():
@@ -252,7 +291,8 @@ def test_jit_vmap_pmap_and_sharding_equal_eager(name):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
+    "name",
+    [name for name in CASES if name.endswith(LOSS_ENDINGS)],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_of_narrow_arrays_are_float32_with_a_value_per_example(name, dtype):
@@ -277,7 +317,8 @@ def test_losses_of_narrow_arrays_are_float32_with_a_value_per_example(name, dtyp
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name.endswith(("_loss", "_divergence", "_entropy"))]
+    "name",
+    [name for name in CASES if name.endswith(LOSS_ENDINGS)],
 )
 def test_no_examples_give_no_values(name):
     arrays, function = CASES[name]
