@@ -70,9 +70,17 @@ def describe_wrong_scale(max_value: float | None, images: Any) -> str:
     """
     if max_value is None or np.ndim(images) != 4 or not len(images):
         return ""
+    some = _take_some(images)
+    smallest, largest = float(some.min()), float(some.max())
+    # Resizing and augmentation may give pixels slightly below 0.
+    if smallest < -max_value / 4:
+        return (
+            f"images from {smallest:.3g} to {largest:.3g}, but its model takes pixels from 0 to "
+            f"{max_value:g}: take back what was done to them, such as by (images + 1) / 2"
+        )
     scale = find_pixel_scale(images)
     is_wrong = (scale == UNIT_SCALE and max_value > 32) or (scale == BYTE_SCALE and max_value <= 1)
-    if not is_wrong or np.ptp(_take_some(images)) == 0:
+    if not is_wrong or smallest == largest:
         return ""
     right = "1.0" if scale == UNIT_SCALE else "255.0"
     return (

@@ -489,7 +489,10 @@ def flops(model: Model, variables: dict, inputs: Any) -> float | None:
         8.2
     """
     # Lowered from shapes alone: nothing runs, and no weights are copied to the CPU.
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    # JAX makes float32 of float64.
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)), variables
+    )
     example = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)),
         inputs,

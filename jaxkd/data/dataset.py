@@ -20,6 +20,11 @@ MIN_EXAMPLES = 20
 MAX_EQUAL_SHARE = 0.01
 """Largest share of equal examples of which nothing is said: public datasets have a few."""
 
+MAX_GREY_DIFFERENCE = 0.9
+"""Largest difference of the shares of grey images of two sets of which nothing is said."""
+MAX_COLOUR_IMAGES = 256
+"""Number of images in which colours are looked for."""
+
 
 class Split(NamedTuple):
     """Images and their classes.
@@ -99,6 +104,7 @@ def make_dataset(
     warn_of_missing_classes(name, given, train.labels, class_names)
     if is_streamed(train._asdict()):
         return Dataset(train, validation, test, class_names)
+    _warn_of_colours(name, train.images, test.images)
     train_hashes, test_hashes = _hash_images(train.images), _hash_images(test.images)
     if "validation" in given:
         validation_hashes = _hash_images(validation.images)
@@ -297,6 +303,25 @@ def warn_of_equal_examples(
             f"{name}: {num_unclear:,} of {len(train):,} training {kind} are in two classes at "
             "once: leave them in one"
         )
+
+
+def _warn_of_colours(name: str, train: np.ndarray, test: np.ndarray) -> None:
+    """Says if the images of only one of two sets have colours."""
+    shares = [_share_of_grey(images) for images in (train, test)]
+    if abs(shares[0] - shares[1]) > MAX_GREY_DIFFERENCE:
+        grey, coloured = ("training", "test") if shares[0] > shares[1] else ("test", "training")
+        warn(
+            f"{name}: {max(shares):.0%} of the {grey} images are grey, but {min(shares):.0%} of "
+            f"the {coloured} images: is one of the two sets converted?"
+        )
+
+
+def _share_of_grey(images: np.ndarray) -> float:
+    """Returns the share of images of three equal channels, among some; 0 for one channel."""
+    if images.shape[-1] != 3:
+        return 0.0
+    some = images[:: max(1, len(images) // MAX_COLOUR_IMAGES)]
+    return float(np.mean((some[..., :1] == some).reshape(len(some), -1).all(1)))
 
 
 def _hash_images(images: np.ndarray) -> list[int]:

@@ -21,7 +21,12 @@ from jaxkd.data.text_files import (
     iterate_lines,
     line_origin,
     take,
+    warn_of_columns,
 )
+
+MAX_EXCHANGED_SHARE = 0.3
+"""By how much the share of a split's source words that are words of the training targets may exceed
+that of words of the training sources."""
 
 
 class Pairs(NamedTuple):
@@ -97,6 +102,12 @@ def load_pairs(
     splits = {split: read_pairs(*pair, max_unpacked=max_unpacked) for split, pair in files.items()}
     if "test" not in splits:
         warn(f"{root}: there is no test set; a tenth of the training pairs is the test set")
+    for split, pairs in splits.items():
+        if split != "train" and _are_exchanged(splits["train"], pairs):
+            warn(
+                f"{files[split][0]} seems to be in the language of {files['train'][1].name}, by "
+                "its words: if the two languages are exchanged, rename the files"
+            )
     dataset = make_pair_dataset(splits["train"], splits.get("validation"), splits.get("test"))
     train, validation, test = ([*zip(*split[:2], strict=True)] for split in dataset)
     if "validation" in splits:
@@ -144,7 +155,7 @@ def read_pairs(
     targets = _strip_lines(target_path, target_lines)
     _check_translated(source_path, target_path, sources, targets)
     for path, lines in ((source_path, sources), (target_path, targets)):
-        _warn_of_columns(path, lines)
+        warn_of_columns(path, lines, "leave the sentence alone in each line")
     return Pairs(sources, targets, LineOrigins(source_path, range(len(sources))))
 
 
@@ -191,14 +202,19 @@ def _check_translated(
         )
 
 
-def _warn_of_columns(path: Path, lines: Sequence[str]) -> None:
-    """Warns of lines that tabs divide, such as a number and a sentence."""
-    num_divided = sum("\t" in line for line in lines)
-    if num_divided > len(lines) / 2 and num_divided > 1:
-        warn(
-            f"{num_divided:,} of {len(lines):,} lines of {path} have tabs, and are read as one "
-            "text with all that they divide: leave the sentence alone in each line"
-        )
+def _are_exchanged(train: Pairs, other: Pairs) -> bool:
+    """Returns whether the words of a split's sources are rather those of the training targets."""
+    words = _collect_words(other.sources)
+    if not words:
+        return False
+    in_sources, in_targets = (
+        len(words & _collect_words(texts)) / len(words) for texts in train[:2]
+    )
+    return in_targets > in_sources + MAX_EXCHANGED_SHARE
+
+
+def _collect_words(texts: Sequence[str]) -> set[str]:
+    return {word for text in texts for word in text.casefold().split() if word.isalpha()}
 
 
 def _has_field(line: str, text: str) -> bool:

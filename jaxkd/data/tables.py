@@ -31,6 +31,12 @@ LABEL_NAMES = (
 PAIR_NAMES = ("question", "premise", "hypothesis", "context", "answer", "passage")
 """Names by which the other text of a pair is recognised, beside a column of `TEXT_NAMES`."""
 
+SPLIT_NAMES = ("split", "subset", "partition", "set")
+"""Names of a column that may say in which set a line belongs."""
+
+MAX_SETS = 5
+"""Largest number of sets by which such a column divides a table."""
+
 MAX_CLASS_SHARE = 0.5
 """More classes than this share of the texts, and than two, are refused, unless both columns are
 named."""
@@ -84,6 +90,8 @@ class _Source(NamedTuple):
         first: The fields of its first line, without quotes and in lower case.
         counts: How many lines have each number of columns.
         recurring: Indices of the columns in which another line has what the first line has there.
+        sets: Values of a column by which lines may be divided, "train" and "test" among them; empty
+            without one.
     """
 
     path: Path
@@ -92,6 +100,7 @@ class _Source(NamedTuple):
     first: list[str]
     counts: Counter[int]
     recurring: set[int]
+    sets: set[str]
 
 
 def read_train_table(
@@ -126,6 +135,11 @@ def read_train_table(
         columns = _choose_named(path, source.first, text, label)
     else:
         columns = _choose_unnamed(source, text, label)
+    if columns.names and source.sets:
+        raise DataError(
+            f"{path} holds several sets, by a column with {list_some(sorted(source.sets))}: write "
+            "each into a file of its own, such as train.csv and test.csv"
+        )
     table = _make_table(source, columns)
     # Who names both columns may have a text for each class.
     if text is None or label is None:
@@ -301,17 +315,23 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
     counts: Counter[int] = Counter()
     first: list[str] = []
     recurring: set[int] = set()
+    sets: set[str] = set()
+    column_of_sets: int | None = None
     for index, fields in iterate_rows(path, text, form):
         if not any(fields):
             raise DataError(f"{line_origin(path, index)} is empty: remove it")
         if not counts:
             first = [_clean(field) for field in fields]
+            column_of_sets = next((i for i, name in enumerate(first) if name in SPLIT_NAMES), None)
         elif len(recurring) < len(first):
             for column, (name, field) in enumerate(zip(first, fields, strict=False)):
                 if name and _clean(field) == name:
                     recurring.add(column)
+        if counts and column_of_sets is not None and len(sets) <= MAX_SETS:
+            sets.update(_clean(field) for field in fields[column_of_sets:][:1])
         counts[len(fields)] += 1
-    return _Source(path, text, form, first, counts, recurring)
+    has_sets = len(sets) <= MAX_SETS and {"train", "training"} & sets and "test" in sets
+    return _Source(path, text, form, first, counts, recurring, sets if has_sets else set())
 
 
 def _read_option(option: str | int | None) -> str | int | None:
@@ -568,7 +588,10 @@ def _check_row(source: _Source, index: int, fields: Sequence[str], columns: Colu
     shown = shorten("\t".join(fields), 40)
     if columns[:3] == (0, 1, 2) and not source.form.has_keys:
         separator = DELIMITERS[source.form.delimiter]
-        raise DataError(f"{origin} must be a text, a {separator} and a class, got {shown!r}")
+        remedy = "" if index else "; if it is no example, remove it"
+        raise DataError(
+            f"{origin} must be a text, a {separator} and a class, got {shown!r}{remedy}"
+        )
     fault = "has no class" if len(fields) == columns.count else f"has {len(fields)} columns"
     raise DataError(
         f"{origin} {fault}, but each line must have {columns.count} columns: correct {shown!r}"

@@ -36,6 +36,7 @@ from jaxkd.data.text_files import (
     line_origin,
     strip_text,
     take,
+    warn_of_columns,
 )
 
 # Shorter texts, such as "a good film", occur within others by chance.
@@ -264,6 +265,7 @@ def _read_lines(
         raise DataError(f"{path} has no text below its first line")
     if field is None:
         _check_are_texts(path, texts, "each line", "column (--text-column)")
+        warn_of_columns(path, texts, "choose a column of a table by --text-column")
     else:
         _check_are_texts(path, texts, f"field {field}", "field (--unlabelled-field)")
     return tuple(texts), LineOrigins(path, indices)
@@ -492,6 +494,12 @@ def _sort_known_classes(
                 unseen[label] = table.origins[index]
     if respelled := describe_respelling(class_names, {*class_names, *unseen}):
         raise DataError(f"{path}: the classes {respelled}: rename one in all files")
+    for table in others:
+        if table.labels and known.issuperset(table.texts):
+            raise DataError(
+                f"the texts of {table.origins[0]} and below are the classes of {path}: give both "
+                "the same order of columns"
+            )
     if unseen:
         raise DataError(
             f"{path} must have all classes: it lacks {list_some(map(repr, unseen))}, which "

@@ -12,7 +12,7 @@ from typing import overload
 import numpy as np
 
 from jaxkd.data.dataset import fixed_key, hold_out_indices
-from jaxkd.data.errors import DataError, one_line
+from jaxkd.data.errors import DataError, one_line, warn
 
 FILE_NAMES = {
     "train": ("train",),
@@ -136,6 +136,22 @@ def check_different(paths: Iterable[Path]) -> None:
             raise DataError(
                 f"{first} and {second} are the same: a split must not have the examples of another"
             )
+
+
+def warn_of_columns(path: Path, lines: Sequence[str], remedy: str) -> None:
+    """Warns of lines that tabs divide, such as a number and a sentence.
+
+    Args:
+        path: The file.
+        lines: Its lines, each of which is read as one text.
+        remedy: What to do, for the message.
+    """
+    num_divided = sum("\t" in line for line in lines)
+    if num_divided > len(lines) / 2 and num_divided > 1:
+        warn(
+            f"{num_divided:,} of {len(lines):,} lines of {path} have tabs, and are read as one "
+            f"text with all that they divide: {remedy}"
+        )
 
 
 def split_lines(text: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxkd._images import (
 )
 from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
-from jaxkd.data.records import scannable
+from jaxkd.data.records import Column, scannable
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._requirements import named_arrays
 from jaxkd.distill.plan import Entry, Stage, input_shapes
@@ -27,6 +27,12 @@ from jaxkd.models.model import Model
 
 MAX_SCANNED_ROWS = 256
 """Number of examples in which the largest number is looked for."""
+MAX_SHARED_ROWS = 1000
+"""Number of examples of a split that are looked for among those of a stage."""
+MAX_HASHED_BYTES = 2**30
+"""Size of a stage's inputs up to which they are searched, which takes about a second."""
+MIN_SHARED_ROWS = 20
+"""Smallest split of which it is said that a stage trains on it."""
 MAX_RATIO = 100
 """Largest ratio of the largest numbers of two sets of which nothing is said."""
 
@@ -124,9 +130,40 @@ def check_inputs(
                 f"{' (after augment)' if stage.augment else ''}, but those of the {split} are in "
                 f"{other}, whose scale may be another: prepare both alike, such as images / 255"
             )
+        _warn_of_shared_examples(stage, examples["inputs"], split, seed or 0)
         _check_shapes(stage, inputs, others, split)
         if stage.augment is None:
             _check_scales(stage, inputs, others, split)
+
+
+def _warn_of_shared_examples(stage: Stage, inputs: Any, split: str, seed: int) -> None:
+    """Warns if most examples of a split are among those that a stage trains on."""
+    trained = jax.tree.leaves(stage.examples(seed)["inputs"])
+    others = jax.tree.leaves(inputs)
+    is_hashed = not any(isinstance(array, Column) for array in [*trained, *others])
+    if not is_hashed or sum(array.nbytes for array in trained) > MAX_HASHED_BYTES:
+        return
+    if [(a.shape[1:], a.dtype) for a in trained] != [(a.shape[1:], a.dtype) for a in others]:
+        return
+    count = len(others[0])
+    rows = np.unique(np.linspace(0, count - 1, min(count, MAX_SHARED_ROWS)).astype(int))
+    sought = _hash_rows(others, rows)
+    # Vectors of a few whole numbers are equal by chance.
+    if len(rows) < MIN_SHARED_ROWS or len(set(sought)) < len(rows) / 2:
+        return
+    known = set(_hash_rows(trained, range(len(trained[0]))))
+    num_shared = sum(row in known for row in sought)
+    if num_shared > len(rows) / 2:
+        warnings.warn(
+            f"{num_shared:,} of {len(rows):,} examples of the {split} are also among those that "
+            "stages train on, so that its scores say little of others: pass examples of its own",
+            stacklevel=4,
+        )
+
+
+def _hash_rows(arrays: Sequence[Any], rows: Iterable[int]) -> list[int]:
+    arrays = [np.asarray(array) for array in arrays]
+    return [hash(tuple(array[row].tobytes() for array in arrays)) for row in rows]
 
 
 def _check_model_scale(model: Model, images: Any, clause: str) -> None:

@@ -305,18 +305,28 @@ def check_pretrained(
         students = (s for s in plan if isinstance(s, Stage) and entry.name in s.teachers)
         student = next(students, None)
         inputs = scored_inputs(entry.model)
+        owner = f"pretrained model {shorten(entry.name, 40)!r}"
         if inputs is not None:
-            _check_variables(entry, inputs)
+            check_variables(owner, entry.model, entry.variables, inputs)
         elif student is not None:
-            _check_variables(entry, student.examples(seed)["inputs"])
+            inputs = student.examples(seed)["inputs"]
+            check_variables(owner, entry.model, entry.variables, inputs)
 
 
-def _check_variables(entry: Pretrained, inputs: Any) -> None:
-    fresh = jax.eval_shape(entry.model.init, jax.random.key(0), input_shapes(inputs))
+def check_variables(owner: str, model: Model, variables: Any, inputs: Any) -> None:
+    """Raises `ValueError` if an array that a model reads is missing or has another shape.
+
+    Args:
+        owner: What has the variables, for the message.
+        model: The model.
+        variables: Its variables, which may hold further arrays.
+        inputs: Inputs `[N, ...]`, an array or a dict of arrays.
+    """
+    fresh = jax.eval_shape(model.init, jax.random.key(0), input_shapes(inputs))
     # Another dtype and further arrays are no fault of a teacher.
-    source, target = ({k: v.shape for k, v in _leaves(t).items()} for t in (entry.variables, fresh))
+    source, target = ({k: v.shape for k, v in _leaves(t).items()} for t in (variables, fresh))
     differing = sorted(path for path in target if source.get(path) != target[path])
-    further = (entry.variables or {}).keys() - fresh.keys() - {"params", "batch_stats"}
+    further = (variables or {}).keys() - fresh.keys() - {"params", "batch_stats"}
     if not differing and not further:
         return
     if not differing:
@@ -324,7 +334,7 @@ def _check_variables(entry: Pretrained, inputs: Any) -> None:
             f"its variables have {list_some(sorted(further))} beside {list_some(sorted(fresh))}, "
             "which its model does not read: pass the latter alone"
         )
-    elif "params" in fresh and "params" not in (entry.variables or {}):
+    elif "params" in fresh and "params" not in (variables or {}):
         problem = "its variables lack the level 'params': pass {'params': ...} as model.init does"
     else:
         path = differing[0]
@@ -334,7 +344,7 @@ def _check_variables(entry: Pretrained, inputs: Any) -> None:
             f"{path} is {shape} in its variables and {list(target[path])} in its model{more}; pass "
             "the model of these weights"
         )
-    raise ValueError(f"pretrained model {shorten(entry.name, 40)!r} cannot be used: {problem}")
+    raise ValueError(f"{owner} cannot be used: {problem}")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._requirements import check_integers, check_numbers
 from jaxkd.distill._schedule import make_schedule
-from jaxkd.distill._stage_run import TrainedModel, check_pretrained, make_trained
+from jaxkd.distill._stage_run import TrainedModel, check_pretrained, check_variables, make_trained
 from jaxkd.distill._stream import check_streams
 from jaxkd.distill._trainer import Trainer, describe_disk_use
 from jaxkd.distill._validation import MakeScore, Validator, check_scores, make_scores
@@ -270,6 +270,10 @@ def evaluate_plan(
     _check_split(test, "the test set", "inputs and labels")
     check_integers(test, "the test set")
     check_inputs(plan, test, "test set")
+    for entry in plan:
+        for model in models[entry.name][:1]:
+            owner = f"the trained model {shorten(entry.name, 40)!r}"
+            check_variables(owner, entry.model, model.variables, test["inputs"])
     _check_has_seeds(models)
     settings = [list(buckets.lengths) if buckets else None, throughput_batch, repeats]
     digests, known = {}, {}
@@ -355,7 +359,10 @@ def _measure_scores(
 def _check_has_seeds(models: Mapping[str, Sequence[TrainedModel]]) -> None:
     """Raises `ValueError` if there is no trained model of a name."""
     if empty := [name for name, seeds in models.items() if not seeds]:
-        raise ValueError(f"trained has no seed of {list_some(empty)}: pass what run_plan returned")
+        raise ValueError(
+            f"trained has no seed of {list_some(empty)}: pass what run_plan returned for at least "
+            "one seed"
+        )
 
 
 def _predict_all(

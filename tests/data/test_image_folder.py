@@ -512,3 +512,10 @@ def test_fruit_photographs():
     ]
     assert dataset.test.labels.tolist() == sorted(dataset.test.labels)
     chex.assert_trees_all_equal(dataset[:3], data.load(FRUITS)[:3])
+
+
+def test_sets_of_which_one_alone_has_colours_are_said(photos):
+    for path in (photos / "train").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    with pytest.warns(UserWarning, match="100% of the training images are grey, but 0% of the te"):
+        data.load(photos, image_size=5)

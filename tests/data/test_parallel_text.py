@@ -192,3 +192,10 @@ def test_empty_lines_and_missing_languages(parallel):
 def test_multi30k_has_its_published_size():
     dataset = parallel_text.load_pairs(MULTI30K, source="en", target="de")
     assert [len(split.sources) for split in dataset] == [29000, 1014, 1000]
+
+
+def test_exchanged_languages_of_a_split_are_said(parallel):
+    write(parallel, "test_2016_flickr.en.gz", ["de test"])
+    write(parallel, "test_2016_flickr.de.gz", ["en test"])
+    with pytest.warns(UserWarning, match=r"test_2016_.*en.gz seems to be in the language of train"):
+        parallel_text.load_pairs(parallel, source="en", target="de")

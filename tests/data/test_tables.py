@@ -615,3 +615,24 @@ def test_other_encodings_end_in_one_line(load, tmp_path, content, message):
     with pytest.raises(DataError, match=message) as error:
         load({"train.tsv": ROWS})
     assert len(str(error.value)) <= 300
+
+
+def test_a_table_of_several_sets_is_refused(load):
+    header = ("text", "label", "split")
+    rows = [header, *((*row, "test" if i % 3 else "train") for i, row in enumerate(ROWS))]
+    with pytest.raises(DataError, match=r"train.tsv holds several sets, by .* test, train: write "):
+        load({"train.tsv": rows, "test.tsv": TEST})
+    # A set that was cut out keeps the column.
+    with pytest.warns(UserWarning, match="the text is column 'text', the class 'label'"):
+        load({"train.tsv": [header, *((*row, "train") for row in ROWS)], "test.tsv": TEST})
+
+
+def test_exchanged_columns_of_one_file_are_named(load):
+    exchanged = [(label, text) for text, label in ROWS]
+    with pytest.raises(DataError, match=r"the texts of .*test.tsv, line 1 and below are the class"):
+        load({"train.tsv": ROWS, "test.tsv": exchanged})
+
+
+def test_a_first_line_of_another_form_may_be_removed(load):
+    with pytest.raises(DataError, match="got 'sep=;'; if it is no example, remove it"):
+        load({"train.tsv": [("sep=;",), *ROWS], "test.tsv": TEST})

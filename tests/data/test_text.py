@@ -55,6 +55,13 @@ def test_lines_of_other_formats_are_no_texts(tmp_path):
         assert text.read_texts(tmp_path / "texts.txt")[0] == tuple(lines)
 
 
+def test_lines_with_a_class_behind_a_tab_are_said(tmp_path):
+    write(tmp_path, "texts.txt", ["so fine\tgood", "so poor\tbad", "so so"])
+    with pytest.warns(UserWarning, match="2 of 3 lines of .*texts.txt have tabs.*--text-column"):
+        text.read_texts(tmp_path / "texts.txt", field=None)
+    assert text.read_texts(tmp_path / "texts.txt")[0] == ("so fine", "so poor", "so so")
+
+
 def test_classes_that_are_lists_of_others_are_said(folder):
     lines = [f"film {i}\t{('2', '27', '2,27')[i % 3]}" for i in range(30)]
     write(folder, "train.tsv", lines)

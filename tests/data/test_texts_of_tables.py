@@ -72,7 +72,8 @@ def test_any_file_is_a_table_if_a_column_is_chosen(tmp_path):
         warnings.simplefilter("error")
         assert text.read_texts(path, column=2)[0] == ("so fine", "so poor")
     # Without, a line is a text, and a field is divided at tabs alone.
-    assert text.read_texts(path, field=None)[0] == ("1\tso fine", "2\tso poor")
+    with pytest.warns(UserWarning, match="2 of 2 lines of .* have tabs"):
+        assert text.read_texts(path, field=None)[0] == ("1\tso fine", "2\tso poor")
     path = write(tmp_path, "y.tsv", '"so\n"poor\n')
     assert text.read_texts(path)[0] == ('"so', '"poor')
 

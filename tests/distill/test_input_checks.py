@@ -244,6 +244,32 @@ def test_a_model_of_another_scale_is_refused(tmp_path, largest, max_value):
         _input_checks.check_inputs([stage], images, "test set")
 
 
+def test_pixels_below_0_are_refused_by_a_model_of_pixels(tmp_path):
+    """Images / 127.5 - 1 look right, but are half as bright and twice as strong to the model."""
+    images = make_images(1.0, -1.0)
+    stage = make_stage("first", model=normalize(1.0), data=images)
+    message = run_error(tmp_path, [stage], validation=images)
+    assert "trains on images from -0.995 to 1, but its model takes pixels from 0 to 1" in message
+    _input_checks.check_stage_inputs(
+        make_stage("first", model=normalize(1.0), data=make_images(1.1, -0.1)), 0
+    )
+
+
+@pytest.mark.parametrize("kind", ["array", "dict"])
+def test_a_split_of_training_examples_is_said(kind):
+    def make(rows):
+        inputs = TRAIN["inputs"][rows]
+        return {**TRAIN, "inputs": inputs if kind == "array" else {"x": inputs, "y": 0 * inputs}}
+
+    stage = make_stage("first", data=make(slice(None)))
+    with pytest.warns(UserWarning, match="24 of 24 examples of the test set are also among those"):
+        _input_checks.check_inputs([stage], make(slice(24)), "test set")
+    # A few are normal, and small sets say little.
+    few = {**VALIDATION, "inputs": np.concatenate([VALIDATION["inputs"], TRAIN["inputs"][:8]])}
+    _input_checks.check_inputs([make_stage("first")], few, "test set")
+    _input_checks.check_inputs([stage], make(slice(8)), "test set")
+
+
 @pytest.mark.parametrize(
     ("images", "max_value"),
     [

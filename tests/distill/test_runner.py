@@ -23,6 +23,7 @@ from small_plans import (
     get_variables,
     make_model,
     make_stage,
+    make_trained,
     soft_loss,
     train,
 )
@@ -203,6 +204,22 @@ def test_folder_that_is_deleted_within_a_save_ends_the_run(tmp_path, monkeypatch
 def test_plan_without_evaluations_is_refused(tmp_path):
     with pytest.raises(ValueError, match="evaluations must be an integer of at least 1"):
         train(tmp_path, make_chain(), evaluations=0)
+
+
+def test_trained_models_of_another_width_are_named():
+    stage = make_stage("first", model=make_model(width=8))
+    message = "the trained model 'first' cannot be used: .* is .4. in its variables and .8. in its"
+    with pytest.raises(ValueError, match=message):
+        distill.evaluate_plan([stage], {"first": make_trained()}, VALIDATION, reference="first")
+
+
+def test_weights_of_numpy_in_float64_are_measured_without_a_warning():
+    variables = jax.tree.map(np.float64, make_trained()[0].variables)
+    trained = {"first": [distill.TrainedModel(variables, 0.0, 0.5)]}
+    (row,) = distill.evaluate_plan(
+        [make_stage("first")], trained, VALIDATION, reference="first", repeats=2
+    )
+    assert row.flops
 
 
 def test_checkpoints_of_earlier_steps_are_kept(tmp_path):
