@@ -624,7 +624,12 @@ def test_a_table_of_several_sets_is_refused(load):
         load({"train.tsv": rows, "test.tsv": TEST})
     # A set that was cut out keeps the column.
     with pytest.warns(UserWarning, match="the text is column 'text', the class 'label'"):
-        load({"train.tsv": [header, *((*row, "train") for row in ROWS)], "test.tsv": TEST})
+        load(
+            {
+                "train.tsv": [header, *((*row, "train") for row in ROWS)],
+                "test.tsv": rows[:1] + [(*row, "test") for row in TEST],
+            }
+        )
 
 
 def test_exchanged_columns_of_one_file_are_named(load):
