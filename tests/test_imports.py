@@ -61,9 +61,8 @@ ARROWS = {
 
 # The same within `jaxkd.distill`, from the command's end to the gradient.
 DISTILL_ARROWS = {
-    "top_k": set(),
     "selection": set(),
-    "step": {"selection", "top_k"},
+    "step": {"selection"},
     "methods": {"step"},
     "schemes": {"_lowering", "plan", "step"},
     "_multi_step": set(),
@@ -74,12 +73,12 @@ DISTILL_ARROWS = {
     "_save_clock": {"distributed"},
     "_requirements": {"selection"},
     "plan": {"_requirements", "selection", "step"},
-    "teacher_cache": {"top_k"},
+    "teacher_cache": set(),
     "_batches": {"step"},
     "_diagnosis": {"_requirements"},
     "_input_checks": {"_diagnosis", "_requirements", "plan"},
     "_stream": {"_batches", "_requirements", "placement", "plan", "step"},
-    "_lowering": {"placement", "plan", "step", "top_k"},
+    "_lowering": {"placement", "plan", "step"},
     "_compile": {"_diagnosis", "_lowering", "_multi_step", "placement", "plan", "step"},
     "_schedule": {"_compile", "_requirements", "plan"},
     "_progress": {"distributed", "plan"},

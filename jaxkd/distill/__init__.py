@@ -40,7 +40,7 @@ from jaxkd.distill.step import (
     init_train_state,
     make_train_step,
 )
-from jaxkd.distill.top_k import TopK, expand_top_k, top_k
+from jaxkd.losses.sparse import TopK, expand_top_k, top_k
 
 __all__ = [
     "AVERAGE",

@@ -14,7 +14,7 @@ from jaxkd.data.mixing import Mixed
 from jaxkd.distill.placement import DATA
 from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, init_stage_state, input_shapes
 from jaxkd.distill.step import BatchInfo, LossContext, StepFn
-from jaxkd.distill.top_k import top_k
+from jaxkd.losses.sparse import top_k
 from jaxkd.models.model import Model
 
 

@@ -13,7 +13,7 @@ from jaxkd._messages import describe_lacking_params, list_some, shorten
 from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
 from jaxkd.distill.selection import as_weights, start_average, update_average
-from jaxkd.distill.top_k import TopK, expand_top_k
+from jaxkd.losses.sparse import TopK, expand_top_k
 from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
 
 StepFn = Callable[..., tuple["TrainState", dict[str, Array]]]

@@ -21,8 +21,8 @@ from jax.typing import ArrayLike
 from jaxkd.data.read_ahead import read_chunks
 from jaxkd.data.records import Column
 from jaxkd.data.views import Views, augment_views
-from jaxkd.distill.top_k import TopK, top_k
 from jaxkd.evaluate import PredictFn
+from jaxkd.losses.sparse import TopK, top_k
 from jaxkd.models.model import Model
 from jaxkd.runs import fingerprint
 from jaxkd.runs.checkpoints import load, save

@@ -100,6 +100,17 @@ from jaxkd.losses.relations import (
     similarity_preserving_loss,
 )
 from jaxkd.losses.sequence import next_tokens, token_distillation_loss, token_mean
+from jaxkd.losses.sparse import (
+    SampledClasses,
+    TopK,
+    expand_top_k,
+    sample_classes,
+    sampled_cross_entropy,
+    sparse_jensen_shannon_divergence,
+    sparse_kl_divergence,
+    sparse_soft_cross_entropy,
+    top_k,
+)
 from jaxkd.losses.teachers import ensemble_logits, example_weights, teacher_weights, weighted_sum
 from jaxkd.losses.transformer import (
     attention_divergence_loss,
@@ -117,6 +128,8 @@ from jaxkd.losses.transformer import (
 __all__ = [
     "ContrastiveBank",
     "Interpolation",
+    "SampledClasses",
+    "TopK",
     "adaptive_kl_divergence",
     "aligned_states_loss",
     "alpha_beta_divergence",
@@ -141,6 +154,7 @@ __all__ = [
     "draw_negatives",
     "ensemble_logits",
     "example_weights",
+    "expand_top_k",
     "flow_matrix",
     "flow_of_solution_procedure_loss",
     "fused_linear_jensen_shannon_divergence",
@@ -178,17 +192,23 @@ __all__ = [
     "renyi_divergence",
     "reverse_gradient",
     "reverse_kl_divergence",
+    "sample_classes",
+    "sampled_cross_entropy",
     "semantic_calibration_loss",
     "similarity_preserving_loss",
     "skewed_kl_divergence",
     "skewed_reverse_kl_divergence",
     "skip_layers",
     "soft_cross_entropy",
+    "sparse_jensen_shannon_divergence",
+    "sparse_kl_divergence",
+    "sparse_soft_cross_entropy",
     "standardize_logits",
     "teacher_weights",
     "temperature_softmax",
     "token_distillation_loss",
     "token_mean",
+    "top_k",
     "total_variation_distance",
     "transformed_teacher_loss",
     "uniform_layers",

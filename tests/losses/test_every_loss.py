@@ -35,6 +35,7 @@ UNEMBEDDINGS = normal(6, 7, number=3), normal(9, 7, number=4)
 BANK = losses.init_bank(KEY, 20, 6)
 INDEX = jnp.arange(B)
 NEGATIVES = 8 + jnp.arange(4 * B).reshape(B, 4) % 12
+SAMPLED = losses.sample_classes(KEY, LOGITS[1], count=3)
 PROJECTOR = losses.init_projector(KEY, 6, 9)
 VARIATIONAL = losses.init_variational_information(KEY, 4, 6)
 CALIBRATION = losses.init_semantic_calibration(KEY, (4, 6), (4, 6), 5)
@@ -79,6 +80,27 @@ CASES = {
     "transformed_teacher_loss": (
         LOGITS,
         lambda s, t: losses.transformed_teacher_loss(s, t, weighted=True),
+    ),
+    "top_k": (LOGITS[:1], lambda z: losses.top_k(z, k=2).values),
+    "expand_top_k": (
+        LOGITS[:1],
+        lambda z: losses.expand_top_k(losses.top_k(z, k=2), num_classes=5),
+    ),
+    "sparse_soft_cross_entropy": (
+        LOGITS,
+        lambda s, t: losses.sparse_soft_cross_entropy(s, losses.top_k(t, k=2)),
+    ),
+    "sparse_kl_divergence": (
+        LOGITS,
+        lambda s, t: losses.sparse_kl_divergence(s, losses.top_k(t, k=2)),
+    ),
+    "sparse_jensen_shannon_divergence": (
+        LOGITS,
+        lambda s, t: losses.sparse_jensen_shannon_divergence(s, losses.top_k(t, k=2), beta=0.3),
+    ),
+    "sampled_cross_entropy": (
+        (LOGITS[0], SAMPLED.indices, SAMPLED.weights),
+        lambda s, i, w: losses.sampled_cross_entropy(s, losses.SampledClasses(i, w)),
     ),
     "interpolated_logits": (
         LOGITS,
@@ -242,6 +264,7 @@ CASES = {
 # These take and return integers or state; the tests of their modules cover them.
 NOT_CASES = {"uniform_layers", "skip_layers", "last_layers", "custom_layers"}
 NOT_CASES |= {"Interpolation", "init_interpolation", "update_interpolation"}
+NOT_CASES |= {"TopK", "SampledClasses", "sample_classes"}
 NOT_CASES |= {"init_curriculum_temperature"}
 NOT_CASES |= {"ContrastiveBank", "init_bank", "draw_negatives", "calibrate_bank", "update_bank"}
 
