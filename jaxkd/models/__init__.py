@@ -40,6 +40,11 @@ from jaxkd.models.lstm import LSTMClassifier
 from jaxkd.models.mobilenet import MobileNetV2, mobilenet_v2
 from jaxkd.models.model import Model, Network, Outputs
 from jaxkd.models.plain import PlainCNN, plain2, plain4, plain6, plain8, plain10
+from jaxkd.models.quantization import (
+    dequantize_weights,
+    quantize_weights,
+    with_quantized_weights,
+)
 from jaxkd.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from jaxkd.models.seq2seq import Seq2Seq
 from jaxkd.models.transformer import Transformer
@@ -71,6 +76,7 @@ __all__ = [
     "Transformer",
     "WideResNet",
     "bert_pooling",
+    "dequantize_weights",
     "describe_module",
     "distilbert_pooling",
     "efficientnet_b0",
@@ -95,6 +101,7 @@ __all__ = [
     "plain6",
     "plain8",
     "plain10",
+    "quantize_weights",
     "resnet8x4",
     "resnet18",
     "resnet20",
@@ -112,6 +119,7 @@ __all__ = [
     "with_compute_dtype",
     "with_frozen_batch_stats",
     "with_input_normalization",
+    "with_quantized_weights",
     "wrn16_2",
     "wrn40_2",
 ]
