@@ -48,8 +48,7 @@ def fused_linear_kl_divergence(
     those of the two matrix products followed by the loss; the gradient costs the products once
     more. Products take the states' dtype and accumulate in float32; the rest is computed in
     float32. The gradient has a rule of its own, so that forward mode and second derivatives are not
-    available. Call the function under `jit`, since otherwise every call compiles; on a mesh with
-    explicit axes use `shard_map`.
+    available. On a mesh with explicit axes use `shard_map`.
 
     Args:
         student_states: `[..., Ds]`, the hidden states before the unembedding, floating-point.
@@ -290,7 +289,7 @@ def _fused_divergence(
     # Not in the states' dtype: bfloat16 would round T, and T² with it.
     temperature = jnp.asarray(temperature, _accumulation_dtype(student, teacher))
     operands = _match_varying_axes(student, student_kernel, teacher, teacher_kernel, temperature)
-    values = _chunked_divergence(divergence, min(chunk_size, max(num_tokens, 1)), *operands)
+    values = _compiled_divergence(divergence, min(chunk_size, max(num_tokens, 1)), *operands)
     return zero_masked(where, values.reshape(tokens) * jnp.square(temperature))
 
 
@@ -432,6 +431,8 @@ def _chunked_divergence_bwd(
 
 # Symbolic zeros reveal which operands are differentiated: a fixed teacher costs no gradient.
 _chunked_divergence.defvjp(_chunked_divergence_fwd, _chunked_divergence_bwd, symbolic_zeros=True)
+# Without `jit`, each call of a user who does not compile would compile its loops again.
+_compiled_divergence = jax.jit(_chunked_divergence, static_argnums=(0, 1))
 
 
 def _logits(states: Array, kernel: Array, temperature: Array) -> Array:

@@ -270,3 +270,18 @@ def test_traced_beta_raises():
         )(0.5)
     with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]"):
         losses.fused_linear_jensen_shannon_divergence(*operands, temperature=1.0, beta=2.0)
+
+
+def test_calls_without_jit_compile_once(caplog):
+    """Each call compiled its loops again, and kept the program."""
+    key = jax.random.key(0)
+    states, kernel = jax.random.normal(key, (8, 4)), jax.random.normal(key, (4, 30))
+    teacher, others = 2 * states, [3 * states, 4 * states]
+    gradient = jax.grad(
+        lambda s: losses.fused_linear_kl_divergence(s, kernel, teacher, kernel, chunk_size=4).sum()
+    )
+    gradient(states)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for other in others:
+            gradient(other)
+    assert "Finished XLA compilation" not in caplog.text
