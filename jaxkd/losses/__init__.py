@@ -7,7 +7,7 @@ Defaults follow one rule:
 
 - In a loss on softened logits, `temperature` is 2.0, and the weight `alpha` of the teacher is 0.5.
 - Another hyper-parameter has the value that its paper or the authors' code fixes. So has a
-  temperature: 1.0 in `normalized_loss`, 0.07 in the contrastive losses.
+  temperature: 1.0 in `normalized_loss` and `universal_logit_loss`, 0.07 in the contrastive losses.
 - What papers choose by task has no default: `beta`, `non_target_weight`, `correct`.
 - What must agree with another call has no default: the `temperature` of `temperature_softmax`,
   `ensemble_logits` and `calibrate_bank` is that of the loss that follows.
@@ -82,6 +82,8 @@ from jaxkd.losses.logits import (
     standardize_logits,
     temperature_softmax,
 )
+from jaxkd.losses.on_policy import rewards_to_go, sequence_reverse_kl_loss
+from jaxkd.losses.ranking import margin_mse_loss, nested_loss, score_divergence_loss
 from jaxkd.losses.refinement import (
     batch_correlation_loss,
     class_correlation_loss,
@@ -124,6 +126,7 @@ from jaxkd.losses.transformer import (
     uniform_layers,
     value_relation_loss,
 )
+from jaxkd.losses.vocabularies import align_tokens, universal_logit_loss
 
 __all__ = [
     "ContrastiveBank",
@@ -131,6 +134,7 @@ __all__ = [
     "SampledClasses",
     "TopK",
     "adaptive_kl_divergence",
+    "align_tokens",
     "aligned_states_loss",
     "alpha_beta_divergence",
     "attention_divergence_loss",
@@ -180,7 +184,9 @@ __all__ = [
     "linear_cka",
     "linear_cka_loss",
     "logit_mse_loss",
+    "margin_mse_loss",
     "multi_level_loss",
+    "nested_loss",
     "neuron_selectivity_loss",
     "next_tokens",
     "normalized_loss",
@@ -192,9 +198,12 @@ __all__ = [
     "renyi_divergence",
     "reverse_gradient",
     "reverse_kl_divergence",
+    "rewards_to_go",
     "sample_classes",
     "sampled_cross_entropy",
+    "score_divergence_loss",
     "semantic_calibration_loss",
+    "sequence_reverse_kl_loss",
     "similarity_preserving_loss",
     "skewed_kl_divergence",
     "skewed_reverse_kl_divergence",
@@ -212,6 +221,7 @@ __all__ = [
     "total_variation_distance",
     "transformed_teacher_loss",
     "uniform_layers",
+    "universal_logit_loss",
     "update_bank",
     "update_interpolation",
     "value_relation_loss",

@@ -40,6 +40,9 @@ PROJECTOR = losses.init_projector(KEY, 6, 9)
 VARIATIONAL = losses.init_variational_information(KEY, 4, 6)
 CALIBRATION = losses.init_semantic_calibration(KEY, (4, 6), (4, 6), 5)
 ALIGNED = losses.init_aligned_states(KEY, 6, 6)
+OTHER_VOCABULARY = TOKENS[0], normal(B, 3, 9, number=1)
+STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
+TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
 
 
 def with_temperature(**options):
@@ -242,6 +245,33 @@ CASES = {
         lambda z, y, w: losses.next_tokens(z, y, where=w)[0],
     ),
     "token_mean": ((TOKENS[0][..., 0], TOKEN_MASK), lambda v, w: losses.token_mean(v, where=w)),
+    "margin_mse_loss": (LOGITS, losses.margin_mse_loss),
+    "score_divergence_loss": (
+        LOGITS,
+        lambda s, t: losses.score_divergence_loss(s, t, **with_temperature()),
+    ),
+    "nested_loss": (
+        EMBEDDINGS,
+        lambda s, t: losses.nested_loss(losses.hidden_cosine_loss, s, t, dims=(2, 6)),
+    ),
+    "universal_logit_loss": (
+        (*OTHER_VOCABULARY, TOKEN_MASK),
+        lambda s, t, w: losses.universal_logit_loss(s, t, where=w),
+    ),
+    "align_tokens": (
+        (STUDENT_ENDS, TEACHER_ENDS),
+        lambda s, t: losses.align_tokens(
+            *(jnp.stack([ends - 1, ends], -1) for ends in (s, t)),
+        ),
+    ),
+    "rewards_to_go": (
+        (TOKENS[0][..., 0], TOKENS[1][..., 0], TOKEN_MASK),
+        lambda s, t, w: losses.rewards_to_go(s, t, where=w),
+    ),
+    "sequence_reverse_kl_loss": (
+        (TOKENS[0][..., 0], TOKENS[1][..., 0], TOKEN_MASK),
+        lambda s, t, w: losses.sequence_reverse_kl_loss(s, t, where=w, baseline=0.5),
+    ),
     "fused_linear_kl_divergence": (
         UNEQUAL,
         lambda s, t: losses.fused_linear_kl_divergence(
@@ -381,10 +411,14 @@ FIXED_BY_A_PAPER = {
     ("init_variational_information", "variance"): 5.0,
     ("correlation_congruence_loss", "gamma"): 0.4,
     ("correlation_congruence_loss", "order"): 2,
+    ("universal_logit_loss", "temperature"): 1.0,
+    ("rewards_to_go", "length_normalized"): True,
+    ("sequence_reverse_kl_loss", "length_normalized"): True,
+    ("sequence_reverse_kl_loss", "baseline"): 0.0,
 }
 # Arrays, sizes and axes are not hyper-parameters.
 NOT_HYPERPARAMETERS = {"where", "weights", "labels", "layers", "count", "axis", "chunk_size"}
-NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives"}
+NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives", "dims"}
 
 
 def test_defaults_follow_one_rule():
@@ -415,6 +449,7 @@ ONE_LOGIT = LOGITS[0][:, :1], LOGITS[1][:, :1]
 OF_CLASSES = {
     "temperature_softmax": lambda s, t: losses.temperature_softmax(s, temperature=2.0),
     "soft_cross_entropy": losses.soft_cross_entropy,
+    "universal_logit_loss": losses.universal_logit_loss,
     "kl_divergence": losses.kl_divergence,
     "reverse_kl_divergence": losses.reverse_kl_divergence,
     "jensen_shannon_divergence": lambda s, t: losses.jensen_shannon_divergence(s, t, beta=0.3),
