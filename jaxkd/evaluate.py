@@ -24,6 +24,7 @@ from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.data.read_ahead import read_chunks
 from jaxkd.data.records import Column, scannable
 from jaxkd.losses import hard_cross_entropy
+from jaxkd.losses.checks import are_distributions, are_sigmoids
 
 if TYPE_CHECKING:
     from jaxkd.models.model import Model
@@ -197,7 +198,8 @@ def score_logits(logits: np.ndarray, labels: ArrayLike) -> Score:
 def are_probabilities(logits: ArrayLike) -> bool:
     """Returns whether every row is a distribution over several classes, as a softmax gives it.
 
-    A loss that takes logits would compute a second softmax of them.
+    A loss that takes logits would compute a second softmax of them. `losses.check_logits` raises an
+    error for such logits.
 
     Args:
         logits: `[..., C]`.
@@ -207,11 +209,7 @@ def are_probabilities(logits: ArrayLike) -> bool:
         >>> evaluate.are_probabilities([[0.7, 0.3]]), evaluate.are_probabilities([[2.0, 1.0]])
         (True, False)
     """
-    logits = np.asarray(logits, np.float32)
-    if logits.shape[-1] < 2 or not logits.size or logits.min() < 0:
-        return False
-    # Rounded to bfloat16, the probabilities of many classes do not sum to 1 exactly.
-    return bool(np.all(np.abs(logits.sum(-1) - 1) < 0.02))
+    return are_distributions(logits)
 
 
 def _warn_of_probabilities(logits: ArrayLike) -> None:
@@ -221,18 +219,12 @@ def _warn_of_probabilities(logits: ArrayLike) -> None:
             "before its softmax, or their logarithm",
             stacklevel=3,
         )
-    elif _are_sigmoids(logits):
+    elif are_sigmoids(logits):
         warnings.warn(
             "all logits of a model are between 0 and 1, as a sigmoid gives them: return the logits "
             "before it, since a softmax of them is nearly uniform",
             stacklevel=3,
         )
-
-
-def _are_sigmoids(logits: ArrayLike) -> bool:
-    logits = np.asarray(logits, np.float32)
-    # The logits of a network that has learnt little are small, and may all be positive.
-    return bool(logits.min() >= 0 and logits.max() <= 1 and np.ptp(logits) > 0.8)
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> float:

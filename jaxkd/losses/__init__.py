@@ -20,6 +20,7 @@ from jaxkd.losses.alignment import (
     init_semantic_calibration,
     semantic_calibration_loss,
 )
+from jaxkd.losses.checks import check_logits
 from jaxkd.losses.contrastive import (
     ContrastiveBank,
     calibrate_bank,
@@ -144,6 +145,7 @@ __all__ = [
     "attention_transfer_mse_loss",
     "batch_correlation_loss",
     "calibrate_bank",
+    "check_logits",
     "class_correlation_loss",
     "contrastive_bank_loss",
     "contrastive_loss",
