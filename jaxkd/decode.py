@@ -1,4 +1,4 @@
-"""Greedy decoding and beam search, for any model that predicts one token after another.
+"""Greedy decoding, sampling and beam search, for any model that predicts one token after another.
 
 A model is a function from its state and the last token to the logits of the next one. Token 0 is
 padding. Neither it nor the token that starts a sentence is ever produced, but scores are the
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 DecodeStep: TypeAlias = Callable[[Any, Array], tuple[Array, Any]]
 """`(state, tokens [N]) -> (logits [N, V], state)`: reads one more token of each of N sentences.
@@ -65,6 +66,86 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
         Array([[5, 4, 3, 0, 0]], dtype=int32)
     """
     _check_options(max_length, start, end)
+    return _decode(
+        step,
+        state,
+        lambda _, log_probabilities: log_probabilities.argmax(-1),
+        max_length=max_length,
+        start=start,
+        end=end,
+    )
+
+
+def sample(
+    step: DecodeStep,
+    state: Any,
+    key: Array,
+    *,
+    max_length: int,
+    temperature: ArrayLike = 1.0,
+    start: int = 2,
+    end: int = 3,
+) -> Array:
+    """Decodes by drawing every token from the model's distribution.
+
+    p(token) ∝ softmax(z / T) over all tokens but 0 and `start`, which are never produced
+
+    The loop stops when every sentence has ended. What is drawn for a sentence depends on the key
+    and on the sentence's place in the batch.
+
+    On-policy distillation trains on samples of the student. `losses.sequence_reverse_kl_loss`
+    expects the log-probabilities with which they were drawn: where 0 or `start` have probability,
+    set their logits to −inf before they are computed.
+
+    Args:
+        step: The model.
+        state: The state of the model before the first token, for B sentences.
+        key: A random key.
+        max_length: Maximum number of tokens; longer sentences are cut off.
+        temperature: T > 0, a scalar. Near 0 it is `greedy`.
+        start: The token that starts a sentence.
+        end: The token that ends a sentence.
+
+    Returns:
+        Tokens `[B, max_length]`, int32, without the start token and with the end token, padded
+        with 0. They mean nothing where logits are NaN.
+
+    Raises:
+        ValueError: If `max_length` is no integer of at least 1, the temperature is known and not
+            positive, `start` and `end` are equal, less than 1 or not in the vocabulary, or `step`
+            returns logits or a state of other shapes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd import decode
+        >>> # Tokens 4 and 5 are as probable as the end token 3, until it is drawn.
+        >>> table = jnp.zeros(6)
+        >>> model = lambda state, tokens: (jnp.broadcast_to(table, (len(tokens), 6)), state)
+        >>> tokens = decode.sample(model, jnp.zeros(2), jax.random.key(0), max_length=5)
+        >>> tokens.shape
+        (2, 5)
+    """
+    _check_options(max_length, start, end)
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+    def draw(position: Array, log_probabilities: Array) -> Array:
+        scaled = log_probabilities / jnp.asarray(temperature, log_probabilities.dtype)
+        return jax.random.categorical(jax.random.fold_in(key, position), scaled)
+
+    return _decode(step, state, draw, max_length=max_length, start=start, end=end)
+
+
+def _decode(
+    step: DecodeStep,
+    state: Any,
+    choose: Callable[[Array, Array], Array],
+    *,
+    max_length: int,
+    start: int,
+    end: int,
+) -> Array:
+    """Decodes by choosing each token from `(position, log-probabilities [B, V])`."""
     batch_size = _read_batch_size(state)
 
     def cond_fn(carry: tuple) -> Array:
@@ -74,11 +155,11 @@ def greedy(step: DecodeStep, state: Any, *, max_length: int, start: int = 2, end
     def body_fn(carry: tuple) -> tuple:
         position, tokens, last, unfinished, state = carry
         logits, state = _take_step(step, state, last, start, end)
-        best = _log_probabilities(logits, start).argmax(-1)
+        chosen = choose(position, _log_probabilities(logits, start))
         # Finished sentences stay in the batch and produce padding.
-        best = jnp.where(unfinished, best, 0).astype(jnp.int32)
-        tokens = tokens.at[:, position].set(best)
-        return position + 1, tokens, best, unfinished & (best != end), state
+        chosen = jnp.where(unfinished, chosen, 0).astype(jnp.int32)
+        tokens = tokens.at[:, position].set(chosen)
+        return position + 1, tokens, chosen, unfinished & (chosen != end), state
 
     tokens = jnp.zeros((batch_size, max_length), jnp.int32)
     last = jnp.full(batch_size, start, jnp.int32)

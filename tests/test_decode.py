@@ -1,4 +1,4 @@
-"""Tests of greedy decoding and beam search against an enumeration of all sentences."""
+"""Tests of greedy decoding, sampling and beam search against an enumeration of all sentences."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.decode import Beams, beam_search, greedy
+from jaxkd.decode import Beams, beam_search, greedy, sample
 
 V, T, END = 6, 4, 3
 WORDS = 1, 4, 5
@@ -178,6 +178,57 @@ def test_start_and_end_tokens_can_be_chosen():
         assert 4 not in row or not any(row[row.index(4) + 1 :])
 
 
+def repeat(state, count):
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], count, 0), state)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_are_as_frequent_as_probable(temperature):
+    """Without tokens 0 and 2, which are never produced, the probabilities are normalised again."""
+    count = 20_000
+    table = np.random.default_rng(0).normal(0, 1, (V, V)).astype(np.float32)
+
+    def markov_step(state, tokens):
+        return jnp.asarray(table)[tokens], state
+
+    draw_samples = jax.jit(functools.partial(sample, markov_step, max_length=2))
+    samples = draw_samples(jnp.zeros(count), jax.random.key(0), temperature=temperature)
+    weights = np.exp(np.float64(table) / temperature)
+    weights[:, [0, 2]] = 0
+    probabilities = weights / weights.sum(1, keepdims=True)
+    expected = probabilities[2][:, None] * probabilities
+    # A sentence that has ended goes on with padding.
+    expected[END] = probabilities[2, END] * np.eye(V)[0]
+    found = np.zeros((V, V))
+    np.add.at(found, tuple(np.asarray(samples).T), 1 / count)
+    deviation = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(found - expected) <= 4.5 * deviation).all()
+
+
+def test_samples_at_a_low_temperature_are_greedy():
+    state = draw(3, batch=6, end_logit=1.0)
+    tokens = sample(step, state, jax.random.key(0), max_length=T, temperature=1e-4)
+    np.testing.assert_array_equal(tokens, greedy(step, state, max_length=T))
+    assert tokens.dtype == jnp.int32
+
+
+def test_samples_differ_by_key_and_sentence():
+    state = repeat(draw(4), 16)
+    first, again, other = (
+        np.asarray(sample(step, state, jax.random.key(seed), max_length=T)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and len({tuple(row) for row in first.tolist()}) > 1
+    for row in first.tolist():
+        assert END not in row or not any(row[row.index(END) + 1 :])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_raises(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        sample(step, draw(0), jax.random.key(0), max_length=T, temperature=temperature)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -215,7 +266,11 @@ def test_a_state_without_the_axis_of_sentences_raises():
         greedy(step, {**draw(0), "history": jnp.zeros((), jnp.int32)}, max_length=T)
 
 
-SEARCHES = {"greedy": greedy, "beam_search": functools.partial(beam_search, beams=2)}
+SEARCHES = {
+    "greedy": greedy,
+    "sample": functools.partial(sample, key=jax.random.key(0)),
+    "beam_search": functools.partial(beam_search, beams=2),
+}
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)

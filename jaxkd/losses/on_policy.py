@@ -149,9 +149,9 @@ def sequence_reverse_kl_loss(
         baseline.shape in ((), rewards.shape),
         f"baseline {baseline.shape} must be a scalar or one number per token {rewards.shape}",
     )
-    advantages = zero_masked(where, jax.lax.stop_gradient(rewards - baseline))
+    advantages = zero_masked(where, rewards - baseline)
     values = jax.lax.stop_gradient(student - teacher)
-    # 0 in value, so that it adds the policy gradient alone.
+    # The difference is 0, so that it adds the policy gradient alone, and none to the advantages.
     return values - advantages * (student - jax.lax.stop_gradient(student))
 
 
