@@ -126,7 +126,7 @@ def sample(
         (2, 5)
     """
     _check_options(max_length, start, end)
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not np.asarray(temperature) > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
     def draw(position: Array, log_probabilities: Array) -> Array:
