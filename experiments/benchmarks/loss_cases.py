@@ -124,6 +124,9 @@ def make_cases(sizes: Sizes) -> list[Case]:
         Case("features", "correlation_congruence_loss", embeddings),
         Case("features", "linear_cka_loss", embeddings),
         Case("features", "contrastive_loss", embeddings, {"temperature": 0.1}),
+        # Each query of the batch with the documents of all.
+        Case("features", "margin_mse_loss", ((batch, batch),) * 2),
+        Case("features", "score_divergence_loss", ((batch, batch),) * 2, {"temperature": 2.0}),
     ]
     states = ((8, 128, 256),) * 2
     attention_weights = ((8, 4, 128, 128),) * 2
@@ -159,6 +162,8 @@ def _logit_cases(batch: int, classes: int) -> list[Case]:
         Case("logits", "dist_loss", pair, softened),
         # Three teachers.
         Case("logits", "ensemble_kl_divergence", (pair[0], (3, *pair[0])), softened),
+        # The teacher's vocabulary is twice the student's.
+        Case("logits", "universal_logit_loss", (pair[0], (batch, 2 * classes))),
     ]
 
 

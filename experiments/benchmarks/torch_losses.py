@@ -226,6 +226,26 @@ def linear_cka_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - (student * teacher).sum() / (student.norm() * teacher.norm())
 
 
+def margin_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean squared difference of the margins of the first document."""
+    student, teacher = (scores[:, :1] - scores[:, 1:] for scores in (student, teacher))
+    return functional.mse_loss(student, teacher)
+
+
+def score_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes the KL divergence over the documents of a query."""
+    return kl_divergence(student, teacher, temperature=temperature)
+
+
+def universal_logit_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the L1 distance of sorted probabilities; the student's vocabulary is smaller."""
+    student, teacher = (
+        torch.softmax(logits, -1).sort(-1, descending=True).values for logits in (student, teacher)
+    )
+    student = functional.pad(student, (0, teacher.shape[-1] - student.shape[-1]))
+    return (student - teacher).abs().sum(-1).mean()
+
+
 def hidden_cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Computes one minus the cosine of hidden states."""
     return 1 - functional.cosine_similarity(student, teacher, -1).mean()

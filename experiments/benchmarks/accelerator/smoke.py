@@ -195,6 +195,16 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
             ),
             (draw(2, batch, 8, 12), draw(4, batch, 8, 12)),
         ),
+        "nested_loss": (
+            lambda student, teacher: losses.nested_loss(
+                losses.hidden_cosine_loss, student, teacher, dims=(4, 16)
+            ),
+            (draw(batch, 16), draw(batch, 16)),
+        ),
+        "sequence_reverse_kl_loss": (
+            functools.partial(losses.sequence_reverse_kl_loss, where=token_labels > 1),
+            (draw(batch, 8), draw(batch, 8)),
+        ),
     }
 
 
