@@ -20,7 +20,9 @@ from jaxkd.losses.alignment import (
     init_semantic_calibration,
     semantic_calibration_loss,
 )
-from jaxkd.losses.checks import check_logits
+from jaxkd.losses.checks import (
+    check_logits,
+)
 from jaxkd.losses.contrastive import (
     ContrastiveBank,
     calibrate_bank,
@@ -83,8 +85,15 @@ from jaxkd.losses.logits import (
     standardize_logits,
     temperature_softmax,
 )
-from jaxkd.losses.on_policy import rewards_to_go, sequence_reverse_kl_loss
-from jaxkd.losses.ranking import margin_mse_loss, nested_loss, score_divergence_loss
+from jaxkd.losses.on_policy import (
+    rewards_to_go,
+    sequence_reverse_kl_loss,
+)
+from jaxkd.losses.ranking import (
+    margin_mse_loss,
+    nested_loss,
+    score_divergence_loss,
+)
 from jaxkd.losses.refinement import (
     batch_correlation_loss,
     class_correlation_loss,
@@ -102,7 +111,11 @@ from jaxkd.losses.relations import (
     relational_distance_loss,
     similarity_preserving_loss,
 )
-from jaxkd.losses.sequence import next_tokens, token_distillation_loss, token_mean
+from jaxkd.losses.sequence import (
+    next_tokens,
+    token_distillation_loss,
+    token_mean,
+)
 from jaxkd.losses.sparse import (
     SampledClasses,
     TopK,
@@ -114,7 +127,12 @@ from jaxkd.losses.sparse import (
     sparse_soft_cross_entropy,
     top_k,
 )
-from jaxkd.losses.teachers import ensemble_logits, example_weights, teacher_weights, weighted_sum
+from jaxkd.losses.teachers import (
+    ensemble_logits,
+    example_weights,
+    teacher_weights,
+    weighted_sum,
+)
 from jaxkd.losses.transformer import (
     attention_divergence_loss,
     attention_map_loss,
@@ -127,7 +145,10 @@ from jaxkd.losses.transformer import (
     uniform_layers,
     value_relation_loss,
 )
-from jaxkd.losses.vocabularies import align_tokens, universal_logit_loss
+from jaxkd.losses.vocabularies import (
+    align_tokens,
+    universal_logit_loss,
+)
 
 __all__ = [
     "ContrastiveBank",

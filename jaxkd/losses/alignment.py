@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd import attention
 from jaxkd.losses._arrays import check_shape, normalize, upcast, upcast_pair, widest_dtype
+from jaxkd.losses._maps import average_pool
 from jaxkd.losses.features import hint_loss, init_projector, project
 
 
@@ -322,29 +322,11 @@ def _projected_mse(state: Array, target: Array, projector: dict[str, Array]) -> 
     """Computes the mean squared difference `[B]` of a projected state at the smaller map size."""
     for axis in range(1, state.ndim - 1):
         size = min(state.shape[axis], target.shape[axis])
-        state = _average_pool(state, axis, size)
-        target = _average_pool(target, axis, size)
+        state = average_pool(state, axis, size)
+        target = average_pool(target, axis, size)
     # Pooled before the projection: an average commutes with an affine map, and the smaller map is
     # cheaper to project.
     return hint_loss(project(projector, state), target)
-
-
-def _average_pool(state: Array, axis: int, size: int) -> Array:
-    """Averages over the windows [⌊i n / size⌋, ⌈(i + 1) n / size⌉) of an axis of length n.
-
-    The windows overlap where n is not a multiple of `size`.
-    """
-    length = state.shape[axis]
-    if length == size:
-        return state
-    start = np.arange(size)[:, None] * length
-    position = np.arange(length)[None]
-    # Negating twice rounds the integer quotient up instead of down.
-    in_window = (position >= start // size) & (position < -(-(start + length) // size))
-    means = jnp.asarray(in_window / in_window.sum(1, keepdims=True), state.dtype)
-    # Full precision, since a matrix product at default precision would round the features to
-    # bfloat16 on TPU, which an average by sums does not.
-    return jnp.moveaxis(jnp.tensordot(state, means, (axis, 1), precision="highest"), -1, axis)
 
 
 def _init_affine_maps(key: Array, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Array]]:

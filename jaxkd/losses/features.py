@@ -18,9 +18,9 @@ from jaxkd.losses._arrays import (
     normalize,
     safe_divide,
     safe_sqrt,
-    upcast,
     upcast_pair,
 )
+from jaxkd.losses._maps import check_image_pair, check_images
 
 VARIANCE_FLOOR = 1e-5
 """Smallest variance of `variational_information_loss`, as in its authors' code."""
@@ -159,7 +159,7 @@ def attention_transfer_map(features: ArrayLike, *, power: ArrayLike = 2) -> Arra
         Zagoruyko & Komodakis, Paying More Attention to Attention, https://arxiv.org/abs/1612.03928
     """
     power = check_positive("power", power)
-    features = _check_images("features", features)
+    features = check_images("features", features)
     # The map does not depend on the scale. With a largest entry of 1 no power overflows, and not
     # all of them underflow.
     largest = jax.lax.stop_gradient(jnp.abs(features).max((1, 2, 3), keepdims=True))
@@ -364,7 +364,7 @@ def neuron_selectivity_loss(student_features: ArrayLike, teacher_features: Array
         Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
         https://arxiv.org/abs/1707.01219
     """
-    student, teacher = _check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student, teacher = check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
     student = normalize(student, (1, 2))
     teacher = normalize(teacher, (1, 2))
 
@@ -456,13 +456,13 @@ def flow_of_solution_procedure_loss(
 def _attention_difference(
     student_features: ArrayLike, teacher_features: ArrayLike, power: ArrayLike
 ) -> Array:
-    student, teacher = _check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
+    student, teacher = check_image_pair(_FEATURE_NAMES, student_features, teacher_features)
     student_map = attention_transfer_map(student, power=power)
     return student_map - attention_transfer_map(teacher, power=power)
 
 
 def _flow_matrix(names: tuple[str, str], first: ArrayLike, second: ArrayLike) -> Array:
-    first, second = _check_image_pair(names, first, second)
+    first, second = check_image_pair(names, first, second)
     return _channel_products(first, second) / (first.shape[1] * first.shape[2])
 
 
@@ -471,25 +471,6 @@ def _channel_products(first: Array, second: Array) -> Array:
     # The products are subtracted from each other: at the default precision of accelerators
     # (bfloat16 on TPU, TF32 on GPU) few correct digits would be left.
     return jnp.einsum("bhwi,bhwj->bij", first, second, precision=jax.lax.Precision.HIGHEST)
-
-
-def _check_images(name: str, features: ArrayLike) -> Array:
-    features = upcast(name, features)
-    check_shape(features.ndim == 4, f"{name} must be [B, H, W, C], got {features.shape}")
-    return features
-
-
-def _check_image_pair(
-    names: tuple[str, str], first: ArrayLike, second: ArrayLike
-) -> tuple[Array, Array]:
-    first = _check_images(names[0], first)
-    second = _check_images(names[1], second)
-    check_shape(
-        first.shape[:3] == second.shape[:3],
-        f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their "
-        "channels (the last axis); pool or resize the larger maps first",
-    )
-    return upcast_pair(names, first, second)
 
 
 def _check_batch(features: Array) -> None:
