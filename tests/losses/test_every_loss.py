@@ -26,6 +26,7 @@ EMBEDDINGS = normal(B, 6), normal(B, 6, number=1)
 UNEQUAL = normal(B, 6), normal(B, 9, number=1)
 STATES = normal(B, 4, 6), normal(B, 4, 6, number=1)
 LABELS = jnp.arange(B) % 5
+MAP_MASK = jnp.ones((B, 3, 3), bool).at[1, 2].set(False)
 NEXT_TOKENS = jnp.arange(3 * B).reshape(B, 3) % 7
 TOKEN_MASK = jnp.ones((B, 3), bool).at[1, 2].set(False)
 TEACHERS = normal(B, 2, 5, number=2)
@@ -43,6 +44,7 @@ ALIGNED = losses.init_aligned_states(KEY, 6, 6)
 OTHER_VOCABULARY = TOKENS[0], normal(B, 3, 9, number=1)
 STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
 TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
+GENERATION = losses.init_masked_generation(KEY, 4, 6)
 
 
 def with_temperature(**options):
@@ -186,6 +188,26 @@ CASES = {
             s, t[..., :3], t[..., 2:], s[..., :3][..., ::-1]
         ),
     ),
+    "pool_to": (MAPS[:1], lambda x: losses.pool_to(x, (2, 1))),
+    "channel_wise_divergence": (
+        (*MAPS, MAP_MASK),
+        lambda s, t, w: losses.channel_wise_divergence(s, t, where=w, **with_temperature()),
+    ),
+    "init_masked_generation": (
+        WIDER,
+        lambda s, t: losses.masked_generation_loss(
+            losses.init_masked_generation(KEY, 4, 6), KEY, s, t, masked_fraction=0.3
+        ),
+    ),
+    "masked_generation_loss": (
+        WIDER,
+        lambda s, t: losses.masked_generation_loss(GENERATION, KEY, s, t, masked_fraction=0.3),
+    ),
+    "class_activation_maps": (
+        MAPS[:1],
+        lambda x: losses.class_activation_maps(x, UNEMBEDDINGS[0][:4]),
+    ),
+    "class_attention_loss": (MAPS, lambda s, t: losses.class_attention_loss(s, t, size=(2, 3))),
     "contrastive_loss": (EMBEDDINGS, lambda s, t: losses.contrastive_loss(s, t, temperature=0.5)),
     "contrastive_bank_loss": (
         (*EMBEDDINGS, INDEX, NEGATIVES),
@@ -398,10 +420,13 @@ NO_DEFAULT = {
     ("fused_linear_jensen_shannon_divergence", "beta"),
     ("decoupled_loss", "non_target_weight"),
     ("virtual_teacher_logits", "correct"),
+    ("masked_generation_loss", "masked_fraction"),
+    ("class_attention_loss", "size"),
 }
 FIXED_BY_A_PAPER = {
     ("normalized_loss", "temperature"): 1.0,
     ("normalized_loss", "gamma"): 1.5,
+    ("channel_wise_divergence", "temperature"): 1.0,
     ("contrastive_loss", "temperature"): 0.07,
     ("contrastive_bank_loss", "temperature"): 0.07,
     ("update_bank", "momentum"): 0.5,
