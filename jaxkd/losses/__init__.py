@@ -89,6 +89,12 @@ from jaxkd.losses.on_policy import (
     rewards_to_go,
     sequence_reverse_kl_loss,
 )
+from jaxkd.losses.orthogonal import (
+    init_orthogonal_projector,
+    orthogonal_projection_loss,
+    project_orthogonally,
+    whiten_features,
+)
 from jaxkd.losses.ranking import (
     margin_mse_loss,
     nested_loss,
@@ -207,6 +213,7 @@ __all__ = [
     "init_curriculum_temperature",
     "init_interpolation",
     "init_masked_generation",
+    "init_orthogonal_projector",
     "init_projector",
     "init_semantic_calibration",
     "init_variational_information",
@@ -226,9 +233,11 @@ __all__ = [
     "neuron_selectivity_loss",
     "next_tokens",
     "normalized_loss",
+    "orthogonal_projection_loss",
     "pool_to",
     "probabilistic_transfer_loss",
     "project",
+    "project_orthogonally",
     "refined_logits_loss",
     "relational_angle_loss",
     "relational_distance_loss",
@@ -265,4 +274,5 @@ __all__ = [
     "variational_information_loss",
     "virtual_teacher_logits",
     "weighted_sum",
+    "whiten_features",
 ]

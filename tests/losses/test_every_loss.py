@@ -44,6 +44,7 @@ ALIGNED = losses.init_aligned_states(KEY, 6, 6)
 OTHER_VOCABULARY = TOKENS[0], normal(B, 3, 9, number=1)
 STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
 TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
+ORTHOGONAL = losses.init_orthogonal_projector(KEY, 6, 9)
 GENERATION = losses.init_masked_generation(KEY, 4, 6)
 
 
@@ -208,6 +209,18 @@ CASES = {
         lambda x: losses.class_activation_maps(x, UNEMBEDDINGS[0][:4]),
     ),
     "class_attention_loss": (MAPS, lambda s, t: losses.class_attention_loss(s, t, size=(2, 3))),
+    "init_orthogonal_projector": (
+        UNEQUAL,
+        lambda s, t: losses.orthogonal_projection_loss(
+            losses.init_orthogonal_projector(KEY, 6, 9), s, t
+        ),
+    ),
+    "project_orthogonally": (UNEQUAL[:1], lambda x: losses.project_orthogonally(ORTHOGONAL, x)),
+    "orthogonal_projection_loss": (
+        UNEQUAL,
+        lambda s, t: losses.orthogonal_projection_loss(ORTHOGONAL, s, t),
+    ),
+    "whiten_features": (MAPS[:1], losses.whiten_features),
     "contrastive_loss": (EMBEDDINGS, lambda s, t: losses.contrastive_loss(s, t, temperature=0.5)),
     "contrastive_bank_loss": (
         (*EMBEDDINGS, INDEX, NEGATIVES),
