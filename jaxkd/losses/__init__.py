@@ -117,6 +117,12 @@ from jaxkd.losses.relations import (
     relational_distance_loss,
     similarity_preserving_loss,
 )
+from jaxkd.losses.review import (
+    hierarchical_context_loss,
+    init_review,
+    review_features,
+    review_loss,
+)
 from jaxkd.losses.sequence import (
     next_tokens,
     token_distillation_loss,
@@ -207,6 +213,7 @@ __all__ = [
     "hard_cross_entropy",
     "hidden_cosine_loss",
     "hidden_mse_loss",
+    "hierarchical_context_loss",
     "hint_loss",
     "init_aligned_states",
     "init_bank",
@@ -215,6 +222,7 @@ __all__ = [
     "init_masked_generation",
     "init_orthogonal_projector",
     "init_projector",
+    "init_review",
     "init_semantic_calibration",
     "init_variational_information",
     "interpolated_logits",
@@ -244,6 +252,8 @@ __all__ = [
     "renyi_divergence",
     "reverse_gradient",
     "reverse_kl_divergence",
+    "review_features",
+    "review_loss",
     "rewards_to_go",
     "sample_classes",
     "sampled_cross_entropy",

@@ -45,6 +45,7 @@ OTHER_VOCABULARY = TOKENS[0], normal(B, 3, 9, number=1)
 STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
 TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
 ORTHOGONAL = losses.init_orthogonal_projector(KEY, 6, 9)
+REVIEW = losses.init_review(KEY, (4, 6), (6, 4), 5)
 GENERATION = losses.init_masked_generation(KEY, 4, 6)
 
 
@@ -266,6 +267,21 @@ CASES = {
         (MAPS[0], WIDER[1], MAPS[1], 2 * WIDER[1]),
         lambda a, b, c, d: losses.semantic_calibration_loss(CALIBRATION, [a, b], [c, d]),
     ),
+    "init_review": (
+        (*MAPS, *WIDER),
+        lambda a, b, c, d: losses.review_loss(
+            losses.init_review(KEY, (4, 4), (4, 6), 5), [a, c], [b, d]
+        ),
+    ),
+    "review_features": (
+        (WIDER[0], WIDER[1]),
+        lambda a, b: losses.review_features(REVIEW, [a, b], [(3, 3), (2, 4)])[0],
+    ),
+    "review_loss": (
+        (*WIDER, *WIDER[::-1]),
+        lambda a, b, c, d: losses.review_loss(REVIEW, [a, b], [2 * c, d]),
+    ),
+    "hierarchical_context_loss": (MAPS, losses.hierarchical_context_loss),
     "init_aligned_states": (
         STATES,
         lambda s, t: losses.aligned_states_loss(losses.init_aligned_states(KEY, 6, 6), s, t),
