@@ -9,16 +9,27 @@ Defaults follow one rule:
 - Another hyper-parameter has the value that its paper or the authors' code fixes. So has a
   temperature: 1.0 in `normalized_loss` and `universal_logit_loss`, 0.07 in the contrastive losses.
 - What papers choose by task has no default: `beta`, `non_target_weight`, `correct`.
+  temperature: 1.0 in `normalized_loss`, `enhanced_target_loss` and `channel_wise_divergence`, 0.07
+  in the contrastive losses.
+- What papers choose by task has no default: `beta`, `non_target_weight`, `correct`, `exponent`,
+  `masked_fraction`, the `size` of class activation maps.
 - What must agree with another call has no default: the `temperature` of `temperature_softmax`,
   `ensemble_logits` and `calibrate_bank` is that of the loss that follows.
 """
 
+from jaxkd.losses.activations import (
+    activation_boundary_loss,
+    many_to_one_loss,
+)
 from jaxkd.losses.alignment import (
     aligned_states_loss,
     cross_layer_weights,
     init_aligned_states,
     init_semantic_calibration,
     semantic_calibration_loss,
+)
+from jaxkd.losses.branches import (
+    enhanced_target_loss,
 )
 from jaxkd.losses.checks import (
     check_logits,
@@ -49,6 +60,13 @@ from jaxkd.losses.divergences import (
     skewed_reverse_kl_divergence,
     total_variation_distance,
     transformed_teacher_loss,
+)
+from jaxkd.losses.factors import (
+    extract_factors,
+    factor_transfer_loss,
+    init_factors,
+    init_paraphraser,
+    paraphraser_loss,
 )
 from jaxkd.losses.features import (
     attention_transfer_loss,
@@ -175,6 +193,7 @@ __all__ = [
     "Interpolation",
     "SampledClasses",
     "TopK",
+    "activation_boundary_loss",
     "adaptive_kl_divergence",
     "align_tokens",
     "aligned_states_loss",
@@ -202,9 +221,12 @@ __all__ = [
     "dist_intra_loss",
     "distillation_loss",
     "draw_negatives",
+    "enhanced_target_loss",
     "ensemble_logits",
     "example_weights",
     "expand_top_k",
+    "extract_factors",
+    "factor_transfer_loss",
     "flow_matrix",
     "flow_of_solution_procedure_loss",
     "fused_linear_jensen_shannon_divergence",
@@ -218,9 +240,11 @@ __all__ = [
     "init_aligned_states",
     "init_bank",
     "init_curriculum_temperature",
+    "init_factors",
     "init_interpolation",
     "init_masked_generation",
     "init_orthogonal_projector",
+    "init_paraphraser",
     "init_projector",
     "init_review",
     "init_semantic_calibration",
@@ -234,6 +258,7 @@ __all__ = [
     "linear_cka",
     "linear_cka_loss",
     "logit_mse_loss",
+    "many_to_one_loss",
     "margin_mse_loss",
     "masked_generation_loss",
     "multi_level_loss",
@@ -242,6 +267,7 @@ __all__ = [
     "next_tokens",
     "normalized_loss",
     "orthogonal_projection_loss",
+    "paraphraser_loss",
     "pool_to",
     "probabilistic_transfer_loss",
     "project",

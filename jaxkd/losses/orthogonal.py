@@ -183,7 +183,8 @@ def whiten_features(features: ArrayLike) -> Array:
     """
     features = upcast("features", features)
     check_shape(
-        features.ndim >= 2, f"features must be [B, ..., D], got a single vector {features.shape}"
+        features.ndim >= 2 and features.shape[-1] > 0,
+        f"features must be [B, ..., D] with D > 0, got {features.shape}",
     )
     # Whitening removes the scale. Without it the squares neither overflow nor underflow.
     features = features * safe_reciprocal(jax.lax.stop_gradient(jnp.abs(features).max(initial=0)))

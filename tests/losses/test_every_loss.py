@@ -46,6 +46,8 @@ STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
 TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
 ORTHOGONAL = losses.init_orthogonal_projector(KEY, 6, 9)
 REVIEW = losses.init_review(KEY, (4, 6), (6, 4), 5)
+FACTORS = losses.init_factors(KEY, 4, 3)
+PARAPHRASER = losses.init_paraphraser(KEY, 4, 2)
 GENERATION = losses.init_masked_generation(KEY, 4, 6)
 
 
@@ -151,6 +153,10 @@ CASES = {
         lambda s, t, y: losses.decoupled_loss(s, t, y, **with_temperature(non_target_weight=8.0)),
     ),
     "normalized_loss": ((*LOGITS, LABELS), losses.normalized_loss),
+    "enhanced_target_loss": (
+        (*LOGITS, LABELS),
+        lambda s, t, y: losses.enhanced_target_loss(s, t, y, **with_temperature(exponent=1.5)),
+    ),
     "ensemble_logits": (
         (TEACHERS,),
         lambda z: losses.ensemble_logits(
@@ -222,6 +228,19 @@ CASES = {
         lambda s, t: losses.orthogonal_projection_loss(ORTHOGONAL, s, t),
     ),
     "whiten_features": (MAPS[:1], losses.whiten_features),
+    "activation_boundary_loss": (MAPS, losses.activation_boundary_loss),
+    "many_to_one_loss": (MAPS, lambda s, t: losses.many_to_one_loss(s, t[..., :2])),
+    "init_factors": (
+        MAPS[:1],
+        lambda x: losses.extract_factors(losses.init_factors(KEY, 4, 3), x),
+    ),
+    "extract_factors": (MAPS[:1], lambda x: losses.extract_factors(FACTORS, x)),
+    "init_paraphraser": (
+        MAPS[:1],
+        lambda x: losses.paraphraser_loss(losses.init_paraphraser(KEY, 4, 2), x),
+    ),
+    "paraphraser_loss": (MAPS[:1], lambda x: losses.paraphraser_loss(PARAPHRASER, x)),
+    "factor_transfer_loss": (MAPS, losses.factor_transfer_loss),
     "contrastive_loss": (EMBEDDINGS, lambda s, t: losses.contrastive_loss(s, t, temperature=0.5)),
     "contrastive_bank_loss": (
         (*EMBEDDINGS, INDEX, NEGATIVES),
@@ -450,12 +469,15 @@ NO_DEFAULT = {
     ("decoupled_loss", "non_target_weight"),
     ("virtual_teacher_logits", "correct"),
     ("masked_generation_loss", "masked_fraction"),
+    ("enhanced_target_loss", "exponent"),
     ("class_attention_loss", "size"),
 }
 FIXED_BY_A_PAPER = {
     ("normalized_loss", "temperature"): 1.0,
     ("normalized_loss", "gamma"): 1.5,
+    ("enhanced_target_loss", "temperature"): 1.0,
     ("channel_wise_divergence", "temperature"): 1.0,
+    ("activation_boundary_loss", "margin"): 1.0,
     ("contrastive_loss", "temperature"): 0.07,
     ("contrastive_bank_loss", "temperature"): 0.07,
     ("update_bank", "momentum"): 0.5,
@@ -516,6 +538,9 @@ OF_CLASSES = {
     "distillation_loss": lambda s, t: losses.distillation_loss(s, t, 0 * LABELS),
     "decoupled_loss": lambda s, t: losses.decoupled_loss(s, t, 0 * LABELS, non_target_weight=8.0),
     "normalized_loss": lambda s, t: losses.normalized_loss(s, t, 0 * LABELS),
+    "enhanced_target_loss": lambda s, t: losses.enhanced_target_loss(
+        s, t, 0 * LABELS, exponent=1.0
+    ),
 }
 
 
