@@ -51,6 +51,9 @@ STATES = (2, 3, 4), (2, 3, 4)
 SCORES = (2, 2, 3, 3), (2, 2, 3, 3)
 VALUES = (2, 2, 3, 4), (2, 2, 3, 5)
 LAYERS = (2, 5, 5, 2), (2, 3, 3, 3), (2, 5, 5, 2), (2, 4, 4, 3), (2, 2, 2, 4)
+REVIEWED = (3, 8, 8, 2), (3, 4, 4, 3), (3, 8, 8, 4), (3, 6, 6, 5)
+REVIEWED += (1, 1, 2, 3), (1, 1, 3, 3), (3, 3, 3, 4), (3, 3, 3, 5), (1, 1, 6, 2), (2,)
+PARAPHRASER = (3, 3, 4, 4), (3, 3, 4, 3), (3, 3, 3, 3), (3, 3, 3, 3), (3, 3, 3, 4), (3, 3, 4, 4)
 PROJECTORS = (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)
 
 
@@ -212,6 +215,30 @@ def semantic_calibration(first, second, *arguments):
     ]
     params = jax.tree.map(jnp.zeros_like, params) | {"projectors": [projectors[:3], projectors[3:]]}
     return losses.semantic_calibration_loss(params, [first, second], arguments[:3]).mean()
+
+
+def masked_generation(student, teacher, *arrays):
+    params = {"projector": dict(zip(("kernel", "bias"), arrays[:2], strict=True))}
+    for name, layer in (("first", arrays[2:4]), ("second", arrays[4:])):
+        params[name] = dict(zip(("kernel", "bias"), layer, strict=True))
+    # Without a mask, since the random numbers are not theirs.
+    return losses.masked_generation_loss(
+        params, jax.random.key(0), student, teacher, masked_fraction=0.0
+    ).mean()
+
+
+def review(first, second, first_teacher, second_teacher, *arrays):
+    inputs, outputs = arrays[:2], arrays[2:4]
+    params = losses.init_review(jax.random.key(0), (2, 3), (4, 5), 3)
+    for block, input_kernel, output_kernel in zip(params, inputs, outputs, strict=True):
+        block["input"]["kernel"], block["output"]["kernel"] = input_kernel, output_kernel
+    params[0]["attention"] = {"kernel": arrays[4], "bias": arrays[5]}
+    return losses.review_loss(params, [first, second], [first_teacher, second_teacher]).mean()
+
+
+def paraphraser(teacher, *kernels):
+    layers = [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])} for kernel in kernels]
+    return losses.paraphraser_loss({"encoder": layers[:3], "decoder": layers[3:]}, teacher).mean()
 
 
 ROWS = [
@@ -592,6 +619,87 @@ ROWS = [
         semantic_calibration,
         2.592692879,
         0.0621012464,
+    ),
+    # Maps. All have the mean over the batch.
+    Row(
+        "torch adaptive_avg_pool2d, squared",
+        MAPS[:1],
+        lambda maps: (losses.pool_to(maps, (3, 2)) ** 2).mean(),
+        0.2773787268,
+        0.05852594645,
+    ),
+    Row(
+        "TorchDistiller CriterionCWD, channel and kl",
+        MAPS,
+        mean(losses.channel_wise_divergence, temperature=4.0),
+        0.9296565269,
+        0.08048081012,
+    ),
+    Row(
+        "MGD FeatureLoss, lambda 0 and alpha 1",
+        ((3, 4, 4, 6), (3, 4, 4, 5), (6, 5), (5,), (3, 3, 5, 5), (5,), (3, 3, 5, 5), (5,)),
+        masked_generation,
+        125082.0001,
+        45406.33226,
+    ),
+    Row(
+        "CAT-KD CAT_loss, normalised",
+        MAPS,
+        mean(losses.class_attention_loss, size=3),
+        0.2065300095,
+        0.02044234662,
+    ),
+    Row(
+        "ReviewKD hcl, mdistiller hcl_loss",
+        ((3, 8, 8, 6), (3, 8, 8, 6)),
+        mean(losses.hierarchical_context_loss),
+        1.258448598,
+        0.05295948137,
+    ),
+    Row(
+        "ReviewKD ABF and hcl",
+        REVIEWED,
+        review,
+        2.482893656,
+        0.03925759065,
+    ),
+    Row(
+        "Factor-Transfer-pytorch FT and L1Loss",
+        MAPS,
+        mean(losses.factor_transfer_loss),
+        0.1156842282,
+        0.004731167471,
+    ),
+    Row(
+        # The kernels of their transposed convolutions are ours, flipped.
+        "Factor-Transfer-pytorch Paraphraser",
+        ((3, 4, 4, 4), *PARAPHRASER),
+        paraphraser,
+        367.5254497,
+        166.9447612,
+    ),
+    Row(
+        # Their sum over the batch, divided by its size.
+        "AB_distillation criterion_alternative_L2",
+        MAPS,
+        mean(losses.activation_boundary_loss),
+        183.2407746,
+        15.63077198,
+    ),
+    Row(
+        "NORM train_distill, co_sponge 3",
+        ((3, 4, 4, 6), (3, 4, 4, 2)),
+        mean(losses.many_to_one_loss),
+        5.851399775,
+        0.4937695049,
+    ),
+    Row(
+        "OFAKD ofa_loss",
+        LOGITS,
+        mean(losses.enhanced_target_loss, LABELS, exponent=1.4, temperature=1.5),
+        1.429772565,
+        0.1129269591,
+        2,
     ),
 ]
 
