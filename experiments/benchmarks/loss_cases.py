@@ -109,6 +109,8 @@ def make_cases(sizes: Sizes) -> list[Case]:
     embeddings = ((batch, 128),) * 2
     # Kernel, bias and raw variance of VID, which are trained together with the student.
     vid_shapes = ((64, 64), (64,), (64,), *maps)
+    # The raw kernel of VkD, from 128 to 256 channels.
+    vkd_shapes = ((128, 256), (batch, 128), (batch, 256))
     cases += [
         Case("features", "hint_loss", maps),
         Case("features", "attention_transfer_loss", maps),
@@ -117,6 +119,14 @@ def make_cases(sizes: Sizes) -> list[Case]:
         # FSP relates two layers of each network.
         Case("features", "flow_of_solution_procedure_loss", maps * 2, student_arrays=2),
         Case("features", "variational_information_loss", vid_shapes, student_arrays=4),
+        Case("features", "channel_wise_divergence", maps, {"temperature": 4.0}),
+        Case("features", "class_attention_loss", maps, {"size": 4}),
+        Case("features", "hierarchical_context_loss", maps),
+        Case("features", "activation_boundary_loss", maps, {"margin": 1.0}),
+        # Four segments.
+        Case("features", "many_to_one_loss", ((batch, 8, 8, 256), maps[1])),
+        Case("features", "factor_transfer_loss", maps),
+        Case("features", "orthogonal_projection_loss", vkd_shapes, student_arrays=2),
         Case("features", "similarity_preserving_loss", maps),
         Case("features", "relational_distance_loss", embeddings),
         Case("features", "relational_angle_loss", embeddings),
@@ -159,6 +169,7 @@ def _logit_cases(batch: int, classes: int) -> list[Case]:
         Case("logits", "label_smoothing_loss", pair[:1], {"smoothing": 0.1}, **labels),
         Case("logits", "decoupled_loss", pair, softened | {"non_target_weight": 8.0}, **labels),
         Case("logits", "normalized_loss", pair, **labels),
+        Case("logits", "enhanced_target_loss", pair, softened | {"exponent": 1.5}, **labels),
         Case("logits", "dist_loss", pair, softened),
         # Three teachers.
         Case("logits", "ensemble_kl_divergence", (pair[0], (3, *pair[0])), softened),
@@ -202,6 +213,13 @@ def variational_information_loss(
     return losses.variational_information_loss(params, student, teacher)
 
 
+def orthogonal_projection_loss(
+    raw_kernel: jax.Array, student: jax.Array, teacher: jax.Array
+) -> jax.Array:
+    """Computes VkD from its parameter as an argument."""
+    return losses.orthogonal_projection_loss({"raw_kernel": raw_kernel}, student, teacher)
+
+
 def linear_kl_divergence(*layers: jax.Array) -> jax.Array:
     """Computes the KL divergence of the logits of a last layer."""
     return losses.kl_divergence(*_last_layer_logits(*layers), temperature=1.0)
@@ -225,6 +243,7 @@ COMPOSED = {
         dist_loss,
         ensemble_kl_divergence,
         variational_information_loss,
+        orthogonal_projection_loss,
         linear_kl_divergence,
         linear_reverse_kl_divergence,
         linear_jensen_shannon_divergence,
@@ -243,7 +262,7 @@ FUSED = {
 
 def jax_losses(case: Case) -> dict[str, Callable]:
     """Makes functions that return the mean of jaxkd's loss and, for tokens, of the fused loss."""
-    # COMPOSED comes first: `variational_information_loss` exists in both.
+    # COMPOSED comes first: the losses with parameters exist in both.
     values_fn = functools.partial(
         COMPOSED.get(case.name) or getattr(losses, case.name), **case.keywords
     )

@@ -116,6 +116,15 @@ def normalized_loss(
     return -label_term - gamma * temperature**2 * terms.sum(-1).mean()
 
 
+def enhanced_target_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, exponent: float
+) -> Tensor:
+    """Computes the loss of OFA-KD: the label is moved by 1 before and after the power."""
+    target = functional.one_hot(labels, student.shape[-1]).to(student.dtype)
+    weights = (torch.softmax(teacher / temperature, -1) + target) ** exponent - target
+    return -(weights * _log_probabilities(student, temperature)).sum(-1).mean()
+
+
 def ensemble_kl_divergence(student: Tensor, teachers: Tensor, *, temperature: float) -> Tensor:
     """Computes the KL divergence from the average of the teachers' softened probabilities."""
     targets = torch.softmax(teachers / temperature, -1).mean(0)
@@ -173,6 +182,57 @@ def variational_information_loss(
     variance = functional.softplus(raw_variance) + 1e-5
     mean = functional.linear(student, kernel.mT, bias)
     return ((teacher - mean).square() / variance + variance.log()).mean() / 2
+
+
+def channel_wise_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes CWD: the KL divergence of each channel's softmax over positions."""
+    # Positions last, and one row per example and channel.
+    student, teacher = (maps.flatten(1, 2).mT.flatten(0, 1) for maps in (student, teacher))
+    return kl_divergence(student, teacher, temperature=temperature)
+
+
+def class_attention_loss(student: Tensor, teacher: Tensor, *, size: int) -> Tensor:
+    """Computes CAT-KD of class activation maps."""
+    student, teacher = (
+        functional.normalize(_pool(maps, size).flatten(2), dim=-1) for maps in (student, teacher)
+    )
+    return functional.mse_loss(student, teacher)
+
+
+def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes HCL of maps larger than 4 × 4."""
+    total = functional.mse_loss(student, teacher)
+    for weight, size in ((1 / 2, 4), (1 / 4, 2), (1 / 8, 1)):
+        gap = functional.mse_loss(_pool(student, size), _pool(teacher, size))
+        total = total + weight * gap
+    return total / (1 + 1 / 2 + 1 / 4 + 1 / 8)
+
+
+def activation_boundary_loss(student: Tensor, teacher: Tensor, *, margin: float) -> Tensor:
+    """Computes AB: a squared hinge loss on the signs of the teacher's units."""
+    towards_teacher = torch.where(teacher > 0, student, -student)
+    return functional.relu(margin - towards_teacher).square().sum() / len(student)
+
+
+def many_to_one_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes NORM: the student's segments against copies of the teacher."""
+    segments = student.shape[-1] // teacher.shape[-1]
+    return segments * functional.mse_loss(student, teacher.repeat(1, 1, 1, segments))
+
+
+def factor_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes FT of factors."""
+    student, teacher = (
+        functional.normalize(maps.flatten(1), dim=-1) for maps in (student, teacher)
+    )
+    return functional.l1_loss(student, teacher)
+
+
+def orthogonal_projection_loss(raw_kernel: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes VkD with the QR decomposition of the kernel's transpose."""
+    orthonormal, triangular = torch.linalg.qr(raw_kernel.mT)
+    orthonormal = orthonormal * triangular.diagonal().sign()
+    return functional.smooth_l1_loss(student @ orthonormal.mT, _standardize(teacher))
 
 
 def contrastive_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -327,6 +387,11 @@ def _correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
 
 def _activation_map(features: Tensor) -> Tensor:
     return functional.normalize(features.square().sum(-1).flatten(1), dim=-1)
+
+
+def _pool(maps: Tensor, size: int) -> Tensor:
+    """Averages maps B H W C to `[B, C, size, size]`."""
+    return functional.adaptive_avg_pool2d(maps.movedim(-1, 1), size)
 
 
 def _flow_matrix(first: Tensor, second: Tensor) -> Tensor:
