@@ -27,7 +27,7 @@ def check_image_pair(
     check_shape(
         first.shape[:3] == second.shape[:3],
         f"{names[0]} {first.shape} and {names[1]} {second.shape} must agree in all but their "
-        "channels (the last axis); pool or resize the larger maps first",
+        "channels (the last axis); call pool_to on the larger maps first",
     )
     return upcast_pair(names, first, second)
 

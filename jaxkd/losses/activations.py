@@ -58,8 +58,8 @@ def activation_boundary_loss(
     check_shape(
         student.shape == teacher.shape,
         f"student_features {student.shape} and teacher_features {teacher.shape} must have the same "
-        "shape; project the student's first where the channels (the last axis) differ, pool the "
-        "larger where the spatial sizes differ",
+        "shape; project the student's first where the channels (the last axis) differ, pool_to "
+        "on the larger where the spatial sizes differ",
     )
     towards_teacher = jnp.where(teacher > 0, student, -student)
     shortfall = jax.nn.relu(jnp.asarray(margin, student.dtype) - towards_teacher)
@@ -109,7 +109,7 @@ def many_to_one_loss(student_features: ArrayLike, teacher_features: ArrayLike) -
         and student.shape[-1] % teacher.shape[-1] == 0,
         f"student_features {student.shape} must have a multiple of the channels (the last axis) of "
         f"teacher_features {teacher.shape}, and agree in the other axes; project the student's, "
-        "pool the larger maps",
+        "call pool_to on the larger maps",
     )
     count = student.shape[-1] // teacher.shape[-1]
     segments = student.reshape(*teacher.shape[:-1], count, teacher.shape[-1])

@@ -123,8 +123,8 @@ def hint_loss(student_features: ArrayLike, teacher_features: ArrayLike) -> Array
     check_shape(
         student.shape == teacher.shape,
         f"student_features {student.shape} and teacher_features {teacher.shape} must have the same "
-        "shape; project the student's first where the channels (the last axis) differ, pool the "
-        "larger where the spatial sizes differ",
+        "shape; project the student's first where the channels (the last axis) differ, pool_to "
+        "on the larger where the spatial sizes differ",
     )
     return jnp.mean(jnp.square(flatten_examples(student - teacher)), axis=1)
 
@@ -324,7 +324,7 @@ def variational_information_loss(
         mean.shape == teacher.shape,
         f"student_features {student.shape} project to {mean.shape}, but teacher_features are "
         f"{teacher.shape}; call init_variational_information with the teacher's number of channels "
-        "where these differ, pool the larger where the spatial sizes differ",
+        "where these differ, pool_to on the larger where the spatial sizes differ",
     )
     variance = jax.nn.softplus(params["raw_variance"].astype(mean.dtype)) + VARIANCE_FLOOR
     variance = jnp.broadcast_to(variance, mean.shape)

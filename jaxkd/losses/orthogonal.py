@@ -144,7 +144,7 @@ def orthogonal_projection_loss(
         projected.shape == teacher.shape,
         f"student_features {student.shape} project to {projected.shape}, but teacher_features are "
         f"{teacher.shape}; call init_orthogonal_projector with the teacher's number of channels "
-        "where these differ, pool the larger where the spatial sizes differ",
+        "where these differ, pool_to on the larger where the spatial sizes differ",
     )
     losses = optax.huber_loss(projected, standardize_logits(teacher))
     return jnp.mean(flatten_examples(losses), axis=1)

@@ -96,7 +96,7 @@ def init_review(
 def review_features(
     params: Sequence[Mapping[str, Any]],
     student_features: Sequence[ArrayLike],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Sequence[int]],
 ) -> list[Array]:
     """Computes student features for the teacher's stages, fused from deep to shallow (ABF).
 
@@ -136,8 +136,8 @@ def review_features(
     """
     student = _check_stages("student", params, "input", -2, student_features)
     check_shape(
-        len(sizes) == len(student),
-        f"sizes must be one (height, width) per stage, {len(student)}, got {len(sizes)}",
+        len(sizes) == len(student) and all(np.shape(size) == (2,) for size in sizes),
+        f"sizes must be (height, width) for each of {len(student)} stages, got {sizes}",
     )
     reviewed, residual = [], None
     for block, maps, size in reversed(list(zip(params, student, sizes, strict=True))):

@@ -73,7 +73,7 @@ def pool_to(features: ArrayLike, size: int | tuple[int, int]) -> Array:
         f"pooling cannot enlarge maps {features.shape} to {sizes[0]} × {sizes[1]}: pool the maps "
         "of the other network to the size of these, or enlarge these with jax.image.resize",
     )
-    return average_pool(average_pool(features, 1, int(sizes[0])), 2, int(sizes[1]))
+    return average_pool(average_pool(features, 1, sizes[0]), 2, sizes[1])
 
 
 def channel_wise_divergence(

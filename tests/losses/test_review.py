@@ -284,8 +284,9 @@ def test_wrong_shapes_and_dtypes_raise():
         loss(student, [maps[:2] for maps in teacher])
     with pytest.raises(ValueError, match=r"student_features\[2\] must be \[B, H, W, C\]"):
         loss([*student[:2], student[2][:, 0, 0]], teacher)
-    with pytest.raises(ValueError, match="one .height, width. per stage, 3, got 1"):
-        review.review_features(PARAMS, student, [(1, 1)])
+    for sizes in ([(1, 1)], [4, 2, 1]):
+        with pytest.raises(ValueError, match="must be .height, width. for each of 3 stages"):
+            review.review_features(PARAMS, student, sizes)
     with pytest.raises(ValueError, match="must have the same shape.*project.*pool"):
         review.hierarchical_context_loss(teacher[0], student[0])
     with pytest.raises(TypeError, match="floating-point"):

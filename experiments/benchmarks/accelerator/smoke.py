@@ -165,6 +165,9 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     negatives = generator.integers(batch, batch + 32, (batch, 16))
     aligned = losses.init_aligned_states(key, 12, 12)
     calibration = losses.init_semantic_calibration(key, (4, 6), (4, 6), 8)
+    generation = losses.init_masked_generation(key, 4, 6)
+    review = losses.init_review(key, (4, 6), (4, 6), 5)
+    paraphraser = losses.init_paraphraser(key, 4, 2)
     maps, wider = draw(batch, 6, 6, 4), draw(batch, 6, 6, 6)
     layers = losses.skip_layers(2, 4)
     return {
@@ -188,6 +191,22 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
                 calibration, [student, other], list(teachers)
             ),
             (maps, wider, draw(*maps.shape), draw(*wider.shape)),
+        ),
+        "masked_generation_loss": (
+            lambda student, teacher: losses.masked_generation_loss(
+                generation, key, student, teacher, masked_fraction=0.5
+            ),
+            (maps, draw(*wider.shape)),
+        ),
+        "review_loss": (
+            lambda student, other, *teachers: losses.review_loss(
+                review, [student, other], list(teachers)
+            ),
+            (maps, wider, draw(*maps.shape), draw(*wider.shape)),
+        ),
+        "paraphraser_loss": (
+            lambda teacher: losses.paraphraser_loss(paraphraser, teacher),
+            (draw(*maps.shape),),
         ),
         "layers_loss": (
             lambda student, teacher: losses.layers_loss(
