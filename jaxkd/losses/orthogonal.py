@@ -56,10 +56,10 @@ def project_orthogonally(params: dict[str, Array], features: ArrayLike) -> Array
     Q R of the raw kernel or its transpose, with a positive diagonal of R
 
     If S ≤ T, lengths and angles of the features stay as they are. Every step of any optimizer on
-    the raw kernel gives another such P. The paper takes the first rows of the matrix exponential of
-    a skew-symmetric matrix of size max(S, T), and its code the parametrisation of PyTorch, which
-    reach the same matrices if S is not T; QR costs less where S and T differ. If S = T, the
-    exponential reaches rotations only, and QR those and reflections.
+    the raw kernel gives another such P. The paper takes a part of the matrix exponential of a
+    skew-symmetric matrix of size max(S, T), which reaches the same matrices if S is not T, and
+    rotations only if S = T; QR costs less where S and T differ. The authors' code uses PyTorch's
+    parametrisation `orthogonal`.
 
     Args:
         params: From `init_orthogonal_projector`; they are trained with the student.

@@ -155,6 +155,9 @@ def hierarchical_context_loss(student_features: ArrayLike, teacher_features: Arr
     Σ_l w_l mean((s_l − t_l)²) / Σ_l w_l, where s_l and t_l are the maps at their own size, and
     averaged to 4 × 4, 2 × 2 and 1 × 1 if that is smaller, and w_l is 1, 1/2, 1/4, 1/8 in this order
 
+    A size is smaller if it is less than both height and width; the authors' code, for square maps,
+    looks at the height.
+
     Args:
         student_features: `[B, H, W, C]`, floating-point.
         teacher_features: The same shape.
