@@ -58,9 +58,12 @@ class ExportCommand:
         print(f"wrote {output}")
 
     def _copy(self, output: Path) -> None:
+        from jaxkd.weights.students import check_files
+
         source = self.run / f"student{SUFFIXES[self.format]}"
         if not source.is_file():
             raise ValueError(f"{self.run} has no {source.name}: name the folder of a finished run")
+        check_files(self.run)
         shutil.copyfile(source, output)
 
     def _convert(self, output: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxkd._messages import shorten
@@ -26,6 +26,8 @@ class StudentCard:
         mean: Mean of each channel that the network subtracts, in units of full brightness, or
             `None`.
         std: Standard deviation of each channel, or `None`.
+        checksums: The SHA-256 of the files that were saved with the description, by name. They are
+            no part of it, so that equal descriptions compare equal.
     """
 
     inputs: str
@@ -35,6 +37,7 @@ class StudentCard:
     network: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def to_json(self) -> str:
         """Returns the card as a JSON object, the same text for equal cards."""
@@ -60,6 +63,8 @@ class StudentCard:
             # A newer version may mean something else by the same names.
             if version != _VERSION:
                 raise ValueError(f"its version is {version!r:.40}, this jaxkd reads {_VERSION}")
+            # Earlier versions wrote no checksums.
+            values.setdefault("checksums", {})
             return StudentCard(**{name: _check(name, values.get(name)) for name in sorted(names)})
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
@@ -78,6 +83,7 @@ def _check(name: str, value: Any) -> Any:
         "class_names": lambda: _is_list(value, str),
         "mean": lambda: value is None or _is_list(value, int | float),
         "std": lambda: value is None or _is_list(value, int | float),
+        "checksums": lambda: isinstance(value, dict) and _is_list([*value.values()], str),
     }[name]
     if not is_fit():
         raise ValueError(f"{name} is {shorten(repr(value), 60)}")

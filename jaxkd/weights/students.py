@@ -4,7 +4,7 @@ student.safetensors  the weights
 student.jaxexport    the program, which holds the weights; a zip archive at its end, which JAX does
                      not read, holds the two files below and the program's SHA-256, so that this
                      file is enough
-student.json         class names, inputs, network and normalisation
+student.json         class names, inputs, network and normalisation; checksums of the other files
 tokenizer.json       the tokenizer of texts
 """
 
@@ -89,17 +89,21 @@ def save_student(
     if tokenizer is not None:
         max_length = shape[0] if max_length is None else max_length
         shape = (max_length,)
+    save_safetensors(folder / RUN_FILE, variables, class_names=class_names)
+    checksums = {RUN_FILE: _digest((folder / RUN_FILE).read_bytes())}
+    parts = {}
+    if tokenizer is not None:
+        parts[TOKENIZER_FILE] = tokenizer.to_str(pretty=False).encode()
+        checksums[TOKENIZER_FILE] = _digest(parts[TOKENIZER_FILE])
     card = StudentCard(
         _kind_of_inputs(shape, dtype, tokenizer),
         shape,
         dtype.name,
         tuple(class_names),
         *_describe_network(model),
+        checksums,
     )
-    save_safetensors(folder / RUN_FILE, variables, class_names=class_names)
-    parts = {CARD_FILE: card.to_json().encode()}
-    if tokenizer is not None:
-        parts[TOKENIZER_FILE] = tokenizer.to_str(pretty=False).encode()
+    parts = {CARD_FILE: card.to_json().encode()} | parts
     program = serialize_program(
         model,
         variables,
@@ -108,7 +112,7 @@ def save_student(
     )
     for name, content in parts.items():
         write_atomically(folder / name, content)
-    checksum = {_CHECKSUM_FILE: _digest(program)}
+    checksum = {_CHECKSUM_FILE: _digest(program).encode()}
     write_atomically(folder / PROGRAM_FILE, program + _make_archive(parts | checksum))
 
 
@@ -134,8 +138,8 @@ def _check_outputs(model: "Model", variables: dict, inputs: Any, num_names: int)
         )
 
 
-def _digest(program: bytes) -> bytes:
-    return hashlib.sha256(program).hexdigest().encode()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _describe_network(model: "Model") -> tuple[str | None, Any, Any]:
@@ -270,7 +274,8 @@ def load_student(path: str | os.PathLike) -> Student:
         The student.
 
     Raises:
-        ValueError: If there is no student, or it is damaged.
+        ValueError: If there is no student, it is damaged, or the files of the folder are not of one
+            student.
         OSError: If the file does not exist or cannot be read.
 
     Example:
@@ -291,6 +296,7 @@ def load_student(path: str | os.PathLike) -> Student:
     path = Path(path)
     if not path.is_dir():
         return _load_program(path)
+    check_files(path)
     if (path / PROGRAM_FILE).is_file():
         return _load_program(path / PROGRAM_FILE)
     if (path / RUN_FILE).is_file() and (path / CARD_FILE).is_file():
@@ -311,6 +317,43 @@ def read_card(folder: str | os.PathLike) -> StudentCard:
     path = Path(folder) / CARD_FILE
     check_regular_file(path)
     return StudentCard.from_json(path.read_bytes(), path)
+
+
+def check_files(folder: str | os.PathLike) -> None:
+    """Checks that the files in a folder were saved as one student.
+
+    Files of earlier versions have no checksums, and only the descriptions are compared.
+
+    Raises:
+        ValueError: If weights, tokenizer or program do not belong to the description, or a file is
+            damaged.
+        OSError: If a file cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / CARD_FILE).is_file():
+        return
+    card = read_card(folder)
+    others = [
+        name
+        for name in (RUN_FILE, TOKENIZER_FILE)
+        if name in card.checksums
+        and (folder / name).is_file()
+        and _digest((folder / name).read_bytes()) != card.checksums[name]
+    ]
+    program = folder / PROGRAM_FILE
+    remedy = ""
+    if program.is_file():
+        remedy = f", or name {PROGRAM_FILE} itself to use that"
+        content = _read_archive(program, program.read_bytes()).get(CARD_FILE)
+        inner = card if content is None else StudentCard.from_json(content, program)
+        if (inner, inner.checksums) != (card, card.checksums):
+            others.append(PROGRAM_FILE)
+    if others:
+        raise ValueError(
+            f"{shorten(folder, 80)} holds files of different students: {' and '.join(others)} "
+            f"{'does' if len(others) == 1 else 'do'} not belong to {CARD_FILE}; save the student "
+            f"again with weights.save_student{remedy}"
+        )
 
 
 def _load_program(path: Path) -> Student:
@@ -350,13 +393,15 @@ def load_network(folder: str | os.PathLike) -> tuple["Model", dict, StudentCard]
         The model with its normalisation, its variables, and the description.
 
     Raises:
-        ValueError: If the student is no network of `jaxkd.models`, or it is damaged.
+        ValueError: If the student is no network of `jaxkd.models`, it is damaged, or the files of
+            the folder are not of one student.
         OSError: If a file does not exist or cannot be read.
     """
     from jaxkd import models
 
     folder = Path(folder)
     card = read_card(folder)
+    check_files(folder)
     if card.network is None:
         raise ValueError(
             f"{folder} has the weights of a network that jaxkd cannot make: use its {PROGRAM_FILE}"
@@ -413,7 +458,7 @@ def _read_archive(path: Path, content: bytes) -> dict[str, bytes]:
                 raise ValueError("it unpacks to far more than its size")
             parts = {name: archive.read(info) for name, info in infos.items()}
             program = content[: min(info.header_offset for info in infos.values())]
-        if parts.get(_CHECKSUM_FILE) != _digest(program) or CARD_FILE not in parts:
+        if parts.get(_CHECKSUM_FILE) != _digest(program).encode() or CARD_FILE not in parts:
             raise ValueError("its program does not have its checksum")
         return parts
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:

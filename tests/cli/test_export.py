@@ -149,6 +149,17 @@ def test_nothing_is_overwritten(resnet, tmp_path):
     assert output.read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["onnx", "torch", "jaxexport", "safetensors"])
+def test_files_of_different_students_are_not_exported(resnet, tmp_path, kind):
+    folder = tmp_path / "mixed"
+    shutil.copytree(resnet[0], folder)
+    variables = weights.load_safetensors(folder)
+    weights.save_safetensors(folder / "student.safetensors", variables, class_names=("a", "b", "c"))
+    message = fail(folder, "--format", kind, "-o", tmp_path / "out")
+    assert "student.safetensors does not belong to student.json" in message
+    assert len(message) <= 300 and not (tmp_path / "out").exists()
+
+
 def test_bad_runs(resnet, tmp_path):
     output = tmp_path / "out"
     for kind in ("onnx", "torch", "jaxexport", "safetensors"):
@@ -156,6 +167,7 @@ def test_bad_runs(resnet, tmp_path):
         assert "name the folder of a finished run" in message
     assert "does not exist" in fail(resnet[0], "--format", "onnx", "-o", tmp_path / "no" / "x")
     shutil.copytree(resnet[0], tmp_path / "own")
+    (tmp_path / "own" / "student.jaxexport").unlink()
     card = json.loads((tmp_path / "own" / "student.json").read_text())
     (tmp_path / "own" / "student.json").write_text(json.dumps(card | {"network": None}))
     message = fail(tmp_path / "own", "--format", "torch", "-o", output)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxkd import models, weights
+from jaxkd._messages import shorten
 from jaxkd.data import tokens
 
 NAMES = ("cat", "dog", "elk")
@@ -226,6 +227,11 @@ def test_damaged_programs(image_student, tmp_path, change, message):
             ' "class_names": []}',
             "use its student.jaxexport",
         ),
+        (
+            '{"version": 1, "inputs": "images", "shape": [9, 8, 1], "dtype": "uint8",'
+            ' "class_names": [], "checksums": ["abc"]}',
+            r"checksums is \['abc'\]",
+        ),
     ],
 )
 def test_bad_descriptions(image_student, tmp_path, card, message):
@@ -233,6 +239,77 @@ def test_bad_descriptions(image_student, tmp_path, card, message):
     (tmp_path / "student.json").write_text(card)
     with pytest.raises(ValueError, match=message):
         weights.load_student(tmp_path)
+
+
+# --- files of different students ---
+
+
+@pytest.fixture
+def other_files(image_student, text_student, tmp_path):
+    """Returns a function that copies a student and replaces one of its files by another student's.
+
+    The other one has the same network, but other weights, names of classes and tokenizer.
+    """
+
+    def mix(name):
+        is_text = name == "tokenizer.json"
+        folder, model, variables, *rest = text_student if is_text else image_student
+        other = tmp_path / "other"
+        other.mkdir()
+        options = {"class_names": ("dog", "cat", "elk")}
+        example = make_images()[0]
+        if is_text:
+            tokenizer = tokens.train_tokenizer([text[::-1] for text in TEXTS], vocab_size=280)
+            options |= {"tokenizer": tokenizer, "max_length": 40}
+            example = tokens.encode(tokenizer, TEXTS, max_length=40)[0]
+        changed = jax.tree.map(lambda leaf: leaf + 1, variables)
+        weights.save_student(other, model, changed, example, **options)
+        shutil.copytree(folder, tmp_path / "mixed")
+        shutil.copy(other / name, tmp_path / "mixed")
+        return tmp_path / "mixed"
+
+    return mix
+
+
+@pytest.mark.parametrize(
+    ("name", "culprits"),
+    [
+        ("student.safetensors", "student.safetensors does"),
+        ("student.jaxexport", "student.jaxexport does"),
+        ("student.json", "student.safetensors and student.jaxexport do"),
+        ("tokenizer.json", "tokenizer.json does"),
+    ],
+)
+@pytest.mark.parametrize("load", [weights.load_student, weights.load_network])
+def test_files_of_different_students(other_files, name, culprits, load):
+    folder = other_files(name)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    assert str(error.value) == (
+        f"{shorten(folder, 80)} holds files of different students: {culprits} not belong to "
+        "student.json; save the student again with weights.save_student, or name "
+        "student.jaxexport itself to use that"
+    )
+    # Named by itself, the program is what is meant.
+    assert weights.load_student(folder / "student.jaxexport").class_names
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "student.json"])
+def test_files_of_different_students_without_a_program(other_files, name):
+    folder = other_files(name)
+    (folder / "student.jaxexport").unlink()
+    with pytest.raises(ValueError, match="student.safetensors does not belong to student.json; sa"):
+        weights.load_student(folder)
+
+
+def test_students_of_earlier_versions_have_no_checksums(image_student, tmp_path):
+    folder, *_ = image_student
+    for name in ("student.safetensors", "student.json"):
+        shutil.copy(folder / name, tmp_path)
+    card = json.loads((tmp_path / "student.json").read_text())
+    assert [*card.pop("checksums")] == ["student.safetensors"]
+    (tmp_path / "student.json").write_text(json.dumps(card))
+    assert weights.load_student(tmp_path).card == weights.read_card(folder)
 
 
 def test_own_module_is_saved_without_a_network(tmp_path):
