@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from jaxkd.cli.errors import check_parent, show_warning
+from jaxkd.cli.errors import check_new, check_parent, show_warning
 
 if TYPE_CHECKING:
     from jaxkd.transfer import Report
@@ -49,7 +49,7 @@ class ConvertCommand:
     model: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """Model constructor in jaxkd.models, such as resnet20."""
     output: Annotated[Path, tyro.conf.arg(metavar="OUT", aliases=["-o"])]
-    """File to write."""
+    """New file to write."""
     num_classes: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the model's)")
     ] = None
@@ -111,8 +111,7 @@ def convert(
         module: A Linen module with `torch_rules()`.
         weights: A file or a folder, as for `jaxkd.weights.load_weights`, with PyTorch's names or
             those of `save_safetensors`.
-        output: The file to write, as `jaxkd.weights.save_safetensors` does. An error leaves it
-            unchanged.
+        output: The file to write, as `jaxkd.weights.save_safetensors` does.
         entry: Entry of a training checkpoint that has the weights, or what their names begin with.
         partial: Whether variables that the file lacks or has in another shape are initialized
             randomly instead of raising an error.
@@ -206,21 +205,12 @@ def _check_image_shape(image_shape: Sequence[int]) -> None:
 
 
 def _check_output(output: Path, weights: Path) -> None:
-    """Raises `ValueError` if the output cannot be written, is the input or of another kind."""
-    from jaxkd.weights.torch_files import is_safetensors
-
+    """Raises `ValueError` if the output exists or has no folder."""
     check_parent(output)
-    # Before the conversion, although the write would refuse a device such as /dev/null as well.
-    if output.exists() and not output.is_file():
-        raise ValueError(f"{output} is not a regular file: choose another --output")
+    # The general advice would be to remove it.
     if output.exists() and weights.exists() and output.samefile(weights):
         raise ValueError(f"{output} is the file to convert: choose another --output")
-    # The result of an earlier conversion may be replaced, but no checkpoint of PyTorch.
-    if output.exists() and output.stat().st_size and not is_safetensors(output):
-        raise ValueError(
-            f"{output} is there and is no safetensors file, so that it is not overwritten: choose "
-            "another --output"
-        )
+    check_new(output)
 
 
 def _check_size(variables: Any) -> None:

@@ -96,8 +96,12 @@ def check_parent(path: Path) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises `ValueError` if a file to write exists."""
-    require(not path.exists(), f"{path} exists: choose another --output, or remove it")
+    """Raises `ValueError` if a file to write exists, also as a link that leads nowhere."""
+    require(
+        path.is_file() or not path.exists(),
+        f"{path} is not a regular file: choose another --output",
+    )
+    require(not os.path.lexists(path), f"{path} exists: choose another --output, or remove it")
 
 
 def option_name(field: str) -> str:

@@ -164,13 +164,11 @@ def test_expected_errors(changes, match, arguments, capsys):
     assert re.search(match, error)
 
 
-def test_damaged_file_keeps_the_old_output(arguments, capsys):
-    Path("out").write_bytes(Path("weights").read_bytes())
-    old = Path("out").read_bytes()
-    Path("weights").write_bytes(old[:-1])
-    with pytest.raises(SystemExit, match="error: weights is not a complete safetensors file"):
-        main(arguments)
-    assert Path("out").read_bytes() == old
+def test_damaged_file_leaves_no_output(arguments, capsys):
+    Path("weights").write_bytes(Path("weights").read_bytes()[:-1])
+    _, error = run_with_error(arguments, capsys)
+    assert error.startswith("error: weights is not a complete safetensors file")
+    assert os.listdir() == ["weights"]
 
 
 def test_error_names_a_missing_package(arguments, monkeypatch):
@@ -294,6 +292,7 @@ def test_names_of_the_same_classes_are_kept(num_classes, names, arguments, varia
         again = [source if argument == "weights" else argument for argument in arguments]
         main([*again, "--partial", f"--num-classes={num_classes}"])
         assert read_class_names("out") == names
+        os.remove("out")
 
 
 # --- files that cannot be read or written ---
@@ -314,18 +313,18 @@ def test_only_regular_files_are_read_and_written(arguments, capsys):
         assert f"{path} is not a regular file: choose another --output" in error
 
 
-def test_a_file_of_another_kind_is_not_overwritten(arguments, capsys):
-    content = b"PK\x03\x04" + bytes(100)
-    Path("other.pth").write_bytes(content)
+@pytest.mark.parametrize("existing", ["other.pth", "run/student.safetensors", "dangling"])
+def test_nothing_is_overwritten(existing, arguments, variables, capsys):
+    os.mkdir("run")
+    Path("other.pth").touch()
+    save_safetensors("run/student.safetensors", variables, class_names=list("abcde"))
+    os.symlink("absent", "dangling")
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
     arguments = [*arguments, "--num-classes", "5"]
-    other = ["other.pth" if argument == "out" else argument for argument in arguments]
-    _, error = run_with_error(other, capsys)
-    assert "other.pth is there and is no safetensors file" in error
-    assert Path("other.pth").read_bytes() == content
-    # The result of an earlier conversion and an empty file are.
-    Path("out").touch()
-    for _ in range(2):
-        main(arguments)
+    _, error = run_with_error([existing if word == "out" else word for word in arguments], capsys)
+    assert error == f"error: {existing} exists: choose another --output, or remove it"
+    assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before
+    assert os.path.islink("dangling") and not os.path.exists("absent")
 
 
 def test_the_input_is_not_overwritten(arguments, capsys):

@@ -147,6 +147,13 @@ def test_nothing_is_overwritten(resnet, tmp_path):
     output.write_text("mine")
     assert "exists: choose another --output" in fail(resnet[0], "--format", "onnx", "-o", output)
     assert output.read_text() == "mine"
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "absent")
+    assert "exists: choose another" in fail(resnet[0], "--format", "safetensors", "-o", link)
+    assert not (tmp_path / "absent").exists()
+    assert f"{tmp_path} is not a regular file: choose another --output" in fail(
+        resnet[0], "--format", "torch", "-o", tmp_path
+    )
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch", "jaxexport", "safetensors"])
