@@ -48,6 +48,8 @@ class ExportCommand:
 
     def execute(self) -> None:
         """Writes the file and says what it needs."""
+        from jaxkd.cli.folders import note_unfinished
+
         output = self.output or Path(f"student{SUFFIXES[self.format]}")
         check_new(output)
         check_parent(output)
@@ -55,6 +57,7 @@ class ExportCommand:
             self._copy(output)
         else:
             self._convert(output)
+        note_unfinished(self.run)
         print(f"wrote {output}")
 
     def _copy(self, output: Path) -> None:

@@ -1,14 +1,17 @@
-"""The folder of a run, named after what it holds."""
+"""The folder of a run, named after what it holds, and a note on one that is not finished."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from jaxkd.cli.limits import expand
-from jaxkd.runs import IGNORED_OPTIONS
+from jaxkd.runs import IGNORED_OPTIONS, RunError, read_run
+from jaxkd.runs.growth import describe_unfinished
 
 
 def choose_folder(name: str, options: Any, data_name: str) -> Path:
@@ -31,6 +34,14 @@ def choose_folder(name: str, options: Any, data_name: str) -> Path:
     seeds = f"{options.num_seeds}seed{'s' if options.num_seeds > 1 else ''}"
     parts = [_clean_name(Path(data_name).resolve().name), seeds, *_name_changes(options), digest]
     return Path("runs") / name / "-".join(parts)
+
+
+def note_unfinished(path: Path) -> None:
+    """Says on stderr that the student in a run's folder is older than the run's options."""
+    # Not every student lies in the folder of a run.
+    with contextlib.suppress(RunError, OSError):
+        if note := describe_unfinished(read_run(path if path.is_dir() else path.parent)):
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _name_changes(options: Any) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxkd import data, models, weights
 from jaxkd._messages import list_some, shorten
 from jaxkd.cli.errors import require
+from jaxkd.cli.folders import note_unfinished
 from jaxkd.cli.problem import Defaults, Problem, Student, Teacher
 from jaxkd.transfer import Rule, TransferError, transfer
 from jaxkd.weights.files import RUN_FILE
@@ -109,6 +110,7 @@ class ImageProblem(Problem):
             model, variables, card = weights.load_network(folder)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
+        note_unfinished(folder)
         require(card.inputs == "images", f"{option}: its student reads {card.inputs}, not images")
         self._check_size(model, variables, card.shape, option)
         teacher = Teacher(model, jax.device_put(variables))

@@ -81,6 +81,7 @@ class PredictCommand:
 
     def execute(self) -> None:
         """Predicts the files and prints or writes a table."""
+        from jaxkd.cli.folders import note_unfinished
         from jaxkd.weights import load_student
 
         if not self.files:
@@ -92,6 +93,7 @@ class PredictCommand:
             # Before the predictions, which may take a while.
             check_parent(self.output)
         student = load_student(self.student)
+        note_unfinished(self.student)
         names = _choose_names(student, self.class_names, self.student)
         if not 1 <= self.top <= len(names):
             raise ValueError(f"--top {self.top}: choose 1 to {len(names)}, the number of classes")

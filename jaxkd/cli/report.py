@@ -35,10 +35,12 @@ class ReportCommand:
     def execute(self) -> None:
         """Draws the report and prints the table, comparisons and doubts."""
         # Imported here, because the help of a command must not wait for JAX.
+        from jaxkd.cli.folders import note_unfinished
         from jaxkd.runs import report
         from jaxkd.runs.redraw import redraw_report
 
         redrawn = redraw_report(self.run, output=self.output)
+        note_unfinished(self.run)
         if redrawn.rows:
             report.print_results(
                 redrawn.rows,

@@ -15,6 +15,7 @@ from jaxkd._files import describe_differences, write_atomically
 from jaxkd._messages import list_some, shorten
 from jaxkd.runs.errors import RunError
 from jaxkd.runs.figures import COLOURS, Metric, plot_curves
+from jaxkd.runs.growth import find_settings_of_results
 from jaxkd.runs.report import markdown_table, results_table
 from jaxkd.runs.results import ResultRow
 from jaxkd.runs.run import IGNORED_OPTIONS, Run, fingerprint, read_run
@@ -229,7 +230,7 @@ def _choose(folder: str | os.PathLike, stage: str | None) -> tuple[Run, str | No
     run = read_run(name)
     if not (run.folder / "results.json").exists():
         raise RunError(f"{run.folder} has no results yet: finish the run first")
-    return run, stage
+    return find_settings_of_results(run) or run, stage
 
 
 def _read_rows(
@@ -414,5 +415,7 @@ def _describe_limits(
     if not differences:
         notes.append("The runs have no stage of the same name: choose one of each by RUN:STAGE.")
     if names := [label for label, run in runs.items() if run.is_growing]:
-        notes.append(f"{list_some(names)} is growing: its results are those before.")
+        notes.append(f"{list_some(names)} is growing: its results and options are those before.")
+    if names := [label for label, run in runs.items() if not find_settings_of_results(run)]:
+        notes.append(f"{list_some(names)} has no report.json: its options may not be those before.")
     return notes

@@ -5,14 +5,17 @@ an earlier configuration lies in `checkpoints/seed0/.student.0`, a number for ea
 beside its checkpoints. No stage has such a name.
 """
 
+import dataclasses
 import json
 import os
 import re
 from pathlib import Path
 
 from jaxkd._files import delete, describe_differences, write_atomically
+from jaxkd._messages import shorten
 from jaxkd.runs._records import read_records
-from jaxkd.runs.run import UNTRAINED_OPTIONS, Run, read_run
+from jaxkd.runs._report_record import read_record
+from jaxkd.runs.run import IGNORED_OPTIONS, UNTRAINED_OPTIONS, Run, read_run
 
 Training = tuple[int, str]
 """A seed and the name of a stage."""
@@ -28,6 +31,44 @@ def describe_growth(run: Run) -> str:
         if change := describe_differences(earlier["config"], run.config, ignore=UNTRAINED_OPTIONS):
             return change
     return ""
+
+
+def find_settings_of_results(run: Run) -> Run | None:
+    """Finds the configuration with which the results of a run were made.
+
+    While a run is growing, `config.json` has that of the trainings, and the report that of the
+    results.
+
+    Returns:
+        The run with the configuration and environment of its results; `None` if no file tells them.
+
+    Raises:
+        RunError: If `report.json` is damaged.
+    """
+    if not run.is_growing:
+        return run
+    record = read_record(run.folder)
+    if record is None:
+        return None
+    now = {"config": run.config, "environment": run.environment}
+    for settings in (now, *reversed(run.history)):
+        texts = {name: str(value) for name, value in settings["config"].items()}
+        if not describe_differences(texts, record.settings, ignore=IGNORED_OPTIONS):
+            config, environment = settings["config"], settings["environment"]
+            return dataclasses.replace(run, config=config, environment=environment)
+    return None
+
+
+def describe_unfinished(run: Run) -> str:
+    """Describes a run whose results and student are older than its configuration, if it is one."""
+    if not run.is_growing or not (run.folder / "results.json").exists():
+        return ""
+    before = find_settings_of_results(run) or run
+    changes = describe_differences(before.config, run.config, ignore=IGNORED_OPTIONS)
+    return (
+        f"{shorten(run.folder, 80)} goes on{f' ({changes})' if changes else ''} and is not "
+        "finished: its results and its student are those before"
+    )
 
 
 def record_growth(run: Run, *, trains: bool) -> None:

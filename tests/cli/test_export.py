@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd import models, weights
+from jaxkd import models, runs, weights
+from jaxkd._messages import shorten
 from jaxkd.cli.main import main
 from jaxkd.data import tokens
+from jaxkd.runs import growth, report
 
 NAMES = ("cat", "dog", "elk")
 TEXTS = ["a good film", "a bad film", "an utter bore, and far too long"] * 5
@@ -154,6 +156,32 @@ def test_nothing_is_overwritten(resnet, tmp_path):
     assert f"{tmp_path} is not a regular file: choose another --output" in fail(
         resnet[0], "--format", "torch", "-o", tmp_path
     )
+
+
+def test_a_student_that_is_older_than_its_run_is_said(resnet, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run = runs.open_run(folder, {"epochs": 1})
+    shutil.copytree(resnet[0], folder, dirs_exist_ok=True)
+    run.append_metrics({"seed": 0, "stage": "a", "step": 1, "validation_accuracy": 0.5})
+    report.report_run(run, [runs.ResultRow("a", accuracy=(0.5,), parameters=1)], title="Run")
+    np.save(tmp_path / "x.npy", make_images(1))
+    commands = [
+        ["export", folder, "--format", "jaxexport", "-o", tmp_path / "out"],
+        ["predict", folder, tmp_path / "x.npy"],
+        ["predict", folder / "student.jaxexport", tmp_path / "x.npy"],
+        ["report", folder],
+    ]
+    for command in commands:
+        main([*map(str, command)])
+    assert "note" not in capsys.readouterr().err
+    growth.record_growth(runs.open_run(folder, {"epochs": 300}, grow=True), trains=True)
+    (tmp_path / "out").unlink()
+    for command in commands:
+        main([*map(str, command)])
+        assert capsys.readouterr().err == (
+            f"note: {shorten(folder, 80)} goes on (epochs was 1 and is 300) and is not finished: "
+            "its results and its student are those before\n"
+        )
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch", "jaxexport", "safetensors"])

@@ -7,7 +7,7 @@ import pytest
 
 from jaxkd import evaluate, runs
 from jaxkd.cli.main import main
-from jaxkd.runs import RunError, comparison
+from jaxkd.runs import RunError, comparison, growth, report
 from jaxkd.runs.figures import COLOURS
 
 FIRST, SECOND = (0.80, 0.82, 0.81), (0.85, 0.88, 0.86)
@@ -265,3 +265,19 @@ def test_equal_stages_have_one_colour(tmp_path, monkeypatch):
     assert places["a/alone"] == places["b/alone"] != places["a/kd"] == places["b/kd"]
     # Runs, where there is one stage.
     assert calls[1] == ["a/kd", "b/kd"]
+
+
+def test_options_are_those_of_the_results(tmp_path):
+    first = make_run(tmp_path / "a", {"student": FIRST}, config={"epochs": 1})
+    second = make_run(tmp_path / "b", {"student": SECOND}, config={"epochs": 2})
+    rows = [runs.ResultRow("student", accuracy=SECOND, parameters=9)]
+    report.report_run(runs.open_run(second, {"epochs": 2}), rows, title="b")
+    run = runs.open_run(second, {"epochs": 300}, grow=True)
+    growth.record_growth(run, trains=True)
+    found = comparison.compare_results([first, second])
+    assert found.options == {"epochs": [1, 2]}
+    assert "b is growing: its results and options are those before." in found.notes
+    (second / "report.json").unlink()
+    found = comparison.compare_results([first, second])
+    assert found.options == {"epochs": [1, 300]}
+    assert found.notes[-1] == "b has no report.json: its options may not be those before."

@@ -7,6 +7,7 @@ import pytest
 
 from jaxkd import runs
 from jaxkd.runs import ResultRow, checkpoints, growth
+from jaxkd.runs.report import report_run
 
 CONFIG = {"experiment": "tiny", "num_seeds": 1, "alpha": 0.5, "workdir": "a"}
 TREE = {"weights": np.arange(3.0)}
@@ -38,6 +39,39 @@ def test_another_configuration_is_recorded_with_a_history_of_the_earlier_ones(tm
         assert (tmp_path / "config.json").read_bytes() == before
     growth.record_growth(again, trains=True)
     assert runs.read_run(tmp_path).is_growing
+
+
+def report(run):
+    """Reports one row, as a command does at its end."""
+    record = {"seed": 0, "stage": "student", "step": 1, "validation_loss": 0.5}
+    run.append_metrics(record | {"validation_accuracy": 0.8})
+    rows = [ResultRow("student", accuracy=(0.8,), parameters=9)]
+    report_run(run, rows, title="Run")
+
+
+def test_results_have_the_configuration_of_their_report(tmp_path):
+    run = runs.open_run(tmp_path, CONFIG)
+    report(run)
+    assert growth.find_settings_of_results(runs.read_run(tmp_path)).config == CONFIG
+    assert growth.describe_unfinished(runs.read_run(tmp_path)) == ""
+    # Stopped twice before the next results.
+    for alpha in (0.7, 0.9):
+        run = runs.open_run(tmp_path, CONFIG | {"alpha": alpha}, grow=True)
+        growth.record_growth(run, trains=True)
+    run = runs.read_run(tmp_path)
+    assert run.config["alpha"] == 0.9
+    assert growth.find_settings_of_results(run).config == CONFIG
+    assert growth.describe_unfinished(run).endswith(
+        " goes on (alpha was 0.5 and is 0.9) and is not finished: its results and its student are "
+        "those before"
+    )
+    (tmp_path / "report.json").unlink()
+    assert growth.find_settings_of_results(run) is None
+    assert " goes on and is not finished" in growth.describe_unfinished(run)
+    report(runs.open_run(tmp_path, run.config, grow=True))
+    run = runs.read_run(tmp_path)
+    assert growth.find_settings_of_results(run).config["alpha"] == 0.9
+    assert growth.describe_unfinished(run) == ""
 
 
 def test_the_number_of_seeds_changes_no_training(tmp_path):
