@@ -138,6 +138,11 @@ def show_warning(
     message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
 ) -> None:
     """Prints a warning on one line, in place of `warnings.showwarning`."""
+    print_warning(message)
+
+
+def print_warning(message: object) -> None:
+    """Prints a warning on one line of stderr."""
     print(f"warning: {shorten(message, 290)}", file=sys.stderr)
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from jaxkd.cli.errors import check_new, check_parent, exit_with, show_warning
+from jaxkd._messages import list_some, shorten
+from jaxkd.cli.errors import check_new, check_parent, exit_with, print_warning, show_warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,6 +212,12 @@ def _choose_names(student: "Student", option: str | None, path: Path) -> tuple[s
             f"--class-names has {len(names)} names, but the student has "
             f"{len(student.class_names)} classes"
         )
+    own = student.class_names
+    if moved := [name for i, name in enumerate(names) if name in own and own[i] != name]:
+        print_warning(
+            f"--class-names has {list_some(moved)} in another place than the student, whose order "
+            f"is {list_some(own, count=8)}: leave it out unless the student's names are wrong"
+        )
     return names
 
 
@@ -380,8 +387,6 @@ def _format_csv(rows: Sequence[Row]) -> str:
 
 
 def _format_table(rows: Sequence[Row]) -> str:
-    from jaxkd._messages import shorten
-
     lines = []
     for row in rows:
         shown = [] if row.text is None else [shorten(row.text, _MAX_SHOWN)]

@@ -223,6 +223,20 @@ def test_student_without_class_names(image_student, tmp_path, capsys):
     )
 
 
+def test_own_names_in_another_order_are_warned_of(image_student, tmp_path, capsys):
+    image = save_image(tmp_path / "a.png", 255)
+    captured = predict(capsys, image_student, image, "--class-names", "bright,dark")
+    assert captured.err == (
+        "warning: --class-names has bright, dark in another place than the student, whose order is "
+        "dark, bright: leave it out unless the student's names are wrong\n"
+    )
+    assert captured.out.split()[1] == "dark"
+    captured = predict(capsys, image_student, image, "--class-names", "bright,hell")
+    assert "--class-names has bright in another place" in captured.err
+    for names in ("dark,bright", "dark,hell", "dunkel,hell"):
+        assert predict(capsys, image_student, image, "--class-names", names).err == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
