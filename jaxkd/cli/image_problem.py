@@ -1,5 +1,6 @@
 """Images for `jaxkd distill`: networks that fit, and teachers from files."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jaxkd.cli.folders import note_unfinished
 from jaxkd.cli.problem import Defaults, Problem, Student, Teacher
 from jaxkd.transfer import Rule, TransferError, transfer
 from jaxkd.weights.files import RUN_FILE
-from jaxkd.weights.students import CARD_FILE
+from jaxkd.weights.students import CARD_FILE, find_student
 
 Statistics = tuple[Any, Any]
 """Mean and standard deviation of each channel, in units of full brightness."""
@@ -80,6 +81,11 @@ class ImageProblem(Problem):
             return self._load_student(Path(name))
         if separator and file:
             return self._load_weights(network, Path(file))
+        if folder := find_student(name):
+            raise ValueError(
+                f"--teacher {shorten(name, 80)} is a file of a student: pass the folder, "
+                f"--teacher {shorten(folder, 80)}"
+            )
         if "/" in name or Path(name).exists():
             raise ValueError(
                 f"--teacher {shorten(name, 80)}: write NETWORK:{shorten(name, 80)} for a file of "
@@ -137,30 +143,37 @@ class ImageProblem(Problem):
 
     def _load_weights(self, network: str, file: Path) -> Teacher:
         """Makes a teacher of a file of weights, which is fine-tuned if it has other classes."""
-        option = f"--teacher {network}:{shorten(file, 80)}"
+        option = f"--teacher {shorten(network, 60)}:{shorten(file, 80)}"
         if not file.exists():
             raise ValueError(f"{option}: there is no file {shorten(file, 80)}")
         module = self.make_module(network, option="--teacher")
+        advice = _describe_student(file) or "`jaxkd convert` shows the details"
         if not hasattr(module, "torch_rules"):
-            raise ValueError(f"{option}: {network} takes no weights of PyTorch")
+            kind = shorten(network, 60)
+            raise ValueError(
+                f"{option}: {kind} takes no file of weights; "
+                f"{_describe_student(file) or 'train it, or pass the folder of a run'}"
+            )
         statistics = self._statistics or self._find_statistics(network)
         model = models.with_input_normalization(models.from_linen(module), *statistics)
         self.check_model(model, owner=option)
         fresh = jax.jit(model.init)(jax.random.key(0), self._images[:1])
         try:
-            variables, report = weights.load_variables(
-                file, fresh, module.torch_rules(), strict=False
-            )
+            with warnings.catch_warnings():
+                # What is lacking is judged below.
+                warnings.filterwarnings("ignore", ".*come from the source")
+                variables, report = weights.load_variables(
+                    file, fresh, module.torch_rules(), strict=False
+                )
         except TransferError as error:
-            raise ValueError(
-                f"{option}: {str(error.report).splitlines()[0]}; `jaxkd convert` shows the details"
-            ) from error
+            counts = str(error.report).splitlines()[0]
+            raise ValueError(f"{option}: {counts}; {advice}") from error
         lacking = [*report.missing, *(mismatch[0] for mismatch in report.mismatched)]
         others = [path for path in lacking if not path.startswith("params/logits/")]
         if others or report.unexpected:
             raise ValueError(
-                f"{option} does not fit: {list_some([*others, *report.unexpected])} is missing or "
-                "left over; `jaxkd convert` shows the details"
+                f"{option} does not fit: {list_some([*others, *report.unexpected], count=2)} is "
+                f"missing or left over; {advice}"
             )
         if lacking:
             print(f"{network} knows other classes: it gets a new last layer and is fine-tuned")
@@ -229,6 +242,15 @@ def _describe_cnn(channels: Sequence[int], hidden: int, side: int) -> str:
     """Describes a CNN whose convolutions halve images of a side down to about five pixels."""
     count = 2 if side < 48 else 3 if side < 80 else 4
     return f"CNN(features={tuple(channels[:count])}, hidden={hidden})"
+
+
+def _describe_student(file: Path) -> str:
+    """Describes the student whose folder or file is named, with how it teaches; empty if none."""
+    folder = find_student(file)
+    if folder is None:
+        return ""
+    network = shorten(weights.read_card(folder).network or "a network of its own", 50)
+    return f"{shorten(folder, 60)} holds {network}: pass --teacher {shorten(folder, 60)}"
 
 
 def _read_names(file: Path) -> Sequence[str]:

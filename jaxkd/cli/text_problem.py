@@ -11,6 +11,7 @@ from jaxkd.cli.berts import load_classifier, lowest_layers, make_transfer
 from jaxkd.cli.problem import Defaults, Problem, Student, Teacher
 from jaxkd.data import text, tokens
 from jaxkd.data.bucketing import LengthBuckets
+from jaxkd.weights.students import find_student
 
 _NUM_BUCKETS = 3
 _VOCABULARY = 8000
@@ -39,6 +40,11 @@ class TextProblem(Problem):
         """
         self._bert, self._is_fine_tuned = None, False
         if not _is_network(teacher):
+            if find_student(teacher):
+                raise ValueError(
+                    f"--teacher {shorten(teacher, 80)}: the student of a run teaches images, not "
+                    "texts; give the folder of a BERT, or a network such as auto"
+                )
             self._bert, self._is_fine_tuned = load_classifier(teacher, dataset.class_names)
         limit = self._bert.module.positions if self._bert else _MAX_LENGTH
         if max_length is not None and not 3 <= max_length <= limit:

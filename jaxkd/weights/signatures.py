@@ -66,6 +66,9 @@ def describe_other_file(path: str | os.PathLike) -> str:
     for beginnings, kind, remedy in _SIGNATURES:
         if start.lower().startswith(beginnings) or text.startswith(beginnings):
             return f"{kind}: {remedy}"
+    # Its first bytes differ between programs; PyTorch's files begin like these two.
+    if os.fspath(path).endswith(".jaxexport") and not start.startswith((b"PK", b"\x80")):
+        return "a program of jax.export, not a file of weights: give the folder of its run"
     return ""
 
 

@@ -319,6 +319,18 @@ def read_card(folder: str | os.PathLike) -> StudentCard:
     return StudentCard.from_json(path.read_bytes(), path)
 
 
+def find_student(path: str | os.PathLike) -> Path | None:
+    """Finds the folder of a student that a path names, itself or by one of the student's files.
+
+    Returns:
+        The folder; `None` if there is no description of a student.
+    """
+    path = Path(path)
+    is_file = path.name in (RUN_FILE, PROGRAM_FILE, CARD_FILE, TOKENIZER_FILE)
+    folder = path.parent if is_file else path
+    return folder if (folder / CARD_FILE).is_file() else None
+
+
 def check_files(folder: str | os.PathLike) -> None:
     """Checks that the files in a folder were saved as one student.
 

@@ -245,6 +245,34 @@ def test_bad_options(options, message):
     assert len(str(error.value)) <= 300
 
 
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("resnet20:RUN", "left over; RUN holds {}: pass --teacher RUN"),
+        ("resnet20:RUN/student.safetensors", "left over; RUN holds {}: pass --teacher RUN"),
+        ("resnet20:RUN/student.jaxexport", "a program of jax.export, not a file of weights: give"),
+        (f"{SMALL}:RUN", "takes no file of weights; RUN holds {}: pass --teacher RUN"),
+        (f"{SMALL}:RUN/student.jaxexport", "takes no file of weights; RUN holds {}: pass"),
+        ("RUN/student.jaxexport", "RUN/student.jaxexport is a file of a student: pass the folder"),
+        ("RUN/student.safetensors", "is a file of a student: pass the folder, --teacher RUN"),
+    ],
+)
+def test_students_that_are_named_as_files_of_weights(tmp_path, monkeypatch, teacher, message):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "RUN")
+    # A warning on what the network would lack is an error of the tests.
+    with pytest.raises(ValueError) as error:
+        plan_of(teacher=teacher)
+    assert message.format("CNN(features=(4,), hidden=8, num_classes=2)") in str(error.value)
+    assert len(str(error.value)) <= 300
+
+
+def test_network_that_takes_no_file(tmp_path):
+    save_torch(tmp_path / "net.safetensors", models.resnet20(num_classes=2))
+    with pytest.raises(ValueError, match="no file of weights; train it, or pass the folder of a"):
+        plan_of(teacher=f"{SMALL}:{tmp_path / 'net.safetensors'}")
+
+
 def test_teacher_without_the_classes_of_the_data(tmp_path):
     save_run(tmp_path / "run", names=("cat", "dog"))
     with pytest.raises(ValueError, match="--teacher .*: "):

@@ -192,3 +192,10 @@ def test_distil_then_predict(reviews, source, tmp_path, capsys):
     main(["predict", str(run / "student.jaxexport"), str(texts), "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["classes"][0]["class"] for row in rows] == ["positive", "negative"]
+
+
+@pytest.mark.parametrize("name", ["", "student.jaxexport"])
+def test_student_of_a_run_as_the_teacher_of_texts(reviews, tmp_path, name):
+    (tmp_path / "student.json").touch()
+    with pytest.raises(ValueError, match="the student of a run teaches images, not texts; give"):
+        load_problem(DistillCommand(data=str(reviews), teacher=str(tmp_path / name)))

@@ -95,3 +95,11 @@ def test_other_beginnings_are_left_to_the_readers(content, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(content)
     assert describe_other_file(path) == ""
+
+
+@pytest.mark.parametrize("read", [load_weights, read_torch, load_safetensors, read_class_names])
+def test_program(tmp_path, read):
+    path = tmp_path / "student.jaxexport"
+    path.write_bytes(b"\x40\0\0\0\0\0:\0h\0" * 9)
+    with pytest.raises(ValueError, match="is a program of jax.export, .*: give the folder of its"):
+        read(path)
