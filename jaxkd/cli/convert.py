@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from jaxkd._messages import list_some
 from jaxkd.cli.errors import check_new, check_parent, show_warning
 
 if TYPE_CHECKING:
@@ -236,6 +237,8 @@ def _describe_share(report: "Report", variables: Mapping[str, Any]) -> str:
     parameters = {path: size for path, size in sizes.items() if path.startswith("params/")}
     num_moved = sum(size for path, size in parameters.items() if path in moved)
     rest = "; the rest is drawn at random" if len(moved) < len(sizes) else ""
+    if left := [*report.unexpected, *(mismatch.source_path for mismatch in report.mismatched)]:
+        rest += f"; of the file, {len(left):,} arrays are left out, such as {list_some(left[:1])}"
     return (
         f"transferred {_describe_ratio(len(moved), len(sizes))} arrays and "
         f"{_describe_ratio(num_moved, sum(parameters.values()))} parameters{rest}"
@@ -248,7 +251,6 @@ def _describe_ratio(part: int, whole: int) -> str:
 
 def _suggest(report: "Report", module: Any) -> str:
     """Suggests the number of classes if nothing else differs, or other options."""
-    from jaxkd._messages import list_some
     from jaxkd.weights.files import to_text
 
     if not report.transferred and report.mismatched:

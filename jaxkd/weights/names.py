@@ -68,6 +68,21 @@ def unwrap_names(weights: Mapping[str, Any], expected: Collection[str]) -> Unwra
     return UnwrappedWeights(dict(weights), tuple(removed))
 
 
+def find_other_network(weights: Mapping[str, Any], expected: Collection[str]) -> str:
+    """Finds a second network in weights whose names are unwrapped.
+
+    Args:
+        weights: Arrays by name, as `unwrap_names` returns them.
+        expected: The names of the network's weights.
+
+    Returns:
+        What the names of the second one begin with, or "" if there is none.
+    """
+    hits = _count_hits([name for name in weights if name not in expected], expected)
+    others = [prefix for prefix, count in hits.items() if count >= len(expected) / 2]
+    return min(others, key=len, default="")
+
+
 def is_counter(value: Any) -> bool:
     """True for a single integer or truth value, such as a number of steps: it is no weight."""
     if isinstance(value, dict | list | tuple):

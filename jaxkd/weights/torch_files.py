@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from jaxkd.transfer.trees import (
     warn_of_small_share,
 )
 from jaxkd.weights.files import find_weights_file, is_index, read_index, to_text
-from jaxkd.weights.names import expected_names, find_counters, show_entry, unwrap_names
+from jaxkd.weights.names import (
+    expected_names,
+    find_counters,
+    find_other_network,
+    show_entry,
+    unwrap_names,
+)
 from jaxkd.weights.safetensors_files import read_safetensors
 from jaxkd.weights.torch_pickle import SAVE_ADVICE, OpaqueObject, read_torch
 from jaxkd.weights.unfinished import DEQUANTIZE_ADVICE, check_finished, is_quantized_type
@@ -147,12 +153,14 @@ def from_torch(
         TransferError: If an array is missing, unexpected or of the wrong shape. Its `report` lists
             all of them. Also if nothing is transferred, whatever `strict` is.
         ValueError: If the rules are invalid, see `jaxkd.transfer.transfer`; or if several prefixes
-            explain the names; or if the weights are adapters such as LoRA's, which must be merged
+            explain the names, or with `strict` a second network has names with a prefix; or if the
+            weights are adapters such as LoRA's, which must be merged
             first, or quantised: integers, or floating-point numbers of 8 bits.
 
     Warns:
-        UserWarning: If arrays hold NaN or infinity, a running variance is negative, or less than
-            half of the variables come from the file, as `strict=False` allows.
+        UserWarning: If arrays hold NaN or infinity, all are 0, a running variance is negative, or
+            less than half of the variables come from the file or it has a second network, as
+            `strict=False` allows.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -183,7 +191,9 @@ def from_torch(
                 f"the weights have {len(weights):,} arrays, more than {_MAX_ARRAYS:,}: select "
                 "those of one network, as in load_weights(path, entry='model')"
             )
-        weights, removed = unwrap_names(weights, expected_names(leaves, rules))
+        expected = expected_names(leaves, rules)
+        weights, removed = unwrap_names(weights, expected)
+        _check_one_network(find_other_network(weights, expected), removed, strict=strict)
         counters = find_counters(weights, leaves, rules)
     for name in counters:
         del weights[name]
@@ -196,6 +206,18 @@ def from_torch(
     return replace_leaves(variables, values), report
 
 
+def _check_one_network(other: str, removed: Sequence[str], *, strict: bool) -> None:
+    """Refuses a second network beside the one that fits, or warns of it if not `strict`."""
+    if not other:
+        return
+    prefix = "".join(removed) + other
+    problem = f"the weights are two networks, one of names that begin with {to_text(prefix)!r}"
+    choice = f"take that one by {show_entry(prefix.removesuffix('.'))}"
+    if strict:
+        raise ValueError(f"{problem}: {choice}, or the other one by strict=False (--partial)")
+    warnings.warn(f"{problem}: the other one is taken; {choice}", stacklevel=3)
+
+
 def _warn_of_unusable(values: Mapping[str, Any], report: Report) -> None:
     """Warns if transferred arrays hold what no sound training writes."""
     total = len(report.transferred)
@@ -205,6 +227,14 @@ def _warn_of_unusable(values: Mapping[str, Any], report: Report) -> None:
             f"{len(names)} of {total} arrays hold NaN or infinity, such as "
             f"{list_some(names, count=2)}: the training that wrote them has diverged, or their "
             "dtype was too narrow",
+            stacklevel=3,
+        )
+    weights = [value for path, value in values.items() if not path.startswith("batch_stats/")]
+    # Biases alone may be 0.
+    if any(value.ndim > 1 for value in weights) and not any(value.any() for value in weights):
+        warnings.warn(
+            f"all {len(weights)} arrays of weights are 0, with which a network computes nothing: "
+            "copy or convert the file again",
             stacklevel=3,
         )
     # NaN compares as False, so that it is named once.
@@ -253,7 +283,9 @@ def to_torch(variables: dict, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
     leaves = leaves_by_path(variables)
     names = {path: rename_back(path, rules) for path in leaves}
     if unnamed := [path for path, (_, rule) in names.items() if rule is None]:
-        raise ValueError(f"no rule gives these variables a name in PyTorch: {', '.join(unnamed)}")
+        raise ValueError(
+            f"no rule gives these variables a name in PyTorch: {list_some(unnamed)}; add rules"
+        )
     return {
         str(name): _convert_layout(path, leaves[path], rule)
         for path, (name, rule) in names.items()

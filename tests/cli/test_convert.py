@@ -232,8 +232,28 @@ def test_partial_states_the_share(arguments, capsys):
     main([*arguments, "--partial"])
     assert (
         "transferred 2 of 4 (50.0 %) arrays and 112 of 163 (68.7 %) parameters; "
-        "the rest is drawn at random"
+        "the rest is drawn at random; of the file, 2 arrays are left out, such as fc.bias\n"
     ) in capsys.readouterr().out
+    # A larger network has all that a smaller one needs.
+    prefix_weights("", **{f"conv{i}.weight": np.ones(3) for i in range(60)})
+    os.remove("out")
+    main([*arguments, "--num-classes", "5", "--partial"])
+    assert (
+        "parameters; of the file, 60 arrays are left out, such as conv0.weight\n"
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_second_network_is_named(arguments, variables, capsys):
+    prefix_weights("", **{f"ema.{k}": a for k, a in load_weights("weights").items()})
+    arguments = [*arguments, "--num-classes", "5"]
+    _, error = run_with_error(arguments, capsys)
+    assert error == (
+        "error: the weights are two networks, one of names that begin with 'ema.': take that one "
+        "by entry='ema' (--entry ema), or the other one by strict=False (--partial)"
+    )
+    main([*arguments, "--partial"])
+    assert "warning: the weights are two networks" in capsys.readouterr().err
 
 
 def test_entry_selects_one_of_two_networks(arguments, variables, capsys):

@@ -143,11 +143,24 @@ def test_a_small_student_beside_the_teacher_is_not_explained():
     assert report.unexpected == ("student.conv1.weight",)
 
 
-def test_names_that_fit_as_they_are_keep_their_prefixes():
-    weights = WEIGHTS | under("ema.")
-    variables, report = from_torch(weights, TARGET, RULES, strict=False)
-    assert_equal(variables)
-    assert report.removed == () and len(report.unexpected) == len(WEIGHTS)
+@pytest.mark.parametrize(
+    ("weights", "prefix"),
+    [
+        (WEIGHTS | under("ema."), "ema"),
+        (under("model.") | under("model.ema."), "model.ema"),
+        # Neither is complete.
+        ({k: a for k, a in (WEIGHTS | under("ema.")).items() if "fc.bias" not in k}, "ema"),
+    ],
+)
+def test_a_second_network_with_a_prefix_is_named(weights, prefix):
+    choice = rf"begin with '{prefix}\.': .*entry='{prefix}' \(--entry {prefix}\)"
+    with pytest.raises(ValueError, match=choice + r", or the other one by strict=False") as error:
+        from_torch(weights, TARGET, RULES)
+    assert len(str(error.value)) <= 300
+    with pytest.warns(UserWarning, match="the other one is taken; take that one by entry"):
+        _, report = from_torch(weights, TARGET, RULES, strict=False)
+    names = [name for name, _ in report.transferred]
+    assert {*names} == {name for name in WEIGHTS if name in names} and len(names) >= 5
 
 
 def test_what_is_missing_under_a_prefix_is_named_without_it():

@@ -178,7 +178,7 @@ def test_to_torch_needs_a_rule_that_fits_every_variable(abstract):
     variables, _ = from_torch(draw_weights(), abstract, RULES)
     with pytest.raises(
         ValueError,
-        match="no rule gives .*: batch_stats/bn/mean, batch_stats/bn/var, params/bn/scale$",
+        match="no rule gives .*: batch_stats/bn/mean, batch_stats/bn/var, params/bn/scale; add",
     ):
         to_torch(variables, [rule for rule in RULES if not rule.source.startswith("stem.bn")])
     variables["params"]["hidden"]["kernel"] = np.ones(8)
@@ -345,6 +345,28 @@ def test_variances_below_zero_are_named(value, names):
     message = str(caught[-1].message)
     assert message.startswith(f"1 of 1 arrays are running variances below 0, such as {name}, whose")
     assert len(message) <= 300 and len(caught) == (2 if np.isinf(value) else 1)
+
+
+def test_weights_that_are_all_zero_are_named():
+    weights = {"fc.weight": np.zeros((3, 2), np.float32), "fc.bias": np.zeros(3, np.float32)}
+    weights["bn.running_var"] = np.ones(3, np.float32)
+    rules = (
+        Rule("fc.weight", "params/kernel", layout.DENSE),
+        Rule("fc.bias", "params/bias"),
+        Rule("bn.running_var", "batch_stats/var"),
+    )
+    empty = np.empty(3, np.float32)
+    variables = {
+        "params": {"kernel": np.empty((2, 3), np.float32), "bias": empty},
+        "batch_stats": {"var": empty},
+    }
+    with pytest.warns(UserWarning, match="all 2 arrays of weights are 0, with which a network"):
+        from_torch(weights, variables, rules)
+    weights["fc.weight"][0, 0] = 1e-9
+    from_torch(weights, variables, rules)
+    # New biases are 0.
+    del weights["fc.weight"], variables["params"]["kernel"]
+    from_torch(weights, variables, rules[1:])
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "qint8", "_utils._rebuild_qtensor"])
