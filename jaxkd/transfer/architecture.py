@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxkd._messages import shorten
+from jaxkd._messages import list_some, shorten
 from jaxkd.transfer.rules import Rule, check_rules, match_path
 from jaxkd.transfer.trees import (
     Dtypes,
@@ -227,8 +227,8 @@ def deepen(
     }
     if unmatched := [pattern for pattern, paths in matches.items() if not paths]:
         raise ValueError(
-            f"{unmatched} match nothing in the target; a pattern must match a whole path, such as "
-            f"{[*leaves][:3]}"
+            f"{list_some(map(repr, unmatched), count=3)} match nothing in the target; a pattern "
+            f"must match a whole path, such as {list_some([*leaves][:2])}"
         )
     new_paths = {path for paths in matches.values() for path in paths}
     identities = {path: _identity(path, leaves, epsilon) for path in leaves if path in new_paths}
@@ -237,7 +237,8 @@ def deepen(
     values, report = match_leaves(source, filled, check_rules(rules), dtypes)
     if overwritten := sorted(new_paths - {*report.missing}):
         raise ValueError(
-            f"the source has values for the new layers, {overwritten}: add rules that rename them"
+            f"the source has values for the new layers, {list_some(overwritten)}: add rules that "
+            "rename them"
         )
     # Only the new layers may be missing; for everything else the transfer is strict.
     other_missing = tuple(path for path in report.missing if path not in new_paths)
@@ -250,14 +251,17 @@ def _read_channels(variables: Any, channels: Channels) -> tuple[dict[str, Any], 
     leaves = leaves_by_path(variables)
     axes = [*channels.produced.items(), *channels.consumed.items()]
     if unknown := [path for path, _ in axes if path not in leaves]:
-        raise ValueError(f"the tree has no leaves at {unknown}; its paths are {[*leaves]}")
+        raise ValueError(
+            f"the tree has no leaves at {list_some(unknown, count=3)}; its paths are "
+            f"{list_some(leaves, count=3)}"
+        )
     outside = [
         f"{path} {np.shape(leaves[path])}"
         for path, axis in axes
         if not -np.ndim(leaves[path]) <= axis < np.ndim(leaves[path])
     ]
     if outside:
-        raise ValueError(f"channels names an axis that does not exist in {', '.join(outside)}")
+        raise ValueError(f"channels names an axis that does not exist in {list_some(outside)}")
     produced = {path: np.shape(leaves[path])[axis] for path, axis in channels.produced.items()}
     consumed = {path: np.shape(leaves[path])[axis] for path, axis in channels.consumed.items()}
     if len({*produced.values()}) != 1:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd._messages import list_some
+from jaxkd._messages import MAX_LENGTH, list_some, shorten
 from jaxkd.transfer.rules import RenamedPath, Rule, apply_rules, check_rules
 
 Dtypes: TypeAlias = Literal["same", "target", "source"]
@@ -142,7 +142,7 @@ def transfer(
     Raises:
         TransferError: If `strict` and anything is missing, unexpected or mismatched, or a rule
             matches nothing. Also if nothing is transferred, or an abstract leaf gets no value,
-            whatever `strict` is. The message and the error's `report` list everything.
+            whatever `strict` is. The message names the first misfit, the error's `report` all.
         ValueError: If two source paths are renamed to the same path, a pattern is malformed, a
             layout does not fit an array, two leaves of a tree have the same path, a tree contains
             itself, or an integer does not fit the target's dtype.
@@ -309,24 +309,42 @@ def check_complete(report: Report, target: Mapping[str, Any], *, strict: bool) -
     """
     # Before the advice below: what moves nothing is no transfer.
     if not report.transferred and not report.complete:
-        raise TransferError(
-            "nothing can be transferred: the source and the target have no path in common whose "
-            f"arrays fit\n{report}",
-            report,
-        )
+        problem = "nothing can be transferred, no path of both has arrays that fit"
+        raise TransferError(_describe_misfits(report, problem, "compare the names"), report)
     without_value = [*report.missing, *(mismatch.path for mismatch in report.mismatched)]
     if any(isinstance(target[path], jax.ShapeDtypeStruct) for path in without_value):
-        raise TransferError(
-            "the source does not fit the target, which has shapes without values, so that each "
-            f"needs one from the source\n{report}",
-            report,
-        )
+        problem = "the source does not fit the target, which has shapes without values"
+        remedy = "give each a value in the source"
+        raise TransferError(_describe_misfits(report, problem, remedy), report)
     if strict and not report.complete:
-        raise TransferError(
-            "the source does not fit the target; pass strict=False to transfer only what fits\n"
-            f"{report}",
-            report,
-        )
+        problem = "the source does not fit the target"
+        remedy = "pass strict=False to transfer only what fits"
+        raise TransferError(_describe_misfits(report, problem, remedy), report)
+
+
+def _describe_misfits(report: Report, problem: str, remedy: str) -> str:
+    """Describes a failed transfer in a line: how much does not fit, and the first of it."""
+    counts = {
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "mismatched": report.mismatched,
+        "unused rule" if len(report.unused) == 1 else "unused rules": report.unused,
+    }
+    counted = ", ".join(f"{len(items):,} {name}" for name, items in counts.items() if items)
+    first = ""
+    if report.mismatched:
+        path, source, expected, source_path = report.mismatched[0]
+        arrays = [shorten(_describe_array(array), 30) for array in (source, expected)]
+        first = f"{shorten(source_path, 40)} {arrays[0]} for {shorten(path, 40)} {arrays[1]}"
+    elif report.missing or report.unexpected:
+        # Often one has the name that the other lacks.
+        names = [f"missing {shorten(path, 50)}" for path in report.missing[:1]]
+        names += [f"unexpected {shorten(path, 50)}" for path in report.unexpected[:1]]
+        first = " and ".join(names)
+    elif report.unused:
+        first = f"unused {shorten(report.unused[0].source, 60)}"
+    remedy = f"; the error's report has all: {remedy}"
+    return shorten(f"{problem}: {counted}, first {first}", MAX_LENGTH - len(remedy)) + remedy
 
 
 def warn_of_small_share(values: Mapping[str, Any], target: Mapping[str, Any]) -> None:
@@ -341,8 +359,8 @@ def warn_of_small_share(values: Mapping[str, Any], target: Mapping[str, Any]) ->
     if len(values) < len(sizes) and share < 0.5:
         warnings.warn(
             f"{len(values)} of {len(sizes)} arrays, {100 * share:.1f} % of the parameters, come "
-            "from the source; the target keeps its own values for the rest: print the report, "
-            "or pass strict=True, to see what does not fit",
+            "from the source; the target keeps its own values for the rest: see the report, "
+            "or pass strict=True (no --partial) to refuse that",
             stacklevel=3,
         )
 
@@ -370,7 +388,7 @@ def _invert(renamed: Mapping[str, RenamedPath]) -> dict[str, str]:
         elif path is not None:
             source_paths[path] = source_path
     if clashes:
-        raise ValueError(f"clashing rules: {'; '.join(clashes)}")
+        raise ValueError(f"clashing rules: {list_some(clashes, count=2, limit=120)}")
     return source_paths
 
 

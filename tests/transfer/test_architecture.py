@@ -217,7 +217,7 @@ def test_results_are_copies_of_the_same_type_and_dtype(make):
         (
             Channels({"a": 0, "x": 0}, {"y": 0}),
             1,
-            r"no leaves at \['x', 'y'\]; its paths are \['a', 'b'\]",
+            r"no leaves at x, y; its paths are a, b",
         ),
         (Channels({"a": 1}, {"b": -3}), 1, r"axis that does not exist in a \(4,\), b \(4, 6\)"),
         (Channels({"a": 0, "b": 1}, {}), 1, "the same length, got {'a': 4, 'b': 6}"),
@@ -304,7 +304,7 @@ def test_a_layer_norm_beside_a_batch_norm_of_a_similar_name_has_no_identity():
 def test_deepen_with_renamed_layers():
     source = {"conv1": {"bias": np.ones(2)}, "conv2": {"bias": np.full(2, 2.0)}}
     target = {f"conv{i}": {"bias": np.full(2, 9.0)} for i in (1, 2, 3)}
-    with pytest.raises(ValueError, match=r"has values for the new layers, \['conv2/bias'\]"):
+    with pytest.raises(ValueError, match=r"has values for the new layers, conv2/bias:"):
         deepen(source, target, layers=["conv2/bias"])
     result, _ = deepen(
         source, target, layers=["conv2/bias"], rules=[Rule("conv2/{leaf}", "conv3/{leaf}")]
@@ -337,7 +337,7 @@ def test_layers_without_an_identity_raise(layer, match):
 
 
 def test_new_layers_that_do_not_exist_raise():
-    with pytest.raises(ValueError, match=r"\['conv3'\] match nothing in the target"):
+    with pytest.raises(ValueError, match=r"'conv3' match nothing in the target"):
         deepen({}, {"conv3": {"bias": np.zeros(2)}}, layers=["conv3"])
 
 
