@@ -27,9 +27,11 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         content: The new content.
 
     Raises:
-        OSError: If the file cannot be written. The old content is kept.
+        OSError: If the folder is absent or the file cannot be written. The old content is kept.
     """
     path = Path(path)
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such folder, make it first", str(path.parent))
     # As root, the rename below would turn /dev/null into a file.
     if path.exists() and not path.is_symlink() and not path.is_file():
         raise OSError(errno.EINVAL, "is not a regular file, name another one", str(path))
@@ -38,15 +40,18 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     # may have this one's number.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with add_filename_to_errors(path):
-            # Exclusively: a file or a link that is already there belongs to somebody else.
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                # Without it, a power cut after the rename may leave an empty file under the final
-                # name.
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        # Exclusively: a file or a link that is already there belongs to somebody else.
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            # Without it, a power cut after the rename may leave an empty file under the final name.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        # Instead of the hidden name, or of none, as for a full disk.
+        error.filename = str(path)
+        del error.filename2
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
