@@ -32,6 +32,8 @@ LOWER_LIMITS = {
 """The smallest value of an option that must be above 0."""
 OUTPUT_FOLDERS = ("workdir", "teacher_cache")
 """Options that name a folder to write to."""
+DATA_FOLDERS = ("data", "dataset")
+"""Options that may name a folder to read, whose folders are those of splits and classes."""
 
 
 def check_limits(options: Any, require: Any) -> None:
@@ -52,11 +54,28 @@ def check_limits(options: Any, require: Any) -> None:
                 require(field.default == "", f"{option} is empty: give a value, or leave it out")
         if field.name in OUTPUT_FOLDERS and value is not None:
             _check_folder(option, value, require)
+            for name in DATA_FOLDERS:
+                data = getattr(options, name, None)
+                require(
+                    not data or not _is_within(value, data),
+                    f"{option} {shorten(value, 80)} is within --{name} {shorten(data, 80)}, where "
+                    "the next start would read it as data: name a folder elsewhere",
+                )
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
     """Returns a path with the home folder for `~`, which shells leave in `--workdir=~/runs`."""
     return Path(path).expanduser()
+
+
+def _is_within(folder: str, parent: str) -> bool:
+    """Returns whether a folder, which need not exist, is one that exists or lies below it."""
+    try:
+        above = expand(parent).resolve()
+        return above.is_dir() and expand(folder).resolve().is_relative_to(above)
+    # Of a name that is no path.
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _check_number(name: str, option: str, value: float, require: Any) -> None:

@@ -334,7 +334,7 @@ def _open_as_primary(folder: Path, json_config: dict[str, Any], data: str, grow:
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is not a folder: name another folder (--workdir)")
-    if folder.exists() and not path.exists() and not all(map(_is_leftover, folder.iterdir())):
+    if folder.exists() and not path.exists() and not all(map(is_leftover, folder.iterdir())):
         raise RunError(f"{folder} is not empty and holds no run: name another folder (--workdir)")
     folder.mkdir(parents=True, exist_ok=True)
     # Before the lock, which fails with a less helpful message, and only later for a folder whose
@@ -474,7 +474,7 @@ def _has_primary_failed(failed: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
     """True if a process that was killed before it wrote the configuration may leave this file."""
     if path.name in (LOCK_FILE, HOLDER_FILE) or path.name.startswith(".config.json"):
         return True

@@ -15,7 +15,7 @@ from jaxkd._messages import shorten
 from jaxkd.runs.checkpoints import Restored, load
 from jaxkd.runs.errors import RunError
 from jaxkd.runs.results import rows_without_timings
-from jaxkd.runs.run import IGNORED_OPTIONS, Run, checkpoint_identity, read_run
+from jaxkd.runs.run import IGNORED_OPTIONS, Run, checkpoint_identity, is_leftover, read_run
 
 OMITTED_OPTIONS = (
     "experiment",
@@ -73,7 +73,8 @@ def verify(
         The verdict on each run, by its folder.
 
     Raises:
-        RunError: If there is no finished run of such a command, or the new run fails.
+        RunError: If there is no finished run of such a command, the folder of the new run holds
+            something else, or the new run fails.
         OSError: If a file cannot be read or written.
     """
     folder = Path(folder)
@@ -83,6 +84,7 @@ def verify(
         _check_finished(run)
         if scratch.resolve() in (folder.resolve(), run.folder.resolve()):
             raise RunError(f"{scratch} is the run itself: name another folder for the rerun")
+    _check_scratch(runs, scratch)
     # An experiment may use fewer seeds for one of its runs than the user asked for, never more.
     _rerun(max(runs, key=lambda run: run.config.get("num_seeds", 0)), scratch, is_temporary)
     return {run.folder: compare_runs(run.folder, _find_rerun(run, scratch)) for run in runs}
@@ -202,6 +204,25 @@ def _check_finished(run: Run) -> None:
         )
 
 
+def _check_scratch(runs: Iterable[Run], scratch: Path) -> None:
+    """Raises `RunError` if a folder holds something else than a rerun that was stopped.
+
+    The rerun itself would name another option, and `jaxkd distill` would let another run grow.
+    """
+    if scratch.exists() and not scratch.is_dir():
+        raise RunError(f"{scratch} is not a folder: name another one (--keep)")
+    pairs = [(run, _find_rerun(run, scratch)) for run in runs]
+    pairs = [(run, folder) for run, folder in pairs if (folder / "config.json").exists()]
+    if not pairs and scratch.exists() and not all(map(is_leftover, scratch.iterdir())):
+        raise RunError(f"{scratch} is not empty and holds no rerun: name another folder (--keep)")
+    for run, folder in pairs:
+        if differences := run.describe_changes(read_run(folder).config):
+            raise RunError(
+                f"{folder} holds another run ({shorten(differences, 150)}): name another folder "
+                "(--keep)"
+            )
+
+
 def _rerun(run: Run, scratch: Path, is_temporary: bool) -> None:
     program = _find_program(run)
     arguments = [*command_line_options(run.config), "--workdir", str(scratch)]
@@ -223,7 +244,11 @@ def _describe_relative_path(run: Run) -> str:
     """Returns advice on an option that may be a path from another folder, or an empty string."""
     for option in _PATH_OPTIONS:
         path = run.config.get(option)
-        if isinstance(path, str) and path and not os.path.isabs(path) and not os.path.exists(path):
+        if not isinstance(path, str):
+            continue
+        # Behind the colon of NETWORK:FILE.
+        file = path.rpartition(":")[2]
+        if file not in ("", "auto") and not os.path.isabs(file) and not os.path.exists(file):
             return (
                 f"; if the run's --{option.replace('_', '-')} {shorten(path, 60)} is a path, it is "
                 "relative to another folder: start verify there"

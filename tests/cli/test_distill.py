@@ -320,6 +320,21 @@ def test_options_are_checked_before_anything_is_loaded(arguments, message):
     assert message in str(stop.value.code)
 
 
+@pytest.mark.parametrize("folder", ["photos", "photos/train/new", "photos/../photos/x", "link/x"])
+def test_run_within_the_data(photos, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(photos.parent)
+    (tmp_path / "link").symlink_to(photos)
+    folder = folder.replace("link", str(tmp_path / "link"))
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--data", "photos", "--workdir", folder])
+    assert f"--workdir {folder} is within --data photos, where the next start" in stop.value.code
+    assert len(stop.value.code) <= 300 and sorted(photos.rglob("*")) == before
+    # Beside it, and a name of data that is no folder.
+    DistillCommand(data="photos", workdir="photos2/run").check()
+    DistillCommand(data="cifar10", workdir="cifar10/run").check()
+
+
 def test_unknown_data():
     with pytest.raises(SystemExit, match="no such folder|no dataset|there is no"):
         main(["distill", "--data", "nowhere/at/all"])

@@ -392,6 +392,33 @@ def test_runs_that_cannot_be_repeated_are_refused(tiny):
         verify.verify("run", "scratch")
 
 
+def test_folder_that_holds_something_else_is_refused(tiny):
+    make_run(tiny / "other", alpha=0.1)
+    before = (tiny / "other" / "config.json").read_bytes()
+    message = r"^other holds another run \(alpha was 0.5 and is 0.1\): name another folder \(--keep"
+    with pytest.raises(RunError, match=message):
+        verify.verify("run", "other")
+    assert (tiny / "other" / "config.json").read_bytes() == before
+    with pytest.raises(RunError, match=r"not empty and holds no rerun: .* \(--keep\)"):
+        verify.verify("run", "experiments")
+    with pytest.raises(RunError, match=r"experiments/tiny.py is not a folder: .* \(--keep\)"):
+        verify.verify("run", "experiments/tiny.py")
+    assert not (tiny / "arguments").exists()
+    # What a rerun that was stopped left, also before its first file.
+    (tiny / "empty").mkdir()
+    (tiny / "empty" / ".lock").touch()
+    verify.verify("run", "empty")
+    verify.verify("run", "empty")
+
+
+@pytest.mark.parametrize("teacher", ["auto", "resnet20:here.th", "/absolute/run"])
+def test_teacher_that_is_no_path_from_another_folder_is_not_named(tiny, teacher):
+    (tiny / "here.th").touch()
+    make_run(tiny / "failing", fail=True, teacher=teacher)
+    with pytest.raises(RunError, match="the reason is printed above$"):
+        verify.verify("failing", "scratch")
+
+
 def test_path_relative_to_another_folder_is_named_if_the_rerun_fails(tiny):
     make_run(tiny / "moved", fail=True, dataset="photos")
     message = "; if the run's --dataset photos is a path, it is relative to another folder: start "
