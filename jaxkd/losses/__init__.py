@@ -7,12 +7,11 @@ Defaults follow one rule:
 
 - In a loss on softened logits, `temperature` is 2.0, and the weight `alpha` of the teacher is 0.5.
 - Another hyper-parameter has the value that its paper or the authors' code fixes. So has a
-  temperature: 1.0 in `normalized_loss` and `universal_logit_loss`, 0.07 in the contrastive losses.
-- What papers choose by task has no default: `beta`, `non_target_weight`, `correct`.
-  temperature: 1.0 in `normalized_loss`, `enhanced_target_loss` and `channel_wise_divergence`, 0.07
-  in the contrastive losses.
+  temperature: 1.0 in `normalized_loss`, `enhanced_target_loss`, `channel_wise_divergence` and
+  `universal_logit_loss`, 0.07 in the contrastive losses.
 - What papers choose by task has no default: `beta`, `non_target_weight`, `correct`, `exponent`,
-  `masked_fraction`, the `size` of class activation maps.
+  `masked_fraction`, `correlation_weight`, `order`, the `size` of class activation maps, α and β of
+  the α-β divergence. Nor has what changes with training: `fraction`, `strength`.
 - What must agree with another call has no default: the `temperature` of `temperature_softmax`,
   `ensemble_logits` and `calibrate_bank` is that of the loss that follows.
 """

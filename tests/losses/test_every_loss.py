@@ -471,6 +471,15 @@ NO_DEFAULT = {
     ("masked_generation_loss", "masked_fraction"),
     ("enhanced_target_loss", "exponent"),
     ("class_attention_loss", "size"),
+    ("alpha_beta_divergence", "alpha"),
+    ("alpha_beta_divergence", "beta"),
+    ("renyi_divergence", "order"),
+    ("refined_logits_loss", "correlation_weight"),
+    ("sparse_jensen_shannon_divergence", "beta"),
+    # They change with training.
+    ("interpolated_logits", "fraction"),
+    ("reverse_gradient", "strength"),
+    ("curriculum_temperature", "strength"),
 }
 FIXED_BY_A_PAPER = {
     ("normalized_loss", "temperature"): 1.0,
@@ -490,13 +499,26 @@ FIXED_BY_A_PAPER = {
     ("correlation_congruence_loss", "gamma"): 0.4,
     ("correlation_congruence_loss", "order"): 2,
     ("universal_logit_loss", "temperature"): 1.0,
+    ("skewed_kl_divergence", "skew"): 0.1,
+    ("skewed_reverse_kl_divergence", "skew"): 0.1,
+    ("adaptive_kl_divergence", "head"): 0.5,
+    ("multi_level_loss", "temperatures"): (2.0, 3.0, 4.0, 5.0, 6.0),
+    ("init_interpolation", "start"): 0.4,
+    ("update_interpolation", "start"): 0.4,
+    ("update_interpolation", "end"): 1.0,
+    ("update_interpolation", "rate"): 5e-4,
+    ("update_interpolation", "decay"): 0.99,
+    ("curriculum_temperature", "lowest"): 1.0,
+    ("curriculum_temperature", "span"): 20.0,
+    ("transformed_teacher_loss", "weighted"): False,
+    ("sample_classes", "proposal_temperature"): 1.0,
     ("rewards_to_go", "length_normalized"): True,
     ("sequence_reverse_kl_loss", "length_normalized"): True,
     ("sequence_reverse_kl_loss", "baseline"): 0.0,
 }
 # Arrays, sizes and axes are not hyper-parameters.
 NOT_HYPERPARAMETERS = {"where", "weights", "labels", "layers", "count", "axis", "chunk_size"}
-NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives", "dims"}
+NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives", "dims", "k"}
 
 
 def test_defaults_follow_one_rule():
