@@ -23,7 +23,6 @@ from typing import Any, TextIO
 
 from experiments.benchmarks.fuzzing import EXECUTED, KINDS
 from jaxkd._messages import MAX_LENGTH
-from jaxkd.transfer import TransferError
 
 MEMORY = 300 * 2**20
 """Bytes that an input may take besides four times its size."""
@@ -122,10 +121,7 @@ def _classify(call: Callable[[], Any], folder: Path) -> tuple[str, str, str]:
     try:
         call()
     except EXPECTED as error:
-        message = str(error)
-        # The report of a transfer lists every path, which its docstring says.
-        is_bad = _is_bad_message(message, folder) and not isinstance(error, TransferError)
-        outcome = "message" if is_bad else "refused"
+        outcome = "message" if _is_bad_message(str(error), folder) else "refused"
         if not _is_raised_by_library(error):
             outcome = "unexplained"
         return outcome, _describe(error), _format_error()
