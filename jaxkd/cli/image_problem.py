@@ -32,6 +32,8 @@ class ImageProblem(Problem):
     """Classification of images."""
 
     defaults = Defaults(epochs=10, batch_size=128, learning_rate=1e-3)
+    has_texts = False
+    example = "resnet20"
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from jaxkd import distill, models
 from jaxkd._messages import shorten
 from jaxkd.data.bucketing import LengthBuckets
 from jaxkd.data.records import Column, scannable
+from jaxkd.models.description import reads_tokens
 
 
 class Teacher(NamedTuple):
@@ -70,6 +71,10 @@ class Problem(abc.ABC):
     """Options for this kind of data."""
     default_student: str
     """Description of the student's network where none is named."""
+    has_texts: bool
+    """Whether the inputs are texts."""
+    example: str
+    """A network for them."""
 
     def __init__(
         self,
@@ -117,6 +122,13 @@ class Problem(abc.ABC):
     def make_module(self, description: str, *, option: str) -> Any:
         """Makes a Linen module for the classes of the data."""
         try:
+            is_of_texts = reads_tokens(description)
+            if is_of_texts is not None and is_of_texts != self.has_texts:
+                read, given = ("texts", "images") if is_of_texts else ("images", "texts")
+                raise ValueError(
+                    f"{shorten(description.partition('(')[0], 40)} reads {read}, but the data are "
+                    f"{given}: choose a network of {given}, such as {self.example}"
+                )
             return models.make_module(description, num_classes=len(self.class_names))
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error

@@ -24,6 +24,8 @@ class TextProblem(Problem):
     """Classification of texts."""
 
     defaults = Defaults(epochs=6, batch_size=32, learning_rate=2e-3)
+    has_texts = True
+    example = "lstm"
     default_student = "lstm(embedding=32, hidden=(32,), dense=32)"
 
     def __init__(

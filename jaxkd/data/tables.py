@@ -588,6 +588,11 @@ def _check_row(source: _Source, index: int, fields: Sequence[str], columns: Colu
     shown = shorten("\t".join(fields), 40)
     if columns[:3] == (0, 1, 2) and not source.form.has_keys:
         separator = DELIMITERS[source.form.delimiter]
+        if len(fields) > 2 and source.form.is_quoted:
+            raise DataError(
+                f"{origin} has {len(fields)} fields instead of two, a text and a class: put a text "
+                f"with a {separator} in quotes, or name the columns in line 1"
+            )
         remedy = "" if index else "; if it is no example, remove it"
         raise DataError(
             f"{origin} must be a text, a {separator} and a class, got {shown!r}{remedy}"

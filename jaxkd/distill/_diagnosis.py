@@ -41,6 +41,13 @@ def _count_classes(model: Model, structure: Any, shapes: tuple) -> int:
     leaves = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in shapes]
     inputs = jax.tree.unflatten(structure, leaves)
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        # Checkpoints hold none, and the network would not see its inputs.
+        if not leaf.size:
+            raise ValueError(
+                f"a model has an array {jax.tree_util.keystr(path)} of the shape "
+                f"{list(leaf.shape)}: give each of its layers at least one unit"
+            )
     outputs, _ = jax.eval_shape(functools.partial(model.apply, train=False), variables, inputs)
     return outputs.logits.shape[-1]
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -70,8 +71,9 @@ def contrastive_loss(
         student_embeddings: `[B, D]`, floating-point; a zero vector is orthogonal to all others.
         teacher_embeddings: The same shape.
         temperature: τ > 0, a scalar; 0.07 in the authors' code.
-        labels: `[B]`, integers; negatives are then only the examples of other labels. By default
-            all other examples are negatives.
+        labels: `[B]`, integers of at least 0; negatives are then only the examples of other labels.
+            A traced one below 0 makes the value of its example NaN. By default all other examples
+            are negatives.
         where: The examples that count (True) `[B]`; the result is as if the others were sliced
             away, and 0 for them.
 
@@ -96,7 +98,7 @@ def contrastive_loss(
     student, teacher, where = _unit_embeddings(student_embeddings, teacher_embeddings, where)
     negative = ~jnp.eye(len(where), dtype=bool)
     if labels is not None:
-        labels = _check_integers("labels", labels, where.shape)
+        labels = _check_labels(labels, where.shape)
         negative = labels[:, None] != labels[None, :]
     negative &= where[:, None] & where[None, :]
     num_negatives = negative.sum(1).astype(student.dtype)
@@ -107,7 +109,10 @@ def contrastive_loss(
     log_odds = scores - jnp.log(jnp.where(ratio > 0, ratio, 1))[:, None]
     positive_terms = jax.nn.softplus(-jnp.diagonal(log_odds))
     negative_terms = jnp.where(negative, jax.nn.softplus(log_odds), 0).sum(1)
-    return jnp.where(ratio > 0, positive_terms + negative_terms, 0)
+    values = jnp.where(ratio > 0, positive_terms + negative_terms, 0)
+    if labels is None:
+        return values
+    return jnp.where(where & (labels < 0), jnp.nan, values)
 
 
 def init_bank(key: Array, num_examples: int, features: int) -> ContrastiveBank:
@@ -149,7 +154,8 @@ def draw_negatives(
         index: `[B]`, integers in [0, M): the batch's positions in the dataset.
         num_examples: M, at least 2.
         negatives: N, at least 1; 16,384 in the authors' code.
-        labels: `[M]`, integers, of the whole dataset. By default all other examples may be drawn.
+        labels: `[M]`, integers of at least 0, of the whole dataset. By default all other examples
+            may be drawn.
 
     Returns:
         Indices `[B, N]`, int32; M, which is out of range, where all examples have the same label.
@@ -182,7 +188,7 @@ def draw_negatives(
         excluded_start = index
         num_excluded = jnp.ones_like(index)
     else:
-        labels = _check_integers("labels", labels, (num_examples,))
+        labels = _check_labels(labels, (num_examples,))
         order = jnp.argsort(labels).astype(jnp.int32)
         own_labels = labels[index]
         start, stop = (
@@ -463,6 +469,20 @@ def _check_integers(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Arra
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     check_shape(array.shape == shape, f"{name} must be of shape {shape}, got {array.shape}")
     return array.astype(jnp.int32)
+
+
+def _check_labels(labels: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Returns labels; raises `ValueError` if one that is known is negative.
+
+    Examples without a label would count as one class, whose members are no negatives of each other.
+    """
+    checked = _check_integers("labels", labels, shape)
+    if not isinstance(checked, jax.core.Tracer) and (np.asarray(checked) < 0).any():
+        raise ValueError(
+            f"labels must be at least 0, got {int(np.asarray(checked).min())}, which would count "
+            "as one class: leave labels out, or give each such example a label of its own"
+        )
+    return checked
 
 
 def _check_embedding_size(bank: ContrastiveBank, embeddings: Array) -> None:

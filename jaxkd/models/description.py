@@ -21,6 +21,13 @@ _MAX_CHARACTERS = 2000
 _MAX_CLASSES = 1_000_000
 
 
+def reads_tokens(description: str) -> bool | None:
+    """Returns whether a network that is described reads tokens; `None` if there is none."""
+    name, _ = _parse(description)
+    network = find_networks().get(_SHORT_NAMES.get(name, name))
+    return None if network is None else "vocab_size" in inspect.signature(network).parameters
+
+
 def find_networks() -> dict[str, Callable[..., nn.Module]]:
     """Finds the classifiers of `jaxkd.models`: constructors and classes of modules, by name."""
     return {name: value for name, value in sorted(_namespace().items()) if _is_network(value)}

@@ -52,8 +52,8 @@ class Model(NamedTuple):
             updates the running statistics; a model without any returns `{}`. `key` is the source of
             randomness for dropout and other stochastic layers.
         network: What the pair was made from, if that is known. Only saving a student reads it.
-        max_value: Largest value of a pixel that `apply` takes, if that is known. Only checks of
-            images read it.
+        max_value: Largest value of a pixel that `apply` takes, of a model that normalises its
+            inputs. Only checks read it.
     """
 
     init: Callable[..., dict]

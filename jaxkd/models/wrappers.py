@@ -36,11 +36,16 @@ def with_input_normalization(
 
     Raises:
         TypeError: From `init` and `apply`, if the images are not uint8 and there is no `max_value`.
-        ValueError: If `max_value` is not positive, a mean is not within [0, 1], or a standard
-            deviation is not positive or above 1. From `init` and `apply`, if `mean` or `std` has
-            another number of channels than the images, or uint8 images have another `max_value`
-            than 255.
+        ValueError: If the model normalises its inputs already, `max_value` is not positive, a mean
+            is not within [0, 1], or a standard deviation is not positive or above 1. From `init`
+            and `apply`, if `mean` or `std` has another number of channels than the images, or uint8
+            images have another `max_value` than 255.
     """
+    if model.max_value is not None:
+        raise ValueError(
+            "the model normalises its inputs already: pass it as it is, or make it of the network "
+            "alone"
+        )
     if max_value is not None and not max_value > 0:
         raise ValueError(f"max_value must be positive, got {max_value}")
     _check_statistics(mean, std)
@@ -83,7 +88,7 @@ def with_input_normalization(
         lambda key, inputs: model.init(key, normalize(inputs)),
         apply,
         network,
-        None if max_value is None else float(max_value),
+        255.0 if max_value is None else float(max_value),
     )
 
 

@@ -201,11 +201,13 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> Path:
         The path of `compare.md`.
 
     Raises:
-        RunError: If the folder has one of these files.
+        RunError: If it is no folder, or has one of these files.
         OSError: If a file cannot be written.
         ImportError: If matplotlib or tabulate is missing.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is not a folder: choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     names = ("compare.md", "compare.json", "compare_curves.png")
     if existing := [name for name in names if (folder / name).exists()]:

@@ -221,7 +221,11 @@ def test_student_of_a_run_teaches_with_its_classes_in_the_order_of_the_data(tmp_
         ({"student": "resnet21"}, "--student: there is no network 'resnet21'"),
         ({"student": "CNN(features=(4, 4, 4, 4, 4))"}, "--student .* does not fit inputs of 16 x"),
         ({"student": "CNN(num_classes=3)"}, "the data has 2 classes: leave out num_classes"),
-        ({"student": "LSTMClassifier(vocab_size=9)"}, "does not fit inputs"),
+        (
+            {"student": "LSTMClassifier(vocab_size=9)"},
+            "LSTMClassifier reads texts, but the data are images: choose a network of images, such",
+        ),
+        ({"student": "BERT(layers=3)"}, "BERT reads texts, but the data are images"),
         ({"teacher": "resnet20:gone.th"}, "there is no file gone.th"),
         ({"teacher": "gone/resnet20.th"}, "write NETWORK:gone/resnet20.th"),
         ({"teacher": "nothing:pyproject.toml"}, "there is no network 'nothing'"),

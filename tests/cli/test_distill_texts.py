@@ -96,7 +96,7 @@ def test_bert_is_fine_tuned_and_cut(reviews, bert):
     [
         ({"student": "BERT(layers=9)"}, r"write BERT\(layers=N\) with N from 1 to 4"),
         ({"student": "BERT(layers=2, hidden=4)"}, r"write BERT\(layers=N\)"),
-        ({"student": "resnet20"}, "--student"),
+        ({"student": "resnet20"}, "--student: resnet20 reads images, but the data are texts"),
         ({"max_length": 161}, "--max-length 161: must be from 3 to 160"),
         ({"image_size": 32}, "--image-size is for images, not texts"),
         ({"augment": True}, "--augment is for images, not texts"),

@@ -523,7 +523,7 @@ def test_classes_in_quotes_beside_texts_with_other_quotes_are_refused(load):
     ("content", "message"),
     [
         ('text,label\n"never closed,good\n', r"test.csv, line 2 is not CSV \(unexpected end"),
-        ("a,b,c\nd\n", r"test.csv, line 1 must be a text, a comma and a class, got 'a b c'"),
+        ("a,b,c\nd\n", r"test.csv, line 1 has 3 fields instead of two, a text and a class: put"),
         ("fine,good\n\n\n", r"test.csv, line 2 is empty: remove it"),
         ("fine,good\nfine\n", r"test.csv, line 2 must be a text, a comma and a class, got 'fine'"),
         ("\n", r"test.csv is empty"),
@@ -641,3 +641,9 @@ def test_exchanged_columns_of_one_file_are_named(load):
 def test_a_first_line_of_another_form_may_be_removed(load):
     with pytest.raises(DataError, match="got 'sep=;'; if it is no example, remove it"):
         load({"train.tsv": [("sep=;",), *ROWS], "test.tsv": TEST})
+
+
+def test_texts_with_commas_that_are_not_in_quotes_are_named(load):
+    rows = [*ROWS[:5], "film, so, so,good", *ROWS[5:]]
+    with pytest.raises(DataError, match="line 6 has 4 fields instead of two, .* comma in quotes"):
+        load({"train.csv": rows, "test.csv": TEST})

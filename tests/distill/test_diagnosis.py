@@ -175,7 +175,9 @@ def test_a_number_of_the_data_out_of_range_is_shown(tmp_path):
 def test_pixels_beyond_the_scale_of_a_model_are_shown(tmp_path):
     model = models.with_input_normalization(make_model(), 0.5, 0.25, max_value=1.0)
     data = {**TRAIN, "inputs": np.abs(TRAIN["inputs"]) * 100}
-    message = run_error(tmp_path, [make_stage("wrong", model=model, data=data)], validation=data)
+    validation = {**VALIDATION, "inputs": np.abs(VALIDATION["inputs"]) * 100}
+    stage = make_stage("wrong", model=model, data=data)
+    message = run_error(tmp_path, [stage], validation=validation)
     assert "before any weight has changed" in message and "'inputs' are from 0." in message
 
 

@@ -255,6 +255,13 @@ def test_pixels_below_0_are_refused_by_a_model_of_pixels(tmp_path):
     )
 
 
+def test_a_layer_without_units_is_refused_before_training(tmp_path):
+    network = models.CNN(features=(2,), hidden=0, num_classes=3)
+    stage = make_stage("first", model=models.from_linen(network), data=make_images(1.0))
+    message = run_error(tmp_path, [stage], validation=make_images(1.0))
+    assert "has an array ['params']['hidden']['bias'] of the shape [0]: give each of its" in message
+
+
 @pytest.mark.parametrize("kind", ["array", "dict"])
 def test_a_split_of_training_examples_is_said(kind):
     def make(rows):
@@ -295,7 +302,7 @@ def test_predictions_of_images_of_another_scale_are_warned_of():
     predict(variables, 255 * images)
     both = models.join({"first": normalize(255.0), "second": normalize(255.0)})
     assert both.max_value == 255
-    assert models.join({"first": normalize(255.0), "second": normalize()}).max_value is None
+    assert models.join({"first": normalize(255.0), "second": normalize(1.0)}).max_value is None
 
 
 def test_pixels_lost_by_a_division_are_said(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from jaxkd import losses
 from jaxkd.losses import contrastive
 
 LABELS = jnp.array([0, 1, 0, 2, 1, 0])
@@ -158,7 +159,7 @@ def test_anchoring_at_the_teacher_has_the_same_mean():
 
 def test_distinct_labels_equal_no_labels():
     student, teacher = draw()
-    labelled = in_batch(student, teacher, labels=jnp.arange(6) * 3 - 4)
+    labelled = in_batch(student, teacher, labels=jnp.arange(6) * 3)
     np.testing.assert_allclose(labelled, in_batch(student, teacher), rtol=1e-6)
 
 
@@ -572,3 +573,16 @@ def test_wrong_draws_raise():
 def test_temperature_must_be_positive(loss, temperature):
     with pytest.raises(ValueError, match="temperature must be positive"):
         loss(*draw(), temperature)
+
+
+def test_labels_below_0_are_no_class():
+    student, teacher = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    labels = jnp.array([0, 1, -1, -1])
+    with pytest.raises(ValueError, match="labels must be at least 0, got -1, which would count as"):
+        losses.contrastive_loss(student, teacher, labels=labels)
+    with pytest.raises(ValueError, match="labels must be at least 0"):
+        losses.draw_negatives(
+            jax.random.key(0), jnp.arange(2), num_examples=4, negatives=2, labels=labels
+        )
+    values = jax.jit(lambda y: losses.contrastive_loss(student, teacher, labels=y))(labels)
+    assert np.isnan(values).tolist() == [False, False, True, True]

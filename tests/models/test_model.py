@@ -616,3 +616,13 @@ def test_an_update_of_a_variable_that_no_model_keeps_is_refused(train):
         apply(variables, inputs(), key=jax.random.key(1))
     constant = from_nnx(lambda rngs: NNXOwnState(rngs, updates=False))
     assert constant.apply(variables, inputs(), train=train)[0].logits.shape == (len(inputs()), 3)
+
+
+def test_a_model_is_normalised_once():
+    """Twice would divide by 255 twice, as a teacher of a run that is wrapped again."""
+    network = from_linen(CNN(features=(4,), hidden=8))
+    once = with_input_normalization(network, 0.5, 0.25)
+    for model in (once, with_compute_dtype(once, jnp.float32)):
+        for max_value in (None, 1.0):
+            with pytest.raises(ValueError, match="normalises its inputs already: pass it as it is"):
+                with_input_normalization(model, 0.5, 0.25, max_value=max_value)

@@ -281,3 +281,10 @@ def test_options_are_those_of_the_results(tmp_path):
     found = comparison.compare_results([first, second])
     assert found.options == {"epochs": [1, 300]}
     assert found.notes[-1] == "b has no report.json: its options may not be those before."
+
+
+def test_a_file_as_the_folder_of_a_comparison_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(runs.RunError, match="file is not a folder: choose another --output"):
+        comparison.write_comparison(None, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
