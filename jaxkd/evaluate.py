@@ -694,6 +694,11 @@ def describe_labels(labels: ArrayLike, num_classes: int) -> str:
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if not outside.size:
         return ""
+    if num_classes == 1:
+        return (
+            "its model has one output, whose softmax is always 1: for a sigmoid pass a make_score, "
+            "or make it of two outputs"
+        )
     smallest, largest = outside.min(), outside.max()
     values = f"{smallest}" if smallest == largest else f"from {smallest} to {largest}"
     return (

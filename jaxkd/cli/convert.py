@@ -252,6 +252,7 @@ def _describe_ratio(part: int, whole: int) -> str:
 def _suggest(report: "Report", module: Any) -> str:
     """Suggests the number of classes if nothing else differs, or other options."""
     from jaxkd.weights.files import to_text
+    from jaxkd.weights.torch_files import count_missing_statistics
 
     if not report.transferred and report.mismatched:
         path, source, target, source_path = report.mismatched[0]
@@ -262,6 +263,12 @@ def _suggest(report: "Report", module: Any) -> str:
     if not report.transferred:
         names = list_some(report.unexpected) or "none that counts"
         return f"nothing fits, its names are {names}: choose another --model or file"
+    num_statistics = count_missing_statistics(report)
+    if num_statistics == len(report.missing) > 0 and not report.mismatched + report.unexpected:
+        return (
+            f"{num_statistics} running means and variances are missing: save the whole "
+            "state_dict(), not parameters() alone"
+        )
     if report.removed and report.unexpected and not report.missing + report.mismatched:
         return (
             f"{list_some(report.unexpected)} would be left over, besides the names that begin "

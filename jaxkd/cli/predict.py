@@ -231,7 +231,8 @@ def _predict_arrays(
             inputs = np.load(file, allow_pickle=False)
             probabilities = student.predict(inputs)
         except (OSError, ValueError, EOFError) as error:
-            report(ValueError(f"{file}: {error}"))
+            remedy = ": save one array of numbers" if "allow_pickle" in str(error) else ""
+            report(ValueError(f"{file}: {error}{remedy}"))
             continue
         for i, row in enumerate(probabilities):
             yield Prediction(f"{file}[{i}]", None, row)

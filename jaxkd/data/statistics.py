@@ -36,6 +36,10 @@ def channel_statistics(images: Any) -> tuple[np.ndarray, np.ndarray]:
         ([0.5, 0.027], [0.5, 1.0])
     """
     images = scannable(images)
+    if not hasattr(images, "dtype"):
+        raise TypeError(
+            f"images are a {type(images).__name__}: make one array of them by np.stack(images)"
+        )
     if images.dtype != np.uint8:
         raise TypeError(f"images are {images.dtype}, expected uint8: pass them as they were loaded")
     if images.ndim != 4 or images.size == 0:

@@ -329,6 +329,11 @@ def check_variables(owner: str, model: Model, variables: Any, inputs: Any) -> No
     further = (variables or {}).keys() - fresh.keys() - {"params", "batch_stats"}
     if not differing and not further:
         return
+    if any("['int8']" in path for path in source):
+        raise ValueError(
+            f"{owner} cannot be used: its weights are stored in 8 bits: pass "
+            "models.dequantize_weights(variables)"
+        )
     if not differing:
         problem = (
             f"its variables have {list_some(sorted(further))} beside {list_some(sorted(fresh))}, "

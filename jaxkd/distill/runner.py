@@ -33,7 +33,7 @@ from jaxkd.distill._input_checks import (
 from jaxkd.distill._loop import TrainingLoop
 from jaxkd.distill._measurements import digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
-from jaxkd.distill._requirements import check_integers, check_numbers
+from jaxkd.distill._requirements import check_integers, check_numbers, named_arrays
 from jaxkd.distill._schedule import make_schedule
 from jaxkd.distill._stage_run import TrainedModel, check_pretrained, check_variables, make_trained
 from jaxkd.distill._stream import check_streams
@@ -459,6 +459,16 @@ def _check_split(examples: Mapping[str, Any], owner: str, needed: str) -> None:
         # Lists of numbers are fine, and those of text are found as arrays.
         array = np.asarray(array) if isinstance(array, (list, tuple)) else array
         check_numbers({name: array}, owner)
+    # Inputs may be a dict, and labels those of each token.
+    lengths = {
+        name: len(array) if np.ndim(array) else 0
+        for name, array in named_arrays({name: examples[name] for name in ("inputs", "labels")})
+    }
+    if len({*lengths.values()}) > 1 or not min(lengths.values()):
+        raise ValueError(
+            f"{owner} needs arrays of the same length, at least 1, got the lengths "
+            f"{shorten(lengths, 120)}"
+        )
 
 
 def _check_data(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -61,6 +62,13 @@ def check_logits_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> t
 
 def check_labels(labels: ArrayLike, logits_shape: Sequence[int]) -> Array:
     """Returns integer labels that match the leading axes of logits, in int32 or wider."""
+    if not isinstance(labels, jax.Array):
+        known = np.asarray(labels)
+        if known.dtype.kind in "OSU":
+            raise TypeError(
+                f"labels must be integers, got {known.dtype}: number the classes, such as by "
+                "np.unique(labels, return_inverse=True)[1]"
+            )
     labels = jnp.asarray(labels)
     shape = tuple(logits_shape)
     check_classes("logits", shape)

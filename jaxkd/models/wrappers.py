@@ -65,6 +65,11 @@ def with_input_normalization(
                 f"uint8 images are divided by 255, but max_value is {max_value}: leave max_value "
                 "out, or convert images of that scale to float32 first"
             )
+        if inputs.ndim == 3:
+            raise ValueError(
+                f"images must be [B, H, W, C], got {list(inputs.shape)}: add an axis of one "
+                "channel by images[..., None], or one of one image by images[None]"
+            )
         _check_channels("mean", mean, inputs)
         _check_channels("std", std, inputs)
         channels = (1,) * (inputs.ndim - 1) + (-1,)

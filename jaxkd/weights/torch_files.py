@@ -202,6 +202,7 @@ def from_torch(
     check_finished(weights, leaves, report)
     check_complete(report, leaves, strict=strict)
     warn_of_small_share(values, leaves)
+    _warn_of_statistics(report)
     _warn_of_unusable(values, report)
     return replace_leaves(variables, values), report
 
@@ -216,6 +217,23 @@ def _check_one_network(other: str, removed: Sequence[str], *, strict: bool) -> N
     if strict:
         raise ValueError(f"{problem}: {choice}, or the other one by strict=False (--partial)")
     warnings.warn(f"{problem}: the other one is taken; {choice}", stacklevel=3)
+
+
+def _warn_of_statistics(report: Report) -> None:
+    """Warns if the running statistics of a network are not those of its weights."""
+    if count := count_missing_statistics(report):
+        warnings.warn(
+            f"{count} running means and variances are missing, without which the network predicts "
+            "wrongly: save the whole state_dict(), not parameters() alone",
+            stacklevel=3,
+        )
+
+
+def count_missing_statistics(report: Report) -> int:
+    """Counts the running statistics that a file lacks, in which the weights of a network are."""
+    if not report.transferred:
+        return 0
+    return sum(path.startswith("batch_stats/") for path in report.missing)
 
 
 def _warn_of_unusable(values: Mapping[str, Any], report: Report) -> None:

@@ -71,3 +71,8 @@ def test_channels_before_the_height_are_refused(shape):
 @pytest.mark.parametrize("shape", [(8, 3, 32, 1), (8, 1, 28, 9), (8, 4, 4, 4), (8, 28, 28, 13)])
 def test_low_images_and_many_channels_are_taken(shape):
     assert channel_statistics(np.zeros(shape, np.uint8))[0].shape == shape[-1:]
+
+
+def test_a_list_of_images_is_named():
+    with pytest.raises(TypeError, match="images are a list: make one array of them by np.stack"):
+        channel_statistics([np.zeros((4, 4, 1), np.uint8)])

@@ -320,3 +320,27 @@ def test_pixels_lost_by_a_division_are_said(tmp_path):
     }
     with pytest.warns(UserWarning, match="no pixel of the images is above 1"):
         data.channel_statistics(images)
+
+
+@pytest.mark.parametrize("count", [0, 19])
+def test_a_validation_split_of_unequal_lengths_is_refused_before_training(tmp_path, count):
+    validation = {**VALIDATION, "labels": VALIDATION["labels"][:count]}
+    message = run_error(tmp_path, [make_stage("first")], validation=validation)
+    assert "the validation split needs arrays of the same length, at least 1, got the" in message
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_stored_weights_of_8_bits_are_named(tmp_path):
+    stored = models.quantize_weights(make_trained()[0].variables)
+    message = run_error(tmp_path, [distill.Pretrained("small", make_model(), stored)])
+    assert "are stored in 8 bits: pass models.dequantize_weights(variables)" in message
+
+
+def test_a_model_of_one_output_is_named(tmp_path):
+    network = models.from_linen(models.CNN(features=(2,), hidden=4, num_classes=1))
+    message = run_error(
+        tmp_path,
+        [make_stage("first", model=network, data=make_images(1.0))],
+        validation=make_images(1.0),
+    )
+    assert "its model has one output, whose softmax is always 1: for a sigmoid pass" in message

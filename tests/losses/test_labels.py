@@ -413,3 +413,9 @@ def test_a_label_that_is_no_class_has_no_virtual_teacher():
     logits = losses.virtual_teacher_logits(jnp.array([7, 4, -1]), num_classes=5, correct=0.9)
     np.testing.assert_array_equal(np.isnan(logits).all(-1), [True, False, True])
     np.testing.assert_array_equal(np.isnan(logits).any(-1), [True, False, True])
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], np.array(["a", "b"]), np.array(["a", None])])
+def test_names_of_classes_are_no_labels(labels):
+    with pytest.raises(TypeError, match="labels must be integers, got .*: number the classes, suc"):
+        losses.hard_cross_entropy(jnp.zeros((2, 3)), labels)

@@ -626,3 +626,10 @@ def test_a_model_is_normalised_once():
         for max_value in (None, 1.0):
             with pytest.raises(ValueError, match="normalises its inputs already: pass it as it is"):
                 with_input_normalization(model, 0.5, 0.25, max_value=max_value)
+
+
+def test_images_without_an_axis_of_channels_are_named():
+    network = from_linen(CNN(features=(4,), hidden=8))
+    model = with_input_normalization(network, [0.5], [0.25])
+    with pytest.raises(ValueError, match=r"must be \[B, H, W, C\], got \[5, 28, 28\]: add an axis"):
+        model.init(jax.random.key(0), jnp.zeros((5, 28, 28), jnp.uint8))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxkd import layout
+from jaxkd import layout, models, weights
 from jaxkd.models import Outputs, from_linen
 from jaxkd.transfer import Rule, TransferError, rename
 from jaxkd.weights import OpaqueObject, save_safetensors
@@ -620,3 +620,15 @@ def test_models_in_torch_and_flax_are_the_same_function(abstract, tmp_path):
     }
     twin.load_state_dict(state_dict, strict=True)
     np.testing.assert_allclose(logits(variables), twin(torch_images).detach().numpy(), atol=1e-6)
+
+
+def test_weights_without_running_statistics_are_said():
+    """The parameters alone, as `dict(model.named_parameters())` has them."""
+    module = models.CifarResNet(1)
+    variables = models.from_linen(module).init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
+    whole = weights.to_torch(variables, module.torch_rules())
+    parameters = {name: value for name, value in whole.items() if "running" not in name}
+    assert len(parameters) < len(whole)
+    with pytest.warns(UserWarning, match="running means and variances are missing, without which"):
+        weights.from_torch(parameters, variables, module.torch_rules(), strict=False)
+    weights.from_torch(whole, variables, module.torch_rules())
