@@ -26,6 +26,9 @@ BUCKETS = LengthBuckets((8, 16, 24))
 STEPS = 15
 """More than the 12.5 batches of an epoch, so that batches come from two pools."""
 
+# The texts are few.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are also among those that stages train on")
+
 
 class BagOfWords(nn.Module):
     """The mean of embedded tokens."""

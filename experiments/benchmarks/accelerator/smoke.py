@@ -170,7 +170,46 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     paraphraser = losses.init_paraphraser(key, 4, 2)
     maps, wider = draw(batch, 6, 6, 4), draw(batch, 6, 6, 6)
     layers = losses.skip_layers(2, 4)
+    logits = draw(batch, 10), draw(batch, 10)
+    kept = losses.top_k(logits[1], k=3)
+    sampled = losses.sample_classes(key, logits[1], count=5)
+    on_logits = {
+        "skewed_kl_divergence": losses.skewed_kl_divergence,
+        "skewed_reverse_kl_divergence": losses.skewed_reverse_kl_divergence,
+        "adaptive_kl_divergence": losses.adaptive_kl_divergence,
+        "alpha_beta_divergence": functools.partial(
+            losses.alpha_beta_divergence, alpha=0.2, beta=0.7
+        ),
+        "renyi_divergence": functools.partial(losses.renyi_divergence, order=2.0),
+        "total_variation_distance": losses.total_variation_distance,
+        "transformed_teacher_loss": functools.partial(
+            losses.transformed_teacher_loss, weighted=True
+        ),
+        "batch_correlation_loss": losses.batch_correlation_loss,
+        "class_correlation_loss": losses.class_correlation_loss,
+        "multi_level_loss": losses.multi_level_loss,
+    }
+    on_a_part = {
+        "sparse_soft_cross_entropy": losses.sparse_soft_cross_entropy,
+        "sparse_kl_divergence": losses.sparse_kl_divergence,
+        "sparse_jensen_shannon_divergence": functools.partial(
+            losses.sparse_jensen_shannon_divergence, beta=0.5
+        ),
+    }
     return {
+        **{name: (loss, logits) for name, loss in on_logits.items()},
+        **{
+            name: (lambda student, loss=loss: loss(student, kept), logits[:1])
+            for name, loss in on_a_part.items()
+        },
+        "sampled_cross_entropy": (
+            lambda student: losses.sampled_cross_entropy(student, sampled),
+            logits[:1],
+        ),
+        "refined_logits_loss": (
+            functools.partial(losses.refined_logits_loss, correlation_weight=8.0),
+            (*logits, labels),
+        ),
         "hard_cross_entropy": (losses.hard_cross_entropy, (draw(batch, 10), labels)),
         "token_distillation_loss": (
             functools.partial(losses.token_distillation_loss, where=token_labels > 1),

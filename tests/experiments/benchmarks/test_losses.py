@@ -193,7 +193,7 @@ def test_sentences_follow_from_the_times():
         (("--classes", "5", "5"), "each number only once"),
         (("--vocabulary", "1"), "--vocabulary 1: must be at least 2"),
         (("--repeats", "0"), "--repeats 0: must be at least 1"),
-        (("--only", "kl"), "matches no loss; the losses are attention_divergence_loss"),
+        (("--only", "kl"), "matches no loss; the losses are activation_boundary_loss"),
         (("--only", "hint_loss", "--workdir", "FILE"), "is not a folder"),
     ],
 )
