@@ -40,7 +40,13 @@ def count_classes(model: Model, inputs: Any) -> int:
 def _count_classes(model: Model, structure: Any, shapes: tuple) -> int:
     leaves = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in shapes]
     inputs = jax.tree.unflatten(structure, leaves)
-    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    try:
+        variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    # Of initial weights whose scale is that of no units, in older versions of JAX.
+    except ZeroDivisionError as error:
+        raise ValueError(
+            "a layer of a model has no units: give each of its layers at least one unit"
+        ) from error
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         # Checkpoints hold none, and the network would not see its inputs.
         if not leaf.size:

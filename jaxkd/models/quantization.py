@@ -92,10 +92,10 @@ def quantize_weights(variables: dict, *, bits: int = 8) -> dict:
     Example:
         >>> import numpy as np
         >>> from jaxkd import models
-        >>> variables = {"params": {"dense": {"kernel": np.float32([[1.0, 0.3], [-0.5, 0.2]])}}}
+        >>> variables = {"params": {"dense": {"kernel": np.float32([[1.0, 0.3], [-0.25, 0.2]])}}}
         >>> kernel = models.quantize_weights(variables)["params"]["dense"]["kernel"]
         >>> kernel["int8"].tolist(), kernel["scale"].shape
-        ([[127, 127], [-64, 85]], (1, 2))
+        ([[127, 127], [-32, 85]], (1, 2))
     """
     _check_bits(bits)
 
@@ -124,11 +124,11 @@ def dequantize_weights(variables: dict) -> dict:
     Example:
         >>> import numpy as np
         >>> from jaxkd import models
-        >>> variables = {"params": {"dense": {"kernel": np.float32([[1.0, 0.3], [-0.5, 0.2]])}}}
+        >>> variables = {"params": {"dense": {"kernel": np.float32([[1.0, 0.3], [-0.25, 0.2]])}}}
         >>> restored = models.dequantize_weights(models.quantize_weights(variables))
         >>> print(restored["params"]["dense"]["kernel"])
         [[ 1.     0.3  ]
-         [-0.504  0.201]]
+         [-0.252  0.201]]
     """
 
     def is_stored(node: Any) -> bool:

@@ -259,7 +259,7 @@ def test_a_layer_without_units_is_refused_before_training(tmp_path):
     network = models.CNN(features=(2,), hidden=0, num_classes=3)
     stage = make_stage("first", model=models.from_linen(network), data=make_images(1.0))
     message = run_error(tmp_path, [stage], validation=make_images(1.0))
-    assert "has an array ['params']['hidden']['bias'] of the shape [0]: give each of its" in message
+    assert message.endswith(": give each of its layers at least one unit")
 
 
 @pytest.mark.parametrize("kind", ["array", "dict"])

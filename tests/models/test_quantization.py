@@ -38,10 +38,10 @@ def test_each_output_channel_is_rounded_to_its_scale(bits):
 
 
 def test_an_embedding_has_a_scale_for_each_row():
-    rows = np.array([[1.0, -0.5], [0.01, 0.02]])
+    rows = np.array([[1.0, -0.25], [0.0125, 0.02]])
     stored = stored_kernel(rows, "embedding")
     assert stored["scale"].shape == (2, 1)
-    assert stored["int8"].tolist() == [[127, -64], [64, 127]]
+    assert stored["int8"].tolist() == [[127, -32], [79, 127]]
 
 
 def test_stored_weights_are_those_of_the_model(tmp_path):
