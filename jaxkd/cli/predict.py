@@ -355,7 +355,9 @@ def _read_lines(file: str, column: str | None) -> tuple[Sequence[str], Sequence[
             f"standard input has more than {MAX_STDIN:,} characters: give files, or parts of it"
         )
     texts = [line.strip() for line in io.StringIO(content)]
-    if not texts or not all(texts):
+    if not any(texts):
+        raise DataError("standard input is empty: give one text a line")
+    if not all(texts):
         raise DataError("standard input has an empty line: give one text a line")
     return texts, [f"stdin line {number}" for number in range(1, len(texts) + 1)]
 

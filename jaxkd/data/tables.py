@@ -311,6 +311,8 @@ def _open(path: Path, max_unpacked: int | None) -> _Source:
     """
     # A Parquet file is no text, and is read row by row.
     text = "" if parquet.is_parquet(path) else read_text(path, max_unpacked=max_unpacked)
+    if text[:100].lstrip().casefold().startswith(("<!doctype html", "<html")):
+        raise DataError(f"{path} is a web page: download the file itself")
     form = find_form(path, text)
     counts: Counter[int] = Counter()
     first: list[str] = []

@@ -157,6 +157,8 @@ def test_texts_of_standard_input(text_student, capsys, monkeypatch):
     monkeypatch.setattr("jaxkd.cli.predict.MAX_STDIN", 20)
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n" * 2))
     assert "standard input has more than 20 characters" in fail(capsys, text_student, "-")[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "standard input is empty: give one text" in fail(capsys, text_student, "-")[1]
     monkeypatch.setattr("sys.stdin", io.StringIO("a good film\n\n"))
     assert "standard input has an empty line" in fail(capsys, text_student, "-")[1]
 

@@ -647,3 +647,8 @@ def test_texts_with_commas_that_are_not_in_quotes_are_named(load):
     rows = [*ROWS[:5], "film, so, so,good", *ROWS[5:]]
     with pytest.raises(DataError, match="line 6 has 4 fields instead of two, .* comma in quotes"):
         load({"train.csv": rows, "test.csv": TEST})
+
+
+def test_a_web_page_is_named(load):
+    with pytest.raises(DataError, match="train.csv is a web page: download the file itself"):
+        load({"train.csv": ["<!DOCTYPE html>", "<html><body>", "</html>"], "test.csv": TEST})
