@@ -163,7 +163,9 @@ class ImageProblem(Problem):
         try:
             with warnings.catch_warnings():
                 # What is lacking is judged below.
-                warnings.filterwarnings("ignore", ".*come from the source")
+                warnings.filterwarnings(
+                    "ignore", ".*(come from the source|running means and variances are missing)"
+                )
                 variables, report = weights.load_variables(
                     file, fresh, module.torch_rules(), strict=False
                 )

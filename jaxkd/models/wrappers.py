@@ -86,9 +86,11 @@ def with_input_normalization(
 
     network = model.network
     if network is not None:
-        # A description has one normalisation of uint8 images, and no other.
-        is_known = max_value is None and network.mean is None
-        network = network._replace(mean=_to_tuple(mean), std=_to_tuple(std)) if is_known else None
+        # A description has the normalisation of uint8 images alone.
+        is_of_bytes = max_value is None
+        network = (
+            network._replace(mean=_to_tuple(mean), std=_to_tuple(std)) if is_of_bytes else None
+        )
     return Model(
         lambda key, inputs: model.init(key, normalize(inputs)),
         apply,

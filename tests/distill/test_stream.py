@@ -105,7 +105,9 @@ def test_loop_of_an_accelerator_takes_few_large_batches(tmp_path, monkeypatch):
 
 def test_goes_on_with_the_batches_of_an_unbroken_run(tmp_path, monkeypatch):
     unbroken = Source()
-    trained, _ = train(tmp_path / "unbroken", [make_stage("s", data=unbroken)])
+    # Several threads would read in an order of their own.
+    records = data.Records(unbroken, threads=1)
+    trained, _ = train(tmp_path / "unbroken", [make_stage("s", data=records)])
     sources = []
 
     def make_plan():
