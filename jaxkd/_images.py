@@ -14,7 +14,7 @@ UNIT_SCALE = "[0, 1]"
 BYTE_SCALE = "[0, 255]"
 """The scale of pixels that were not divided."""
 MAX_SCANNED_IMAGES = 256
-"""Number of images in which the smallest and the largest pixel are looked for."""
+"""Number of images in which pixels of a kind are looked for."""
 
 
 def check_channels_last(shape: Sequence[int]) -> None:
@@ -49,8 +49,11 @@ def find_pixel_scale(images: Any) -> str | None:
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         return None
-    some = _take_some(images)
-    smallest, largest = float(some.min()), float(some.max())
+    some = take_some(images)
+    return _name_scale(float(some.min()), float(some.max()))
+
+
+def _name_scale(smallest: float, largest: float) -> str | None:
     # Resizing may give pixels slightly below 0, and standardised ones are beyond -1 and 1.
     if -1 <= smallest < -0.5 and largest <= 1:
         return "[-1, 1]"
@@ -70,7 +73,10 @@ def describe_wrong_scale(max_value: float | None, images: Any) -> str:
     """
     if max_value is None or np.ndim(images) != 4 or not len(images):
         return ""
-    some = _take_some(images)
+    # The dtype of bytes tells their scale.
+    if images.dtype == np.uint8:
+        return ""
+    some = take_some(images)
     smallest, largest = float(some.min()), float(some.max())
     # Resizing and augmentation may give pixels slightly below 0.
     if smallest < -max_value / 4:
@@ -78,7 +84,8 @@ def describe_wrong_scale(max_value: float | None, images: Any) -> str:
             f"images from {smallest:.3g} to {largest:.3g}, but its model takes pixels from 0 to "
             f"{max_value:g}: take back what was done to them, such as by (images + 1) / 2"
         )
-    scale = find_pixel_scale(images)
+    is_floating = jnp.issubdtype(images.dtype, jnp.floating)
+    scale = _name_scale(smallest, largest) if is_floating else None
     is_wrong = (scale == UNIT_SCALE and max_value > 32) or (scale == BYTE_SCALE and max_value <= 1)
     if not is_wrong or smallest == largest:
         return ""
@@ -99,7 +106,7 @@ def warn_of_lost_pixels(owner: str, images: Any) -> None:
     if np.ndim(images) != 4 or not len(images) or images.dtype != np.uint8:
         return
     # Images that are black throughout are examples of a shape.
-    if _take_some(images).max() == 1:
+    if take_some(images).max() == 1:
         warnings.warn(
             f"no pixel of {owner} is above 1, though they are uint8: if they were divided by 255, "
             "convert them to float32 before the division",
@@ -107,7 +114,7 @@ def warn_of_lost_pixels(owner: str, images: Any) -> None:
         )
 
 
-def _take_some(images: Any) -> np.ndarray:
-    """Returns some images, spread over all of them."""
+def take_some(images: Any) -> np.ndarray:
+    """Returns some images or other rows, spread over all of them; in float32, unless uint8."""
     some = np.asarray(images[:: max(1, len(images) // MAX_SCANNED_IMAGES)])
     return some if some.dtype == np.uint8 else some.astype(np.float32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxkd._images import take_some
 from jaxkd._messages import list_some
 from jaxkd.data.errors import DataError, warn
 from jaxkd.data.records import is_streamed, select_rows
@@ -22,8 +23,6 @@ MAX_EQUAL_SHARE = 0.01
 
 MAX_GREY_DIFFERENCE = 0.9
 """Largest difference of the shares of grey images of two sets of which nothing is said."""
-MAX_COLOUR_IMAGES = 256
-"""Number of images in which colours are looked for."""
 
 
 class Split(NamedTuple):
@@ -320,7 +319,7 @@ def _share_of_grey(images: np.ndarray) -> float:
     """Returns the share of images of three equal channels, among some; 0 for one channel."""
     if images.shape[-1] != 3:
         return 0.0
-    some = images[:: max(1, len(images) // MAX_COLOUR_IMAGES)]
+    some = take_some(images)
     return float(np.mean((some[..., :1] == some).reshape(len(some), -1).all(1)))
 
 

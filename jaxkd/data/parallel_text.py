@@ -102,8 +102,9 @@ def load_pairs(
     splits = {split: read_pairs(*pair, max_unpacked=max_unpacked) for split, pair in files.items()}
     if "test" not in splits:
         warn(f"{root}: there is no test set; a tenth of the training pairs is the test set")
+    train_words = [_collect_words(texts) for texts in splits["train"][:2]]
     for split, pairs in splits.items():
-        if split != "train" and _are_exchanged(splits["train"], pairs):
+        if split != "train" and _are_exchanged(pairs, *train_words):
             warn(
                 f"{files[split][0]} seems to be in the language of {files['train'][1].name}, by "
                 "its words: if the two languages are exchanged, rename the files"
@@ -202,13 +203,13 @@ def _check_translated(
         )
 
 
-def _are_exchanged(train: Pairs, other: Pairs) -> bool:
+def _are_exchanged(pairs: Pairs, train_sources: set[str], train_targets: set[str]) -> bool:
     """Returns whether the words of a split's sources are rather those of the training targets."""
-    words = _collect_words(other.sources)
+    words = _collect_words(pairs.sources)
     if not words:
         return False
     in_sources, in_targets = (
-        len(words & _collect_words(texts)) / len(words) for texts in train[:2]
+        len(words & known) / len(words) for known in (train_sources, train_targets)
     )
     return in_targets > in_sources + MAX_EXCHANGED_SHARE
 

@@ -14,6 +14,7 @@ from jaxkd._images import (
     BYTE_SCALE,
     describe_wrong_scale,
     find_pixel_scale,
+    take_some,
     warn_of_lost_pixels,
 )
 from jaxkd._messages import shorten
@@ -25,8 +26,6 @@ from jaxkd.distill.plan import Entry, Stage, input_shapes
 from jaxkd.evaluate import describe_labels
 from jaxkd.models.model import Model
 
-MAX_SCANNED_ROWS = 256
-"""Number of examples in which the largest number is looked for."""
 MAX_SHARED_ROWS = 1000
 """Number of examples of a split that are looked for among those of a stage."""
 MAX_HASHED_BYTES = 2**30
@@ -116,9 +115,16 @@ def check_inputs(
             _check_model_scale(
                 entry.model, images, f"{shorten(entry.name, 40)!r} gets for the {split}"
             )
+    # The arrays are kept, because an id is unique only while its object is alive.
+    searched: dict[tuple[int, ...], Sequence[Any]] = {}
     for stage in plan:
         if not isinstance(stage, Stage) or (callable(stage.data) and seed is None):
             continue
+        # Most stages of a plan train on the same arrays.
+        trained = jax.tree.leaves(stage.examples(seed or 0)["inputs"])
+        if (ids := tuple(map(id, trained))) not in searched:
+            searched[ids] = trained
+            _warn_of_shared_examples(trained, jax.tree.leaves(examples["inputs"]), split)
         inputs = _model_inputs(stage, seed or 0)
         for name, array in inputs.items():
             dtype = _get_dtype(array)
@@ -130,16 +136,13 @@ def check_inputs(
                 f"{' (after augment)' if stage.augment else ''}, but those of the {split} are in "
                 f"{other}, whose scale may be another: prepare both alike, such as images / 255"
             )
-        _warn_of_shared_examples(stage, examples["inputs"], split, seed or 0)
         _check_shapes(stage, inputs, others, split)
         if stage.augment is None:
             _check_scales(stage, inputs, others, split)
 
 
-def _warn_of_shared_examples(stage: Stage, inputs: Any, split: str, seed: int) -> None:
+def _warn_of_shared_examples(trained: Sequence[Any], others: Sequence[Any], split: str) -> None:
     """Warns if most examples of a split are among those that a stage trains on."""
-    trained = jax.tree.leaves(stage.examples(seed)["inputs"])
-    others = jax.tree.leaves(inputs)
     is_hashed = not any(isinstance(array, Column) for array in [*trained, *others])
     if not is_hashed or sum(array.nbytes for array in trained) > MAX_HASHED_BYTES:
         return
@@ -260,9 +263,7 @@ def _find_largest(array: Any) -> float:
     """Returns the largest magnitude in some rows of a floating-point array; 0 of another one."""
     if not np.ndim(array) or not len(array) or not _is_floating(_get_dtype(array)):
         return 0.0
-    array = scannable(array)
-    some = np.asarray(array[:: max(1, len(array) // MAX_SCANNED_ROWS)], np.float32)
-    return float(np.abs(some).max(initial=0))
+    return float(np.abs(take_some(scannable(array))).max(initial=0))
 
 
 def _model_inputs(stage: Stage, seed: int) -> dict[str, Any]:

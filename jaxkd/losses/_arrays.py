@@ -223,6 +223,11 @@ def zero_masked(where: Array, array: Array) -> Array:
     )
 
 
+def gram_matrix(x: Array) -> Array:
+    """Computes the products of all pairs of rows of `[B, D]`, `[B, B]`."""
+    return jnp.matmul(x, x.T, precision="highest")
+
+
 def flatten_examples(array: Array) -> Array:
     """Reshapes `[B, ...]` to `[B, D]`."""
     # Not -1 for D, which cannot be inferred where B is 0.

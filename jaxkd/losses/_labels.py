@@ -9,10 +9,14 @@ from jaxkd.losses._softmax import Softmax, log_sum_exp
 
 def take_at_labels(values: Array, labels: Array) -> Array:
     """Returns the values at the labels, and NaN where a label is out of range."""
+    return take_classes(values, labels[..., None])[..., 0]
+
+
+def take_classes(values: Array, indices: Array) -> Array:
+    """Returns the values of some classes `[..., k]`, and NaN where an index is no class."""
     # JAX counts negative indices from the end: −1 would be read as the last class.
-    labels = jnp.where(labels < 0, values.shape[-1], labels)
-    taken = jnp.take_along_axis(values, labels[..., None], -1, mode="fill", fill_value=jnp.nan)
-    return taken[..., 0]
+    indices = jnp.where(indices < 0, values.shape[-1], indices)
+    return jnp.take_along_axis(values, indices, -1, mode="fill", fill_value=jnp.nan)
 
 
 def non_target_mask(labels: Array, num_classes: int) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxkd.losses._arrays import check_shape, check_term_weight
+from jaxkd.losses._arrays import check_shape, check_term_weight, gram_matrix
 from jaxkd.losses._labels import take_at_labels, target_against_rest
 from jaxkd.losses._softmax import (
     check_labels,
@@ -116,7 +116,7 @@ def batch_correlation_loss(
         https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
     """
     student, teacher = _soften_batch(student_logits, teacher_logits, temperature)
-    return jnp.square(_products(teacher, teacher) - _products(student, student)).sum(1)
+    return jnp.square(gram_matrix(teacher) - gram_matrix(student)).sum(1)
 
 
 def class_correlation_loss(
@@ -155,7 +155,7 @@ def class_correlation_loss(
         https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
     """
     student, teacher = _soften_batch(student_logits, teacher_logits, temperature)
-    gaps = _products(teacher.T, teacher.T) - _products(student.T, student.T)
+    gaps = gram_matrix(teacher.T) - gram_matrix(student.T)
     return jnp.broadcast_to(jnp.square(gaps).sum() / student.shape[1], student.shape[:1])
 
 
@@ -217,7 +217,3 @@ def _soften_batch(
         f"logits must be [B, C], got {student.probabilities.shape}: reshape the others to examples",
     )
     return student.probabilities, teacher.probabilities
-
-
-def _products(first: Array, second: Array) -> Array:
-    return jnp.matmul(first, second.T, precision="highest")

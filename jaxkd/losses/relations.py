@@ -21,6 +21,7 @@ from jaxkd.losses._arrays import (
     check_positive,
     check_shape,
     flatten_examples,
+    gram_matrix,
     normalize,
     safe_divide,
     safe_reciprocal,
@@ -70,7 +71,7 @@ def similarity_preserving_loss(
         Tung and Mori, Similarity-Preserving Knowledge Distillation, https://arxiv.org/abs/1907.09682
     """
     student, teacher, where = _check_features(student_features, teacher_features, where)
-    difference = normalize(_gram_matrix(student)) - normalize(_gram_matrix(teacher))
+    difference = normalize(gram_matrix(student)) - normalize(gram_matrix(teacher))
     return jnp.square(difference).sum(-1) / _count_examples(where, difference.dtype)
 
 
@@ -254,8 +255,8 @@ def correlation_congruence_loss(
         )
     student, teacher, where = _check_features(student_features, teacher_features, where)
     rate = 2 * jnp.asarray(gamma, student.dtype)
-    student_cosines = _gram_matrix(normalize(student))
-    teacher_cosines = _gram_matrix(normalize(teacher))
+    student_cosines = gram_matrix(normalize(student))
+    teacher_cosines = gram_matrix(normalize(teacher))
     # The power 0 is the same constant on both sides.
     series = sum(
         rate**p / math.factorial(p) * (student_cosines**p - teacher_cosines**p)
@@ -501,10 +502,6 @@ def _pair_mask(where: Array) -> Array:
     return where[:, None] & where[None]
 
 
-def _gram_matrix(x: Array) -> Array:
-    return jnp.matmul(x, x.T, precision="highest")
-
-
 def _pairwise_differences(x: Array, where: Array) -> Array:
     """Computes x_j − x_i at [i, j], `[B, B, D]`."""
     # Distances from a Gram matrix would take less memory, but are not exactly 0 for duplicates.
@@ -527,7 +524,7 @@ def _angle_cosines(x: Array, where: Array) -> Array:
 
 
 def _log_similarities(x: Array) -> Array:
-    return jnp.log(jnp.maximum((1 + _gram_matrix(normalize(x))) / 2, _MIN_SIMILARITY))
+    return jnp.log(jnp.maximum((1 + gram_matrix(normalize(x))) / 2, _MIN_SIMILARITY))
 
 
 def _center_classes(p: Array) -> Array:
@@ -565,4 +562,4 @@ def _unit_vectors(x: Array, axis: int) -> tuple[Array, Array]:
 
 def _unit_gram_matrix(x: Array, where: Array) -> Array:
     """Computes the Gram matrix of centred features, of Frobenius norm 1, or 0 if they are equal."""
-    return normalize(_gram_matrix(_center_examples(x, where)), axis=(0, 1))
+    return normalize(gram_matrix(_center_examples(x, where)), axis=(0, 1))

@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import check_positive, check_shape
+from jaxkd.losses._labels import take_classes
 from jaxkd.losses._softmax import (
     Softmax,
     check_logits,
@@ -372,7 +373,7 @@ def sampled_cross_entropy(student_logits: ArrayLike, sampled: SampledClasses) ->
         f"axes of student_logits {student.shape} before the classes",
     )
     weights = jnp.asarray(sampled.weights, student.dtype)
-    logs = _take_classes(softmax(student).log_probabilities, indices)
+    logs = take_classes(softmax(student).log_probabilities, indices)
     return -jnp.sum(weights * jnp.where(weights != 0, logs, 0), -1)
 
 
@@ -412,14 +413,7 @@ def _soften_kept(
         student_logs, indices, jnp.asarray(-jnp.inf, student.dtype), axis=-1, inplace=False
     )
     rest_logs = log_sum_exp(others)[..., None]
-    logs = jnp.concatenate([_take_classes(student_logs, indices), rest_logs], -1)
+    logs = jnp.concatenate([take_classes(student_logs, indices), rest_logs], -1)
     # Of the softmax of log-probabilities, the normalisation is theirs but for rounding.
     student_softmax = Softmax(jnp.exp(logs), logs)
     return softmax(jnp.where(possible, finite, -jnp.inf)), student_softmax, jnp.square(temperature)
-
-
-def _take_classes(values: Array, indices: Array) -> Array:
-    """Returns the values of some classes, and NaN where an index is no class."""
-    # JAX counts negative indices from the end.
-    indices = jnp.where(indices < 0, values.shape[-1], indices)
-    return jnp.take_along_axis(values, indices, -1, mode="fill", fill_value=jnp.nan)
