@@ -296,7 +296,7 @@ def _is_same_step(stage: Stage, other: Stage) -> bool:
     """Returns whether two stages differ only in what is not part of their step."""
     # Data act through their shapes, which the candidate key compares; `start` and `transfer` act
     # before the first step, `best` after an evaluation.
-    ignored = {"name", "data", "start", "transfer", "best"}
+    ignored = {"name", "key_name", "data", "start", "transfer", "best"}
     names = {field.name for field in dataclasses.fields(Stage)} - ignored
     return all(getattr(stage, name) == getattr(other, name) for name in names)
 
@@ -348,7 +348,7 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
         "cache_teachers": stage.cache_teachers,
     }
     # Left out where they are `None`, so that these options do not refuse older checkpoints.
-    for name in ("views", "cache_top_k", "ema_decay"):
+    for name in ("views", "cache_top_k", "ema_decay", "key_name"):
         value = getattr(stage, name)
         if value is not None:
             description[name] = value

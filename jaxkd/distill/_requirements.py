@@ -144,6 +144,7 @@ REQUIREMENTS = {
     "best": Requirement(
         lambda value: isinstance(value, Best), 'such as Best("accuracy")', is_optional=True
     ),
+    "key_name": Requirement(lambda value: isinstance(value, str), "a name", is_optional=True),
 }
 """The requirements on the attributes of a stage, by name."""
 

@@ -171,7 +171,8 @@ def start_or_resume(
     variables = {name: trained[name][seed].variables for name in stage.needs}
     # The key depends on the name alone, so that adding a stage does not move another one's bits.
     # CRC-32 instead of `hash`, which differs from process to process.
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.name.encode()))
+    key_name = stage.name if stage.key_name is None else stage.key_name
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(key_name.encode()))
     examples = stage.examples(seed)
     start = variables[stage.start] if stage.start else None
     # The fresh state is needed even to resume: it tells Orbax the tree, shapes and dtypes to

@@ -113,8 +113,8 @@ class Stage:
     """One training of a plan.
 
     Attributes:
-        name: Name of the stage, unique in the plan. It names the stage's folder and is folded into
-            its PRNG key.
+        name: Name of the stage, unique in the plan. It names the stage's folder and, unless there
+            is a `key_name`, is folded into its PRNG key.
         model: The student.
         data: The examples by name: arrays of one length, `inputs` among them, of which a step
             selects a batch, and scalars that every batch has. `inputs` may be a dict of arrays, for
@@ -154,6 +154,9 @@ class Stage:
             returned. `None` keeps none.
         best: Returns the weights of the best evaluation, and may end the training early. `None`
             returns the last weights.
+        key_name: Name that is folded into the PRNG key in place of the stage's own. Stages with the
+            same one start from the same random weights, if their networks are equal, and see the
+            examples in the same order, so that they differ in nothing that is drawn.
     """
 
     name: str
@@ -174,6 +177,7 @@ class Stage:
     loss_tx: optax.GradientTransformation | None = None
     ema_decay: float | None = None
     best: Best | None = None
+    key_name: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `TypeError` or `ValueError` if attributes are unfit or contradict each other."""

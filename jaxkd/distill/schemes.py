@@ -18,7 +18,7 @@ from jaxkd.distill.step import Batch, LossContext, LossFn, split_terms
 from jaxkd.models import joint
 from jaxkd.models.model import Outputs
 
-SHARED = ("data", "steps", "batch_size", "augment", "views", "ema_decay", "best")
+SHARED = ("data", "steps", "batch_size", "augment", "views", "ema_decay", "best", "key_name")
 """Attributes that are equal for all students that teach each other: they train in one step."""
 
 

@@ -8,6 +8,7 @@ import warnings
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxkd import distill, evaluate, models, runs
@@ -21,6 +22,7 @@ from small_plans import (
     VALIDATION,
     add_noise,
     get_variables,
+    hard_loss,
     make_model,
     make_stage,
     make_trained,
@@ -423,3 +425,30 @@ def test_two_threads_do_not_train_in_one_folder(tmp_path):
     for count in (1, 2):  # The folder is free again.
         train(tmp_path, [make_stage("first", steps=1)], make_score=make_score)
         assert len(messages) == count
+
+
+def test_stages_of_one_key_name_draw_the_same_weights_order_and_dropout(tmp_path):
+    def twice_the_loss(student, teachers, batch, context):
+        return 2 * hard_loss(student, teachers, batch, context)
+
+    options = {"dropout": 0.3, "augment": add_noise}
+    plan = [
+        make_stage("first", key_name="pair", **options),
+        # Half the rate makes up for twice the loss, exactly.
+        make_stage(
+            "second", key_name="pair", loss=twice_the_loss, tx=optax.sgd(0.05, 0.9), **options
+        ),
+        make_stage("pair", **options),
+        make_stage("apart", **options),
+    ]
+    trained, _ = train(tmp_path, plan)
+    weights = get_variables(trained)
+    chex.assert_trees_all_equal(weights["first"], weights["second"], weights["pair"])
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(weights["first"], weights["apart"], rtol=1e-3)
+
+
+def test_another_key_name_is_another_training(tmp_path):
+    train(tmp_path, [make_stage("student")])
+    with pytest.raises(runs.RunError, match="key_name"):
+        train(tmp_path, [make_stage("student", key_name="pair")])
