@@ -46,7 +46,9 @@ from jaxkd.losses.curriculum import (
     Interpolation,
     curriculum_temperature,
     init_curriculum_temperature,
+    init_instance_temperature,
     init_interpolation,
+    instance_temperature,
     interpolated_logits,
     reverse_gradient,
     update_interpolation,
@@ -145,6 +147,7 @@ from jaxkd.losses.sequence import (
     token_distillation_loss,
     token_mean,
 )
+from jaxkd.losses.simple_recipe import simple_recipe_loss
 from jaxkd.losses.sparse import (
     SampledClasses,
     TopK,
@@ -240,6 +243,7 @@ __all__ = [
     "init_bank",
     "init_curriculum_temperature",
     "init_factors",
+    "init_instance_temperature",
     "init_interpolation",
     "init_masked_generation",
     "init_orthogonal_projector",
@@ -248,6 +252,7 @@ __all__ = [
     "init_review",
     "init_semantic_calibration",
     "init_variational_information",
+    "instance_temperature",
     "interpolated_logits",
     "jensen_shannon_divergence",
     "kl_divergence",
@@ -286,6 +291,7 @@ __all__ = [
     "semantic_calibration_loss",
     "sequence_reverse_kl_loss",
     "similarity_preserving_loss",
+    "simple_recipe_loss",
     "skewed_kl_divergence",
     "skewed_reverse_kl_divergence",
     "skip_layers",

@@ -14,7 +14,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import check_fraction, check_positive, check_shape
-from jaxkd.losses._softmax import check_logits_pair
+from jaxkd.losses._softmax import check_logits_pair, softmax
+from jaxkd.losses.features import init_projector, project
+
+LOWEST_LOG_PROBABILITY = -100.0
+"""Lower ones, such as −inf of a class that is excluded, count as this one."""
 
 
 def interpolated_logits(
@@ -237,8 +241,7 @@ def curriculum_temperature(
     The student and the temperature play against each other, so that distillation becomes harder.
     The paper lets the strength grow from 0 to 1 by a cosine over the first epochs,
     `0.5 * (1 - cos(π min(1, epoch / 10)))`. The temperature is trained by the optimizer of the
-    loss's parameters (`Stage.init_loss`). The paper's other form draws a temperature for each
-    example from a network on the logits.
+    loss's parameters (`Stage.init_loss`). `instance_temperature` is the paper's other form.
 
     Args:
         params: From `init_curriculum_temperature`.
@@ -262,7 +265,107 @@ def curriculum_temperature(
         Li et al., Curriculum Temperature for Knowledge Distillation,
         https://arxiv.org/abs/2211.16231
     """
-    share = jax.nn.sigmoid(reverse_gradient(params["temperature"], strength=strength))
+    return _to_temperature(params["temperature"], strength, lowest, span)
+
+
+def init_instance_temperature(
+    key: Array, num_classes: int, hidden: int
+) -> dict[str, dict[str, Array]]:
+    """Draws the parameters of `instance_temperature`, a network of two dense layers.
+
+    Args:
+        key: A random key.
+        num_classes: C.
+        hidden: H, the units between the layers, such as 128.
+
+    Returns:
+        `hidden` and `output`, each `{"kernel": [in, out], "bias": [out]}` in float32, from 2 C to H
+        and from H to 1. The kernels are LeCun normal, and the biases zero.
+
+    Example:
+        >>> import jax
+        >>> from jaxkd import losses
+        >>> params = losses.init_instance_temperature(jax.random.key(0), 10, 16)
+        >>> print(params["hidden"]["kernel"].shape, params["output"]["kernel"].shape)
+        (20, 16) (16, 1)
+    """
+    hidden_key, output_key = jax.random.split(key)
+    return {
+        "hidden": init_projector(hidden_key, 2 * num_classes, hidden),
+        "output": init_projector(output_key, hidden, 1),
+    }
+
+
+def instance_temperature(
+    params: dict[str, dict[str, Array]],
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    strength: ArrayLike,
+    lowest: ArrayLike = 1.0,
+    span: ArrayLike = 20.0,
+) -> Array:
+    """Computes a temperature for each example that is trained to make its loss larger (CTKD).
+
+    T = lowest + span σ(θ), with θ = relu([log softmax(t), log softmax(s)] A + a) B + b, and the
+    gradient in θ reversed and multiplied by the strength
+
+    The temperature itself has no gradient in the logits. The losses take one temperature for all
+    examples, so divide the logits, and multiply the loss by T²:
+
+        T = losses.instance_temperature(params, student, teacher, strength=1.0)
+        scaled = student / T[:, None], teacher / T[:, None]
+        values = T**2 * losses.kl_divergence(*scaled, temperature=1.0)
+
+    The authors' code has the global form alone.
+
+    Args:
+        params: From `init_instance_temperature`; they are trained with the student.
+        student_logits: `[..., C]`, floating-point.
+        teacher_logits: The same shape.
+        strength: λ of at least 0, a scalar, as for `curriculum_temperature`.
+        lowest: The lowest temperature, above 0.
+        span: How far a temperature may be above the lowest one.
+
+    Returns:
+        One temperature per example `[...]`, in float32 or wider.
+
+    Raises:
+        ValueError: If the shapes differ or do not fit the parameters, `lowest` or `span` is not a
+            positive scalar, or `strength` is no scalar.
+        TypeError: If the logits are not floating-point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxkd import losses
+        >>> params = losses.init_instance_temperature(jax.random.key(0), 3, 16)
+        >>> student, teacher = jnp.zeros((2, 3)), jnp.array([[4.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+        >>> print(losses.instance_temperature(params, student, teacher, strength=1.0).shape)
+        (2,)
+
+    References:
+        Li et al., Curriculum Temperature for Knowledge Distillation,
+        https://arxiv.org/abs/2211.16231
+    """
+    logits = jax.lax.stop_gradient(check_logits_pair(student_logits, teacher_logits))
+    # Bounded, since the logarithm of an excluded class is −inf.
+    student, teacher = (
+        jnp.maximum(softmax(array).log_probabilities, LOWEST_LOG_PROBABILITY) for array in logits
+    )
+    num_classes = params["hidden"]["kernel"].shape[0] // 2
+    check_shape(
+        student.shape[-1] == num_classes,
+        f"student_logits {student.shape} must have {num_classes} classes, the number of params; "
+        "call init_instance_temperature with the logits' number of classes",
+    )
+    inputs = jnp.concatenate([teacher, student], -1)
+    hidden = jax.nn.relu(project(params["hidden"], inputs))
+    return _to_temperature(project(params["output"], hidden)[..., 0], strength, lowest, span)
+
+
+def _to_temperature(x: Array, strength: ArrayLike, lowest: ArrayLike, span: ArrayLike) -> Array:
+    """Maps parameters to temperatures that are trained against the loss."""
+    share = jax.nn.sigmoid(reverse_gradient(x, strength=strength))
     first, width = (
         jnp.asarray(check_positive(name, value), share.dtype)
         for name, value in (("lowest", lowest), ("span", span))

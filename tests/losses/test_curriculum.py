@@ -120,3 +120,51 @@ def test_the_temperature_is_trained_against_the_loss():
 def test_wrong_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_instance_temperature_follows_the_definition():
+    student, teacher = draw()
+    params = losses.init_instance_temperature(jax.random.key(1), 5, 7)
+    temperatures = losses.instance_temperature(
+        params, student, teacher, strength=1.0, lowest=2.0, span=3.0
+    )
+    logs = [np.asarray(jax.nn.log_softmax(z), np.float64) for z in (teacher, student)]
+    layers = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
+    hidden = np.concatenate(logs, -1) @ layers["hidden"]["kernel"] + layers["hidden"]["bias"]
+    outputs = np.maximum(hidden, 0) @ layers["output"]["kernel"] + layers["output"]["bias"]
+    np.testing.assert_allclose(temperatures, 2 + 3 / (1 + np.exp(-outputs[:, 0])), rtol=1e-5)
+
+
+def test_instance_temperature_climbs_the_loss_and_leaves_the_logits_alone():
+    student, teacher = draw()
+    params = losses.init_instance_temperature(jax.random.key(1), 5, 7)
+
+    def loss(params, student, strength):
+        temperature = losses.instance_temperature(params, student, teacher, strength=strength)
+        logits = (z / temperature[:, None] for z in (student, teacher))
+        return (temperature**2 * losses.kl_divergence(*logits, temperature=1.0)).mean()
+
+    gradient = jax.jit(jax.grad(loss))
+    reversed_gradient, plain = gradient(params, student, 0.5), gradient(params, student, -1.0)
+    for half, whole in zip(*map(jax.tree.leaves, (reversed_gradient, plain)), strict=True):
+        np.testing.assert_allclose(half, -0.5 * whole, rtol=1e-4, atol=1e-7)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(plain))
+    climbed = jax.tree.map(lambda p, g: p - 0.1 * g, params, reversed_gradient)
+    assert loss(climbed, student, 1.0) > loss(params, student, 1.0)
+    through_temperature = jax.grad(
+        lambda s: losses.instance_temperature(params, s, teacher, strength=1.0).sum()
+    )(student)
+    np.testing.assert_array_equal(through_temperature, 0)
+
+
+def test_instance_temperature_of_an_excluded_class_is_finite():
+    params = losses.init_instance_temperature(jax.random.key(1), 3, 7)
+    logits = jnp.array([[0.0, 1.0, -jnp.inf]])
+    temperature = losses.instance_temperature(params, logits, logits, strength=1.0)
+    assert np.isfinite(temperature).all()
+
+
+def test_instance_temperature_refuses_another_number_of_classes():
+    params = losses.init_instance_temperature(jax.random.key(1), 3, 7)
+    with pytest.raises(ValueError, match="must have 3 classes.*init_instance_temperature"):
+        losses.instance_temperature(params, *draw(), strength=1.0)

@@ -44,6 +44,8 @@ ALIGNED = losses.init_aligned_states(KEY, 6, 6)
 OTHER_VOCABULARY = TOKENS[0], normal(B, 3, 9, number=1)
 STUDENT_ENDS = jnp.broadcast_to(jnp.array([1, 3, 4]), (B, 3))
 TEACHER_ENDS = jnp.broadcast_to(jnp.array([1, 2, 3, 4]), (B, 4))
+RECIPE = losses.init_projector(KEY, 6, 9)
+INSTANCE_TEMPERATURE = losses.init_instance_temperature(KEY, 5, 8)
 ORTHOGONAL = losses.init_orthogonal_projector(KEY, 6, 9)
 REVIEW = losses.init_review(KEY, (4, 6), (6, 4), 5)
 FACTORS = losses.init_factors(KEY, 4, 3)
@@ -53,6 +55,12 @@ GENERATION = losses.init_masked_generation(KEY, 4, 6)
 
 def with_temperature(**options):
     return {"temperature": 2.0} | options
+
+
+def with_instance_temperature(student, teacher):
+    temperature = losses.instance_temperature(INSTANCE_TEMPERATURE, student, teacher, strength=0.5)
+    logits = (z / temperature[:, None] for z in (student, teacher))
+    return temperature**2 * losses.kl_divergence(*logits, temperature=1.0)
 
 
 # name: (arrays whose first axis is the batch, the function of them)
@@ -126,6 +134,13 @@ CASES = {
             ),
         ),
     ),
+    "init_instance_temperature": (
+        LOGITS,
+        lambda s, t: losses.instance_temperature(
+            losses.init_instance_temperature(KEY, s.shape[-1], 8), s, t, strength=0.5
+        ),
+    ),
+    "instance_temperature": (LOGITS, with_instance_temperature),
     "refined_logits_loss": (
         (*LOGITS, LABELS),
         lambda s, t, y: losses.refined_logits_loss(s, t, y, correlation_weight=2.0),
@@ -226,6 +241,10 @@ CASES = {
     "orthogonal_projection_loss": (
         UNEQUAL,
         lambda s, t: losses.orthogonal_projection_loss(ORTHOGONAL, s, t),
+    ),
+    "simple_recipe_loss": (
+        UNEQUAL,
+        lambda s, t: losses.simple_recipe_loss(RECIPE, s, t),
     ),
     # Gradients of a few hundred are rounded by more than a tolerance of 1e-5 allows.
     "whiten_features": (MAPS[:1], lambda x: 0.01 * losses.whiten_features(x)),
@@ -481,6 +500,7 @@ NO_DEFAULT = {
     ("interpolated_logits", "fraction"),
     ("reverse_gradient", "strength"),
     ("curriculum_temperature", "strength"),
+    ("instance_temperature", "strength"),
 }
 FIXED_BY_A_PAPER = {
     ("normalized_loss", "temperature"): 1.0,
@@ -511,6 +531,9 @@ FIXED_BY_A_PAPER = {
     ("update_interpolation", "decay"): 0.99,
     ("curriculum_temperature", "lowest"): 1.0,
     ("curriculum_temperature", "span"): 20.0,
+    ("instance_temperature", "lowest"): 1.0,
+    ("instance_temperature", "span"): 20.0,
+    ("simple_recipe_loss", "power"): 4.0,
     ("transformed_teacher_loss", "weighted"): False,
     ("sample_classes", "proposal_temperature"): 1.0,
     ("rewards_to_go", "length_normalized"): True,

@@ -166,6 +166,7 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     aligned = losses.init_aligned_states(key, 12, 12)
     calibration = losses.init_semantic_calibration(key, (4, 6), (4, 6), 8)
     generation = losses.init_masked_generation(key, 4, 6)
+    recipe = losses.init_projector(key, 16, 24)
     review = losses.init_review(key, (4, 6), (4, 6), 5)
     paraphraser = losses.init_paraphraser(key, 4, 2)
     maps, wider = draw(batch, 6, 6, 4), draw(batch, 6, 6, 6)
@@ -230,6 +231,10 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
                 calibration, [student, other], list(teachers)
             ),
             (maps, wider, draw(*maps.shape), draw(*wider.shape)),
+        ),
+        "simple_recipe_loss": (
+            lambda student, teacher: losses.simple_recipe_loss(recipe, student, teacher),
+            (draw(batch, 16), draw(batch, 24)),
         ),
         "masked_generation_loss": (
             lambda student, teacher: losses.masked_generation_loss(
