@@ -114,10 +114,13 @@ def make_table(title: str, *columns: str) -> "Table":
 
 
 def set_ratio_ticks(axis: "Axis") -> None:
-    """Labels a logarithmic axis of ratios with plain numbers: 0.5, 1, 2, 5."""
+    """Labels a logarithmic axis of ratios, on which all is drawn, with plain numbers: 0.5, 1, 2."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    # With three labels in a decade, a narrow axis may show a single one.
+    subs = (1, 2, 5) if high / low > 10 else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

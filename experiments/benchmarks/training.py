@@ -21,12 +21,12 @@ On Linux the result below was measured with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRES
 MALLOC_TRIM_THRESHOLD_=2147483647, so that a process keeps the memory that a step frees: otherwise
 the kernel has to map new pages in every step.
 
-Result: eager PyTorch takes 1.16 times as long as jaxkd to train the LSTM and 1.03 to train BERT,
-0.95 and 0.78 to run them; 0.77 to train the CNN, 0.62 to run it and 0.82 to distil it, 0.47 to
-train ResNet-20 and 0.77 to run it, 0.55 to distil ResNet-56 into ResNet-20 and 0.66 WRN-40-2 into
-WRN-16-2 (two x86-64 cores, jax 0.10.2, PyTorch 2.13)
+Result: eager PyTorch takes 1.30 times as long as jaxkd to train the LSTM and 1.22 to train BERT,
+0.93 and 1.14 to run them; 0.79 to train the CNN, 0.97 to run it and 0.89 to distil it, 0.66 to
+train ResNet-20 and 0.75 to run it, 0.67 to distil ResNet-56 into ResNet-20 and 0.76 WRN-40-2 into
+WRN-16-2 (two x86-64 cores with AVX-512, jax 0.12, PyTorch 2.14)
 
-Time: 3 minutes on 2 CPU cores
+Time: 4 minutes on 2 CPU cores
 """
 
 import dataclasses

@@ -19,10 +19,10 @@ Command: python -m experiments.benchmarks.training_profile
 On Linux the result below was measured with the allocator's settings of
 `experiments.benchmarks.training`.
 
-Result: in ResNet-20 jaxkd is behind by 62 ms per step in the kernel gradients of the convolutions,
-by 27 in their input gradients, by 24 in their forward passes and by 19 in the normalisations; the
-whole step takes 252 ms, PyTorch's 156 (two x86-64 cores shared with other work, jax 0.12, PyTorch
-2.15). The table and what was tried: experiments/results/training_profile.md
+Result: in ResNet-20 jaxkd is behind by 106 ms per step in the kernel gradients of the
+convolutions, by 30 in their input gradients, by 29 in their forward passes and by 20 in the
+normalisations; the whole step takes 304 ms, PyTorch's 210 (two x86-64 cores with AVX-512, jax 0.12,
+PyTorch 2.14). The table and what was tried: experiments/results/training_profile.md
 
 Time: 2 minutes on 2 CPU cores
 """

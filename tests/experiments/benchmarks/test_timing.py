@@ -90,3 +90,15 @@ def test_pytorch_is_left_out_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     torch, (note,) = beside_torch.load_torch(lambda: pytest.fail("PyTorch is not installed"))
     assert torch is None and "`pip install torch`" in note
+
+
+@pytest.mark.parametrize(("limits", "shown"), [((0.6, 1.4), "0.7"), ((0.05, 40), "0.5")])
+def test_an_axis_of_ratios_has_several_labels(limits, shown):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set(xscale="log", xlim=limits)
+    timing.set_ratio_ticks(axes.xaxis)
+    ticks = [tick for tick in axes.get_xticks() if limits[0] <= tick <= limits[1]]
+    labels = [axes.xaxis.get_major_formatter()(tick, 0) for tick in ticks]
+    assert len(labels) >= 4 and {"1", shown} <= {*labels}
