@@ -40,15 +40,13 @@ from experiments import methods
 from experiments.common import cli, images, plans
 from experiments.common.options import num_steps
 from jaxkd import data, distill, losses, models
-from jaxkd.distill.methods import (
-    Method,
+from jaxkd.distill.methods import Method, make_loss, supervised_loss
+from jaxkd.distill.terms import (
     attention_term,
-    dkd_term,
     hint_term,
     init_crd,
-    make_loss,
     on_features,
-    supervised_loss,
+    on_logits_and_labels,
 )
 from jaxkd.runs import ResultRow, figures
 
@@ -119,7 +117,9 @@ def make_methods(config: Config) -> dict[str, Method]:
     def init_projectors(key):
         return init_crd(key, 4 * config.width, 4 * config.width)
 
-    dkd = functools.partial(dkd_term, temperature=config.temperature, non_target_weight=2.0)
+    dkd = on_logits_and_labels(
+        losses.decoupled_loss, temperature=config.temperature, non_target_weight=2.0
+    )
     hint = functools.partial(hint_term, layer="stage2")
     attention = functools.partial(attention_term, layers=STAGES)
     similarity = on_features(losses.similarity_preserving_loss, "stage3")

@@ -9,7 +9,7 @@ examples or contrasts. Parameters of a method, such as a projector, are trained 
 are not part of it.
 
 The weight of each method's term is the best of three, a factor of 10 apart, by the validation
-accuracy of one training with another seed than those below.
+accuracy of one training with another seed than those of the comparison; --tune chooses it anew.
 
 Papers: see the catalogue in docs/api/catalogue.md
 
@@ -23,31 +23,29 @@ Time: 18 minutes on 2 busy CPU cores
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from experiments.common import cli, images, plans
 from jaxkd import data, distill, losses
+from jaxkd.distill import terms
 from jaxkd.distill.methods import (
-    EMBEDDING_SIZE,
+    LOGIT_METHODS,
     Method,
-    crd_term,
-    dist_term,
-    dkd_term,
-    hint_term,
     make_loss,
-    nkd_term,
-    on_features,
-    on_logits,
-    rkd_term,
-    standardized_kd_term,
+    make_method,
     supervised_loss,
 )
+from jaxkd.distill.terms import EMBEDDING_SIZE, on_features, on_projected_features
+from jaxkd.models import Outputs
 
 TEACHER = ((64, 128), 128)
 STUDENT = ((16, 32), 32)
 """Channels of the convolutions, and units before the logits."""
+FACTORS = {"tenth": 0.1, "once": 1.0, "tenfold": 10.0}
+"""What the weights are multiplied by when they are tuned."""
 STAGES = ("stage1", "stage2")
 """The features after each convolution."""
 
@@ -65,6 +63,10 @@ class Config(images.SoftTargetOptions):
     """Number of training images that the students see. Each seed draws its own."""
     only: tuple[str, ...] = ()
     """Names of the methods to compare. By default all of them."""
+    tune: bool = False
+    """First trains each method with a tenth, once and ten times its weight, with the seed after
+    those of the comparison, and takes the weight with the best validation accuracy. By default the
+    weights are those that such a tuning has found."""
 
     def check(self) -> None:
         """Raises `OptionError` for an invalid value."""
@@ -72,27 +74,27 @@ class Config(images.SoftTargetOptions):
         cli.select_names(self.only, make_methods(self))
 
 
-def vid_term(student, teacher, batch, params):
+def vid_term(student, teacher, batch, context):
     """Computes the variational bound on shared information."""
     return losses.variational_information_loss(
-        params, student.features["stage1"], teacher.features["stage1"]
+        context.params, student.features["stage1"], teacher.features["stage1"]
     )
 
 
-def fsp_term(student, teacher, batch, params):
+def fsp_term(student, teacher, batch, context):
     """Computes the distance of flow matrices, after the student's channels are projected."""
     student_maps = [
-        losses.project(params[name], features)
+        losses.project(context.params[name], features)
         for name, features in _pool_to_one_size(student.features).items()
     ]
     teacher_maps = _pool_to_one_size(teacher.features).values()
     return losses.flow_of_solution_procedure_loss(*student_maps, *teacher_maps)
 
 
-def semckd_term(student, teacher, batch, params):
+def semckd_term(student, teacher, batch, context):
     """Computes semantic calibration, in which attention pairs the layers."""
     return losses.semantic_calibration_loss(
-        params,
+        context.params,
         [student.features[name] for name in STAGES],
         [teacher.features[name] for name in STAGES],
     )
@@ -100,7 +102,6 @@ def semckd_term(student, teacher, batch, params):
 
 def make_methods(config: Config) -> dict[str, Method]:
     """Makes the methods by name."""
-    temperature = config.temperature
     student_channels, student_units = STUDENT
     teacher_channels, teacher_units = TEACHER
 
@@ -117,42 +118,60 @@ def make_methods(config: Config) -> dict[str, Method]:
             for name, narrow, wide in channels
         }
 
-    def init_crd(key):
-        units = {"student": student_units, "teacher": teacher_units}
-        return {
-            name: losses.init_projector(jax.random.fold_in(key, i), units[name], EMBEDDING_SIZE)
-            for i, name in enumerate(units)
-        }
-
     def init_semckd(key):
         return losses.init_semantic_calibration(
             key, student_channels, teacher_channels, EMBEDDING_SIZE
         )
 
-    dkd = functools.partial(dkd_term, temperature=temperature, non_target_weight=8.0)
-    return {
-        "kd": Method(0.9, on_logits(losses.kl_divergence, temperature=temperature)),
-        "reverse_kd": Method(
-            90.0, on_logits(losses.reverse_kl_divergence, temperature=temperature)
-        ),
-        "jsd": Method(
-            0.9, on_logits(losses.jensen_shannon_divergence, temperature=temperature, beta=0.5)
-        ),
-        "dkd": Method(10.0, dkd),
-        "nkd": Method(1.0, nkd_term),
-        "dist": Method(20.0, functools.partial(dist_term, temperature=temperature)),
-        "standardized_kd": Method(9.0, standardized_kd_term),
-        "hint": Method(1000.0, functools.partial(hint_term, layer="stage1"), init_hint),
+    def init_projector(key):
+        return losses.init_projector(key, student_channels[1], teacher_channels[1])
+
+    def init_generation(key):
+        return losses.init_masked_generation(key, student_channels[1], teacher_channels[1])
+
+    def init_review(key):
+        return losses.init_review(key, student_channels, teacher_channels, EMBEDDING_SIZE)
+
+    def on_units(init):
+        return lambda key: init(key, student_units, teacher_units)
+
+    def on_last_maps(term):
+        return functools.partial(term, layer="stage2")
+
+    def on_hidden_units(loss):
+        return on_features(loss, "pre_logits")
+
+    # Methods on logits read no shapes.
+    outputs = Outputs(jax.numpy.zeros((1, 2)), {})
+    on_logits = {
+        name: make_method(name, outputs, outputs, temperature=config.temperature)
+        for name in LOGIT_METHODS
+    }
+    return on_logits | {
+        "hint": Method(1000.0, functools.partial(terms.hint_term, layer="stage1"), init_hint),
         "attention": Method(10_000.0, on_features(losses.attention_transfer_mse_loss, "stage1")),
         "vid": Method(10.0, vid_term, init_vid),
         "nst": Method(500.0, on_features(losses.neuron_selectivity_loss, "stage1")),
         "fsp": Method(0.001, fsp_term, init_fsp),
-        "similarity": Method(300.0, on_features(losses.similarity_preserving_loss, "pre_logits")),
-        "rkd": Method(0.1, rkd_term),
-        "pkt": Method(100.0, on_features(losses.probabilistic_transfer_loss, "pre_logits")),
-        "cc": Method(10.0, on_features(losses.correlation_congruence_loss, "pre_logits")),
-        "cka": Method(1.0, on_features(losses.linear_cka_loss, "pre_logits")),
-        "crd": Method(0.08, crd_term, init_crd),
+        "cwd": Method(7.0, on_last_maps(terms.channel_wise_term), init_projector),
+        "mgd": Method(2e-3, on_last_maps(terms.masked_generation_term), init_generation),
+        "review": Method(10.0, functools.partial(terms.review_term, layers=STAGES), init_review),
+        "similarity": Method(300.0, on_hidden_units(losses.similarity_preserving_loss)),
+        "rkd": Method(0.1, terms.rkd_term),
+        "pkt": Method(100.0, on_hidden_units(losses.probabilistic_transfer_loss)),
+        "cc": Method(10.0, on_hidden_units(losses.correlation_congruence_loss)),
+        "cka": Method(1.0, on_hidden_units(losses.linear_cka_loss)),
+        "crd": Method(0.08, terms.crd_term, on_units(terms.init_crd)),
+        "srd": Method(
+            5.0,
+            on_projected_features(losses.simple_recipe_loss, "pre_logits"),
+            on_units(losses.init_projector),
+        ),
+        "vkd": Method(
+            1.0,
+            on_projected_features(losses.orthogonal_projection_loss, "pre_logits"),
+            on_units(losses.init_orthogonal_projector),
+        ),
         "semckd": Method(10.0, semckd_term, init_semckd),
     }
 
@@ -169,7 +188,9 @@ def _pool_to_one_size(features: Any) -> dict[str, Any]:
     return dict(zip(STAGES, (windows.max((2, 4)), second), strict=True))
 
 
-def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...]:
+def make_plan(
+    config: Config, dataset: data.Dataset, methods: Mapping[str, Method]
+) -> tuple[distill.Stage, ...]:
     """Makes the stages: the teacher, a student without it, and a student for each method."""
     teacher = images.make_cnn(*TEACHER, dataset, config)
     student = images.make_cnn(*STUDENT, dataset, config)
@@ -181,9 +202,7 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
         stage("teacher", teacher, dataset.train.examples, supervised_loss),
         stage("labels", student, few_images, supervised_loss),
     ]
-    methods = make_methods(config)
-    for name in cli.select_names(config.only, methods):
-        method = methods[name]
+    for name, method in methods.items():
         stages.append(
             stage(
                 name,
@@ -197,16 +216,52 @@ def make_plan(config: Config, dataset: data.Dataset) -> tuple[distill.Stage, ...
     return tuple(stages)
 
 
+def tune(config: Config, dataset: data.Dataset, methods: Mapping[str, Method]) -> dict[str, Method]:
+    """Returns the methods with the best of three weights each, by validation accuracy."""
+    config = dataclasses.replace(
+        config,
+        seed=config.seed + config.num_seeds,
+        num_seeds=1,
+        # Beside the folder of the comparison, which has other stages.
+        workdir=config.workdir and f"{config.workdir.rstrip('/')}_tuning",
+    )
+    candidates = {
+        f"{name}_{label}": method._replace(weight=float(f"{factor * method.weight:g}"))
+        for name, method in methods.items()
+        for label, factor in FACTORS.items()
+    }
+    plan = make_plan(config, dataset, candidates)
+    run = images.open_run("methods_tuning", config, dataset)
+    trained = distill.run_plan(
+        plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
+    )
+    tuned = {}
+    for name in methods:
+        best, _ = distill.find_best(trained, [f"{name}_{label}" for label in FACTORS])
+        tuned[name] = candidates[best]
+        accuracies = (
+            f"{candidates[f'{name}_{label}'].weight:g}: "
+            f"{100 * trained[f'{name}_{label}'][0].validation_accuracy:.1f}"
+            for label in FACTORS
+        )
+        print(f"weight of {name}, validation accuracy in %: {', '.join(accuracies)}")
+    return tuned
+
+
 def main(config: Config) -> None:
     """Trains all networks, compares them and writes the report."""
     config.check()
     dataset = images.load(config)
-    plan = make_plan(config, dataset)
-    students = [stage.name for stage in plan[1:]]
+    known = make_methods(config)
+    methods = {name: known[name] for name in cli.select_names(config.only, known)}
+    if config.tune:
+        methods = tune(config, dataset, methods)
+    plan = make_plan(config, dataset, methods)
     run = images.open_run("methods", config, dataset)
     trained = distill.run_plan(
         plan, run=run, validation=dataset.validation.examples, **plans.run_options(config, plan)
     )
+    weights = ", ".join(f"{name} {method.weight:g}" for name, method in methods.items())
     distill.save_results(
         run,
         plan,
@@ -214,8 +269,9 @@ def main(config: Config) -> None:
         dataset.test.examples,
         title="Methods of distillation, side by side",
         class_names=dataset.class_names,
-        students=students,
-        comparisons=[(name, "labels") for name in students[1:]],
+        students=["labels", *methods],
+        comparisons=[(name, "labels") for name in methods],
+        make_remarks=lambda rows, folder: [f"Weights beside a cross-entropy of 1: {weights}."],
     )
 
 

@@ -63,7 +63,8 @@ ARROWS = {
 DISTILL_ARROWS = {
     "selection": set(),
     "step": {"selection"},
-    "methods": {"step"},
+    "methods": {"step", "terms"},
+    "terms": {"step"},
     "schemes": {"_lowering", "plan", "step"},
     "_multi_step": set(),
     "_relay": set(),

@@ -1,6 +1,7 @@
-"""Methods of distillation as terms that are added to the cross-entropy with the labels.
+"""Methods of distillation: terms with weights, added to the cross-entropy with the labels.
 
-`make_method` makes a method by name for any two networks; a plan of one's own may use the terms.
+`make_method` makes a method by name for any two networks, and `make_loss` the loss of a stage. A
+plan of your own may use other `terms`.
 """
 
 import functools
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd import losses
+from jaxkd.distill import terms
 from jaxkd.distill.step import Batch, LossContext, LossFn
+from jaxkd.distill.terms import (
+    Term,
+    on_features,
+    on_logits,
+    on_logits_and_labels,
+    on_projected_features,
+)
 from jaxkd.models import Outputs
-
-Term = Callable[[Outputs, Outputs, Batch, Any], Any]
-"""`(student, teacher, batch, params) -> [B]`. `params` is `None` for a method without any."""
-EMBEDDING_SIZE = 64
-"""Size of the vectors that crd and semckd compare."""
 
 
 class Method(NamedTuple):
@@ -34,94 +38,7 @@ class Method(NamedTuple):
     init: Callable[[jax.Array], Any] | None = None
 
 
-def on_logits(loss: Callable[..., Any], **hyperparameters: Any) -> Term:
-    """Makes the term of a loss on the logits."""
-    return lambda student, teacher, batch, params: loss(
-        student.logits, teacher.logits, **hyperparameters
-    )
-
-
-def on_features(loss: Callable[..., Any], layer: str) -> Term:
-    """Makes the term of a loss on the features of a layer."""
-    return lambda student, teacher, batch, params: loss(
-        student.features[layer], teacher.features[layer]
-    )
-
-
-def dkd_term(student, teacher, batch, params, *, temperature, non_target_weight):
-    """Computes decoupled knowledge distillation."""
-    return losses.decoupled_loss(
-        student.logits,
-        teacher.logits,
-        batch["labels"],
-        temperature=temperature,
-        non_target_weight=non_target_weight,
-    )
-
-
-def nkd_term(student, teacher, batch, params):
-    """Computes normalized knowledge distillation."""
-    return losses.normalized_loss(student.logits, teacher.logits, batch["labels"])
-
-
-def dist_term(student, teacher, batch, params, *, temperature):
-    """Computes DIST: correlations within each example and within each class of the batch."""
-    inter = losses.dist_inter_loss(student.logits, teacher.logits, temperature=temperature)
-    intra = losses.dist_intra_loss(student.logits, teacher.logits, temperature=temperature)
-    return inter + intra
-
-
-def standardized_kd_term(student, teacher, batch, params):
-    """Computes the divergence of standardized logits."""
-    return losses.kl_divergence(
-        losses.standardize_logits(student.logits),
-        losses.standardize_logits(teacher.logits),
-        temperature=2.0,
-    )
-
-
-def hint_term(student, teacher, batch, params, *, layer):
-    """Computes the distance of projected student features to the teacher's."""
-    projected = losses.project(params, student.features[layer])
-    return losses.hint_loss(projected, teacher.features[layer])
-
-
-def attention_term(student, teacher, batch, params, *, layers):
-    """Computes the sum of attention transfer over layers."""
-    return sum(
-        losses.attention_transfer_mse_loss(student.features[name], teacher.features[name])
-        for name in layers
-    )
-
-
-def rkd_term(student, teacher, batch, params):
-    """Computes relations between examples, distances and angles, with the paper's weights."""
-    features = student.features["pre_logits"], teacher.features["pre_logits"]
-    distance = losses.relational_distance_loss(*features)
-    angle = losses.relational_angle_loss(*features)
-    return 25 * distance + 50 * angle
-
-
-def crd_term(student, teacher, batch, params):
-    """Computes the contrastive loss of projected features, with the batch as negatives."""
-    return losses.contrastive_loss(
-        losses.project(params["student"], student.features["pre_logits"]),
-        losses.project(params["teacher"], teacher.features["pre_logits"]),
-        temperature=0.1,
-        labels=batch["labels"],
-    )
-
-
-def init_crd(key: jax.Array, student_units: int, teacher_units: int) -> dict[str, Any]:
-    """Draws the projectors that `crd_term` trains."""
-    student_key, teacher_key = jax.random.split(key)
-    return {
-        "student": losses.init_projector(student_key, student_units, EMBEDDING_SIZE),
-        "teacher": losses.init_projector(teacher_key, teacher_units, EMBEDDING_SIZE),
-    }
-
-
-METHODS = (
+LOGIT_METHODS = (
     "kd",
     "reverse_kd",
     "jsd",
@@ -129,19 +46,37 @@ METHODS = (
     "nkd",
     "dist",
     "standardized_kd",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "akl",
+    "abkd",
+    "renyi",
+    "tv",
+    "ttm",
+    "wttm",
+    "rld",
+    "mlkd",
+    "taid",
+    "ctkd",
+)
+"""Those that compare logits alone, so that the teacher's may be cached."""
+MAP_METHODS = ("attention", "cwd", "mgd", "review")
+"""Those that compare maps `[B, H, W, C]`."""
+METHODS = (
+    *LOGIT_METHODS,
     "hint",
-    "attention",
+    *MAP_METHODS,
     "similarity",
     "rkd",
     "pkt",
     "cc",
     "cka",
     "crd",
+    "srd",
+    "vkd",
 )
 """The methods that `make_method` makes for any two networks."""
-LOGIT_METHODS = METHODS[:7]
-"""Those that compare logits alone, so that the teacher's may be cached."""
-LABEL_METHODS = ("dkd", "nkd", "crd")
+LABEL_METHODS = ("dkd", "nkd", "rld", "crd")
 """Those whose term reads the labels, so that every example needs one."""
 
 
@@ -165,11 +100,10 @@ def make_method(name: str, student: Outputs, teacher: Outputs, *, temperature: f
         raise ValueError(f"there is no method {name[:40]!r}: choose from {', '.join(METHODS)}")
     if name in _LOGIT_TERMS:
         weight, make_term = _LOGIT_TERMS[name]
-        return Method(weight, make_term(temperature))
-    if name == "attention":
-        return Method(
-            10_000.0, functools.partial(attention_term, layers=_same_maps(student, teacher))
-        )
+        init = _init_temperature if name == "ctkd" else None
+        return Method(weight, make_term(temperature), init)
+    if name in MAP_METHODS:
+        return _make_map_method(name, student, teacher)
     for outputs, owner in ((student, "student"), (teacher, "teacher")):
         if "pre_logits" not in outputs.features:
             raise ValueError(
@@ -177,28 +111,57 @@ def make_method(name: str, student: Outputs, teacher: Outputs, *, temperature: f
                 "choose a method on logits, such as kd"
             )
     units = [outputs.features["pre_logits"].shape[-1] for outputs in (student, teacher)]
-    if name == "hint":
-        term = functools.partial(hint_term, layer="pre_logits")
-        return Method(1.0, term, lambda key: losses.init_projector(key, *units))
-    if name == "crd":
-        return Method(0.08, crd_term, lambda key: init_crd(key, *units))
-    return _FEATURE_METHODS[name]
+    if name not in _PROJECTING_METHODS:
+        return _FEATURE_METHODS[name]
+    weight, term, init = _PROJECTING_METHODS[name]
+    return Method(weight, term, lambda key: init(key, *units))
 
 
-def _same_maps(student: Outputs, teacher: Outputs) -> tuple[str, ...]:
-    """Returns the names of the maps `[B, H, W, C]` that both networks have in one size."""
+def _make_map_method(name: str, student: Outputs, teacher: Outputs) -> Method:
+    """Makes a method on maps: `attention` on those of one size, the others on those of one name."""
+    if name == "attention":
+        layers = _shared_maps(student, teacher, axes=slice(1, 3))
+        return Method(10_000.0, functools.partial(terms.attention_term, layers=layers))
+    layers = _shared_maps(student, teacher, axes=slice(0))
+    student_channels, teacher_channels = (
+        [outputs.features[layer].shape[-1] for layer in layers] for outputs in (student, teacher)
+    )
+    if name == "review":
+        return Method(
+            10.0,
+            functools.partial(terms.review_term, layers=layers),
+            lambda key: losses.init_review(
+                key, student_channels, teacher_channels, terms.EMBEDDING_SIZE
+            ),
+        )
+    last = student_channels[-1], teacher_channels[-1]
+    if name == "cwd":
+        term = functools.partial(terms.channel_wise_term, layer=layers[-1])
+        return Method(7.0, term, lambda key: losses.init_projector(key, *last))
+    term = functools.partial(terms.masked_generation_term, layer=layers[-1])
+    return Method(2e-3, term, lambda key: losses.init_masked_generation(key, *last))
+
+
+def _shared_maps(student: Outputs, teacher: Outputs, *, axes: slice) -> tuple[str, ...]:
+    """Returns the sorted names of the maps of both networks whose shapes agree in some axes."""
 
     def sizes(outputs: Outputs) -> dict[str, tuple[int, ...]]:
         features = outputs.features.items()
-        return {name: map_.shape[1:3] for name, map_ in features if len(map_.shape) == 4}
+        return {name: map_.shape[axes] for name, map_ in features if len(map_.shape) == 4}
 
     names = tuple(name for name, _ in sorted(sizes(student).items() & sizes(teacher).items()))
     if not names:
+        likeness = "one name and size" if axes.stop else "one name"
         raise ValueError(
-            "attention compares maps of one name and size, which student and teacher do not have: "
+            f"it compares maps of {likeness}, which student and teacher do not have: "
             "choose networks with equal stages, or a method on logits, such as kd"
         )
     return names
+
+
+def _init_temperature(key: jax.Array) -> dict[str, jax.Array]:
+    """Makes the parameter of `ctkd`, which is not drawn."""
+    return losses.init_curriculum_temperature()
 
 
 def supervised_loss(
@@ -272,25 +235,64 @@ def make_loss(method: Method) -> LossFn:
             batch,
             context,
         )
-        term = method.term(student, teacher, batch, context.params)
+        term = method.term(student, teacher, batch, context)
         return losses.weighted_sum([hard, term], weights=(1.0, method.weight))
 
     return loss
 
 
+def _with_temperature(
+    make: Callable[..., Term], loss: Callable[..., Any], **hyperparameters: Any
+) -> Callable[[float], Term]:
+    return lambda temperature: make(loss, temperature=temperature, **hyperparameters)
+
+
+_on_logits = functools.partial(_with_temperature, on_logits)
+_on_labels = functools.partial(_with_temperature, on_logits_and_labels)
+
 _LOGIT_TERMS: dict[str, tuple[float, Callable[[float], Term]]] = {
-    "kd": (0.9, lambda t: on_logits(losses.kl_divergence, temperature=t)),
-    "reverse_kd": (90.0, lambda t: on_logits(losses.reverse_kl_divergence, temperature=t)),
-    "jsd": (0.9, lambda t: on_logits(losses.jensen_shannon_divergence, temperature=t, beta=0.5)),
-    "dkd": (10.0, lambda t: functools.partial(dkd_term, temperature=t, non_target_weight=8.0)),
-    "nkd": (1.0, lambda t: nkd_term),
-    "dist": (20.0, lambda t: functools.partial(dist_term, temperature=t)),
-    "standardized_kd": (9.0, lambda t: standardized_kd_term),
+    "kd": (0.9, _on_logits(losses.kl_divergence)),
+    "reverse_kd": (90.0, _on_logits(losses.reverse_kl_divergence)),
+    "jsd": (0.9, _on_logits(losses.jensen_shannon_divergence, beta=0.5)),
+    "dkd": (10.0, _on_labels(losses.decoupled_loss, non_target_weight=8.0)),
+    "nkd": (1.0, lambda t: on_logits_and_labels(losses.normalized_loss)),
+    "dist": (20.0, lambda t: functools.partial(terms.dist_term, temperature=t)),
+    "standardized_kd": (9.0, lambda t: terms.standardized_kd_term),
+    "skewed_kl": (3.0, _on_logits(losses.skewed_kl_divergence)),
+    "skewed_reverse_kl": (3.0, _on_logits(losses.skewed_reverse_kl_divergence)),
+    "akl": (3.0, _on_logits(losses.adaptive_kl_divergence)),
+    "abkd": (2.0, _on_logits(losses.alpha_beta_divergence, alpha=0.2, beta=0.7)),
+    "renyi": (5.0, _on_logits(losses.renyi_divergence, order=0.5)),
+    "tv": (10.0, _on_logits(losses.total_variation_distance)),
+    "ttm": (7.0, _on_logits(losses.transformed_teacher_loss)),
+    "wttm": (2.0, _on_logits(losses.transformed_teacher_loss, weighted=True)),
+    "rld": (0.3, _on_labels(losses.refined_logits_loss, correlation_weight=8.0)),
+    "mlkd": (0.07, lambda t: on_logits(losses.multi_level_loss)),
+    "taid": (4.0, lambda t: functools.partial(terms.taid_term, temperature=t)),
+    "ctkd": (2.0, lambda t: terms.ctkd_term),
 }
 _FEATURE_METHODS = {
     "similarity": Method(300.0, on_features(losses.similarity_preserving_loss, "pre_logits")),
-    "rkd": Method(0.1, rkd_term),
+    "rkd": Method(0.1, terms.rkd_term),
     "pkt": Method(100.0, on_features(losses.probabilistic_transfer_loss, "pre_logits")),
     "cc": Method(10.0, on_features(losses.correlation_congruence_loss, "pre_logits")),
     "cka": Method(1.0, on_features(losses.linear_cka_loss, "pre_logits")),
+}
+_PROJECTING_METHODS: dict[str, tuple[float, Term, Callable[..., Any]]] = {
+    "hint": (
+        1.0,
+        functools.partial(terms.hint_term, layer="pre_logits"),
+        losses.init_projector,
+    ),
+    "crd": (0.08, terms.crd_term, terms.init_crd),
+    "srd": (
+        5.0,
+        on_projected_features(losses.simple_recipe_loss, "pre_logits"),
+        losses.init_projector,
+    ),
+    "vkd": (
+        1.0,
+        on_projected_features(losses.orthogonal_projection_loss, "pre_logits"),
+        losses.init_orthogonal_projector,
+    ),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -360,14 +361,29 @@ def test_every_method_has_a_finite_gradient(name):
     loss = methods.make_loss(method)
     batch = {"labels": dataset.train.labels[:8]}
 
-    def value(logits):
-        student = outputs[0]._replace(logits=logits)
-        return loss(student, (outputs[1],), batch, context)
+    def total(student, params):
+        values = loss(student, (outputs[1],), batch, context._replace(params=params))
+        return values.mean(), values
 
-    values = value(outputs[0].logits)
-    assert values.shape == (8,) and np.isfinite(values).all()
-    gradient = jax.grad(lambda logits: value(logits).mean())(outputs[0].logits)
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    gradient_of = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, values), (of_outputs, of_params) = gradient_of(outputs[0], params)
+    assert values.shape == (8,)
+    chex.assert_tree_all_finite((values, of_outputs, of_params))
+    # The cross-entropy alone gives no gradient to features and parameters.
+    term = method.term(outputs[0], outputs[1], batch, context)
+    assert np.shape(term) == (8,) and np.abs(term).max() > 0
+    if name not in methods.LOGIT_METHODS:
+        assert any(np.any(leaf) for leaf in jax.tree.leaves(of_outputs.features))
+    for leaf in jax.tree.leaves(of_params):
+        assert np.any(leaf) or name == "ctkd"  # whose temperature starts to move after step 0
+
+
+def test_methods_that_follow_the_training_need_its_length():
+    outputs = models.Outputs(jax.numpy.zeros((2, 3)), {})
+    context = distill.LossContext(0, None, jax.random.key(0), None, None)
+    method = methods.make_method("taid", outputs, outputs, temperature=2.0)
+    with pytest.raises(ValueError, match="pass num_steps to make_train_step"):
+        method.term(outputs, outputs, {}, context)
 
 
 def test_unlabelled_examples_have_the_term_alone():

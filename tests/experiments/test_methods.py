@@ -1,6 +1,7 @@
 """The comparison of methods: each one trains a student, without a trace of its own parameters."""
 
 import json
+import re
 import subprocess
 
 import jax
@@ -41,6 +42,25 @@ def test_compares_the_selected_methods(finished_run):
     student_sizes = {row["parameters"] for row in rows[1:]}
     assert len(student_sizes) == 1, "a projector is not part of the student"
     assert "kd is" in printed and "hint is" in printed
+
+
+def test_tunes_the_weights_with_another_seed(tmp_path, execute):
+    options = ("--image-size", 28, "--num-images", 45, "--num-seeds", 1, "--epochs", 1)
+    folder = tmp_path / "run"
+    printed = execute(
+        "methods", *options, "--workdir", folder, "--tune", "--only", "kd", "ctkd"
+    ).stdout
+    line = next(line for line in printed.splitlines() if line.startswith("weight of kd,"))
+    accuracies = {
+        float(weight): float(accuracy)
+        for weight, accuracy in re.findall(r"([\d.]+): ([\d.]+)", line)
+    }
+    assert list(accuracies) == [0.09, 0.9, 9.0]
+    best = max(accuracies, key=accuracies.get)
+    assert f"kd {best:g}, ctkd " in (folder / "report.md").read_text()
+    for name, seed in [("run_tuning", 1), ("run", 0)]:
+        records = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert {json.loads(record)["seed"] for record in records} == {seed}
 
 
 def test_exports_the_student_alone(finished_run):

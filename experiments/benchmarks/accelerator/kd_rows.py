@@ -16,15 +16,14 @@ from experiments.benchmarks import training_cases
 from experiments.benchmarks.accelerator import cifar, students
 from experiments.benchmarks.accelerator.measurement import Context, Outcome
 from jaxkd import distill, losses, models, runs
-from jaxkd.distill.methods import (
-    Method,
+from jaxkd.distill.methods import Method, make_loss
+from jaxkd.distill.terms import (
     attention_term,
     crd_term,
     dist_term,
-    dkd_term,
     init_crd,
-    make_loss,
     on_logits,
+    on_logits_and_labels,
 )
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -62,7 +61,10 @@ def tiny(method: str) -> Options:
 METHODS = {
     # 0.9 : 0.1, as the cross-entropy has the weight 1.
     "kd": Method(9.0, on_logits(losses.kl_divergence, temperature=TEMPERATURE)),
-    "dkd": Method(1.0, functools.partial(dkd_term, temperature=TEMPERATURE, non_target_weight=2.0)),
+    "dkd": Method(
+        1.0,
+        on_logits_and_labels(losses.decoupled_loss, temperature=TEMPERATURE, non_target_weight=2.0),
+    ),
     "dist": Method(2.0, functools.partial(dist_term, temperature=TEMPERATURE)),
     "at": Method(1000.0, functools.partial(attention_term, layers=STAGES)),
     "crd": Method(0.8, crd_term),
