@@ -20,6 +20,7 @@ from jaxkd.distill.placement import (
 )
 from jaxkd.distill.plan import (
     AVERAGE,
+    KEY_PURPOSES,
     Derived,
     Entry,
     Examples,
@@ -44,6 +45,7 @@ from jaxkd.losses.sparse import TopK, expand_top_k, top_k
 
 __all__ = [
     "AVERAGE",
+    "KEY_PURPOSES",
     "Batch",
     "BatchInfo",
     "Best",

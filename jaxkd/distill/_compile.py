@@ -351,7 +351,7 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
     for name in ("views", "cache_top_k", "ema_decay", "key_name"):
         value = getattr(stage, name)
         if value is not None:
-            description[name] = value
+            description[name] = dict(value) if isinstance(value, Mapping) else value
     if pretrained:
         # Weights that a user exchanges under the same name would otherwise go unnoticed.
         description["pretrained"] = dict(pretrained)

@@ -198,7 +198,7 @@ class TrainingLoop:
             teachers.append(() if stage_run.stage.cache_teachers else stage_run.teachers)
         self._examples = examples
         self._selector = BatchSelector(
-            [stage_run.key for stage_run in group.stage_runs],
+            [stage_run.order_key for stage_run in group.stage_runs],
             [batch["inputs"] for batch, _ in examples],
             group.batch_size,
             self._buckets,

@@ -95,6 +95,11 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
 
 
+def _is_key_name(value: Any) -> bool:
+    names = value.values() if isinstance(value, Mapping) else [value]
+    return all(isinstance(name, str) for name in names)
+
+
 def _takes(function: Any, count: int) -> bool:
     """Returns whether a function may be called with a number of positional arguments."""
     try:
@@ -144,7 +149,9 @@ REQUIREMENTS = {
     "best": Requirement(
         lambda value: isinstance(value, Best), 'such as Best("accuracy")', is_optional=True
     ),
-    "key_name": Requirement(lambda value: isinstance(value, str), "a name", is_optional=True),
+    "key_name": Requirement(
+        _is_key_name, "a name, or a dict of names such as {'init': 'pair'}", is_optional=True
+    ),
 }
 """The requirements on the attributes of a stage, by name."""
 

@@ -1,7 +1,6 @@
 """The training of a stage for one seed: its start or its checkpoint, and its group."""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -57,7 +56,8 @@ class StageRun(NamedTuple):
     Attributes:
         compiled: The stage and its compiled functions.
         seed: The seed.
-        key: The PRNG key of the training.
+        key: The PRNG key of the steps.
+        order_key: The PRNG key of the order of the examples.
         view_key: The PRNG key of the views, which all stages of the seed share.
         examples: The examples.
         teachers: The variables of each teacher; `None` for the student's own average.
@@ -72,6 +72,7 @@ class StageRun(NamedTuple):
     compiled: CompiledStage
     seed: int
     key: Array
+    order_key: Array
     view_key: Array
     examples: Mapping[str, Any]
     teachers: tuple[dict | None, ...]
@@ -169,16 +170,12 @@ def start_or_resume(
     stage = compiled.stage
     folder = run.checkpoint_folder(seed, stage.name)
     variables = {name: trained[name][seed].variables for name in stage.needs}
-    # The key depends on the name alone, so that adding a stage does not move another one's bits.
-    # CRC-32 instead of `hash`, which differs from process to process.
-    key_name = stage.name if stage.key_name is None else stage.key_name
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(key_name.encode()))
     examples = stage.examples(seed)
     start = variables[stage.start] if stage.start else None
     # The fresh state is needed even to resume: it tells Orbax the tree, shapes and dtypes to
     # restore.
     example = jax.tree.map(lambda array: array[:1], examples["inputs"])
-    state = _init_state(compiled, key, start, example)
+    state = _init_state(compiled, stage.make_key(seed, "init"), start, example)
     # The digests of pretrained models are part of the stage's fingerprint.
     weights = {
         name: variables[name]
@@ -199,7 +196,8 @@ def start_or_resume(
     return StageRun(
         compiled,
         seed,
-        key,
+        stage.make_key(seed, "step"),
+        stage.make_key(seed, "order"),
         _view_key(seed),
         examples,
         teachers,

@@ -6,6 +6,7 @@ after a weight transfer are all plans.
 
 import graphlib
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,6 +43,10 @@ SMALL_BATCH = 1024
 
 AVERAGE = "@average"
 """Among the teachers of a stage: the moving average of its own student. No stage has this name."""
+
+KEY_PURPOSES = ("init", "order", "step")
+"""What a stage draws: initial weights, also those of its loss; the order of its examples; and, in
+its steps, augmentation, dropout and the loss's own numbers. Fixed views are those of the seed."""
 
 Examples = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 """Arrays and scalars by name, or a function of the seed that returns them."""
@@ -156,7 +161,8 @@ class Stage:
             returns the last weights.
         key_name: Name that is folded into the PRNG key in place of the stage's own. Stages with the
             same one start from the same random weights, if their networks are equal, and see the
-            examples in the same order, so that they differ in nothing that is drawn.
+            examples in the same order, so that they differ in nothing that is drawn. A dict gives
+            names to some of `KEY_PURPOSES` alone.
     """
 
     name: str
@@ -177,7 +183,7 @@ class Stage:
     loss_tx: optax.GradientTransformation | None = None
     ema_decay: float | None = None
     best: Best | None = None
-    key_name: str | None = None
+    key_name: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         """Raises `TypeError` or `ValueError` if attributes are unfit or contradict each other."""
@@ -218,6 +224,11 @@ class Stage:
                 f"stage {self.name!r} caches logits of its teachers for inputs that augment draws "
                 "at every step: drop augment or cache_teachers, or set the number of views"
             )
+        if isinstance(self.key_name, Mapping) and not {*self.key_name} <= {*KEY_PURPOSES}:
+            raise ValueError(
+                f"stage {self.name!r} has a key_name with {shorten(str(list(self.key_name)), 80)}: "
+                f"name purposes of {list(KEY_PURPOSES)}"
+            )
         if self.cache_top_k is not None and (not self.cache_teachers or self.cache_top_k < 1):
             raise ValueError(
                 f"stage {self.name!r} has cache_top_k={self.cache_top_k}: it needs cache_teachers "
@@ -251,6 +262,18 @@ class Stage:
                 f"stage {shorten(self.name, 40)!r} has batches of {self.batch_size:,}, but only "
                 f"{count:,} examples: choose a batch_size of at most {largest:,}"
             )
+
+    def make_key(self, seed: int, purpose: str) -> Array:
+        """Makes the PRNG key of a purpose, one of `KEY_PURPOSES`.
+
+        It depends on the seed and a name alone, so that adding a stage does not move another one's
+        bits.
+        """
+        names = self.key_name
+        name = names.get(purpose) if isinstance(names, Mapping) else names
+        # CRC-32 instead of `hash`, which differs from process to process.
+        number = zlib.crc32((self.name if name is None else name).encode())
+        return jax.random.fold_in(jax.random.key(seed), number)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -123,6 +123,7 @@ def test_cached_logits_do_not_fit_inputs_that_are_drawn_at_every_step():
         ({"cache_top_k": 3}, "cache_top_k=3: it needs cache_teachers"),
         ({"cache_teachers": True, "cache_top_k": 0}, "cache_top_k=0.*a number of at least 1"),
         ({"transfer": lambda source, fresh: source}, "has a transfer but no start"),
+        ({"key_name": {"weights": "b"}}, r"key_name with \['weights'\]: name purposes of .*'init'"),
     ],
 )
 def test_attributes_that_contradict_each_other_are_refused(options, message):

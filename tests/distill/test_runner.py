@@ -448,6 +448,24 @@ def test_stages_of_one_key_name_draw_the_same_weights_order_and_dropout(tmp_path
         chex.assert_trees_all_close(weights["first"], weights["apart"], rtol=1e-3)
 
 
+def test_each_purpose_of_a_key_name_draws_its_own_numbers(tmp_path):
+    names = {"init": "a", "order": "b", "step": "c"}
+    options = {"dropout": 0.3, "augment": add_noise, "steps": 6}
+    plan = [
+        make_stage("whole", key_name=names, **options),
+        make_stage("a", key_name={"order": "b", "step": "c"}, **options),
+        *(
+            make_stage(f"other_{purpose}", key_name=names | {purpose: "d"}, **options)
+            for purpose in names
+        ),
+    ]
+    weights = get_variables(train(tmp_path, plan)[0])
+    chex.assert_trees_all_equal(weights["whole"], weights["a"])
+    for purpose in names:
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(weights["whole"], weights[f"other_{purpose}"], rtol=1e-3)
+
+
 def test_another_key_name_is_another_training(tmp_path):
     train(tmp_path, [make_stage("student")])
     with pytest.raises(runs.RunError, match="key_name"):
