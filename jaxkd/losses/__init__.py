@@ -9,7 +9,8 @@ Defaults follow one rule:
 - Another hyper-parameter has the value that its paper or the authors' code fixes. So has a
   temperature: 1.0 in `normalized_loss`, `enhanced_target_loss`, `channel_wise_divergence` and
   `universal_logit_loss`, 0.07 in the contrastive losses.
-- What papers choose by task has no default: `beta`, `non_target_weight`, `correct`, `exponent`,
+- What papers choose by task has no default: `beta`, but for the forward KL of
+  `fused_linear_distillation_loss`, `non_target_weight`, `correct`, `exponent`,
   `masked_fraction`, `correlation_weight`, `order`, the `size` of class activation maps, α and β of
   the α-β divergence. Nor has what changes with training: `fraction`, `strength`.
 - What must agree with another call has no default: the `temperature` of `temperature_softmax`,
@@ -86,6 +87,14 @@ from jaxkd.losses.fused import (
     fused_linear_jensen_shannon_divergence,
     fused_linear_kl_divergence,
     fused_linear_reverse_kl_divergence,
+)
+from jaxkd.losses.fused_targets import (
+    fused_linear_cross_entropy,
+    fused_linear_distillation_loss,
+    fused_linear_sparse_kl_divergence,
+)
+from jaxkd.losses.heads import (
+    LinearHead,
 )
 from jaxkd.losses.labels import (
     decoupled_loss,
@@ -193,6 +202,7 @@ from jaxkd.losses.vocabularies import (
 __all__ = [
     "ContrastiveBank",
     "Interpolation",
+    "LinearHead",
     "SampledClasses",
     "TopK",
     "activation_boundary_loss",
@@ -231,9 +241,12 @@ __all__ = [
     "factor_transfer_loss",
     "flow_matrix",
     "flow_of_solution_procedure_loss",
+    "fused_linear_cross_entropy",
+    "fused_linear_distillation_loss",
     "fused_linear_jensen_shannon_divergence",
     "fused_linear_kl_divergence",
     "fused_linear_reverse_kl_divergence",
+    "fused_linear_sparse_kl_divergence",
     "hard_cross_entropy",
     "hidden_cosine_loss",
     "hidden_mse_loss",

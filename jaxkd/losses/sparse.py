@@ -384,36 +384,64 @@ def _soften_kept(
 
     They are `[..., k + 1]`, followed by T².
     """
+    check_is_kept(kept)
+    known_temperature = check_positive("temperature", temperature)
+    student = check_logits("student_logits", student_logits)
+    kept = check_kept(kept, "student_logits", student.shape[:-1], student.shape[-1])
+    temperature = jnp.asarray(known_temperature, student.dtype)
+    student_logs = softmax(student, temperature=known_temperature).log_probabilities
+    others = jnp.put_along_axis(
+        student_logs, kept.indices, jnp.asarray(-jnp.inf, student.dtype), axis=-1, inplace=False
+    )
+    rest_logs = log_sum_exp(others)[..., None]
+    logs = jnp.concatenate([take_classes(student_logs, kept.indices), rest_logs], -1)
+    # Of the softmax of log-probabilities, the normalisation is theirs but for rounding.
+    student_softmax = Softmax(jnp.exp(logs), logs)
+    teacher = soften_kept(kept, student.shape[-1], temperature)
+    return teacher, student_softmax, jnp.square(temperature)
+
+
+def check_is_kept(kept: TopK) -> None:
+    """Raises `TypeError` if the teacher's part is no `TopK`."""
     if not isinstance(kept, TopK):
         raise TypeError(
             f"kept is a {type(kept).__name__}: pass losses.top_k(teacher_logits, k=...)"
         )
-    known_temperature = check_positive("temperature", temperature)
-    student = check_logits("student_logits", student_logits)
-    num_classes = student.shape[-1]
+
+
+def check_kept(kept: TopK, name: str, examples: tuple[int, ...], num_classes: int) -> TopK:
+    """Returns kept logits as arrays; raises `ValueError` unless they fit the student's logits.
+
+    Args:
+        kept: From `top_k`.
+        name: What the student's argument is called in messages.
+        examples: The student's axes before the classes.
+        num_classes: C.
+    """
     indices = _check_indices(kept.indices, num_classes)
     check_shape(
         jnp.shape(kept.values) == indices.shape
-        and jnp.shape(kept.rest) == indices.shape[:-1] == student.shape[:-1],
-        f"kept logits {jnp.shape(kept.values)} must have the axes of student_logits "
-        f"{student.shape} before the classes",
+        and jnp.shape(kept.rest) == indices.shape[:-1] == examples,
+        f"kept logits {jnp.shape(kept.values)} must have the axes of {name} before the last, "
+        f"{examples}",
     )
-    num_others = num_classes - indices.shape[-1]
-    check_shape(num_others >= 0, f"more logits were kept than the student's {num_classes} classes")
-    temperature = jnp.asarray(known_temperature, student.dtype)
+    check_shape(
+        num_classes >= indices.shape[-1],
+        f"more logits were kept than the student's {num_classes} classes",
+    )
+    return TopK(jnp.asarray(kept.values), indices, jnp.asarray(kept.rest))
+
+
+def soften_kept(kept: TopK, num_classes: int, temperature: Array) -> Softmax:
+    """Returns the teacher's distribution `[..., k + 1]` over the kept classes and the rest."""
+    dtype = temperature.dtype
+    num_others = num_classes - kept.indices.shape[-1]
     # The logits of the rest are taken as equal, so that each of them is log(exp(rest) / n).
-    rest = jnp.asarray(kept.rest, student.dtype) - math.log(max(num_others, 1))
-    teacher = jnp.concatenate([jnp.asarray(kept.values, student.dtype), rest[..., None]], -1)
-    count = jnp.where(jnp.arange(teacher.shape[-1]) < indices.shape[-1], 1, max(num_others, 1))
+    rest = kept.rest.astype(dtype) - math.log(max(num_others, 1))
+    teacher = jnp.concatenate([kept.values.astype(dtype), rest[..., None]], -1)
+    is_kept = jnp.arange(teacher.shape[-1]) < kept.indices.shape[-1]
+    count = jnp.where(is_kept, 1, max(num_others, 1))
     possible = teacher != -jnp.inf
     finite = jnp.where(possible, teacher, 0) / temperature
     finite = finite + jnp.broadcast_to(jnp.log(count.astype(finite.dtype)), finite.shape)
-    student_logs = softmax(student, temperature=known_temperature).log_probabilities
-    others = jnp.put_along_axis(
-        student_logs, indices, jnp.asarray(-jnp.inf, student.dtype), axis=-1, inplace=False
-    )
-    rest_logs = log_sum_exp(others)[..., None]
-    logs = jnp.concatenate([take_classes(student_logs, indices), rest_logs], -1)
-    # Of the softmax of log-probabilities, the normalisation is theirs but for rounding.
-    student_softmax = Softmax(jnp.exp(logs), logs)
-    return softmax(jnp.where(possible, finite, -jnp.inf)), student_softmax, jnp.square(temperature)
+    return softmax(jnp.where(possible, finite, -jnp.inf))

@@ -380,11 +380,27 @@ CASES = {
             s, UNEMBEDDINGS[0], t, UNEMBEDDINGS[1], chunk_size=3, **with_temperature(beta=0.3)
         ),
     ),
+    "fused_linear_distillation_loss": (
+        (*UNEQUAL, LABELS),
+        lambda s, t, y: losses.fused_linear_distillation_loss(
+            s, UNEMBEDDINGS[0], t, UNEMBEDDINGS[1], y, chunk_size=3
+        ),
+    ),
+    "fused_linear_cross_entropy": (
+        (UNEQUAL[0], LABELS),
+        lambda s, y: losses.fused_linear_cross_entropy(s, UNEMBEDDINGS[0], y, chunk_size=3),
+    ),
+    "fused_linear_sparse_kl_divergence": (
+        (UNEQUAL[0], TOKENS[1][:, 0]),
+        lambda s, t: losses.fused_linear_sparse_kl_divergence(
+            s, UNEMBEDDINGS[0], losses.top_k(t, k=2), chunk_size=3
+        ),
+    ),
 }
 # These take and return integers or state; the tests of their modules cover them.
 NOT_CASES = {"uniform_layers", "skip_layers", "last_layers", "custom_layers"}
 NOT_CASES |= {"Interpolation", "init_interpolation", "update_interpolation"}
-NOT_CASES |= {"TopK", "SampledClasses", "sample_classes"}
+NOT_CASES |= {"TopK", "SampledClasses", "sample_classes", "LinearHead"}
 NOT_CASES |= {"init_curriculum_temperature"}
 # This one raises or passes, outside of jit.
 NOT_CASES |= {"check_logits"}
@@ -539,10 +555,12 @@ FIXED_BY_A_PAPER = {
     ("rewards_to_go", "length_normalized"): True,
     ("sequence_reverse_kl_loss", "length_normalized"): True,
     ("sequence_reverse_kl_loss", "baseline"): 0.0,
+    ("fused_linear_distillation_loss", "beta"): 0.0,
 }
 # Arrays, sizes and axes are not hyper-parameters.
 NOT_HYPERPARAMETERS = {"where", "weights", "labels", "layers", "count", "axis", "chunk_size"}
 NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives", "dims", "k"}
+NOT_HYPERPARAMETERS |= {"axis_name", "bias", "softcap", "is_embedding"}
 
 
 def test_defaults_follow_one_rule():

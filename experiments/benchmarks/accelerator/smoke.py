@@ -174,6 +174,8 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     logits = draw(batch, 10), draw(batch, 10)
     kept = losses.top_k(logits[1], k=3)
     sampled = losses.sample_classes(key, logits[1], count=5)
+    embedding, bias = jax.random.normal(key, (10, 6)), jax.random.normal(key, (10,))
+    head = losses.LinearHead(embedding, bias=bias, softcap=30.0, is_embedding=True)
     on_logits = {
         "skewed_kl_divergence": losses.skewed_kl_divergence,
         "skewed_reverse_kl_divergence": losses.skewed_reverse_kl_divergence,
@@ -267,6 +269,20 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
         "sequence_reverse_kl_loss": (
             functools.partial(losses.sequence_reverse_kl_loss, where=token_labels > 1),
             (draw(batch, 8), draw(batch, 8)),
+        ),
+        "fused_linear_distillation_loss": (
+            lambda student, teacher: losses.fused_linear_distillation_loss(
+                student, head, teacher, head, labels, chunk_size=max(1, batch // 4)
+            ),
+            (draw(batch, 6), draw(batch, 6)),
+        ),
+        "fused_linear_cross_entropy": (
+            lambda states: losses.fused_linear_cross_entropy(states, head, labels),
+            (draw(batch, 6),),
+        ),
+        "fused_linear_sparse_kl_divergence": (
+            lambda states: losses.fused_linear_sparse_kl_divergence(states, head, kept),
+            (draw(batch, 6),),
         ),
     }
 
