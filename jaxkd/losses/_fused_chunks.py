@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxkd.losses._arrays import check_shape, zero_masked
-from jaxkd.losses._fused_terms import Term, Vocabulary, within
+from jaxkd.losses._fused_terms import Divergence, Term, Vocabulary, within
 from jaxkd.losses.heads import LinearHead, accumulation_dtype, linear_logits, product
 
 CHUNK_LOGITS = 3 * 2**23
@@ -33,6 +33,7 @@ class Program:
     terms: tuple[Term, ...]
     chunk_size: int
     vocabulary: Vocabulary
+    use_pallas: bool
 
 
 class Operands(NamedTuple):
@@ -61,6 +62,7 @@ def evaluate_terms(
     where: Array,
     chunk_size: int | None,
     axis_name: str | None,
+    use_pallas: bool = False,
 ) -> tuple[Array, ...]:
     """Computes the values of each term, in the shape of the tokens.
 
@@ -73,6 +75,7 @@ def evaluate_terms(
         where: Booleans `[...]`. The states of other tokens are replaced by zeros, the values not.
         chunk_size: Tokens in a chunk, or `None`.
         axis_name: The axis of a mesh that shards the vocabulary, or `None`.
+        use_pallas: True for the kernel of a single divergence, where the platform has it.
 
     Returns:
         `[...]` or `[..., k]` of each term, without the factor T².
@@ -90,9 +93,8 @@ def evaluate_terms(
     operands = Operands(flat_states, tuple(heads), flat_targets, temperature)
     check_axis(axis_name, heads)
     operands = _match_varying_axes(operands)
-    program = Program(
-        tuple(terms), min(chunk_size, max(num_tokens, 1)), Vocabulary(axis_name=axis_name)
-    )
+    chunk_size = min(chunk_size, max(num_tokens, 1))
+    program = Program(tuple(terms), chunk_size, Vocabulary(axis_name), use_pallas)
     values = _compiled_terms(program, operands)
     return tuple(value.reshape(*where.shape, *value.shape[1:]) for value in values)
 
@@ -100,13 +102,41 @@ def evaluate_terms(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_terms(program: Program, operands: Operands) -> tuple[Array, ...]:
     """Computes the values of each term for all tokens, a chunk of tokens at a time."""
-    return _evaluate_chunks(program, operands)[0]
+    return _evaluate(program, operands)[0]
 
 
-def _evaluate_chunks(
+def _evaluate(
     program: Program, operands: Operands, sides: tuple[int, ...] = ()
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     """Computes values and statistics of each term; the statistics for the sides with gradients."""
+    in_chunks = functools.partial(_evaluate_chunks, program, sides)
+    divergence = program.terms[0]
+    # The grid of a Pallas kernel has at least one block.
+    has_kernel = isinstance(divergence, Divergence) and len(operands.states[0]) > 0
+    if not program.use_pallas or not has_kernel:
+        return in_chunks(operands)
+    # Pallas takes long to import.
+    from jaxkd.losses import _fused_kernel
+
+    def in_kernel(operands: Operands, on_tpu: bool) -> Any:
+        states, heads, _, temperature = operands
+        value, statistics = _fused_kernel.evaluate(
+            divergence, states, heads, temperature, sides, on_tpu=on_tpu
+        )
+        return (value,), (statistics,)
+
+    return jax.lax.platform_dependent(
+        operands,
+        tpu=functools.partial(in_kernel, on_tpu=True),
+        cuda=functools.partial(in_kernel, on_tpu=False),
+        default=in_chunks,
+    )
+
+
+def _evaluate_chunks(
+    program: Program, sides: tuple[int, ...], operands: Operands
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    """Does so a chunk of tokens at a time."""
     temperature = operands.temperature
 
     def evaluate(chunk: tuple[tuple[Array, ...], tuple[Array | None, ...]]) -> Any:
@@ -135,7 +165,7 @@ def _chunked_terms_fwd(program: Program, operands: Operands) -> tuple[tuple[Arra
     # `jit` and requires the same tree structure, so booleans or `None` in its place would fail.
     flags = jax.tree.map(lambda leaf: jnp.zeros(int(leaf.perturbed)), operands, is_leaf=is_primal)
     operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=is_primal)
-    values, statistics = _evaluate_chunks(program, operands, _differentiated_sides(flags))
+    values, statistics = _evaluate(program, operands, _differentiated_sides(flags))
     return values, (operands, statistics, flags)
 
 

@@ -35,6 +35,7 @@ def fused_linear_kl_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
+    use_pallas: bool = False,
 ) -> Array:
     """Computes `kl_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
@@ -56,6 +57,10 @@ def fused_linear_kl_divergence(
         where: Booleans `[...]`, True for a token that counts.
         chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
         axis_name: The axis of a mesh that shards the classes of both heads, inside `shard_map`.
+        use_pallas: True to compute the values on TPUs and NVIDIA GPUs by a Pallas kernel, which
+            writes no logits to the device's memory. It has been tested in Pallas's interpreter
+            alone, not on a device, and its speed has not been measured. The gradient uses chunks
+            all the same, and so do the values elsewhere. On a mesh call it inside `shard_map`.
 
     Returns:
         One value per token `[...]`, float32, and 0 for a token that does not count, whatever its
@@ -80,7 +85,9 @@ def fused_linear_kl_divergence(
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
     divergence = Divergence.from_beta(0)
-    return _fused_divergence(divergence, operands, temperature, where, chunk_size, axis_name)
+    return _fused_divergence(
+        divergence, operands, temperature, where, chunk_size, axis_name, use_pallas
+    )
 
 
 def fused_linear_reverse_kl_divergence(
@@ -93,6 +100,7 @@ def fused_linear_reverse_kl_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
+    use_pallas: bool = False,
 ) -> Array:
     """Computes `reverse_kl_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
@@ -108,6 +116,7 @@ def fused_linear_reverse_kl_divergence(
         where: Booleans `[...]`, True for a token that counts.
         chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
         axis_name: The axis of a mesh that shards the classes of both heads, inside `shard_map`.
+        use_pallas: As for `fused_linear_kl_divergence`.
 
     Returns:
         One value per token `[...]`, float32, as from `fused_linear_kl_divergence`.
@@ -131,7 +140,9 @@ def fused_linear_reverse_kl_divergence(
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
     divergence = Divergence.from_beta(1)
-    return _fused_divergence(divergence, operands, temperature, where, chunk_size, axis_name)
+    return _fused_divergence(
+        divergence, operands, temperature, where, chunk_size, axis_name, use_pallas
+    )
 
 
 def fused_linear_jensen_shannon_divergence(
@@ -145,6 +156,7 @@ def fused_linear_jensen_shannon_divergence(
     where: ArrayLike | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
+    use_pallas: bool = False,
 ) -> Array:
     """Computes `jensen_shannon_divergence` of the logits `states @ kernel`, in chunks of tokens.
 
@@ -164,6 +176,7 @@ def fused_linear_jensen_shannon_divergence(
         where: Booleans `[...]`, True for a token that counts.
         chunk_size: Tokens in a chunk; by default as many as have 25 million logits.
         axis_name: The axis of a mesh that shards the classes of both heads, inside `shard_map`.
+        use_pallas: As for `fused_linear_kl_divergence`.
 
     Returns:
         One value per token `[...]`, float32, as from `fused_linear_kl_divergence`.
@@ -188,7 +201,9 @@ def fused_linear_jensen_shannon_divergence(
     """
     operands = student_states, student_kernel, teacher_states, teacher_kernel
     divergence = Divergence.from_beta(check_beta(beta))
-    return _fused_divergence(divergence, operands, temperature, where, chunk_size, axis_name)
+    return _fused_divergence(
+        divergence, operands, temperature, where, chunk_size, axis_name, use_pallas
+    )
 
 
 def _fused_divergence(
@@ -198,9 +213,19 @@ def _fused_divergence(
     where: ArrayLike | None,
     chunk_size: int | None,
     axis_name: str | None,
+    use_pallas: bool,
 ) -> Array:
     temperature = check_positive("temperature", temperature)
     states, heads = check_models(*operands, name="kernel")
+    if use_pallas:
+        # Pallas takes long to import.
+        from jaxkd.losses import _fused_kernel
+
+        check_shape(
+            axis_name is None,
+            "the kernel takes all classes of a head: leave out use_pallas or axis_name",
+        )
+        _fused_kernel.check_states(states)
     where = check_mask("token", where, states[0].shape[:-1])
     (values,) = evaluate_terms(
         [divergence],
@@ -211,6 +236,7 @@ def _fused_divergence(
         where=where,
         chunk_size=chunk_size,
         axis_name=axis_name,
+        use_pallas=use_pallas,
     )
     return zero_masked(where, jnp.square(jnp.asarray(temperature, values.dtype)) * values)
 

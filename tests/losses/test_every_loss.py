@@ -560,7 +560,7 @@ FIXED_BY_A_PAPER = {
 # Arrays, sizes and axes are not hyper-parameters.
 NOT_HYPERPARAMETERS = {"where", "weights", "labels", "layers", "count", "axis", "chunk_size"}
 NOT_HYPERPARAMETERS |= {"num_classes", "num_examples", "negatives", "dims", "k"}
-NOT_HYPERPARAMETERS |= {"axis_name", "bias", "softcap", "is_embedding"}
+NOT_HYPERPARAMETERS |= {"axis_name", "bias", "softcap", "is_embedding", "use_pallas"}
 
 
 def test_defaults_follow_one_rule():
