@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -27,7 +26,7 @@ from jaxkd.losses import hard_cross_entropy
 from jaxkd.losses.checks import are_distributions, are_sigmoids
 
 if TYPE_CHECKING:
-    from jaxkd.models.model import Model
+    from jaxkd.models.model import Model, Outputs
 
 PredictFn = Callable[[dict, Any], np.ndarray]
 """`(variables, inputs [N, ...]) -> logits [N, ..., C]`, float32."""
@@ -80,7 +79,8 @@ def make_predict(
     batch_size: int | None = None,
     mesh: Mesh | None = None,
     buckets: LengthBuckets | None = None,
-) -> PredictFn:
+    read: Callable[[Outputs], Any] | None = None,
+) -> Callable[[dict, Any], Any]:
     """Makes a function that predicts any number of examples with one compiled program.
 
     The last batch is filled up by repeating its last example. The extra predictions are dropped.
@@ -92,11 +92,14 @@ def make_predict(
             device predicts.
         buckets: For tokens `[N, ..., S]`: examples of similar length are predicted together, cut to
             a bucket length. Each bucket length is compiled.
+        read: `Outputs -> tree`: what to return of the outputs of a batch, arrays `[B, ...]`, such
+            as `lambda outputs: outputs.features["hidden"]`. By default the logits, in float32.
 
     Returns:
-        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array. The inputs are an
-        array, a column of `data.Records`, or a dict of them. It raises `ValueError` if N is 0, if
-        the arrays of a dict have different lengths, or if there are buckets for a dict.
+        `(variables, inputs [N, ...]) -> logits [N, C]`, a float32 NumPy array, or the tree of
+        `read` with arrays `[N, ...]`. The inputs are an array, a column of `data.Records`, or a
+        dict of them. It raises `ValueError` if N is 0, if the arrays of a dict have different
+        lengths, or if there are buckets for a dict.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -115,9 +118,10 @@ def make_predict(
         batch_size = 512 if buckets is None else buckets.predict_batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    forward = jax.jit(_forward(model)) if mesh is None else _forward_on_mesh(_forward(model), mesh)
+    forward = _forward(model, read)
+    forward = jax.jit(forward) if mesh is None else _forward_on_mesh(forward, mesh)
 
-    def predict(variables: dict, inputs: Any) -> np.ndarray:
+    def predict(variables: dict, inputs: Any) -> Any:
         inputs = _as_numpy(inputs)
         _check_lengths(inputs)
         if not _count_rows(inputs):
@@ -128,15 +132,17 @@ def make_predict(
         batches = (
             _batches(inputs, batch_size) if buckets is None else buckets.batches(inputs, batch_size)
         )
-        all_rows, all_logits = [], []
+        all_rows, all_outputs = [], []
         for rows, batch in batches:
             # All batches have one size, so that one program serves them.
             padded = jax.tree.map(lambda array: _pad_rows(array, batch_size), batch)
             # Wait for each batch: batches sent ahead of the computation would fill the memory.
-            all_logits.append(np.asarray(forward(variables, padded))[: len(rows)])
+            outputs = jax.device_get(forward(variables, padded))
+            all_outputs.append(_take_rows(outputs, len(rows)))
             all_rows.append(rows)
         # Buckets take the rows in another order than that of the inputs.
-        return np.concatenate(all_logits)[np.argsort(np.concatenate(all_rows))]
+        order = np.argsort(np.concatenate(all_rows))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays)[order], *all_outputs)
 
     return predict
 
@@ -621,6 +627,10 @@ def _count_rows(inputs: Any) -> int:
     return min(len(array) for array in jax.tree.leaves(inputs))
 
 
+def _take_rows(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda array: array[:count], tree)
+
+
 def _pad_rows(array: np.ndarray, count: int) -> np.ndarray:
     """Repeats the last row up to a number of rows."""
     return np.pad(array, [(0, count - len(array)), *[(0, 0)] * (array.ndim - 1)], mode="edge")
@@ -634,18 +644,17 @@ def _batches(inputs: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Any]]:
     yield from zip(chunks, read_chunks(inputs, chunks), strict=True)
 
 
-def _forward(model: Model) -> Callable[[dict, Any], Array]:
-    return lambda variables, inputs: model.apply(variables, inputs, train=False)[0].logits.astype(
-        jnp.float32
-    )
+def _forward(
+    model: Model, read: Callable[[Outputs], Any] | None = None
+) -> Callable[[dict, Any], Any]:
+    read = read or (lambda outputs: outputs.logits.astype(jnp.float32))
+    return lambda variables, inputs: read(model.apply(variables, inputs, train=False)[0])
 
 
-def _forward_on_mesh(
-    forward: Callable[[dict, Any], Array], mesh: Mesh
-) -> Callable[[dict, Any], Array]:
+def _forward_on_mesh(forward: Callable[[dict, Any], Any], mesh: Mesh) -> Callable[[dict, Any], Any]:
     """Divides a batch among all devices of a mesh. Each device gets the whole result."""
 
-    def sharded_forward(variables: dict, inputs: Any) -> Array:
+    def sharded_forward(variables: dict, inputs: Any) -> Any:
         by_example = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         return forward(variables, jax.lax.with_sharding_constraint(inputs, by_example))
 

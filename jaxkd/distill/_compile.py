@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxkd._messages import list_some, shorten
 from jaxkd.data.bucketing import LengthBuckets, check_one_array, token_lengths
+from jaxkd.distill._cached_outputs import CachedParts, select_outputs
 from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
     LoweredStep,
@@ -98,12 +99,12 @@ def compile_stages(
     # Jitted once per model: a new `jax.jit` for each stage would compile the same program again.
     models = {entry.model for entry in plan}
     inits = {model: jax.jit(model.init) for model in models}
-    digests: dict[tuple[str, str], str] = {}
+    digests: dict[tuple[str, str, CachedParts | None], str] = {}
 
-    def hash_teacher(name: str, example: Any) -> str:
-        key = name, str(example)
+    def hash_teacher(name: str, example: Any, parts: CachedParts) -> str:
+        key = name, str(example), None if parts.are_logits else parts
         if key not in digests:
-            digests[key] = hash_predict(entries[name], example)
+            digests[key] = hash_predict(entries[name], example, key[-1])
         return digests[key]
 
     for entry in plan:
@@ -172,17 +173,17 @@ def check_buckets(
     for tokens in all_inputs:
         buckets.choose(int(token_lengths(tokens).max(initial=0)))
     entries = {entry.name: entry for entry in plan}
-    results: dict[Any, bool] = {}
+    results: dict[Any, str] = {}
 
-    def has_logits_of_tokens(entry: Entry, inputs: Any) -> bool:
+    def find_token_outputs(entry: Entry, inputs: Any, parts: CachedParts) -> str:
         # Entries may share a model, which is then traced once.
-        key = entry.model, inputs.shape[1:], inputs.dtype
+        key = entry.model, inputs.shape[1:], inputs.dtype, parts
         if key not in results:
-            results[key] = _has_logits_of_tokens(entry, inputs, buckets)
+            results[key] = _find_token_outputs(entry, inputs, buckets, parts)
         return results[key]
 
     for entry in plan:
-        if scores_classes and has_logits_of_tokens(entry, validation_inputs):
+        if scores_classes and find_token_outputs(entry, validation_inputs, CachedParts()):
             raise ValueError(
                 f"{entry.name!r} has logits of each token, which buckets cut to several lengths: "
                 "pass a make_score, or no buckets"
@@ -192,18 +193,21 @@ def check_buckets(
         inputs = entry.examples(seed)["inputs"]
         # Their own average cannot be cached.
         for name in entry.teachers:
-            if has_logits_of_tokens(entries[name], inputs):
+            if found := find_token_outputs(entries[name], inputs, entry.cached_parts):
                 raise ValueError(
-                    f"stage {entry.name!r} caches logits of each token of {name!r}, which buckets "
+                    f"stage {entry.name!r} caches {found} of each token of {name!r}, which buckets "
                     "cut to several lengths: drop cache_teachers or the buckets"
                 )
 
 
-def _has_logits_of_tokens(entry: Entry, inputs: Any, buckets: LengthBuckets) -> bool:
-    """Returns whether the shape of an example's logits depends on the bucket length."""
+def _find_token_outputs(
+    entry: Entry, inputs: Any, buckets: LengthBuckets, parts: CachedParts
+) -> str:
+    """Returns which outputs of an example have a shape that depends on the bucket length."""
 
     def predict(variables: Any, inputs: Any) -> Any:
-        return entry.model.apply(variables, inputs, train=False)[0].logits
+        outputs = entry.model.apply(variables, inputs, train=False)[0]
+        return select_outputs(outputs, parts, owner=f"teacher {shorten(entry.name, 40)!r}")
 
     def at_length(length: int) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(inputs.dtype)
@@ -211,10 +215,15 @@ def _has_logits_of_tokens(entry: Entry, inputs: Any, buckets: LengthBuckets) -> 
 
     variables = variables_shape(entry, at_length(inputs.shape[-1]))
     shortest, longest = (
-        jax.eval_shape(predict, variables, at_length(length)).shape
+        jax.eval_shape(predict, variables, at_length(length))
         for length in (buckets.lengths[0], buckets.lengths[-1])
     )
-    return shortest != longest
+    if shortest.logits != longest.logits:
+        return "logits"
+    for name in parts.features:
+        if shortest.features[name] != longest.features[name]:
+            return f"{name!r:.60}"
+    return ""
 
 
 def group_by_program(plan: Sequence[Entry], seed: int = 0) -> list[list[Stage]]:
@@ -270,7 +279,7 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
         stage.batch_size,
         len(stage.teachers),
         stage.cache_teachers,
-        stage.cache_top_k,
+        stage.cached_parts,
         stage.views,
         stage.augment is None,
         stage.init_loss is None,
@@ -352,6 +361,8 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
         value = getattr(stage, name)
         if value is not None:
             description[name] = dict(value) if isinstance(value, Mapping) else value
+    if stage.cache_teachers:
+        description |= {f"cache_{k}": v for k, v in stage.cached_parts.describe().items()}
     if pretrained:
         # Weights that a user exchanges under the same name would otherwise go unnoticed.
         description["pretrained"] = dict(pretrained)
@@ -379,7 +390,9 @@ def _describe_batches(
     if stage.cache_teachers:
         example = input_shapes(stage.examples(seed)["inputs"])
         # Their program is not part of the step.
-        description["cached_teachers"] = [hash_teacher(name, example) for name in stage.teachers]
+        description["cached_teachers"] = [
+            hash_teacher(name, example, stage.cached_parts) for name in stage.teachers
+        ]
     return description
 
 

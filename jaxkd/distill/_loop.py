@@ -251,21 +251,24 @@ class TrainingLoop:
             index, num_examples = _make_index(count_examples(inputs))
             info = BatchInfo(index, num_examples, stage_run.view_key)
         if stage.cache_teachers:
-            logits = []
+            outputs = []
             for name, variables in stage_run.other_teachers.items():
-                logits.append(
+                outputs.append(
                     self._teacher_cache.get(
                         name,
                         variables,
                         inputs,
                         augment=stage.augment,
                         num_views=stage.views,
-                        # Without views, the logits do not depend on the seed's key.
+                        # Without views, the outputs do not depend on the seed's key.
                         view_key=None if stage.views is None else stage_run.view_key,
-                        top_k=stage.cache_top_k,
+                        parts=stage.cached_parts,
                     )
                 )
-            info = info._replace(teacher_logits=tuple(logits))
+            info = info._replace(
+                teacher_logits=tuple(cached.logits for cached in outputs),
+                teacher_features=tuple(cached.features for cached in outputs),
+            )
         return stage_run.examples, info
 
     def _try_suspects(self) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.data.mixing import Mixed
+from jaxkd.distill._cached_outputs import CachedParts, cached_shapes, select_outputs
 from jaxkd.distill.placement import DATA
 from jaxkd.distill.plan import AVERAGE, Entry, Pretrained, Stage, init_stage_state, input_shapes
 from jaxkd.distill.step import BatchInfo, LossContext, StepFn
-from jaxkd.losses.sparse import top_k
-from jaxkd.models.model import Model
+from jaxkd.models.model import Outputs
 
 
 class LoweredStep(NamedTuple):
@@ -49,7 +49,9 @@ def lower_step(
     arguments = _step_arguments(stage, entries, seed)
     text, jaxpr = _lower(make_step(), *arguments)
     used = jax.tree.unflatten(jax.tree.structure(arguments), find_used_inputs(jaxpr))
-    by_teacher = used[4].teacher_logits if stage.cache_teachers else used[2]
+    by_teacher = used[2]
+    if stage.cache_teachers:
+        by_teacher = zip(used[4].teacher_logits, used[4].teacher_features, strict=True)
     unused_teachers = tuple(
         number
         for number, uses in enumerate(by_teacher)
@@ -155,12 +157,15 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Entry], seed: int) -> tu
         index = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
         info = BatchInfo(index, scalar, key)
     if stage.cache_teachers:
-        logits = tuple(
-            _cached_logits_shape(stage, teacher.model, variables, batch["inputs"])
+        outputs = [
+            cached_outputs_shape(stage, teacher, variables, batch["inputs"])
             for teacher, variables in zip(teachers, teacher_variables, strict=True)
             if teacher is not None  # as `Stage` checks
+        ]
+        info = info._replace(
+            teacher_logits=tuple(cached.logits for cached in outputs),
+            teacher_features=tuple(cached.features for cached in outputs),
         )
-        info = info._replace(teacher_logits=logits)
         teacher_variables = ()
     state = jax.eval_shape(init_state, key, example)
     return state, batch, teacher_variables, key, info
@@ -204,10 +209,14 @@ def _is_traced(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
-def hash_predict(entry: Entry, example: Any) -> str:
-    """Returns a digest of a model's predictions, as they are lowered."""
+def hash_predict(entry: Entry, example: Any, parts: CachedParts | None = None) -> str:
+    """Returns a digest of a model's predictions, or the parts of its outputs, as lowered."""
+
+    def read(outputs: Outputs) -> Any:
+        return outputs.logits if parts is None else select_outputs(outputs, parts)
+
     predict = jax.jit(
-        lambda variables, inputs: entry.model.apply(variables, inputs, train=False)[0].logits
+        lambda variables, inputs: read(entry.model.apply(variables, inputs, train=False)[0])
     )
     return _hash_text(_lower(predict, variables_shape(entry, example), example)[0])
 
@@ -231,16 +240,24 @@ def variables_shape(entry: Entry, example: Any) -> Any:
     return jax.eval_shape(entry.model.init, jax.eval_shape(lambda: jax.random.key(0)), example)
 
 
-def _cached_logits_shape(
-    stage: Stage, teacher: Model, variables: Any, inputs: jax.ShapeDtypeStruct
-) -> Any:
-    def predict(variables: Any, inputs: Any) -> Any:
-        logits = teacher.apply(variables, inputs, train=False)[0].logits.astype(jnp.float32)
-        if stage.views is not None:
-            # Only the shape counts here: `[B, V, ..., C]`, as `teacher_logits` returns it with
-            # views.
-            logits = jnp.repeat(logits[:, None], stage.views, axis=1)
-        return logits if stage.cache_top_k is None else top_k(logits, k=stage.cache_top_k)
+def cached_outputs_shape(stage: Stage, teacher: Entry, variables: Any, inputs: Any) -> Outputs:
+    """Returns the shapes of the cached outputs of a teacher for a batch of inputs.
+
+    Raises:
+        ValueError: If the teacher lacks a feature, or has no row of it for each example.
+    """
+    owner = f"teacher {shorten(teacher.name, 40)!r} of stage {shorten(stage.name, 40)!r}"
+
+    def predict(variables: Any, inputs: Any) -> Outputs:
+        outputs = teacher.model.apply(variables, inputs, train=False)[0]
+        outputs = select_outputs(outputs, stage.cached_parts, owner=owner)
+        for name, array in outputs.features.items():
+            if array.shape[:1] != inputs.shape[:1]:
+                raise ValueError(
+                    f"{owner} has a feature {name!r:.60} of the shape {array.shape} for "
+                    f"{len(inputs)} examples: cache features with one row for each example"
+                )
+        return cached_shapes(outputs, stage.cached_parts, stage.views)
 
     return jax.eval_shape(predict, variables, inputs)
 

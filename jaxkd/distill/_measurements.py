@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxkd._messages import first_line
+from jaxkd.distill._cached_outputs import count_bytes, describe_size
 from jaxkd.distill._identity import fingerprint_tree, hash_json, without_commit
-from jaxkd.distill._lowering import hash_predict
+from jaxkd.distill._lowering import cached_outputs_shape, hash_predict, variables_shape
 from jaxkd.distill._stage_run import TrainedModel
 from jaxkd.distill.distributed import is_primary_process
-from jaxkd.distill.plan import Entry, input_shapes
+from jaxkd.distill.plan import Entry, Stage, input_shapes
 from jaxkd.runs import IGNORED_OPTIONS, ResultRow, Run, RunError
 from jaxkd.runs.environment import describe_environment
 
@@ -50,6 +51,23 @@ def digest_measurements(
         name: hash_json([name, digest, name != reference and digests[reference], common])
         for name, digest in digests.items()
     }
+
+
+def describe_caches(entry: Entry, plan: Sequence[Entry]) -> tuple[str, ...]:
+    """Returns a line on the size of each teacher's cached outputs that a stage learns from.
+
+    Stages whose data are a function of the seed are passed over.
+    """
+    if not isinstance(entry, Stage) or not entry.cache_teachers or callable(entry.data):
+        return ()
+    teachers = {other.name: other for other in plan if other.name in entry.teachers}
+    inputs = entry.examples(0)["inputs"]
+    shape, lines = input_shapes(inputs), []
+    for name, teacher in teachers.items():
+        outputs = cached_outputs_shape(entry, teacher, variables_shape(teacher, shape), shape)
+        size = count_bytes(outputs)
+        lines.append(describe_size(name, size, size * len(inputs)))
+    return tuple(lines)
 
 
 def find_measured(run: Run, digests: Mapping[str, str]) -> dict[str, ResultRow]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxkd._messages import shorten
 from jaxkd.data.records import scannable
+from jaxkd.distill._cached_outputs import DTYPES
 from jaxkd.distill.selection import Best
 from jaxkd.models.model import Model
 
@@ -143,6 +144,12 @@ REQUIREMENTS = {
     "augment": Requirement(callable, "a function (key, inputs) -> inputs", is_optional=True),
     "views": Requirement(_is_integer, "an integer", is_optional=True),
     "cache_top_k": Requirement(_is_integer, "an integer", is_optional=True),
+    "cache_features": Requirement(_is_names, "a tuple of names such as ('hidden',)"),
+    "cache_logits": Requirement(lambda value: isinstance(value, bool), "True or False"),
+    "cache_dtype": Requirement(
+        lambda value: isinstance(value, str) and value in DTYPES,
+        "'float32', 'float16' or 'bfloat16'",
+    ),
     "init_loss": Requirement(callable, "a function key -> loss_params", is_optional=True),
     "loss_tx": Requirement(_is_optimizer, "an optimizer such as optax.adam(1e-3)", True),
     "ema_decay": Requirement(_is_number, "a number between 0 and 1", is_optional=True),

@@ -37,8 +37,8 @@ from jaxkd.distill.distributed import (
     sum_over_processes,
 )
 from jaxkd.distill.step import StepFn
-from jaxkd.evaluate import PredictFn, make_predict
-from jaxkd.models.model import Model
+from jaxkd.evaluate import make_predict
+from jaxkd.models.model import Model, Outputs
 
 DATA = "data"
 """The mesh axis that divides batches."""
@@ -103,8 +103,17 @@ class Placement(Protocol):
         """Compiles a training step into a function that takes several steps."""
         ...
 
-    def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
-        """Makes a function that predicts any number of examples."""
+    def make_predict(
+        self,
+        model: Model,
+        *,
+        buckets: LengthBuckets | None = None,
+        read: Callable[[Outputs], Any] | None = None,
+    ) -> Callable[[dict, Any], Any]:
+        """Makes a function that predicts any number of examples.
+
+        It returns logits, or what `read` returns of the outputs, as `evaluate.make_predict`.
+        """
         ...
 
 
@@ -289,9 +298,15 @@ class MeshPlacement:
 
         return for_one_student(repeat_step(take_step, self.mesh.size, self.steps_per_call))
 
-    def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
+    def make_predict(
+        self,
+        model: Model,
+        *,
+        buckets: LengthBuckets | None = None,
+        read: Callable[[Outputs], Any] | None = None,
+    ) -> Callable[[dict, Any], Any]:
         """Makes a function that divides each batch of predictions among the devices."""
-        predict = make_predict(model, mesh=self.mesh, buckets=buckets)
+        predict = make_predict(model, mesh=self.mesh, buckets=buckets, read=read)
         # Divided as those of a teacher: the variables of a large model need not fit one device.
         return lambda variables, inputs: predict(self.put_teachers([variables]), inputs)
 
@@ -413,9 +428,15 @@ class PmapPlacement:
 
         return for_one_student(step_by_step(take_step, jax.device_count()))
 
-    def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
+    def make_predict(
+        self,
+        model: Model,
+        *,
+        buckets: LengthBuckets | None = None,
+        read: Callable[[Outputs], Any] | None = None,
+    ) -> Callable[[dict, Any], Any]:
         """Makes a function that predicts on the default device."""
-        return make_predict(model, buckets=buckets)
+        return make_predict(model, buckets=buckets, read=read)
 
     def _replicate(self, tree: Any) -> Any:
         # The second argument is there because pmap refuses to map nothing.
@@ -541,9 +562,15 @@ class VectorizedPlacement:
 
         return multi_step
 
-    def make_predict(self, model: Model, *, buckets: LengthBuckets | None = None) -> PredictFn:
+    def make_predict(
+        self,
+        model: Model,
+        *,
+        buckets: LengthBuckets | None = None,
+        read: Callable[[Outputs], Any] | None = None,
+    ) -> Callable[[dict, Any], Any]:
         """Makes a function that predicts on the default device."""
-        return make_predict(model, buckets=buckets)
+        return make_predict(model, buckets=buckets, read=read)
 
     def _stack(self, trees: Sequence[Any]) -> Any:
         filled = [trees[i] for i in self._fill(len(trees))]

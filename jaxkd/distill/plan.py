@@ -20,6 +20,7 @@ from jax import Array
 from jaxkd._messages import shorten
 from jaxkd.data.records import Records, is_dataset
 from jaxkd.data.views import Augment
+from jaxkd.distill._cached_outputs import CachedParts, check_cache_options, make_parts
 from jaxkd.distill._requirements import (
     DERIVED_REQUIREMENTS,
     MODEL,
@@ -148,9 +149,17 @@ class Stage:
             step.
         cache_teachers: Computes the teachers' logits once for all examples and views and keeps them
             on disk, instead of running the teachers at every step. The teachers' outputs then have
-            no features.
+            the features of `cache_features` alone.
         cache_top_k: Number of the largest logits to cache of each output. The other classes share
             their total weight evenly. `None` caches all.
+        cache_features: Names of the teachers' features that are cached with the logits. Every
+            teacher must have them.
+        cache_logits: Whether the logits are cached. Without them, the logits of the teachers'
+            outputs are `None`: a loss that computes them from cached hidden states, such as
+            `losses.fused_linear_kl_divergence`, needs a cache of the states' width.
+        cache_dtype: "float32", "float16" or "bfloat16": how logits and floating-point features are
+            kept on disk and on the devices. The loss gets them in float32. A number beyond the
+            range of the dtype is an error.
         init_loss: `key -> loss_params`, for a loss with parameters of its own, such as a projector.
             They are trained with the student and are in `LossContext.params`.
         loss_tx: The optimizer of these parameters; `None` for `tx` with a state of its own.
@@ -179,6 +188,9 @@ class Stage:
     views: int | None = None
     cache_teachers: bool = False
     cache_top_k: int | None = None
+    cache_features: tuple[str, ...] = ()
+    cache_logits: bool = True
+    cache_dtype: str = "float32"
     init_loss: Callable[[Array], Any] | None = None
     loss_tx: optax.GradientTransformation | None = None
     ema_decay: float | None = None
@@ -219,22 +231,12 @@ class Stage:
                 f"stage {self.name!r} has views={self.views}: "
                 "views need an augment and a number of at least 1"
             )
-        if self.cache_teachers and self.augment is not None and self.views is None:
-            raise ValueError(
-                f"stage {self.name!r} caches logits of its teachers for inputs that augment draws "
-                "at every step: drop augment or cache_teachers, or set the number of views"
-            )
         if isinstance(self.key_name, Mapping) and not {*self.key_name} <= {*KEY_PURPOSES}:
             raise ValueError(
                 f"stage {self.name!r} has a key_name with {shorten(str(list(self.key_name)), 80)}: "
                 f"name purposes of {list(KEY_PURPOSES)}"
             )
-        if self.cache_top_k is not None and (not self.cache_teachers or self.cache_top_k < 1):
-            raise ValueError(
-                f"stage {self.name!r} has cache_top_k={self.cache_top_k}: it needs cache_teachers "
-                "and a number of at least 1"
-            )
-
+        check_cache_options(self)
         self._check_average()
         if self.best is not None:
             self.best.check(f"stage {self.name!r}")
@@ -274,6 +276,13 @@ class Stage:
         # CRC-32 instead of `hash`, which differs from process to process.
         number = zlib.crc32((self.name if name is None else name).encode())
         return jax.random.fold_in(jax.random.key(seed), number)
+
+    @property
+    def cached_parts(self) -> CachedParts:
+        """What is cached of the outputs of its teachers."""
+        return make_parts(
+            self.cache_features, self.cache_logits, self.cache_top_k, self.cache_dtype
+        )
 
     @property
     def needs(self) -> tuple[str, ...]:

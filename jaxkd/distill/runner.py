@@ -31,7 +31,7 @@ from jaxkd.distill._input_checks import (
     check_validation_labels,
 )
 from jaxkd.distill._loop import TrainingLoop
-from jaxkd.distill._measurements import digest_measurements, find_measured
+from jaxkd.distill._measurements import describe_caches, digest_measurements, find_measured
 from jaxkd.distill._progress import PlanProgress
 from jaxkd.distill._requirements import check_integers, check_numbers, named_arrays
 from jaxkd.distill._schedule import make_schedule
@@ -172,6 +172,8 @@ def run_plan(
             {entry.name: entry.model for entry in plan},
             predict_fns,
             run.folder / "teachers" if teacher_cache is None else Path(teacher_cache),
+            make_predict=functools.partial(placement.make_predict, buckets=buckets),
+            report=lambda line: progress.report([line]),
         )
         if any(isinstance(entry, Stage) and entry.cache_teachers for entry in plan):
             _check_cache(cache, teacher_cache)
@@ -316,6 +318,7 @@ def evaluate_plan(
                 row,
                 chance=chance,
                 baselines=tuple(baselines[entry.name]),
+                cached_teachers=describe_caches(entry, plan),
                 measured=digests.get(entry.name),
             )
         )
@@ -350,6 +353,7 @@ def _measure_scores(
                 entry.name,
                 scores={name: tuple(seed[name] for seed in scores) for name in scores[0]},
                 seconds=tuple(seed.seconds for seed in seeds),
+                cached_teachers=describe_caches(entry, plan),
                 **costs,
             )
         )

@@ -1,6 +1,7 @@
 """The training step: teachers outside the gradient, the student inside it."""
 
 import enum
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from jax import Array, lax
 from jaxkd._messages import describe_lacking_params, list_some, shorten
 from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
+from jaxkd.distill._cached_outputs import get_batch_outputs
 from jaxkd.distill.selection import as_weights, start_average, update_average
-from jaxkd.losses.sparse import TopK, expand_top_k
 from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
 
 StepFn = Callable[..., tuple["TrainState", dict[str, Array]]]
@@ -75,13 +76,16 @@ class BatchInfo(NamedTuple):
         num_examples: Number of examples in the data set, int32 scalar. Needed for views.
         view_key: The PRNG key that draws the views.
         teacher_logits: Cached logits of each teacher, `[B, ..., C]` or their `TopK`. With V views
-            they are `[B, V, ..., C]`.
+            they are `[B, V, ..., C]`. `None` for a teacher of which features alone are cached.
+        teacher_features: Cached features of each teacher by name, `[B, ...]` or `[B, V, ...]`. Like
+            the logits, they may be in 16 bits, and reach the loss in float32.
     """
 
     index: Any = None
     num_examples: Any = None
     view_key: Any = None
     teacher_logits: tuple = ()
+    teacher_features: tuple = ()
 
 
 class LossState(NamedTuple):
@@ -308,8 +312,9 @@ def make_train_step(
             student = _gather(student, axis_name)
             # Inside of `mean_loss`, because without `cached_num_classes` only the student's logits
             # tell the number of classes to which the largest logits are expanded.
-            counts = cached_num_classes or [student.logits.shape[-1]] * len(info.teacher_logits)
-            outputs = live_outputs + _get_cached_outputs(info, view, counts)
+            cached = info.teacher_logits, info.teacher_features
+            counts = cached_num_classes or [student.logits.shape[-1]] * len(cached[0] or cached[1])
+            outputs = live_outputs + get_batch_outputs(*cached, view, counts)
             own_params = loss_params[0] if loss_params else None
             values, terms = split_terms(
                 _call_loss(loss, student, outputs, batch, context._replace(params=own_params)),
@@ -352,6 +357,20 @@ def _call_loss(loss: LossFn, student: Any, teachers: Any, batch: Batch, context:
     """Calls a loss. Errors on what the batch, a teacher or the context lacks name what there is."""
     try:
         return loss(student, teachers, batch, context)
+    except (AttributeError, TypeError, ValueError) as error:
+        lacks_logits = any(teacher.logits is None for teacher in teachers)
+        if lacks_logits and re.search("NoneType|teacher_logits", str(error)):
+            raise TypeError(
+                "the loss reads the logits of a teacher of which features alone are cached "
+                f"({shorten(error, 80)}): set cache_logits=True, or read its features"
+            ) from error
+        absent = [name for name, source in _SOURCES.items() if getattr(context, name) is None]
+        if isinstance(error, TypeError) and "NoneType" in str(error) and absent:
+            raise TypeError(
+                f"the loss computes with None ({shorten(error, 80)}): context."
+                + ", context.".join(f"{name} needs {_SOURCES[name]}" for name in absent)
+            ) from error
+        raise
     except KeyError as error:
         if len(error.args) == 1 and isinstance(error.args[0], str) and error.args[0] not in batch:
             raise KeyError(
@@ -364,14 +383,6 @@ def _call_loss(loss: LossFn, student: Any, teachers: Any, batch: Batch, context:
             raise IndexError(
                 f"the loss reads further teachers than the {len(teachers)} of its stage, or an "
                 "axis that an array lacks: name them in teachers=(...)"
-            ) from error
-        raise
-    except TypeError as error:
-        absent = [name for name, source in _SOURCES.items() if getattr(context, name) is None]
-        if "NoneType" in str(error) and absent:
-            raise TypeError(
-                f"the loss computes with None ({shorten(error, 80)}): context."
-                + ", context.".join(f"{name} needs {_SOURCES[name]}" for name in absent)
             ) from error
         raise
 
@@ -438,25 +449,6 @@ def _get_view(info: BatchInfo, step: Array, count: int) -> Array:
     # Positions count as in `make_order`: epochs follow one another without a gap.
     positions = step * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     return positions // info.num_examples % count
-
-
-def _get_cached_outputs(
-    info: BatchInfo, view: Array | None, num_classes: Sequence[int]
-) -> tuple[Outputs, ...]:
-    """Returns the outputs of teachers whose logits are cached. They have no features.
-
-    `num_classes` has one number for each, to which its `TopK` is expanded.
-    """
-    cached = info.teacher_logits
-    if view is not None:
-        # From `[B, V, ..., C]` to `[B, ..., C]`: each example has a view of its own.
-        cached = jax.tree.map(lambda array: array[jnp.arange(len(array)), view], cached)
-    outputs = []
-    for logits, count in zip(cached, num_classes, strict=True):
-        if isinstance(logits, TopK):
-            logits = expand_top_k(logits, num_classes=count)
-        outputs.append(Outputs(logits, {}))
-    return tuple(outputs)
 
 
 def _update(

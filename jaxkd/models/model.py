@@ -21,7 +21,7 @@ class Outputs(NamedTuple):
     """Outputs of a model for a batch.
 
     Attributes:
-        logits: `[..., num_classes]`.
+        logits: `[..., num_classes]`; `None` of a teacher of which features alone are cached.
         features: Intermediate states by name, such as `stage1` and `pre_logits`.
     """
 

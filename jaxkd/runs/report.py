@@ -316,6 +316,8 @@ def write_report(
     # Rows without any accuracy have scores of the user's own.
     has_accuracy = any(row.accuracy for row in rows) or not any(row.scores for row in rows)
     baselines = {baseline for _, baseline in comparisons} - {teacher for teacher, _ in teachers}
+    # Part of the remarks, so that a report that is drawn again has them, too.
+    remarks = [*remarks, *_describe_cached_teachers(rows)]
     record = ReportRecord(title, comparisons, remarks, teachers, chance, settings, environment)
     paragraphs = [
         f"# {title}",
@@ -345,6 +347,13 @@ def write_report(
     path = folder / "report.md"
     write_atomically(path, ("\n\n".join(paragraphs) + "\n").encode())
     return path
+
+
+def _describe_cached_teachers(rows: Sequence[ResultRow]) -> list[str]:
+    """Returns a paragraph on what the models learned from; none without cached teachers."""
+    # Most students of a plan share their teachers.
+    lines = dict.fromkeys(line for row in rows for line in row.cached_teachers)
+    return [f"Cached teachers: {'; '.join(lines)}."] if lines else []
 
 
 def report_run(

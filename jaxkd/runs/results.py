@@ -55,6 +55,8 @@ class ResultRow:
             is for `report.describe_doubts`, and not in `results.json`.
         baselines: Names of the stages of the same network as a student of this model, which have no
             teacher.
+        cached_teachers: Lines on the size of the cached outputs that this model learned from. Like
+            `chance`, they are for the report alone.
         measured: Digest of what was measured, and where, by which `distill.evaluate_plan` finds the
             row again; `None` if it was not given a run. It is in `results.json`.
     """
@@ -78,6 +80,7 @@ class ResultRow:
     # Derived from labels and plan, so that they are neither stored nor compared.
     chance: float | None = dataclasses.field(default=None, compare=False)
     baselines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    cached_teachers: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     # Not compared, because another machine that gives the same results has another digest.
     measured: str | None = dataclasses.field(default=None, compare=False)
 

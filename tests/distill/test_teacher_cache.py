@@ -18,6 +18,7 @@ import pytest
 from jaxkd import models
 from jaxkd.data.views import Views, augment_views
 from jaxkd.distill import TopK, expand_top_k, teacher_cache
+from jaxkd.distill._cached_outputs import make_parts
 from jaxkd.distill.teacher_cache import TeacherCache, teacher_logits
 from jaxkd.evaluate import make_predict
 from jaxkd.runs import checkpoints
@@ -382,10 +383,10 @@ def count_predictions(model, folder):
         return predict(variables, inputs)
 
     cache = TeacherCache({"teacher": model}, {"teacher": count_and_predict}, folder)
-    options = {"augment": None, "num_views": None, "view_key": None, "top_k": None}
+    options = {"augment": None, "num_views": None, "view_key": None, "parts": make_parts()}
     first = cache.get("teacher", VARIABLES, IMAGES, **options)
-    assert cache.get("teacher", VARIABLES, IMAGES, **options) is first
-    np.testing.assert_allclose(first, predict(VARIABLES, IMAGES), rtol=1e-6)
+    assert cache.get("teacher", VARIABLES, IMAGES, **options) is first and first.features == {}
+    np.testing.assert_allclose(first.logits, predict(VARIABLES, IMAGES), rtol=1e-6)
     return sum(counts)
 
 
@@ -409,7 +410,7 @@ def test_cache_returns_the_identical_arrays_for_an_equal_top_k(tmp_path):
     options = {"augment": None, "num_views": None, "view_key": None}
     # Python makes a new object for every integer above 256.
     first, second, other = (
-        cache.get("teacher", VARIABLES, IMAGES, top_k=int(k), **options)
+        cache.get("teacher", VARIABLES, IMAGES, parts=make_parts(top_k=int(k)), **options).logits
         for k in ("260", "260", "259")
     )
     assert first is second and other.indices.shape == (10, 259)
