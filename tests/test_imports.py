@@ -63,7 +63,8 @@ ARROWS = {
 DISTILL_ARROWS = {
     "selection": set(),
     "_cached_outputs": set(),
-    "step": {"_cached_outputs", "selection"},
+    "_rewrite": set(),
+    "step": {"_cached_outputs", "_rewrite", "selection"},
     "methods": {"step", "terms"},
     "terms": {"step"},
     "schemes": {"_lowering", "plan", "step"},
@@ -74,7 +75,7 @@ DISTILL_ARROWS = {
     "placement": {"_multi_step", "distributed", "step"},
     "_save_clock": {"distributed"},
     "_requirements": {"_cached_outputs", "selection"},
-    "plan": {"_cached_outputs", "_requirements", "selection", "step"},
+    "plan": {"_cached_outputs", "_requirements", "_rewrite", "selection", "step"},
     "teacher_cache": {"_cached_outputs"},
     "_batches": {"step"},
     "_diagnosis": {"_requirements"},

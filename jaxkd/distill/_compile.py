@@ -16,7 +16,7 @@ from jaxkd.distill._diagnosis import count_classes
 from jaxkd.distill._lowering import (
     LoweredStep,
     batch_shapes,
-    check_augment,
+    check_draws,
     depends_on_num_steps,
     find_unmixed,
     hash_predict,
@@ -109,7 +109,7 @@ def compile_stages(
 
     for entry in plan:
         if isinstance(entry, Stage):
-            check_augment(entry, seed)
+            check_draws(entry, seed)
     compiled = {}
     for program in _find_programs(plan, seed):
         multi_step = placement.make_multi_step(program.make_step)
@@ -281,6 +281,7 @@ def _candidate_key(stage: Stage, seed: int) -> tuple:
         stage.cache_teachers,
         stage.cached_parts,
         stage.views,
+        stage.rewrite is None,
         stage.augment is None,
         stage.init_loss is None,
         stage.ema_decay,
@@ -323,6 +324,7 @@ def _step_maker(stage: Stage, entries: Mapping[str, Entry], seed: int) -> Callab
         stage.loss,
         # Cached teachers are not run: their logits come with the batch.
         teachers=() if stage.cache_teachers else tuple(models),
+        rewrite=stage.rewrite,
         augment=stage.augment,
         views=stage.views,
         loss_tx=stage.loss_tx,
@@ -361,6 +363,8 @@ def _describe(stage: Stage, pretrained: Mapping[str, str]) -> dict[str, Any]:
         value = getattr(stage, name)
         if value is not None:
             description[name] = dict(value) if isinstance(value, Mapping) else value
+    if stage.rewrite is not None:
+        description["rewrite"] = True
     if stage.cache_teachers:
         description |= {f"cache_{k}": v for k, v in stage.cached_parts.describe().items()}
     if pretrained:

@@ -171,25 +171,31 @@ def _step_arguments(stage: Stage, entries: Mapping[str, Entry], seed: int) -> tu
     return state, batch, teacher_variables, key, info
 
 
-def check_augment(stage: Stage, seed: int) -> None:
-    """Raises `ValueError` if an augmentation draws numbers outside of JAX.
+def check_draws(stage: Stage, seed: int) -> None:
+    """Raises `ValueError` if `augment` or `rewrite` of a stage draws numbers outside of JAX.
 
-    It is traced once, so that every step would get the same numbers. Two traces differ in them.
+    They are traced once, so that every step would get the same numbers. Two traces differ in them.
     """
-    if stage.augment is None:
-        return
-    augment, key = stage.augment, jax.eval_shape(lambda: jax.random.key(0))
-    inputs = input_shapes(stage.examples(seed)["inputs"], stage.batch_size)
-    first, second = (
-        # A new function each time, since JAX keeps the trace of one that it knows.
-        _find_constants(jax.make_jaxpr(lambda key, x: augment(key, x))(key, inputs))
-        for _ in range(2)
-    )
-    if first != second:
-        raise ValueError(
-            f"the augment of stage {shorten(stage.name, 40)!r} draws numbers outside of JAX, as by "
-            "numpy.random, which every step would repeat: draw them by jax.random from its key"
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = batch_shapes(stage, seed)
+    traced: dict[str, tuple] = {}
+    if stage.augment is not None:
+        traced["augment"] = stage.augment, key, batch["inputs"]
+    if stage.rewrite is not None:
+        variables = jax.eval_shape(stage.model.init, key, input_shapes(batch["inputs"]))
+        traced["rewrite"] = stage.rewrite, variables, batch, key
+    for name, (function, *arguments) in traced.items():
+        first, second = (
+            # A new function each time, since JAX keeps the trace of one that it knows.
+            _find_constants(jax.make_jaxpr(lambda *x, f=function: f(*x))(*arguments))
+            for _ in range(2)
         )
+        if first != second:
+            raise ValueError(
+                f"the {name} of stage {shorten(stage.name, 40)!r} draws numbers outside of JAX, as "
+                "by numpy.random, which every step would repeat: draw them by jax.random from its "
+                "key"
+            )
 
 
 def _find_constants(traced: Any) -> list[bytes]:

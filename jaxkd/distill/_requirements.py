@@ -141,6 +141,11 @@ REQUIREMENTS = {
     "start": Requirement(lambda value: isinstance(value, str), "a name", is_optional=True),
     "transfer": Requirement(callable, "a function (source, fresh) -> variables", is_optional=True),
     "batch_size": Requirement(_is_integer, "an integer"),
+    "rewrite": Requirement(
+        lambda value: callable(value) and _takes(value, 3),
+        "a function (variables, batch, key) -> batch",
+        is_optional=True,
+    ),
     "augment": Requirement(callable, "a function (key, inputs) -> inputs", is_optional=True),
     "views": Requirement(_is_integer, "an integer", is_optional=True),
     "cache_top_k": Requirement(_is_integer, "an integer", is_optional=True),

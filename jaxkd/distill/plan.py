@@ -29,6 +29,7 @@ from jaxkd.distill._requirements import (
     describe_value,
     named_arrays,
 )
+from jaxkd.distill._rewrite import RewriteFn
 from jaxkd.distill.selection import Best
 from jaxkd.distill.step import LossFn, TrainState, init_train_state
 from jaxkd.models.model import Model
@@ -143,6 +144,9 @@ class Stage:
             `lambda source, fresh: transfer.transfer(source, fresh, strict=False)[0]`. `None` takes
             them as they are.
         batch_size: Number of examples in a batch, at most 10 times the examples, or 1,024.
+        rewrite: `(variables, batch, key) -> batch`, run at the beginning of the step with the
+            student's variables, see `make_train_step`: on-policy distillation samples there. It
+            does not go with `cache_teachers` and `views`.
         augment: `(key, inputs) -> inputs`, run inside the step.
         views: Number of augmented views of each example. The epochs show them in turn, to student
             and teachers, and all stages of a seed share them. `None` draws a new view at every
@@ -184,6 +188,7 @@ class Stage:
     start: str | None = None
     transfer: Callable[[dict, dict], dict] | None = None
     batch_size: int = 128
+    rewrite: RewriteFn | None = None
     augment: Augment | None = None
     views: int | None = None
     cache_teachers: bool = False
@@ -235,6 +240,12 @@ class Stage:
             raise ValueError(
                 f"stage {self.name!r} has a key_name with {shorten(str(list(self.key_name)), 80)}: "
                 f"name purposes of {list(KEY_PURPOSES)}"
+            )
+        if self.rewrite is not None and (self.cache_teachers or self.views is not None):
+            option = "cache_teachers" if self.cache_teachers else "views"
+            raise ValueError(
+                f"stage {self.name!r} has a rewrite, whose batches are not known beforehand: leave "
+                f"out {option}"
             )
         check_cache_options(self)
         self._check_average()

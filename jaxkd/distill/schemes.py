@@ -221,6 +221,11 @@ def _check_peers(peers: Sequence[Stage]) -> None:
                 f"the peer {peer.name!r} has teachers or a start: leave them out, its teachers are "
                 "the other peers"
             )
+        if peer.rewrite is not None:
+            raise ValueError(
+                f"the peer {peer.name!r} has a rewrite, but peers train in one step on the same "
+                "batch: leave it out"
+            )
         for attribute in SHARED:
             first, other = getattr(peers[0], attribute), getattr(peer, attribute)
             if not _is_same(first, other):

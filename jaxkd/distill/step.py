@@ -14,6 +14,7 @@ from jaxkd._messages import describe_lacking_params, list_some, shorten
 from jaxkd.data.mixing import Mix, Mixed
 from jaxkd.data.views import Augment, augment_views
 from jaxkd.distill._cached_outputs import get_batch_outputs
+from jaxkd.distill._rewrite import RewriteFn, rewrite_batch
 from jaxkd.distill.selection import as_weights, start_average, update_average
 from jaxkd.models.model import Model, Outputs, cross_replica_batch_stats
 
@@ -44,6 +45,7 @@ class Purpose(enum.IntEnum):
     VIEW = 5
     BUCKET = 6
     LOSS = 7
+    REWRITE = 8
 
 
 class LossContext(NamedTuple):
@@ -178,6 +180,7 @@ def make_train_step(
     loss: LossFn,
     *,
     teachers: Sequence[Model] = (),
+    rewrite: RewriteFn | None = None,
     augment: Augment | None = None,
     views: int | None = None,
     loss_tx: optax.GradientTransformation | None = None,
@@ -197,6 +200,10 @@ def make_train_step(
         loss: `(student, teachers, batch, context) -> [B]`, or these values and a dict of terms to
             record, see `LossFn`. The step minimises the mean of the values.
         teachers: The models of the teachers, in the order in which the loss gets their outputs.
+        rewrite: `(variables, batch, key) -> batch`, run at the beginning of the step with the
+            student's variables before it, outside of the gradient. Student, teachers and loss get
+            what it returns, arrays of the same names, shapes and dtypes. On-policy distillation
+            samples with `decode.sample` there.
         augment: `(key, inputs) -> inputs`, run inside the step. `data.mixup` and `data.cutmix` mix
             the examples of the batch, and tell the loss so by `LossContext.mix`.
         views: Number of augmented views of each example, which the epochs show in turn. `None`
@@ -211,9 +218,9 @@ def make_train_step(
             average of the student's weights, in (0, 1). The state needs an average
             (`init_train_state(has_average=True)`). `None` keeps none.
         axis_name: Name of the mapped axis if the step runs under `jax.pmap` or `jax.shard_map`.
-            Every device gets the whole batch and augments it, runs the networks on its share, and
-            the loss gets the outputs of all devices. The result is that of one device, except for
-            the student's own draws, such as dropout. Batch norm must know the axis, as
+            Every device gets the whole batch, rewrites and augments it, runs the networks on its
+            share, and the loss gets the outputs of all devices. The result is that of one device,
+            except for the student's own draws, such as dropout. Batch norm must know the axis, as
             `jaxkd.models.BatchNorm` does.
 
     Returns:
@@ -225,8 +232,9 @@ def make_train_step(
         used afterwards.
 
     Raises:
-        ValueError: When first called, if the loss or a term does not have one value per example, or
-            the number of `teacher_variables` is not the number of teachers.
+        ValueError: If there are both `rewrite` and `views`. When first called, if the loss or a
+            term does not have one value per example, the number of `teacher_variables` is not the
+            number of teachers, or what `rewrite` returns has other names, shapes or dtypes.
         TypeError: If `teachers` is a single model. When first called, if the batch is no dict, the
             loss does not return a floating-point array, or its terms are no dict of arrays.
 
@@ -249,6 +257,8 @@ def make_train_step(
     if isinstance(teachers, Model):
         raise TypeError("teachers must be a sequence of models, got one: write [teacher]")
     teachers = tuple(teachers)
+    if rewrite is not None and views is not None:
+        raise ValueError("a batch that rewrite makes has no fixed views: leave out views")
 
     def step(
         state: TrainState,
@@ -272,6 +282,9 @@ def make_train_step(
                 "a step with an ema_decay needs init_train_state(has_average=True), and one "
                 f"without needs none: got ema_decay={ema_decay}"
             )
+        if rewrite is not None:
+            rewrite_key = _fold_in(key, Purpose.REWRITE, state.step)
+            batch = rewrite_batch(rewrite, state.variables, batch, rewrite_key)
         view = None if views is None else _get_view(info, state.step, views)
         inputs = batch["inputs"]
         if augment is not None and view is not None:
