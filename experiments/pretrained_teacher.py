@@ -24,24 +24,10 @@ Time: 9 minutes on 2 CPU cores
 
 import dataclasses
 import functools
-from pathlib import Path
 
-from experiments.common import cli, images, plans
-from jaxkd import data, distill, models
+from experiments.common import cifar_resnet, cli, images, plans
+from jaxkd import data, distill
 from jaxkd.distill.methods import supervised_loss
-
-WEIGHTS = (
-    "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-    "resnet20-12fca82f.th"
-)
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""Statistics of each channel with which the ResNet's images were normalised: ImageNet's, although
-it was trained on CIFAR-10."""
-CLASS_NAMES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
-)  # fmt: skip
-"""The classes of CIFAR-10, in the order of the ResNet's outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +48,14 @@ class Config(images.SoftTargetOptions):
     def check(self) -> None:
         """Raises `OptionError` for an invalid value."""
         super().check()
-        cli.require(
-            bool(self.weights), f"--weights is needed: a file of a ResNet-20, such as {WEIGHTS}"
-        )
-        cli.require(
-            Path(self.weights).exists(),
-            f"--weights {self.weights}: there is no such file; download {WEIGHTS}",
-        )
+        cifar_resnet.check_weights(self.weights)
 
 
 def make_plan(
     config: Config, dataset: data.Dataset
 ) -> tuple[distill.Stage | distill.Pretrained, ...]:
     """Makes the pretrained teacher and the stages of the students."""
-    teacher = images.load_pretrained(
-        "teacher",
-        models.resnet20(),
-        config.weights,
-        dataset.train.images,
-        config,
-        mean=MEAN,
-        std=STD,
-    )
-    teacher = images.match_teacher(
-        teacher, config.weights, dataset.class_names, default=CLASS_NAMES
-    )
+    teacher = cifar_resnet.load_resnet20("teacher", config.weights, dataset, config)
     student = images.make_cnn((32, 64), 64, dataset, config)
     all_labels = dataset.train.examples
     labelled_only, partly_labelled = data.few_labels(dataset.train.examples, config.num_labels)
@@ -114,11 +83,6 @@ def main(config: Config) -> None:
     """Trains all students, compares them and writes the report."""
     config.check()
     dataset = images.load(config)
-    cli.require(
-        len(dataset.class_names) == 10,
-        f"--dataset {config.dataset}: the teacher knows the ten classes of CIFAR-10, "
-        f"but this data set has {len(dataset.class_names)}",
-    )
     plan = make_plan(config, dataset)
     run = images.open_run("pretrained_teacher", config, dataset)
     trained = distill.run_plan(

@@ -1,11 +1,12 @@
 """The command line of an experiment: options that check themselves, and errors of one line."""
 
+import itertools
 import re
 import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -36,6 +37,7 @@ def run(
     description: str | None,
     *,
     resumes: bool = True,
+    recipes: Mapping[str, Config] | None = None,
 ) -> None:
     """Parses the command line and runs an experiment.
 
@@ -47,9 +49,11 @@ def run(
         description: The text of `--help` above the options. A line "Time: ..." in it is printed at
             the start.
         resumes: Whether the same command resumes a stopped experiment.
+        recipes: The options that `--recipe NAME` chooses, by name; other options of the command
+            line replace them. The first one is the default.
     """
     with errors.end_without_reader():
-        _run(main, config, description, resumes=resumes)
+        _run(main, config, description, resumes=resumes, recipes=recipes or {})
 
 
 def _run(
@@ -58,6 +62,7 @@ def _run(
     description: str | None,
     *,
     resumes: bool,
+    recipes: Mapping[str, Config],
 ) -> None:
     join_help_lines(config)
     if description is not None and {"-h", "--help"} & {*sys.argv[1:]}:
@@ -65,7 +70,10 @@ def _run(
         print(_wrap(description), end="\n\n")
         description = ""
     errors.check_arguments(sys.argv[1:])
-    options = errors.parse(lambda: tyro.cli(config, prog=_command(), description=description))
+    recipe = _read_recipe(sys.argv[1:], recipes)
+    options = errors.parse(
+        lambda: tyro.cli(config, prog=_command(), description=description, default=recipe)
+    )
     warnings.showwarning = errors.show_warning
     print_any_text()
     keep_freed_memory()
@@ -83,6 +91,18 @@ def _run(
         hint = "; the same command resumes from the newest checkpoint" if resumes else ""
         print(f"\nstopped{hint}", file=sys.stderr)
         sys.exit(130)
+
+
+def _read_recipe(arguments: Sequence[str], recipes: Mapping[str, Config]) -> Config | None:
+    """Returns the options of the recipe that arguments name, before the others are read."""
+    name = None
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if argument == "--recipe":
+            name = following
+        elif argument.startswith("--recipe="):
+            name = argument.removeprefix("--recipe=")
+    # The parser refuses an unknown name.
+    return recipes.get(name) if name else None
 
 
 def _wrap(description: str) -> str:

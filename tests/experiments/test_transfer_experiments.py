@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import image_folder, pretrained_teacher, two_teachers, weight_transfer
-from experiments.common import images, plans
+from experiments.common import cifar_resnet, images, plans
 from experiments.common.cli import OptionError
 from jaxkd import data, models
 from jaxkd.weights import save_torch
@@ -122,7 +122,7 @@ def test_new_head_comes_from_the_fresh_network(dataset):
 
 def test_pretrained_teacher_has_the_weights_of_the_file(dataset, weights):
     config = pretrained_teacher.Config(weights=str(weights), num_labels=20)
-    dataset = dataset._replace(class_names=pretrained_teacher.CLASS_NAMES)
+    dataset = dataset._replace(class_names=cifar_resnet.CLASS_NAMES)
     teacher, *students = pretrained_teacher.make_plan(config, dataset)
     jax.tree.map(np.testing.assert_array_equal, teacher.variables, init_resnet20())
     assert [stage.name for stage in students] == [
