@@ -83,9 +83,13 @@ LABEL_METHODS = ("dkd", "nkd", "rld", "crd")
 def make_method(name: str, student: Outputs, teacher: Outputs, *, temperature: float) -> Method:
     """Makes a method for two networks, with a weight that suits small networks on images.
 
-    The weights are the best of three, a factor of 10 apart, in `experiments.methods`; that of
-    `hint` is 1. Methods on features compare the last ones before the logits; `attention` compares
-    all maps of one name and size.
+    The weights of kd to standardized_kd, attention and similarity to crd are the best of three, a
+    factor of 10 apart, in `experiments.methods`; that of hint is 1. The others have not been tuned:
+    their weight is ten times, and of methods on features once, that with which the term has as
+    large a gradient as the cross-entropy, early in a training of that experiment.
+
+    Methods on features compare the last ones before the logits. attention compares all maps of one
+    name and size, review all maps of one name, cwd and mgd the last of these.
 
     Args:
         name: One of `METHODS`.
