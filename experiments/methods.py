@@ -9,7 +9,7 @@ examples or contrasts. Parameters of a method, such as a projector, are trained 
 are not part of it.
 
 The weight of each method's term is the best of three, a factor of 10 apart, by the validation
-accuracy of one training with another seed than those of the comparison; --tune chooses it anew.
+accuracy of one training with another seed than those of the comparison; --tune chooses it again.
 
 Papers: see the catalogue in docs/api/catalogue.md
 

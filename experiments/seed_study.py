@@ -135,7 +135,7 @@ def conclude(squares: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns what the squares say: components of variance, differences and numbers of seeds."""
     components = {model: split_variance(square, CAUSES) for model, square in squares.items()}
     differences = squares["b"] - squares["a"]
-    # Of a training of which everything is drawn anew.
+    # Of a training that draws everything for itself.
     deviations = [
         np.sqrt(sum(max(component.variance, 0) for component in components[model]))
         for model in ("a", "b")

@@ -38,7 +38,7 @@ def split_variance(square: np.ndarray, names: tuple[str, str, str]) -> list[Comp
 
     Returns:
         The components in the order of the names, and the rest. They sum to the variance of a
-        training of which everything is drawn anew.
+        training that draws everything for itself.
     """
     size = len(square)
     rows, columns = np.indices(square.shape)

@@ -108,14 +108,15 @@ def make_processes_table(rows: Sequence[dict]) -> str:
     lines = []
     for row in several:
         key = ("pair", "placement", "devices", "batch")
-        alike = (r for r in rows if r["processes"] == 1 and all(r[k] == row[k] for k in key))
-        one = next(alike, None)
+        in_one_process = (r for r in rows if r["processes"] == 1)
+        same = (r for r in in_one_process if all(r[k] == row[k] for k in key))
+        reference = next(same, None)
         lines.append(
             (
                 f"{TITLES[row['pair']]}, {row['batch']}",
                 row["placement"],
                 str(row["devices"]),
-                _si(one["compiled_sent"]) if one else "",
+                _si(reference["compiled_sent"]) if reference else "",
                 _si(row["compiled_sent"]),
             )
         )
