@@ -109,7 +109,7 @@ def make_cases(sizes: Sizes) -> list[Case]:
     embeddings = ((batch, 128),) * 2
     # Kernel, bias and raw variance of VID, which are trained together with the student.
     vid_shapes = ((64, 64), (64,), (64,), *maps)
-    # The raw kernel of VkD, from 128 to 256 channels.
+    # The raw kernel of VkD, or the kernel of SRD, from 128 to 256 channels.
     vkd_shapes = ((128, 256), (batch, 128), (batch, 256))
     cases += [
         Case("features", "hint_loss", maps),
@@ -127,6 +127,7 @@ def make_cases(sizes: Sizes) -> list[Case]:
         Case("features", "many_to_one_loss", ((batch, 8, 8, 256), maps[1])),
         Case("features", "factor_transfer_loss", maps),
         Case("features", "orthogonal_projection_loss", vkd_shapes, student_arrays=2),
+        Case("features", "simple_recipe_loss", vkd_shapes, student_arrays=2),
         Case("features", "similarity_preserving_loss", maps),
         Case("features", "relational_distance_loss", embeddings),
         Case("features", "relational_angle_loss", embeddings),
@@ -173,6 +174,17 @@ def _logit_cases(batch: int, classes: int) -> list[Case]:
         Case("logits", "dist_loss", pair, softened),
         # Three teachers.
         Case("logits", "ensemble_kl_divergence", (pair[0], (3, *pair[0])), softened),
+        Case("logits", "skewed_kl_divergence", pair, softened | {"skew": 0.1}),
+        Case("logits", "skewed_reverse_kl_divergence", pair, softened | {"skew": 0.1}),
+        Case("logits", "adaptive_kl_divergence", pair, softened | {"head": 0.5}),
+        Case("logits", "alpha_beta_divergence", pair, softened | {"alpha": 0.2, "beta": 0.7}),
+        Case("logits", "renyi_divergence", pair, softened | {"order": 2.0}),
+        Case("logits", "total_variation_distance", pair, softened),
+        Case("logits", "transformed_teacher_loss", pair, softened | {"weighted": True}),
+        Case(
+            "logits", "refined_logits_loss", pair, softened | {"correlation_weight": 8.0}, **labels
+        ),
+        Case("logits", "multi_level_loss", pair),
         # The teacher's vocabulary is twice the student's.
         Case("logits", "universal_logit_loss", (pair[0], (batch, 2 * classes))),
     ]
@@ -220,6 +232,13 @@ def orthogonal_projection_loss(
     return losses.orthogonal_projection_loss({"raw_kernel": raw_kernel}, student, teacher)
 
 
+def simple_recipe_loss(kernel: jax.Array, student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Computes SRD from its kernel as an argument."""
+    # The normalisation removes any bias.
+    bias = jnp.zeros(kernel.shape[1])
+    return losses.simple_recipe_loss({"kernel": kernel, "bias": bias}, student, teacher)
+
+
 def linear_kl_divergence(*layers: jax.Array) -> jax.Array:
     """Computes the KL divergence of the logits of a last layer."""
     return losses.kl_divergence(*_last_layer_logits(*layers), temperature=1.0)
@@ -244,6 +263,7 @@ COMPOSED = {
         ensemble_kl_divergence,
         variational_information_loss,
         orthogonal_projection_loss,
+        simple_recipe_loss,
         linear_kl_divergence,
         linear_reverse_kl_divergence,
         linear_jensen_shannon_divergence,

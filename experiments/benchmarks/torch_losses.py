@@ -297,6 +297,129 @@ def score_divergence_loss(student: Tensor, teacher: Tensor, *, temperature: floa
     return kl_divergence(student, teacher, temperature=temperature)
 
 
+def skewed_kl_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, skew: float
+) -> Tensor:
+    """Computes KL(teacher ‖ mixture), of which the teacher has a small share."""
+    student = _log_probabilities(student, temperature)
+    teacher = _log_probabilities(teacher, temperature)
+    mixture = torch.logaddexp(teacher + math.log(skew), student + math.log1p(-skew))
+    return temperature**2 * _kl(mixture, teacher)
+
+
+def skewed_reverse_kl_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, skew: float
+) -> Tensor:
+    """Computes KL(student ‖ mixture), of which the student has a small share."""
+    return skewed_kl_divergence(teacher, student, temperature=temperature, skew=skew)
+
+
+def adaptive_kl_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, head: float
+) -> Tensor:
+    """Computes forward and reverse KL, weighted by their gaps in the teacher's head and tail."""
+    student = _log_probabilities(student, temperature)
+    teacher = _log_probabilities(teacher, temperature)
+    with torch.no_grad():
+        likely, order = teacher.exp().sort(-1, descending=True)
+        gaps = (likely - student.exp().gather(-1, order)).abs()
+        in_head = likely.cumsum(-1) <= head
+        in_head[..., 0] = True
+        share = (gaps * in_head).sum(-1) / gaps.sum(-1)
+    forward = (teacher.exp() * (teacher - student)).sum(-1)
+    reverse = (student.exp() * (student - teacher)).sum(-1)
+    return temperature**2 * (share * forward + (1 - share) * reverse).mean()
+
+
+def alpha_beta_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, alpha: float, beta: float
+) -> Tensor:
+    """Computes the α-β divergence of the softened probabilities."""
+    student = torch.softmax(student / temperature, -1)
+    teacher = torch.softmax(teacher / temperature, -1)
+    total = alpha + beta
+    terms = (
+        teacher**alpha * student**beta
+        - alpha / total * teacher**total
+        - beta / total * student**total
+    )
+    return -(temperature**2) / (alpha * beta) * terms.sum(-1).mean()
+
+
+def renyi_divergence(
+    student: Tensor, teacher: Tensor, *, temperature: float, order: float
+) -> Tensor:
+    """Computes the Rényi divergence of the teacher from the student."""
+    student = _log_probabilities(student, temperature)
+    teacher = _log_probabilities(teacher, temperature)
+    values = torch.logsumexp(order * teacher + (1 - order) * student, -1) / (order - 1)
+    return temperature**2 * values.mean()
+
+
+def total_variation_distance(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """Computes half the L1 distance of the softened probabilities, times T."""
+    student = torch.softmax(student / temperature, -1)
+    teacher = torch.softmax(teacher / temperature, -1)
+    return temperature / 2 * (teacher - student).abs().sum(-1).mean()
+
+
+def transformed_teacher_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float, weighted: bool
+) -> Tensor:
+    """Computes KL(softened teacher ‖ student at T = 1), weighted by the teacher's smoothness."""
+    softened = _log_probabilities(teacher, temperature)
+    values = (softened.exp() * (softened - torch.log_softmax(student, -1))).sum(-1)
+    if weighted:
+        values = (torch.softmax(teacher, -1) ** (1 / temperature)).sum(-1) * values
+    return values.mean()
+
+
+def refined_logits_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    correlation_weight: float,
+) -> Tensor:
+    """Computes RLD: the teacher's confidence, and the classes that it ranks below the label."""
+    below = teacher < teacher.gather(1, labels[:, None])
+    student = student / temperature
+    teacher = teacher / temperature
+    top = teacher.argmax(-1)
+    one_hot = functional.one_hot
+    count = student.shape[-1]
+    teacher_binary = _binary(teacher, top, one_hot(top, count).bool())
+    student_binary = _binary(student, labels, one_hot(labels, count).bool())
+    student_below, teacher_below = (
+        torch.log_softmax(logits.masked_fill(~below, -math.inf), -1)
+        for logits in (student, teacher)
+    )
+    terms = (teacher_below.exp() * (teacher_below - student_below)).masked_fill(~below, 0)
+    correlation = terms.sum(-1).mean()
+    return temperature**2 * (_kl(student_binary, teacher_binary) + correlation_weight * correlation)
+
+
+def multi_level_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes MLKD: divergences of examples, pairs of examples and pairs of classes."""
+    total = 0.0
+    for temperature in (2.0, 3.0, 4.0, 5.0, 6.0):
+        p, q = (torch.softmax(logits / temperature, -1) for logits in (teacher, student))
+        pairs = ((p @ p.mT - q @ q.mT) ** 2).sum(-1).mean()
+        classes = ((p.mT @ p - q.mT @ q) ** 2).sum() / p.shape[-1]
+        total = total + kl_divergence(student, teacher, temperature=temperature) + pairs + classes
+    return total
+
+
+def simple_recipe_loss(kernel: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes SRD: the logarithm of the fourth powers of differences of normalised features."""
+    student, teacher = (
+        functional.batch_norm(features, None, None, training=True, eps=1e-4)
+        for features in (student @ kernel, teacher)
+    )
+    return torch.log((student - teacher).abs().pow(4).sum() + 1e-5)
+
+
 def universal_logit_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Computes the L1 distance of sorted probabilities; the student's vocabulary is smaller."""
     student, teacher = (

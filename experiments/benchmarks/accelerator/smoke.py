@@ -166,7 +166,6 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     aligned = losses.init_aligned_states(key, 12, 12)
     calibration = losses.init_semantic_calibration(key, (4, 6), (4, 6), 8)
     generation = losses.init_masked_generation(key, 4, 6)
-    recipe = losses.init_projector(key, 16, 24)
     review = losses.init_review(key, (4, 6), (4, 6), 5)
     paraphraser = losses.init_paraphraser(key, 4, 2)
     maps, wider = draw(batch, 6, 6, 4), draw(batch, 6, 6, 6)
@@ -177,20 +176,8 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
     embedding, bias = jax.random.normal(key, (10, 6)), jax.random.normal(key, (10,))
     head = losses.LinearHead(embedding, bias=bias, softcap=30.0, is_embedding=True)
     on_logits = {
-        "skewed_kl_divergence": losses.skewed_kl_divergence,
-        "skewed_reverse_kl_divergence": losses.skewed_reverse_kl_divergence,
-        "adaptive_kl_divergence": losses.adaptive_kl_divergence,
-        "alpha_beta_divergence": functools.partial(
-            losses.alpha_beta_divergence, alpha=0.2, beta=0.7
-        ),
-        "renyi_divergence": functools.partial(losses.renyi_divergence, order=2.0),
-        "total_variation_distance": losses.total_variation_distance,
-        "transformed_teacher_loss": functools.partial(
-            losses.transformed_teacher_loss, weighted=True
-        ),
         "batch_correlation_loss": losses.batch_correlation_loss,
         "class_correlation_loss": losses.class_correlation_loss,
-        "multi_level_loss": losses.multi_level_loss,
     }
     on_a_part = {
         "sparse_soft_cross_entropy": losses.sparse_soft_cross_entropy,
@@ -208,10 +195,6 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
         "sampled_cross_entropy": (
             lambda student: losses.sampled_cross_entropy(student, sampled),
             logits[:1],
-        ),
-        "refined_logits_loss": (
-            functools.partial(losses.refined_logits_loss, correlation_weight=8.0),
-            (*logits, labels),
         ),
         "hard_cross_entropy": (losses.hard_cross_entropy, (draw(batch, 10), labels)),
         "token_distillation_loss": (
@@ -233,10 +216,6 @@ def make_other_losses(batch: int) -> dict[str, tuple[Callable, tuple]]:
                 calibration, [student, other], list(teachers)
             ),
             (maps, wider, draw(*maps.shape), draw(*wider.shape)),
-        ),
-        "simple_recipe_loss": (
-            lambda student, teacher: losses.simple_recipe_loss(recipe, student, teacher),
-            (draw(batch, 16), draw(batch, 24)),
         ),
         "masked_generation_loss": (
             lambda student, teacher: losses.masked_generation_loss(
