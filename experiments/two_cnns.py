@@ -104,6 +104,7 @@ RECIPES: Mapping[str, Config] = {
         lengths=(10, 30, 60),
         inputs=("plain", "mirrored"),
         teacher_epochs=2,
+        temperature=2.0,
     ),
 }
 """The options of each recipe."""

@@ -83,10 +83,10 @@ LABEL_METHODS = ("dkd", "nkd", "rld", "crd")
 def make_method(name: str, student: Outputs, teacher: Outputs, *, temperature: float) -> Method:
     """Makes a method for two networks, with a weight that suits small networks on images.
 
-    The weights of kd to standardized_kd, attention and similarity to crd are the best of three, a
-    factor of 10 apart, in `experiments.methods`; that of hint is 1. The others have not been tuned:
-    their weight is ten times, and of methods on features once, that with which the term has as
-    large a gradient as the cross-entropy, early in a training of that experiment.
+    Most weights are the best of three, a factor of 10 apart, in `experiments.methods`. That of hint
+    is 1. Those of taid, ctkd, cwd, mgd, review, srd and vkd have not been tuned: they are ten
+    times, and of methods on features once, that with which the term has as large a gradient as the
+    cross-entropy, early in a training of that experiment.
 
     Methods on features compare the last ones before the logits. attention compares all maps of one
     name and size, review all maps of one name, cwd and mgd the last of these.
@@ -263,15 +263,15 @@ _LOGIT_TERMS: dict[str, tuple[float, Callable[[float], Term]]] = {
     "dist": (20.0, lambda t: functools.partial(terms.dist_term, temperature=t)),
     "standardized_kd": (9.0, lambda t: terms.standardized_kd_term),
     "skewed_kl": (3.0, _on_logits(losses.skewed_kl_divergence)),
-    "skewed_reverse_kl": (3.0, _on_logits(losses.skewed_reverse_kl_divergence)),
-    "akl": (3.0, _on_logits(losses.adaptive_kl_divergence)),
-    "abkd": (2.0, _on_logits(losses.alpha_beta_divergence, alpha=0.2, beta=0.7)),
+    "skewed_reverse_kl": (30.0, _on_logits(losses.skewed_reverse_kl_divergence)),
+    "akl": (0.3, _on_logits(losses.adaptive_kl_divergence)),
+    "abkd": (0.2, _on_logits(losses.alpha_beta_divergence, alpha=0.2, beta=0.7)),
     "renyi": (5.0, _on_logits(losses.renyi_divergence, order=0.5)),
-    "tv": (10.0, _on_logits(losses.total_variation_distance)),
-    "ttm": (7.0, _on_logits(losses.transformed_teacher_loss)),
-    "wttm": (2.0, _on_logits(losses.transformed_teacher_loss, weighted=True)),
+    "tv": (100.0, _on_logits(losses.total_variation_distance)),
+    "ttm": (0.7, _on_logits(losses.transformed_teacher_loss)),
+    "wttm": (20.0, _on_logits(losses.transformed_teacher_loss, weighted=True)),
     "rld": (0.3, _on_labels(losses.refined_logits_loss, correlation_weight=8.0)),
-    "mlkd": (0.07, lambda t: on_logits(losses.multi_level_loss)),
+    "mlkd": (0.007, lambda t: on_logits(losses.multi_level_loss)),
     "taid": (4.0, lambda t: functools.partial(terms.taid_term, temperature=t)),
     "ctkd": (2.0, lambda t: terms.ctkd_term),
 }
