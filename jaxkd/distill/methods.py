@@ -124,9 +124,9 @@ def make_method(name: str, student: Outputs, teacher: Outputs, *, temperature: f
 def _make_map_method(name: str, student: Outputs, teacher: Outputs) -> Method:
     """Makes a method on maps: `attention` on those of one size, the others on those of one name."""
     if name == "attention":
-        layers = _shared_maps(student, teacher, axes=slice(1, 3))
+        layers = _shared_maps(name, student, teacher, axes=slice(1, 3))
         return Method(10_000.0, functools.partial(terms.attention_term, layers=layers))
-    layers = _shared_maps(student, teacher, axes=slice(0))
+    layers = _shared_maps(name, student, teacher, axes=slice(0))
     student_channels, teacher_channels = (
         [outputs.features[layer].shape[-1] for layer in layers] for outputs in (student, teacher)
     )
@@ -146,7 +146,9 @@ def _make_map_method(name: str, student: Outputs, teacher: Outputs) -> Method:
     return Method(2e-3, term, lambda key: losses.init_masked_generation(key, *last))
 
 
-def _shared_maps(student: Outputs, teacher: Outputs, *, axes: slice) -> tuple[str, ...]:
+def _shared_maps(
+    method: str, student: Outputs, teacher: Outputs, *, axes: slice
+) -> tuple[str, ...]:
     """Returns the sorted names of the maps of both networks whose shapes agree in some axes."""
 
     def sizes(outputs: Outputs) -> dict[str, tuple[int, ...]]:
@@ -157,7 +159,7 @@ def _shared_maps(student: Outputs, teacher: Outputs, *, axes: slice) -> tuple[st
     if not names:
         likeness = "one name and size" if axes.stop else "one name"
         raise ValueError(
-            f"it compares maps of {likeness}, which student and teacher do not have: "
+            f"{method} compares maps of {likeness}, which student and teacher do not have: "
             "choose networks with equal stages, or a method on logits, such as kd"
         )
     return names

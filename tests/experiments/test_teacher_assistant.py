@@ -110,8 +110,11 @@ def test_report_is_drawn_again_byte_for_byte(finished_run, tmp_path):
 @pytest.mark.thorough
 def test_prints_time_and_folder_then_a_line_per_training(finished_run):
     folder, process = finished_run
-    # A slow training reports its evaluations as well.
-    lines = [line for line in process.stdout.splitlines() if ": step " not in line]
+    # A slow training reports its evaluations as well, and the first use of a teacher its cache.
+    lines = process.stdout.splitlines()
+    sizes = [line for line in lines if line.startswith("cached teachers: ")]
+    assert sizes and all(re.search(r": 12 bytes an example, [\d.]+ k?B$", line) for line in sizes)
+    lines = [line for line in lines if ": step " not in line and line not in sizes]
     first, second, *others = lines
     assert first == (
         "python -m experiments.teacher_assistant: takes 2 minutes on 2 CPU cores with its default "
