@@ -15,9 +15,7 @@ https://arxiv.org/abs/1503.02531
 
 Command: python -m experiments.seed_study
 
-Result: see docs/results/seeds.md
-
-Time: 8 minutes on 2 CPU cores
+Result: not recorded yet
 """
 
 import dataclasses
