@@ -53,9 +53,11 @@ def test_writes_and_prints_every_case(printed):
         if row["implementation"] in ("jaxkd", "fused") and row["bytes"] > 0
     }
     plain, linear = "reverse_kl_divergence", "linear_reverse_kl_divergence"
+    skewed = "skewed_reverse_kl_divergence"
+    pairs = ((plain, "jaxkd"), (skewed, "jaxkd"), (linear, "jaxkd"), (linear, "fused"))
     assert ours == {
         (loss, implementation, pass_name)
-        for loss, implementation in ((plain, "jaxkd"), (linear, "jaxkd"), (linear, "fused"))
+        for loss, implementation in pairs
         for pass_name in ("forward", "both")
     }
     assert plain in text and linear in text
