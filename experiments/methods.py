@@ -27,23 +27,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.common import cli, images, plans
+from experiments.common.images import STUDENT, TEACHER
 from jaxkd import data, distill, losses
 from jaxkd.distill import terms
 from jaxkd.distill.methods import (
-    LOGIT_METHODS,
+    METHODS,
     Method,
     make_loss,
     make_method,
     supervised_loss,
 )
-from jaxkd.distill.terms import EMBEDDING_SIZE, on_features, on_projected_features
+from jaxkd.distill.terms import EMBEDDING_SIZE, on_features
 from jaxkd.models import Outputs
 
-TEACHER = ((64, 128), 128)
-STUDENT = ((16, 32), 32)
-"""Channels of the convolutions, and units before the logits."""
 FACTORS = {"tenth": 0.1, "once": 1.0, "tenfold": 10.0}
 """What the weights are multiplied by when they are tuned."""
 STAGES = ("stage1", "stage2")
@@ -102,8 +101,8 @@ def semckd_term(student, teacher, batch, context):
 
 def make_methods(config: Config) -> dict[str, Method]:
     """Makes the methods by name."""
-    student_channels, student_units = STUDENT
-    teacher_channels, teacher_units = TEACHER
+    student_channels, _ = STUDENT
+    teacher_channels, _ = TEACHER
 
     def init_hint(key):
         return losses.init_projector(key, student_channels[0], teacher_channels[0])
@@ -123,57 +122,31 @@ def make_methods(config: Config) -> dict[str, Method]:
             key, student_channels, teacher_channels, EMBEDDING_SIZE
         )
 
-    def init_projector(key):
-        return losses.init_projector(key, student_channels[1], teacher_channels[1])
-
-    def init_generation(key):
-        return losses.init_masked_generation(key, student_channels[1], teacher_channels[1])
-
-    def init_review(key):
-        return losses.init_review(key, student_channels, teacher_channels, EMBEDDING_SIZE)
-
-    def on_units(init):
-        return lambda key: init(key, student_units, teacher_units)
-
-    def on_last_maps(term):
-        return functools.partial(term, layer="stage2")
-
-    def on_hidden_units(loss):
-        return on_features(loss, "pre_logits")
-
-    # Methods on logits read no shapes.
-    outputs = Outputs(jax.numpy.zeros((1, 2)), {})
-    on_logits = {
-        name: make_method(name, outputs, outputs, temperature=config.temperature)
-        for name in LOGIT_METHODS
+    student, teacher = map(_describe_outputs, (STUDENT, TEACHER))
+    by_name = {
+        name: make_method(name, student, teacher, temperature=config.temperature)
+        for name in METHODS
     }
-    return on_logits | {
+    return by_name | {
+        # At the first stage, where both have as many positions, and with the weight for it.
         "hint": Method(1000.0, functools.partial(terms.hint_term, layer="stage1"), init_hint),
         "attention": Method(10_000.0, on_features(losses.attention_transfer_mse_loss, "stage1")),
         "vid": Method(10.0, vid_term, init_vid),
         "nst": Method(500.0, on_features(losses.neuron_selectivity_loss, "stage1")),
         "fsp": Method(0.001, fsp_term, init_fsp),
-        "cwd": Method(7.0, on_last_maps(terms.channel_wise_term), init_projector),
-        "mgd": Method(2e-3, on_last_maps(terms.masked_generation_term), init_generation),
-        "review": Method(10.0, functools.partial(terms.review_term, layers=STAGES), init_review),
-        "similarity": Method(300.0, on_hidden_units(losses.similarity_preserving_loss)),
-        "rkd": Method(0.1, terms.rkd_term),
-        "pkt": Method(100.0, on_hidden_units(losses.probabilistic_transfer_loss)),
-        "cc": Method(10.0, on_hidden_units(losses.correlation_congruence_loss)),
-        "cka": Method(1.0, on_hidden_units(losses.linear_cka_loss)),
-        "crd": Method(0.08, terms.crd_term, on_units(terms.init_crd)),
-        "srd": Method(
-            5.0,
-            on_projected_features(losses.simple_recipe_loss, "pre_logits"),
-            on_units(losses.init_projector),
-        ),
-        "vkd": Method(
-            1.0,
-            on_projected_features(losses.orthogonal_projection_loss, "pre_logits"),
-            on_units(losses.init_orthogonal_projector),
-        ),
         "semckd": Method(10.0, semckd_term, init_semckd),
     }
+
+
+def _describe_outputs(architecture: tuple[tuple[int, ...], int]) -> Outputs:
+    """Returns the shapes of a network's outputs, whose maps have the size of the other's."""
+    channels, units = architecture
+    shapes = {name: (1, 1, 1, count) for name, count in zip(STAGES, channels, strict=True)}
+    shapes |= {"logits": (1, 10), "pre_logits": (1, units)}
+    arrays: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()
+    }
+    return Outputs(arrays.pop("logits"), arrays)
 
 
 def _pool_to_one_size(features: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import cli, images, plans
+from experiments.common.images import STUDENT, TEACHER
 from experiments.common.variance import Component, count_seeds, split_variance
 from jaxkd import data, distill, evaluate
 from jaxkd._files import write_atomically
@@ -35,9 +36,6 @@ from jaxkd.distill import TrainedModel
 from jaxkd.distill.methods import supervised_loss
 from jaxkd.runs import figures, report
 
-TEACHER = ((64, 128), 128)
-STUDENT = ((16, 32), 32)
-"""Channels of the convolutions, and units before the logits."""
 CAUSES = ("initial weights", "order", "augmentation")
 CLAIMS = (1.0, 2.0, 4.0)
 """Differences in percentage points."""

@@ -33,15 +33,12 @@ from typing import Any
 import numpy as np
 
 from experiments.common import cli, images, plans
+from experiments.common.images import STUDENT, TEACHER
 from jaxkd import data, distill, losses
 from jaxkd.distill import Batch, LossContext, TrainedModel
 from jaxkd.distill.methods import supervised_loss
 from jaxkd.models import Outputs
 from jaxkd.runs import figures, report
-
-TEACHER = ((64, 128), 128)
-STUDENT = ((16, 32), 32)
-"""Channels of the convolutions, and units before the logits."""
 
 
 @dataclasses.dataclass(frozen=True)

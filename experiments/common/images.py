@@ -16,6 +16,10 @@ from jaxkd.distill import Examples, LossFn
 from jaxkd.transfer import TransferError
 from jaxkd.weights import load_variables, read_class_names
 
+TEACHER = ((64, 128), 128)
+STUDENT = ((16, 32), 32)
+"""Channels of the convolutions, and units before the logits, of the CNNs of several experiments."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options(common_options.Options):
