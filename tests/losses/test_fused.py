@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fused_pairs import PAIRS
 from jaxkd import losses
 
-PAIRS = {
-    "forward": (losses.fused_linear_kl_divergence, losses.kl_divergence),
-    "reverse": (losses.fused_linear_reverse_kl_divergence, losses.reverse_kl_divergence),
-    "jensen_shannon": (
-        functools.partial(losses.fused_linear_jensen_shannon_divergence, beta=0.3),
-        functools.partial(losses.jensen_shannon_divergence, beta=0.3),
-    ),
-}
 BOTH = pytest.mark.parametrize(("fused", "plain"), PAIRS.values(), ids=PAIRS)
 
 
